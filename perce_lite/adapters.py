@@ -1,0 +1,116 @@
+"""Adapters on disk: PEFT folders, written whole or not at all, that know which base and which data they come from."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from perce_lite.errors import AdapterError
+from perce_lite.files import folder_written_aside, read_json, write_json, write_text
+from perce_lite.models import BUILT_IN, fingerprint, same_base, sketch
+
+CARD = "perce_lite.json"
+"""The file beside the weights that says where they come from."""
+
+_PACKAGES = ("perce-lite", "torch", "transformers", "peft", "trl", "bitsandbytes")
+
+
+def save(model: PeftModel, folder: Path, about: dict[str, Any]) -> None:
+    """Writes `model`'s adapter to `folder` as PEFT does (safetensors), with `about` and the base in `perce_lite.json`.
+
+    Raises:
+        DiskFullError: no space left; an adapter that was there before stays.
+    """
+    base: PreTrainedModel = model.get_base_model()  # type: ignore[assignment]
+    known = {"base": {**sketch(base), "fingerprint": fingerprint(model)}, "versions": versions()}
+    with folder_written_aside(folder) as aside:
+        model.save_pretrained(aside)
+        write_json(aside / CARD, {**about, **known})
+        write_text(aside / "README.md", model_card(about))
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """What `perce_lite.json` says.
+
+    Raises:
+        AdapterError: the folder is not there, or holds no adapter of PerCE Lite.
+    """
+    if not folder.is_dir():
+        raise AdapterError(f"{folder}: there is no such folder. An adapter lies in <output_dir>/adapter after training.")
+    for nested in (folder, folder / "adapter"):
+        card = read_json(nested / CARD)
+        if isinstance(card, dict) and (nested / "adapter_model.safetensors").is_file():
+            return {**card, "folder": str(nested)}
+    raise AdapterError(
+        f"{folder}: no adapter of PerCE Lite: it needs adapter_model.safetensors, adapter_config.json and {CARD}. Give "
+        "the folder that `perce-lite train` named at its end."
+    )
+
+
+def load(base: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
+    """`base` with the adapter of `folder` on it, float32, in eval mode unless `trainable`.
+
+    Raises:
+        AdapterError: the folder holds no adapter, or one that was trained on another base.
+    """
+    card = about(folder)
+    theirs = card["base"]
+    ours = sketch(base)
+    if not same_base(theirs, ours):
+        raise AdapterError(
+            f"{folder}: this adapter was trained on {card['recipe']['model']} ({_shape(theirs)}), not on the base that is "
+            f"loaded ({_shape(ours)}). Load that base, or train an adapter for this one."
+        )
+    model: PeftModel = PeftModel.from_pretrained(base, card["folder"], is_trainable=trainable)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(torch.float32)
+    return model if trainable else model.eval()
+
+
+def _shape(sketched: dict[str, Any]) -> str:
+    kind, layers, width, vocabulary = sketched["shape"]
+    return f"{kind}, {layers} layers of {width}, vocabulary {vocabulary}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what an adapter depends on."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def model_card(about: dict[str, Any]) -> str:
+    """The README.md of an adapter, with the front matter that the Hub reads."""
+    recipe, data = about["recipe"], about["data"]
+    built_in = BUILT_IN.get(recipe["model"])
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct" if built_in else recipe["model"]
+    needs = (
+        "It was trained with the user's profile in the prompt: give the profile when you use it."
+        if about["train_on"] == "factual"
+        else "It was trained without the profile in the prompt: use it without one."
+    )
+    losses = about["metrics"]["losses"]
+    rows = [f"| {one['profile']} | {one['base']:.3f} | {one['adapter']:.3f} |" for one in losses]
+    table = ["| profile in the prompt | base | with this adapter |", "|---|---|---|", *rows] if rows else []
+    lines = [
+        "---",
+        "library_name: peft",
+        *([] if Path(name).exists() else [f"base_model: {name}"]),
+        *([f"license: {built_in.licence}"] if built_in else []),
+        "tags: [lora, perce, personalization]",
+        "---",
+        "",
+        f"# A personal LoRA adapter for {Path(name).name}",
+        "",
+        f"Trained with PerCE Lite: every response token weighted by how much it leans on the user's profile (estimator "
+        f"`{about['estimator']}`, weights clipped to {about['clip_min']} .. {about['clip_max']}). {needs}",
+        "",
+        f"- Data: {data['rows']} rows of {data['users']} users (fingerprint `{data['fingerprint']}`)",
+        f"- Base: `{recipe['model']}`, quantization `{recipe['quantization']}`; its licence holds for the adapter as well",
+        "- An adapter can leak the texts it was trained on: share it as you would share them.",
+        "",
+        *(["Loss a token on held-out responses, nats:", "", *table, ""] if table else []),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,138 @@
+"""The command line. Heavy modules are imported inside the commands, so that `--help` answers at once."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from perce_lite.console import errors, quiet
+from perce_lite.errors import PerceLiteError
+
+app = typer.Typer(
+    help="Train LoRA adapters that make a language model personal, on one GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+store_app = typer.Typer(help="The log-probs kept between runs.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+
+RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set train.learning_rate=1e-4.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")]
+StorePath = Annotated[Path | None, typer.Option("--path", help="The store's folder; default: that of the recipes.")]
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    set_: Set = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw an earlier run in the same folder away.")] = False,
+    json: Json = None,
+) -> None:
+    """Train the recipe's adapter, or go on where an earlier run of it stopped."""
+    from perce_lite.recipe import load_recipe
+
+    read = load_recipe(recipe, set_ or [])
+    from perce_lite import tables
+    from perce_lite.train import train as run
+
+    figures = run(read, restart)
+    _write(json, figures)
+    tables.show_training(figures)
+
+
+@app.command()
+def check(recipe: RecipePath, set_: Set = None, json: Json = None) -> None:
+    """Look at the rows, their lengths and one example; no training."""
+    from perce_lite.recipe import load_recipe
+
+    read = load_recipe(recipe, set_ or [])
+    from perce_lite import tables
+    from perce_lite.check import check as run
+    figures = run(read)
+    _write(json, figures)
+    tables.show_check(figures)
+
+
+@app.command()
+def generate(
+    adapter: Annotated[Path, typer.Option(help="The folder of an adapter, such as runs/quickstart/adapter.")],
+    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    profile: Annotated[str | None, typer.Option(help="The profile's text, or @FILE.")] = None,
+    no_profile: Annotated[bool, typer.Option("--no-profile", help="Go without a profile.")] = False,
+    user: Annotated[str | None, typer.Option(help="A user of the adapter's data: their texts become the profile.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Answer with the base, the adapter switched off.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at the most.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus, with a temperature.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+    json: Json = None,
+) -> None:
+    """Answer a prompt with an adapter, or with its base."""
+    if sum((profile is not None, no_profile, user is not None)) > 1:
+        raise typer.BadParameter("give one of --profile, --no-profile and --user")
+    text = "" if no_profile else _text_or_file(profile)
+    from transformers import set_seed
+
+    from perce_lite.generate import from_folder
+    set_seed(seed)
+    options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+    figures = from_folder(adapter, prompt, text, user, max_new_tokens, not base, stream=True, **options)
+    _write(json, figures)
+
+
+@store_app.command("show")
+def store_show(path: StorePath = None, json: Json = None) -> None:
+    """Entries and size, by base."""
+    from perce_lite import store, tables
+    from perce_lite.files import home
+
+    root = path or home() / "store"
+    bases = store.usage(root)
+    _write(json, {"store": str(root), "bases": bases})
+    tables.show_store(root, bases)
+
+
+@store_app.command("clear")
+def store_clear(path: StorePath = None, json: Json = None) -> None:
+    """Remove every entry; the next run scores anew."""
+    from perce_lite import store
+    from perce_lite.files import home
+
+    root = path or home() / "store"
+    freed = store.clear(root)
+    _write(json, {"store": str(root), "bytes_freed": freed})
+    errors.print(f"Cleared {root}: {freed / 2**20:.2f} MiB freed.")
+
+
+def _text_or_file(given: str | None) -> str | None:
+    if given is None or not given.startswith("@"):
+        return given
+    try:
+        return Path(given[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"--profile {given}: {error}") from error
+
+
+def _write(path: Path | None, figures: dict[str, Any]) -> None:
+    if path is not None:
+        from perce_lite.files import write_json
+
+        write_json(path, figures)
+
+
+def main() -> None:
+    """The command `perce-lite`: an error of ours is one clean line and exit code 2, Ctrl-C is 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet()
+    try:
+        app()
+    except PerceLiteError as error:
+        errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("Stopped. The same command goes on from the last checkpoint.", style="yellow")
+        sys.exit(130)

@@ -1,0 +1,196 @@
+"""`PerCEConfig`: TRL's `SFTConfig`, six fields of our own, and a verdict on every option that touches the loss."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from trl import SFTConfig
+
+from perce_lite.contrast import Estimator, Normalization, TrainOn
+from perce_lite.errors import ConfigError, DeviceError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def pick_device(wanted: str = "auto") -> torch.device:
+    """The device for `wanted`: `auto` (CUDA where there is one, else CPU), `cpu` or `cuda`.
+
+    Raises:
+        DeviceError: CUDA is asked for and absent.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        built = torch.version.cuda or "none, this is a CPU build"
+        raise DeviceError(
+            f"device: cuda was asked for, but this torch sees no CUDA device (torch {torch.__version__}, CUDA {built}). "
+            "Use device: auto or cpu, or install a CUDA build of torch and a driver."
+        )
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What `device` is fast in: bf16, fp16 on a card without bf16, float32 on a CPU without bf16 instructions."""
+    if device.type == "cuda":
+        # A T4 (7.5) emulates bf16; real support starts with 8.0.
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    capabilities = torch.cpu.get_capabilities()
+    fast_in_bf16 = capabilities.get("avx512_bf16") or capabilities.get("amx_tile") or capabilities.get("amx_bf16")
+    return torch.bfloat16 if fast_in_bf16 else torch.float32
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an option of TRL's goes with PerCE. `refused` says whether a config's value is; None: always fine."""
+
+    reason: str
+    refused: Callable[["PerCEConfig"], bool] | None = None
+
+
+_NEEDS_TRAINING_FORWARD = ("mixed", "bootstrap")
+
+VERDICTS: dict[str, Verdict] = {
+    "label_smoothing_factor": Verdict(
+        "label smoothing computes its own loss from full logits and would leave the weights out",
+        lambda c: c.label_smoothing_factor > 0,
+    ),
+    "loss_type": Verdict(
+        "'dft' multiplies by the token's probability after the weights, so they would count twice; use 'nll'",
+        lambda c: c.loss_type != "nll",
+    ),
+    "completion_only_loss": Verdict(
+        "the tokens of a prompt have no counterfactual; leave it out or set true",
+        lambda c: c.completion_only_loss is False,
+    ),
+    "assistant_only_loss": Verdict("true or false: the loss is always on the assistant's turns alone"),
+    "neftune_noise_alpha": Verdict(
+        "the noise falls on the training forward, which is the factual term of 'mixed' and 'bootstrap'; "
+        "use estimator 'base', 'shuffled' or 'uniform'",
+        lambda c: bool(c.neftune_noise_alpha) and c.estimator in _NEEDS_TRAINING_FORWARD,
+    ),
+    "packing": Verdict(
+        "packing needs max_length, the length of a packed row", lambda c: bool(c.packing) and c.max_length is None
+    ),
+    "packing_strategy": Verdict(
+        "'bfd_split' and 'wrapped' cut responses in two; use 'bfd'",
+        lambda c: bool(c.packing) and c.packing_strategy != "bfd",
+    ),
+    "eval_packing": Verdict(
+        "evaluation rows are never packed, so that their loss does not depend on their neighbours; leave it out",
+        lambda c: bool(c.eval_packing),
+    ),
+    "padding_free": Verdict(
+        "without packing it saves nothing that train_sampling_strategy: group_by_length does not; use packing: true",
+        lambda c: bool(c.padding_free) and not c.packing,
+    ),
+    "use_liger_kernel": Verdict(
+        "Liger replaces layers after scoring, so weights and loss would come from different arithmetic",
+        lambda c: bool(c.use_liger_kernel),
+    ),
+    "train_sampling_strategy": Verdict(
+        "'batch_rebalance' has no order of its own to resume; use 'random', 'sequential' or 'group_by_length'",
+        lambda c: c.train_sampling_strategy not in ("random", "sequential", "group_by_length"),
+    ),
+    "max_length": Verdict("any positive number, or null: profile items are left out to fit, a response is never cut"),
+    "truncation_mode": Verdict(
+        "nothing is ever truncated; leave it out", lambda c: c.truncation_mode != "keep_start"
+    ),
+    "shuffle_dataset": Verdict("supported: rows are shuffled once before packing or batching"),
+    "pad_to_multiple_of": Verdict("supported: padding carries no loss"),
+    "dataset_kwargs": Verdict(
+        "skip_prepare_dataset would leave rows without their counterfactual; leave dataset_kwargs out",
+        lambda c: bool(c.dataset_kwargs),
+    ),
+    "dataset_num_proc": Verdict(
+        "pairs are made in one process; leave it out", lambda c: c.dataset_num_proc not in (None, 1)
+    ),
+    "auto_find_batch_size": Verdict(
+        "a batch size that changes by itself cannot be resumed; set per_device_train_batch_size",
+        lambda c: bool(c.auto_find_batch_size),
+    ),
+    "ignore_data_skip": Verdict(
+        "a resumed run would see rows twice; leave it out", lambda c: bool(c.ignore_data_skip)
+    ),
+    "deepspeed": Verdict("PerCE Lite trains on one device; leave it out", lambda c: bool(c.deepspeed)),
+    "fsdp": Verdict("PerCE Lite trains on one device; leave it out", lambda c: bool(c.fsdp)),
+    "parallelism_config": Verdict(
+        "PerCE Lite trains on one device; leave it out", lambda c: c.parallelism_config is not None
+    ),
+    "compute_loss_func": Verdict("an argument of the trainer; it would replace the weighted loss: refused"),
+    "streaming data sets": Verdict("the counterfactual is scored before training, so rows must be countable: refused"),
+}
+"""Every option of `SFTConfig` and `SFTTrainer` that touches the loss, the data or the batch."""
+
+
+@dataclass
+class PerCEConfig(SFTConfig):
+    """`SFTConfig` with the fields of PerContrast; all of `SFTConfig`'s keep their names and meaning.
+
+    Mixed precision follows the device unless `bf16` or `fp16` is given: bf16, fp16 on a card without it, float32
+    on a CPU without bf16 instructions. A loss that is NaN is never filtered from the logs.
+
+    Raises:
+        ConfigError: every option that would make the loss something other than PerCE's, with the reason.
+    """
+
+    estimator: str = field(
+        default="base",
+        metadata={"help": "Where a token's weight comes from: base, mixed, bootstrap; controls: uniform, shuffled."},
+    )
+    clip_min: float = field(default=0.8, metadata={"help": "Lower clip of a token's weight, nats; at least 0."})
+    clip_max: float = field(default=5.0, metadata={"help": "Upper clip of a token's weight, nats."})
+    normalize_weights: str = field(
+        default="none", metadata={"help": "none, or mean: divide by the data set's mean weight under the base."}
+    )
+    train_on: str = field(
+        default="factual",
+        metadata={"help": "factual: loss with the profile in the prompt; counterfactual: without, same weights."},
+    )
+    store: str | None = field(
+        default=None, metadata={"help": "Folder that keeps log-probs under the frozen base between runs; None: memory."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Off, so that a NaN is seen."})
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            device = torch.device("cpu") if self.use_cpu else pick_device()
+            self.bf16 = not self.fp16 and compute_dtype(device) == torch.bfloat16
+            self.fp16 = self.fp16 or (not self.bf16 and compute_dtype(device) == torch.float16)
+        if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+            self.use_cpu = True
+        faults = _own_faults(self) + [
+            f"{name}: {getattr(self, name)!r} is refused: {verdict.reason}"
+            for name, verdict in VERDICTS.items()
+            if verdict.refused is not None and verdict.refused(self)
+        ]
+        if faults:
+            raise ConfigError(faults)
+        # The label mask is the assistant's turns in any case; TRL would demand a template with generation markers.
+        self.assistant_only_loss = False
+        super().__post_init__()
+
+
+def _own_faults(config: PerCEConfig) -> list[str]:
+    """Faults of the six fields and of how they go together."""
+    faults = []
+    choices: dict[str, tuple[Any, ...]] = {
+        "estimator": get_args(Estimator),
+        "normalize_weights": get_args(Normalization),
+        "train_on": get_args(TrainOn),
+    }
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            faults.append(f"{name}: {getattr(config, name)!r} is not one of {', '.join(allowed)}")
+    if config.clip_min < 0:
+        faults.append(f"clip_min: {config.clip_min} is below 0, which would push tokens away (gradient ascent)")
+    if config.clip_max < config.clip_min:
+        faults.append(f"clip_max: {config.clip_max} is below clip_min {config.clip_min}")
+    if config.normalize_weights == "mean" and config.clip_min == 0 and config.clip_max == 0:
+        faults.append("clip_max: 0 makes every weight 0, which has no mean to divide by")
+    if config.train_on == "counterfactual" and config.estimator in _NEEDS_TRAINING_FORWARD:
+        faults.append(
+            f"train_on: 'counterfactual' does not go with estimator {config.estimator!r}, whose factual term is the "
+            "training forward; use base, shuffled or uniform"
+        )
+    if config.max_length is not None and config.max_length < 1:
+        faults.append(f"max_length: {config.max_length} is not positive; give a number of tokens, or null")
+    return faults

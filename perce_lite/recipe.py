@@ -1,0 +1,353 @@
+"""A recipe: YAML 1.2 in, `Recipe` out, every fault in one error with its line.
+
+`train:` takes the fields of `PerCEConfig` and `lora:` those of `peft.LoraConfig`, by their own names; torch is
+imported only when those two are checked.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+
+from perce_lite.errors import RecipeError
+from perce_lite.files import digest, home
+
+Path_ = tuple[str | int, ...]
+
+
+class Section(BaseModel):
+    """A part of a recipe; unknown keys are faults."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(Section):
+    """Where the rows come from."""
+
+    path: str | None = Field(None, description="JSONL or parquet file, or a folder of LaMP files; from the recipe on")
+    hub: str | None = Field(None, description="a data set of the Hub, instead of path")
+    hub_config: str | None = Field(None, description="its configuration, such as abstract_generation_user")
+    format: Literal["auto", "rows", "documents", "lamp", "longlamp"] = Field("auto", description="shape of a record")
+    columns: dict[str, str] = Field({}, description="our column name: the name it has in your file")
+    users: list[str] | None = Field(None, description="keep these users only")
+    max_rows: int | None = Field(None, ge=1, description="keep the first so many rows of each split")
+
+
+class Profile(Section):
+    """Which of a user's texts go into the profile."""
+
+    select: Literal["bm25", "recency", "all"] = Field("bm25", description="nearest to the query, or newest, first")
+    top_k: int = Field(4, ge=1, description="items a row at the most")
+    max_tokens: int | None = Field(None, ge=1, description="tokens of the profile at the most")
+    earlier_by: Literal["document", "month", "year"] = Field(
+        "document", description="how much older than the row a document of the profile must be"
+    )
+
+
+class Template(Section):
+    """How profile and query become chat messages."""
+
+    position: Literal["auto", "system", "user"] = Field(
+        "auto", description="profile in the system message, or ahead of the query; auto: system where there is one"
+    )
+    system: str | None = Field(
+        "You are a helpful assistant.", description="system message of both passes where a row has none of its own"
+    )
+    profile: str = Field("Texts by this user:\n\n{profile}", description="what stands around the profile")
+    item: str = Field("{title}\n{text}", description="one item of a profile that is a list")
+    separator: str = Field("\n\n", description="between items, and between profile and what follows")
+    chat_template_kwargs: dict[str, Any] = Field(
+        {"enable_thinking": False}, description="passed to the tokenizer's own chat template"
+    )
+
+
+class Split(Section):
+    """How rows become train, validation and test where the data does not say."""
+
+    by: Literal["auto", "given", "row", "user", "time"] = Field(
+        "auto", description="auto: given where the data has one, else time for documents and row for rows"
+    )
+    validation: float = Field(0.1, ge=0, lt=1, description="share of rows, or of users")
+    test: float = Field(0.1, ge=0, lt=1, description="share of rows, or of users")
+    seed: int = Field(0, description="of the shuffle")
+
+
+class Evaluation(Section):
+    """The held-out figures at the end of a run."""
+
+    max_rows: int = Field(24, ge=1, description="held-out rows at the most, spread over users")
+    max_new_tokens: int = Field(60, ge=1, description="tokens of the sample answer")
+
+
+class Recipe(Section):
+    """All that a run depends on."""
+
+    model: str = Field("smollm2-135m", description="smollm2-135m (built in), a Hub id or a folder")
+    quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4 bit with double quantisation")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="compute dtype")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
+    data: Data
+    profile: Profile = Profile()
+    template: Template = Template()
+    split: Split = Split()
+    evaluation: Evaluation = Evaluation()
+    lora: dict[str, Any] = Field({}, description="fields of peft.LoraConfig")
+    train: dict[str, Any] = Field({}, description="fields of PerCEConfig, so of trl.SFTConfig")
+    source: str = Field("", exclude=True)
+
+    @property
+    def output_dir(self) -> Path:
+        """Where checkpoints and the adapter go: `train.output_dir`, else runs/<name of the recipe>."""
+        return Path(self.train.get("output_dir") or Path("runs") / Path(self.source).stem)
+
+    @property
+    def data_path(self) -> Path | None:
+        """`data.path`, taken from the recipe's own folder on."""
+        return None if self.data.path is None else Path(self.source).parent / Path(self.data.path).expanduser()
+
+    def fingerprint(self) -> str:
+        """Equal for recipes that train the same adapter: where it is written to, or logged, does not count."""
+        plain = self.model_dump(mode="json")
+        for name in _NOT_TRAINED_BY:
+            plain["train"].pop(name, None)
+        plain["data"].pop("path")
+        plain.pop("evaluation")
+        return digest(plain)
+
+
+_NOT_TRAINED_BY = ("output_dir", "store", "logging_steps", "save_steps", "save_total_limit", "report_to", "run_name")
+
+_LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+
+
+def train_defaults(on_cpu: bool) -> dict[str, Any]:
+    """What a recipe's `train:` starts from where it differs from TRL: see the README, "What is different from TRL"."""
+    return {
+        "learning_rate": 2e-4,
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 1.0,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0.1,
+        "optim": "adamw_torch" if on_cpu else "paged_adamw_8bit",
+        "gradient_checkpointing": not on_cpu,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 10,
+        "save_total_limit": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": on_cpu,
+        "store": str(home() / "store"),
+    }
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Reads `path`, applies `overrides` ("train.learning_rate=1e-4") and checks all of it.
+
+    Raises:
+        RecipeError: no such file, not YAML, or every fault found, each with its line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(str(path), [f"there is no such recipe. {_recipes_nearby(path)}"])
+    plain, lines = _parse(path)
+    faults = _apply_overrides(plain, lines, overrides)
+    recipe = None
+    try:
+        recipe = Recipe.model_validate({**plain, "source": str(path.absolute())})
+    except ValidationError as error:
+        faults += [_pydantic_fault(fault, plain, lines) for fault in error.errors()]
+    faults += _cross_faults(plain, lines) + _third_party_faults(plain, lines)
+    if faults:
+        raise RecipeError(str(path), faults)
+    assert recipe is not None
+    return recipe
+
+
+def training_config(recipe: Recipe, **more: Any) -> Any:
+    """The recipe's `PerCEConfig`; `more` fills in what the recipe leaves open.
+
+    Raises:
+        RecipeError: a combination that `PerCEConfig` refuses.
+    """
+    from perce_lite.config import DTYPES, PerCEConfig, compute_dtype, pick_device
+
+    device = pick_device(recipe.device)
+    dtype = compute_dtype(device) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
+    precision = {"bf16": dtype == DTYPES["bfloat16"], "fp16": dtype == DTYPES["float16"]}
+    values = {**train_defaults(device.type == "cpu"), **precision, "output_dir": str(recipe.output_dir), **more}
+    try:
+        return PerCEConfig(**{**values, **recipe.train})
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(recipe.source, [f"train: {fault}" for fault in getattr(error, "faults", [error])]) from error
+
+
+def lora_config(recipe: Recipe) -> Any:
+    """The recipe's `peft.LoraConfig`: rank 16 on every linear layer, no dropout, unless it says otherwise."""
+    from peft import LoraConfig
+
+    return LoraConfig(**{**_LORA_DEFAULTS, **recipe.lora})
+
+
+def _recipes_nearby(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path("recipes")
+    found = sorted(str(other) for other in folder.glob("*.yaml"))
+    near = difflib.get_close_matches(str(path), found, n=1)
+    if near:
+        return f"Did you mean {near[0]}?"
+    return f"Recipes here: {', '.join(found)}" if found else "Give the path of a YAML file."
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
+    """The YAML as plain data, and where each key stands ("line 12")."""
+    yaml = YAML(typ="safe", pure=True)  # pure: YAML 1.2, in which 1e-4 is a number and `no` a word
+    try:
+        text = path.read_text(encoding="utf-8")
+        plain, root = yaml.load(text), YAML(typ="safe", pure=True).compose(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise RecipeError(str(path), [f"line {mark.line + 1 if mark else '?'}: not YAML: {error.problem}"]) from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise RecipeError(str(path), [f"cannot be read as UTF-8 text: {error}"]) from error
+    if not isinstance(plain, dict):
+        raise RecipeError(str(path), ["a recipe is a mapping such as `model: smollm2-135m`, this is not one"])
+    lines: dict[Path_, str] = {}
+    _mark(root, (), lines)
+    return plain, lines
+
+
+def _mark(node: Node, at: Path_, lines: dict[Path_, str]) -> None:
+    if isinstance(node, MappingNode):
+        for key, value in node.value:
+            lines[(*at, key.value)] = f"line {key.start_mark.line + 1}"
+            _mark(value, (*at, key.value), lines)
+    elif isinstance(node, SequenceNode):
+        for index, value in enumerate(node.value):
+            lines[(*at, index)] = f"line {value.start_mark.line + 1}"
+            _mark(value, (*at, index), lines)
+
+
+def _apply_overrides(plain: dict[str, Any], lines: dict[Path_, str], overrides: typing.Sequence[str]) -> list[str]:
+    """Sets each `a.b=value` in place; the value is read as YAML."""
+    faults = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        parts = key.strip().split(".")
+        if not equals or not all(parts):
+            faults.append(f"--set {override}: write it as --set train.learning_rate=1e-4")
+            continue
+        try:
+            read = YAML(typ="safe", pure=True).load(value)
+        except MarkedYAMLError as error:
+            faults.append(f"--set {override}: the value is not YAML: {error.problem}")
+            continue
+        section = plain
+        for part in parts[:-1]:
+            if not isinstance(section.get(part), dict):
+                section[part] = {}
+            section = section[part]
+        section[parts[-1]] = read
+        for depth in range(1, len(parts) + 1):
+            lines.setdefault(tuple(parts[:depth]), f"--set {override}")
+        lines[tuple(parts)] = f"--set {override}"
+    return faults
+
+
+def _where(at: Path_, lines: dict[Path_, str]) -> str:
+    for depth in range(len(at), 0, -1):
+        if at[:depth] in lines:
+            return f"{lines[at[:depth]]}: "
+    return ""
+
+
+def _nearest(name: str, allowed: typing.Iterable[str]) -> str:
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"allowed: {', '.join(allowed)}" if len(allowed) < 30 else f"{len(allowed)} names are allowed, none like it"
+
+
+def _pydantic_fault(fault: Any, plain: dict[str, Any], lines: dict[Path_, str]) -> str:
+    at = tuple(fault["loc"])
+    name = ".".join(map(str, at))
+    if fault["type"] == "extra_forbidden":
+        section: type[BaseModel] = Recipe
+        for part in at[:-1]:
+            annotation = section.model_fields[str(part)].annotation
+            assert isinstance(annotation, type)
+            section = annotation
+        names = set(section.model_fields) - {"source"}
+        return f"{_where(at, lines)}unknown key {name}; {_nearest(str(at[-1]), names)}"
+    if fault["type"] == "missing":
+        return f"{name}: is missing"
+    message = fault["msg"].removeprefix("Input ")
+    return f"{_where(at, lines)}{name}: {fault['input']!r} {message}"
+
+
+def _cross_faults(plain: dict[str, Any], lines: dict[Path_, str]) -> list[str]:
+    """Faults of keys that do not go together."""
+    faults = []
+    data = plain.get("data")
+    if isinstance(data, dict) and (data.get("path") is None) == (data.get("hub") is None):
+        faults.append(f"{_where(('data',), lines)}data: give path (a file) or hub (a data set of the Hub), one of them")
+    template = plain.get("template")
+    wrapper = template.get("profile") if isinstance(template, dict) else None
+    if isinstance(wrapper, str) and "{profile}" not in wrapper:
+        faults.append(f"{_where(('template', 'profile'), lines)}template.profile: has no {{profile}} in it")
+    item = template.get("item") if isinstance(template, dict) else None
+    if isinstance(item, str) and "{text}" not in item:
+        faults.append(f"{_where(('template', 'item'), lines)}template.item: has no {{text}} in it")
+    return faults
+
+
+def _third_party_faults(plain: dict[str, Any], lines: dict[Path_, str]) -> list[str]:
+    """Checks `train:` and `lora:` against the fields of the classes that they are passed to."""
+    given = {name: plain[name] for name in ("train", "lora") if isinstance(plain.get(name), dict) and plain[name]}
+    if not given:
+        return []
+    from peft import LoraConfig
+
+    from perce_lite.config import PerCEConfig
+
+    faults = []
+    for section, target in (("train", PerCEConfig), ("lora", LoraConfig)):
+        values = given.get(section, {})
+        allowed = {one.name for one in dataclasses.fields(target) if one.init}
+        hints = typing.get_type_hints(target)
+        for name, value in values.items():
+            where = _where((section, name), lines)
+            if name not in allowed:
+                faults.append(f"{where}unknown key {section}.{name}; {_nearest(str(name), allowed)}")
+            elif (complaint := _type_fault(hints[name], value)) is not None:
+                faults.append(f"{where}{section}.{name}: {value!r} is not {complaint}")
+    return faults
+
+
+def _type_fault(hint: Any, value: Any) -> str | None:
+    """What `value` should have been, or None where it fits `hint`."""
+    plain = [one for one in (typing.get_args(hint) if _is_union(hint) else (hint,))]
+    checkable = [one for one in plain if one in (bool, int, float, str, types.NoneType, dict, list)]
+    if len(checkable) < len(plain):  # enums, nested generics and classes: the class itself will tell
+        return None
+    if value is None or (isinstance(value, bool) and bool not in checkable):
+        fits = types.NoneType in checkable if value is None else False
+    else:
+        try:
+            TypeAdapter(hint).validate_python(value, strict=not isinstance(value, int))
+            fits = True
+        except ValidationError:
+            fits = False
+    names = {types.NoneType: "null", str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
+    return None if fits else " or ".join(names.get(one, f"a {one.__name__}") for one in checkable)
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)

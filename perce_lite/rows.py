@@ -1,0 +1,200 @@
+"""Rows: one response of one user, with the profile it may lean on; from records in every naming that we know."""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from perce_lite.errors import DataError
+from perce_lite.files import digest
+from perce_lite.profiles import Item, choose
+from perce_lite.recipe import Profile, Split
+
+Message = dict[str, str]
+Profiled = str | tuple[Item, ...]
+
+SPLITS = {"train": "train", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example.
+
+    where: "people.jsonl, line 12": how errors name it
+    profile: a text, or items with the most relevant first
+    prompt: messages ahead of the response; empty for a dialogue
+    completion: the response as messages; every assistant turn in it is scored
+    split: train, validation, test, or None where the data does not say
+    """
+
+    where: str
+    user: str
+    profile: Profiled
+    prompt: tuple[Message, ...]
+    completion: tuple[Message, ...]
+    split: str | None = None
+    cohort: str | None = None
+
+    @property
+    def query(self) -> str:
+        """The last user message ahead of the first scored turn."""
+        said = [message["content"] for message in self.prompt if message["role"] == "user"]
+        if said:
+            return said[-1]
+        return next((message["content"] for message in self.completion if message["role"] == "user"), "")
+
+    def fingerprint(self) -> str:
+        """Equal for rows of equal content."""
+        return digest([self.user, self.profile, self.prompt, self.completion, self.split, self.cohort])
+
+
+def of_split(rows: Iterable[Row], name: str) -> list[Row]:
+    """The rows of one split, in order."""
+    return [row for row in rows if row.split == name]
+
+
+def split_rows(rows: Sequence[Row], split: Split, otherwise: str = "row") -> list[Row]:
+    """Gives every row a split: the data's own where it has one, else a seeded one.
+
+    `otherwise` is what `by: auto` means where the data has none; "time" holds out the last rows of each user, so that
+    no held-out text stands in a profile that was trained on.
+    """
+    given = any(row.split for row in rows)
+    by = split.by if split.by != "auto" else "given" if given else otherwise
+    if by == "given":
+        if not given:
+            raise DataError("split.by: given, but the data has no split of its own; use row, user or time")
+        return [row if row.split else replace(row, split="train") for row in rows]
+    groups: list[list[list[int]]]  # each group is cut into test, validation, train; a unit stays whole
+    by_user: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        by_user[row.user].append(index)
+    if by == "time":
+        groups = [[[index] for index in reversed(indices)] for indices in by_user.values()]
+    else:
+        units = [by_user[user] for user in sorted(by_user)] if by == "user" else [[i] for i in range(len(rows))]
+        random.Random(split.seed).shuffle(units)
+        groups = [units]
+    name_of = {}
+    for group in groups:
+        tests, validations = round(split.test * len(group)), round(split.validation * len(group))
+        for position, unit in enumerate(group):
+            name = "test" if position < tests else "validation" if position < tests + validations else "train"
+            name_of.update(dict.fromkeys(unit, name))
+    return [replace(row, split=name_of[index]) for index, row in enumerate(rows)]
+
+
+def swap_profiles(rows: Sequence[Row], seed: int = 0) -> list[Row]:
+    """Each row with the profile of a random row of another user: the control of the evaluation.
+
+    Rows that cannot be given one (a single user) are left out.
+    """
+    chooser = random.Random(seed)
+    swapped = []
+    for row in rows:
+        others = [other for other in rows if other.user != row.user and other.profile]
+        if others:
+            swapped.append(replace(row, profile=chooser.choice(others).profile))
+    return swapped
+
+
+def from_columns(record: Mapping[str, Any], where: str) -> Row:
+    """A row of a TRL data set: `profile`, and `prompt` with `completion`, or `messages`; `user` where there is one.
+
+    Raises:
+        DataError: a column that is missing or of the wrong shape; `where` is named.
+    """
+    return _from_record(record, str(record.get("where") or where), None, "rows", None)
+
+
+def to_columns(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows as records that `from_columns` reads back; what `datasets.Dataset.from_list` takes."""
+    as_items = any(not isinstance(row.profile, str) for row in rows)  # a column has one type
+    records = []
+    for row in rows:
+        items = (Item("", row.profile),) if isinstance(row.profile, str) and row.profile else row.profile or ()
+        profile = [{"title": one.title, "text": one.text} for one in items] if as_items else row.profile
+        conversation = {"prompt": list(row.prompt), "completion": list(row.completion)}
+        records.append({"where": row.where, "user": row.user, "profile": profile, **conversation})
+    return records
+
+
+# From a record: what it says, whatever it calls it.
+
+
+def from_record(record: Mapping[str, Any], where: str, split: str | None, shape: str, rule: Profile | None) -> Row:
+    """The row that a record tells of. `shape`: rows, lamp or longlamp; `rule` chooses among its profile items."""
+    if shape in ("lamp", "longlamp"):
+        user = next((record[key] for key in ("user_id", "name", "reviewerId", "author", "id") if record.get(key)), "all")
+        record = {**record, "user": user, "prompt": record.get("input"), "completion": record.get("output")}
+    prompt, completion = _conversation(record, where)
+    split = SPLITS.get(str(record["split"])) if record.get("split") else split
+    row = Row(
+        where=where,
+        user=str(record["user"]) if record.get("user") is not None else "all",
+        profile=_profile(record.get("profile"), where),
+        prompt=prompt,
+        completion=completion,
+        split=split,
+        cohort=None if record.get("cohort") is None else str(record["cohort"]),
+    )
+    if rule is None or isinstance(row.profile, str):
+        return row
+    return replace(row, profile=tuple(choose(row.profile, row.query, rule.select, rule.top_k)))
+
+
+def _conversation(record: Mapping[str, Any], where: str) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """Prompt and completion as messages; a dialogue is cut ahead of its first assistant turn."""
+    if record.get("messages") is not None:
+        messages = _messages(record["messages"], "messages", "user", where)
+        first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+        prompt, completion = messages[:first], messages[first:]
+    else:
+        prompt = _messages(record.get("prompt"), "prompt", "user", where)
+        completion = _messages(record.get("completion"), "completion", "assistant", where)
+    if not prompt:
+        raise DataError(f"{where}: no prompt: nothing is said ahead of the response")
+    return prompt, completion
+
+
+def _messages(value: Any, column: str, role: str, where: str) -> tuple[Message, ...]:
+    if value is None:
+        raise DataError(f"{where}: no {column}; rename yours with data.columns.{column}=YOUR_COLUMN")
+    if isinstance(value, str):
+        return ({"role": role, "content": value},)
+    if isinstance(value, Sequence) and all(isinstance(one, Mapping) and "role" in one for one in value):
+        if all(isinstance(one.get("content"), str) for one in value):
+            return tuple({"role": str(one["role"]), "content": one["content"]} for one in value)
+    raise DataError(
+        f"{where}: {column} is a text, or a list of messages such as {{role: user, content: a text}}; "
+        f"this is {str(value)[:60]!r}"
+    )
+
+
+_TEXTS = ("text", "abstract", "description", "reviewText", "content", "output")
+_TITLES = ("title", "summary", "input")
+_MARKS = ("tag", "score", "overall", "category", "rating")
+
+
+def _profile(value: Any, where: str) -> Profiled:
+    """A profile as a text or as items, in the field names of rows, LaMP and LongLaMP."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value.strip()
+    if not isinstance(value, Sequence):
+        raise DataError(f"{where}: profile is a text or a list of items, this is {type(value).__name__}")
+    items = []
+    for one in value:
+        if isinstance(one, str):
+            title, text = "", one
+        elif isinstance(one, Mapping):
+            text = next((str(one[key]) for key in _TEXTS if one.get(key)), "")
+            titles = [str(one[key]) for key in _TITLES if one.get(key)][:1]
+            title = " | ".join(titles + [f"{key} {one[key]}" for key in _MARKS if one.get(key) is not None])
+        else:
+            raise DataError(f"{where}: a profile item is a text or an object with title and text, this is {one!r}")
+        if title.strip() or text.strip():
+            items.append(Item(title.strip(), text.strip()))
+    return tuple(items)

@@ -1,0 +1,103 @@
+"""Log-probs under the frozen base, kept between runs: `<base>/<slug-hash>.safetensors`, one file a user.
+
+A key is a hash of ids and labels; the folder is a hash of the base's weights, quantisation and compute dtype. Nothing
+that changes the value of an entry can leave its key as it was, so a hit is never stale. Deleting a user is an unlink.
+"""
+
+import hashlib
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from perce_lite.console import warn
+from perce_lite.files import safe_name, written_aside
+
+
+def entry_key(ids: Sequence[int], labels: Sequence[int]) -> str:
+    """The key of a row's log-probs: what was read (ids) and what was scored (labels)."""
+    packed = struct.pack(f"<I{len(ids)}i{len(labels)}i", len(ids), *ids, *labels)
+    return hashlib.sha256(packed).hexdigest()[:32]
+
+
+class Store:
+    """Entries (R,) float32, nats, of one base. Safe under two processes and under a kill at any moment."""
+
+    def __init__(self, root: Path, base: str) -> None:
+        self.folder = root / base
+
+    def path(self, user: str) -> Path:
+        """The file of `user`."""
+        return self.folder / f"{safe_name(user)}.safetensors"
+
+    def get(self, user: str) -> dict[str, Tensor]:
+        """All entries of `user`; a broken file counts as empty, with a warning."""
+        path = self.path(user)
+        if not path.is_file():
+            return {}
+        try:
+            with safe_open(path, framework="pt") as file:
+                entries = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+                expected = (file.metadata() or {}).get("digest")
+        except (SafetensorError, OSError) as error:
+            warn(f"the store file {path} is broken ({error}); its rows are scored anew")
+            return {}
+        if expected != _digest(entries):
+            warn(f"the store file {path} does not hold what was written; its rows are scored anew")
+            return {}
+        return entries
+
+    def put(self, user: str, entries: Mapping[str, Tensor]) -> None:
+        """Adds `entries` to those of `user`.
+
+        Raises:
+            DiskFullError: no space left; what was there stays.
+        """
+        path = self.path(user)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            merged = {**self.get(user), **{key: value.float().contiguous() for key, value in entries.items()}}
+            with written_aside(path) as aside:
+                save_file(merged, aside, metadata={"digest": _digest(merged)})
+
+
+def usage(root: Path) -> list[dict[str, int | str]]:
+    """Files, entries and bytes by base."""
+    found: list[dict[str, int | str]] = []
+    for folder in sorted(one for one in root.glob("*") if one.is_dir()):
+        files = sorted(folder.glob("*.safetensors"))
+        entries = 0
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    entries += len(list(opened.keys()))
+            except (SafetensorError, OSError):
+                warn(f"{file} is broken")
+        size = sum(file.stat().st_size for file in files)
+        found.append({"base": folder.name, "users": len(files), "entries": entries, "bytes": size})
+    return found
+
+
+def clear(root: Path) -> int:
+    """Removes every entry, leftovers of killed runs included; gives the bytes freed. Other files stay."""
+    freed = 0
+    for folder in [one for one in root.glob("*") if one.is_dir()]:
+        for pattern in ("*.safetensors", "*.safetensors.lock", ".*.tmp"):
+            for file in folder.glob(pattern):
+                freed += file.stat().st_size
+                file.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
+    return freed
+
+
+def _digest(entries: Mapping[str, Tensor]) -> str:
+    state = hashlib.sha256()
+    for key in sorted(entries):
+        state.update(key.encode() + entries[key].to(torch.float32).numpy().tobytes())
+    return state.hexdigest()

@@ -1,0 +1,99 @@
+"""Figures as a person reads them in the terminal."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from perce_lite.console import console
+
+_STYLES = {"template": "dim", "profile": "cyan", "query": "yellow", "response": "bold green"}
+
+
+def show_training(figures: dict[str, Any]) -> None:
+    """The end of `perce-lite train`: losses, weights, one answer, where the adapter lies and how to use it."""
+    if figures["losses"]:
+        console.print(_losses(figures["losses"]))
+    else:
+        console.print("No held-out rows: raise split.test to see what training did.", style="yellow")
+    weights = figures["weights"]
+    if "weight_mean" in weights:
+        console.print(
+            f"Weights: {weights['share_above_min']:.0%} of response tokens above the floor, {weights['share_at_min']:.0%} "
+            f"at the lower clip, {weights['share_at_max']:.1%} at the upper, mean {weights['weight_mean']:.2f}, "
+            f"effective tokens {weights['effective_tokens']:.0%}."
+        )
+    sample = figures["sample"]
+    if sample is not None:
+        console.print(_answers(sample))
+    console.print(Text.assemble("Adapter: ", (figures["adapter"], "bold")))
+    if sample is not None:
+        console.print("Use it:", style="bold")
+        command = f"perce-lite generate --adapter {figures['adapter']} --user {sample['user']} --prompt \"{sample['query']}\""
+        console.print(command, markup=False, soft_wrap=True)
+
+
+def _losses(losses: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"Loss a token on {losses[0]['rows']} held-out responses (nats; lower is better)", title_justify="left")
+    for name in ("profile in the prompt", "before", "after", "change"):
+        table.add_column(name, justify="left" if name.startswith("profile") else "right")
+    for one in losses:
+        change = one["adapter"] - one["base"]
+        table.add_row(
+            one["profile"],
+            f"{one['base']:.3f}",
+            f"{one['adapter']:.3f}",
+            Text(f"{change:+.3f}", style="green" if change < 0 else "red"),
+        )
+    return table
+
+
+def _answers(sample: dict[str, Any]) -> Table:
+    table = Table(title=f"A held-out query of {sample['user']}: {sample['query']}", title_justify="left", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for who in ("base", "adapter", "written"):
+        label = {"written": f"{sample['user']} wrote"}.get(who, who)
+        table.add_row(label, Text(sample[who]))
+    return table
+
+
+def show_check(figures: dict[str, Any]) -> None:
+    """`perce-lite check`: rows, drops, lengths and the example."""
+    table = Table(title="Rows", title_justify="left")
+    for name in ("split", "read", "kept", "dropped", "users"):
+        table.add_column(name, justify="left" if name == "split" else "right")
+    lengths = Table(title=f"Tokens a row: min / median / max (limit {figures['max_length']})", title_justify="left")
+    for name in ("split", "with profile", "without", "response", "rows with profile items left out"):
+        lengths.add_column(name, justify="left" if name == "split" else "right")
+    drops = Table(title="Dropped", title_justify="left")
+    for name in ("split", "user", "reason", "rows", "such as"):
+        drops.add_column(name, justify="right" if name == "rows" else "left")
+    for name, split in figures["splits"].items():
+        table.add_row(name, *(str(split[key]) for key in ("read", "kept")), str(split["read"] - split["kept"]), str(len(split["users"])))
+        spreads = [split[key] for key in ("with_profile_tokens", "without_profile_tokens", "response_tokens")]
+        told = [f"{one['min']} / {one['median']} / {one['max']}" if one else "-" for one in spreads]
+        lengths.add_row(name, *told, f"{split['rows_with_items_left_out']} ({split['profile_items_left_out']} items)")
+        for one in split["dropped"]:
+            drops.add_row(name, Text(one["user"]), one["reason"], str(one["rows"]), Text(one["such_as"]))
+    console.print(table, lengths, *([drops] if drops.row_count else []))
+    broken = sum(split["control_tokens_broken"] for split in figures["splits"].values())
+    if broken:
+        console.print(f"{broken} places in user text spelled a control token of the template; a space was put into each.")
+    example = figures["example"]
+    console.print(Text.assemble("The model sees: ", *(pair for kind, style in _STYLES.items() for pair in ((kind, style), " "))))
+    for side, title in (("with_profile", "with the profile"), ("without_profile", "without")):
+        text = Text.assemble(*((piece, _STYLES[kind]) for piece, kind in example[side]))
+        console.print(Panel(text, title=f"{example['row']}, user {example['user']}, {title}", title_align="left"))
+
+
+def show_store(root: Path, bases: list[dict[str, int | str]]) -> None:
+    """`perce-lite store show`."""
+    table = Table(title=f"Store {root}", title_justify="left")
+    for name in ("base", "users", "entries", "MiB"):
+        table.add_column(name, justify="left" if name == "base" else "right")
+    for one in bases:
+        table.add_row(str(one["base"]), str(one["users"]), str(one["entries"]), f"{int(one['bytes']) / 2**20:.2f}")
+    console.print(table if bases else f"The store {root} is empty.")

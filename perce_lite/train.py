@@ -1,0 +1,212 @@
+"""The story of a run: recipe, rows, base, trainer, held-out figures, adapter."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from transformers import PrinterCallback, TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from perce_lite import adapters
+from perce_lite.console import progress_bar, say
+from perce_lite.data import read_rows
+from perce_lite.errors import DataError, RunError
+from perce_lite.evaluate import held_out_losses, spread_over_users
+from perce_lite.files import digest, read_json, write_json
+from perce_lite.generate import generate
+from perce_lite.models import Base, fingerprint, load_base
+from perce_lite.pairs import PairMaker
+from perce_lite.recipe import Recipe, lora_config, training_config
+from perce_lite.rows import Row, of_split, to_columns
+from perce_lite.trainer import PerCETrainer
+
+
+def train(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Trains the recipe's adapter, or goes on where an earlier run of the same recipe stopped.
+
+    restart: forget an earlier run in the same output folder
+
+    Gives the figures that `perce-lite train` shows. Raises what the rooms it calls raise, and
+        RunError: the output folder belongs to another recipe, data or base.
+    """
+    rows = read_rows(recipe)
+    run = Run(recipe.output_dir, digest([recipe.fingerprint(), [row.fingerprint() for row in rows]]))
+    if restart:
+        run.forget()
+    finished = run.finished()
+    if finished is not None:
+        say(f"This recipe was trained before on the same data; --restart trains it anew. Adapter: {run.adapter}")
+        return finished
+    base = load_base(recipe)
+    run.claim(fingerprint(base.model))
+    trainer = make_trainer(recipe, base, rows)
+    trainer.train(resume_from_checkpoint=run.last_checkpoint())
+    figures = measure(recipe, trainer, rows)
+    write_json(run.figures, figures)
+    adapters.save(trainer.model, run.adapter, describe(recipe, trainer, rows, run, figures))
+    return {**figures, "adapter": str(run.adapter)}
+
+
+@dataclass(frozen=True)
+class Run:
+    """An output folder and the one run it belongs to."""
+
+    folder: Path
+    fingerprint: str
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def figures(self) -> Path:
+        """Beside the adapter, not in it: they quote the user's texts."""
+        return self.folder / "figures.json"
+
+    def finished(self) -> dict[str, Any] | None:
+        """The figures of this very run where it was finished before."""
+        card, figures = read_json(self.adapter / adapters.CARD), read_json(self.figures)
+        if card is None:
+            return None
+        if card.get("run") != self.fingerprint:
+            self._refuse()
+        return None if figures is None else {**figures, "adapter": str(self.adapter)}
+
+    def claim(self, base: str) -> None:
+        """Takes the folder for this run over `base` (a fingerprint), or finds that it was this run's already."""
+        marker = self.folder / "run.json"
+        mine = {"run": self.fingerprint, "base": base}
+        found = read_json(marker)
+        if found is None and not self._checkpoints():
+            write_json(marker, mine)
+        elif found != mine:
+            self._refuse()
+
+    def last_checkpoint(self) -> str | None:
+        """The newest checkpoint that was written whole: its trainer_state.json, which comes last, can be read."""
+        whole = [one for one in self._checkpoints() if read_json(one / "trainer_state.json") is not None]
+        if not whole:
+            return None
+        newest = max(whole, key=lambda one: int(one.name.rpartition("-")[2]))
+        say(f"Going on from {newest}")
+        return str(newest)
+
+    def forget(self) -> None:
+        """Removes what a run leaves in the folder, and nothing else."""
+        for folder in [*self._checkpoints(), self.adapter]:
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.folder / "run.json", self.figures):
+            file.unlink(missing_ok=True)
+
+    def _checkpoints(self) -> list[Path]:
+        return [one for one in self.folder.glob("checkpoint-*") if one.name.rpartition("-")[2].isdigit()]
+
+    def _refuse(self) -> None:
+        raise RunError(
+            f"{self.folder} holds a run of another recipe, data or base. Nothing was touched. Take another folder with "
+            "--set train.output_dir=FOLDER, or --restart to throw the old run away."
+        )
+
+
+def make_trainer(recipe: Recipe, base: Base, rows: Sequence[Row]) -> PerCETrainer:
+    """A trainer over the recipe's training rows; its validation rows are its `eval_dataset`."""
+    training, validation = of_split(rows, "train"), of_split(rows, "validation")
+    if not training:
+        raise DataError("No training rows: every row is held out. Lower split.test and split.validation.")
+    config = training_config(recipe)
+    evaluated = validation if config.eval_strategy != "no" else []
+    trainer = PerCETrainer(
+        base.model,
+        config,
+        train_dataset=datasets.Dataset.from_list(to_columns(training)),
+        eval_dataset=datasets.Dataset.from_list(to_columns(evaluated)) if evaluated else None,
+        processing_class=base.tokenizer,
+        peft_config=lora_config(recipe),
+        template=recipe.template,
+        max_profile_tokens=recipe.profile.max_tokens,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ShowProgress())
+    return trainer
+
+
+class ShowProgress(TrainerCallback):
+    """One bar: steps, time left, the losses of the last logged step."""
+
+    def __init__(self) -> None:
+        self.bar = progress_bar()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.start()
+        self.task = self.bar.add_task("Training", total=state.max_steps, completed=state.global_step, note="")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "unweighted_loss" in logs:
+            self.bar.update(self.task, note=f"loss a token {logs['unweighted_loss']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.stop()
+
+
+def measure(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row]) -> dict[str, Any]:
+    """The figures of a finished training: held-out losses, health of the weights, one answer of base and adapter."""
+    maker = PairMaker(trainer.processing_class, recipe.template, trainer.args.max_length, recipe.profile.max_tokens)
+    held_out = spread_over_users(of_split(rows, "test") or of_split(rows, "validation"), recipe.evaluation.max_rows)
+    losses = held_out_losses(trainer.model, maker, held_out, trainer.autocast)
+    sample = None
+    asked = next((row for row in held_out if row.profile), None)
+    if asked is not None:
+        shown = () if trainer.args.train_on == "counterfactual" else asked.profile
+        options = (maker, asked.prompt, shown, recipe.evaluation.max_new_tokens)
+        sample = {
+            "user": asked.user,
+            "query": asked.query,
+            "written": next(one["content"] for one in asked.completion if one["role"] == "assistant"),
+            "base": generate(trainer.model, *options, use_adapter=False, autocast=trainer.autocast),
+            "adapter": generate(trainer.model, *options, use_adapter=True, autocast=trainer.autocast),
+        }
+    return {"losses": losses, "weights": health(trainer), "sample": sample, "rows": trainer.audits["train"].summary()}
+
+
+def health(trainer: PerCETrainer) -> dict[str, float]:
+    """The weight figures, means over the logged steps of the last epoch."""
+    steps = [one for one in trainer.state.log_history if "weight_mean" in one]
+    last = [one for one in steps if one["epoch"] > steps[-1]["epoch"] - 1] if steps else []
+    names = ("weight_mean", "share_above_min", "share_at_min", "share_at_max", "effective_tokens", "pir_mean")
+    figures = {name: sum(one[name] for one in last) / len(last) for name in names} if last else {}
+    return {**figures, "store_hits": trainer.store_hits}
+
+
+def describe(
+    recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row], run: Run, figures: dict[str, Any]
+) -> dict[str, Any]:
+    """What `perce_lite.json` says of the run."""
+    trained = of_split(rows, "train")
+    absolute = {"data": {**recipe.model_dump(mode="json")["data"], "path": str(recipe.data_path)}} if recipe.data.path else {}
+    return {
+        "run": run.fingerprint,
+        "recipe": {**recipe.model_dump(mode="json"), **absolute},
+        "recipe_fingerprint": recipe.fingerprint(),
+        "estimator": trainer.args.estimator,
+        "train_on": trainer.args.train_on,
+        "clip_min": trainer.args.clip_min,
+        "clip_max": trainer.args.clip_max,
+        "data": {
+            "fingerprint": digest([row.fingerprint() for row in rows]),
+            "rows": len(trainer.pairs["train"]),
+            "users": len({row.user for row in trained}),
+        },
+        "steps": trainer.state.global_step,
+        "metrics": {
+            "losses": [{key: value for key, value in one.items() if key != "per_row"} for one in figures["losses"]],
+            "weights": figures["weights"],
+        },
+    }
+

@@ -1,0 +1,266 @@
+"""`PerCETrainer`: TRL's `SFTTrainer` with each response token weighted by how much it leans on the profile.
+
+How a step goes: `compute_loss` runs TRL's own loss on a model whose log-probs come back multiplied by their weights;
+TRL's accumulation, metrics, evaluation, logging and resume stay as they are. The counterfactual is a column of the data
+set, scored once before training with the adapters off; only `bootstrap` runs a second forward, ahead of the first.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import PeftModel, PeftType
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
+from trl import SFTTrainer, pack_dataset
+
+from perce_lite import contrast
+from perce_lite.collator import LOG_PROB_COLUMNS, EpochSampler, PairCollator
+from perce_lite.config import PerCEConfig
+from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
+from perce_lite.files import disk_full_is_clear
+from perce_lite.models import keep_base_constant
+from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, require
+from perce_lite.recipe import Template
+from perce_lite.rows import from_columns
+from perce_lite.score import Job, batch_log_probs, frozen, runs, scoring_forward, store_key, under_base
+from perce_lite.store import Store
+
+_REFUSED_ARGUMENTS = {
+    "data_collator": "the batch carries columns of its own",
+    "compute_loss_func": "it would replace the weighted loss",
+    "compute_metrics": "it needs full logits; use the loss, or perce_lite's own evaluation",
+    "preprocess_logits_for_metrics": "it needs full logits",
+    "formatting_func": "a formatted text has no profile to drop; give prompt, completion and profile columns",
+}
+
+
+class PerCETrainer(SFTTrainer):
+    """`SFTTrainer` whose data set has a `profile` column beside `prompt` and `completion` (or `messages`).
+
+    Args beyond `SFTTrainer`'s:
+        template: how profile and query become chat messages
+        max_profile_tokens: tokens of the profile at the most; None: what `args.max_length` leaves
+
+    Columns: `profile` (a text, or a list of texts or {title, text}), `prompt` and `completion` (texts or messages) or
+    `messages` (every assistant turn is scored); optional `user`, which names a store file, and `where`, which names the
+    row in errors.
+
+    Raises:
+        ConfigError: an argument or a model that PerCE cannot be computed with.
+        DataError, TemplateError: see `perce_lite.pairs`.
+        NonFiniteLossError: in training; nothing of that step is kept.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: PerCEConfig | None = None,
+        *,
+        train_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
+        template: Template | None = None,
+        max_profile_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else PerCEConfig(output_dir="perce-output")
+        _refuse(model, args, train_dataset, kwargs)
+        self.audits: dict[str, Audit] = {}
+        self.pairs: dict[str, list[Pair]] = {}
+        self._template, self._max_profile_tokens = template, max_profile_tokens
+        given = {name: p.data for name, p in model.named_parameters()} if isinstance(model, PeftModel) else {}
+        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        # TRL makes a 4-bit model's adapter bf16, in which small updates round away and fp16's scaler fails.
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = given.get(name, parameter.data).to(parameter.device, torch.float32)
+        keep_base_constant(self.model)
+        self.autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self.weight_scale, self.store_hits = 1.0, 0.0
+        bootstrap = args.estimator == "bootstrap"
+        self._scoring_forward = scoring_forward(self.model) if bootstrap else None
+        self.data_collator = PairCollator(
+            pad_token_id=self._tokenizer.pad_token_id,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+            counterfactuals=[pair.counterfactual for pair in self.pairs["train"]] if bootstrap else None,
+        )
+        self.train_dataset = self._ordered(self._with_log_probs(self.train_dataset))
+
+    # Before training: rows become pairs, pairs get their constants
+
+    def _prepare_dataset(
+        self,
+        dataset: datasets.Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: PerCEConfig,
+        packing: bool,
+        formatting_func: None,
+        dataset_name: str,
+    ) -> datasets.Dataset:
+        """Columns `input_ids`, `labels` and `row`, each (T,); called by TRL for every data set it is given."""
+        if "row" in dataset.column_names and "input_ids" in dataset.column_names:
+            return dataset
+        rows = [from_columns(record, f"{dataset_name} row {number}") for number, record in enumerate(dataset)]
+        if not any(row.profile for row in rows):
+            raise DataError(f"The {dataset_name} data set's profile column is empty in all {len(rows)} rows")
+        maker = PairMaker(processing_class, self._template, args.max_length, self._max_profile_tokens)
+        audit = self.audits[dataset_name] = Audit()
+        pairs = self.pairs[dataset_name] = maker.make(rows, audit)
+        require(pairs, audit, dataset_name)
+        trained = [pair.factual if args.train_on == "factual" else pair.counterfactual for pair in pairs]
+        return datasets.Dataset.from_dict(
+            {
+                "input_ids": [tokens.ids for tokens in trained],
+                "labels": [tokens.labels for tokens in trained],
+                "row": [[index] * len(tokens.ids) for index, tokens in enumerate(trained)],
+            }
+        )
+
+    def _with_log_probs(self, dataset: datasets.Dataset) -> datasets.Dataset:
+        """Adds what the estimator takes as a constant of the data: one scoring pass, adapters off, or store hits."""
+        factual_too = self.args.estimator in ("base", "shuffled")
+        needed = ["counterfactual"] if self.args.estimator in ("base", "shuffled", "mixed") else []
+        if factual_too or (self.args.normalize_weights == "mean" and self.args.estimator != "uniform"):
+            needed = ["factual", "counterfactual"]
+        if not needed:
+            return dataset
+        pairs = self.pairs["train"]
+        users = [pair.row.user for pair in pairs]
+        jobs = [Job(user, getattr(pair, term)) for term in needed for user, pair in zip(users, pairs, strict=True)]
+        store = Store(Path(self.args.store), store_key(self.model, self.autocast)) if self.args.store else None
+        scored = under_base(self.model, jobs, store, self.autocast, "Scoring under the base")
+        self.store_hits = scored.hits / len(jobs)
+        terms = {term: scored.log_probs[i * len(pairs) : (i + 1) * len(pairs)] for i, term in enumerate(needed)}
+        if self.args.normalize_weights == "mean":
+            pirs = [contrast.pir(*both) for both in zip(terms["factual"], terms["counterfactual"], strict=True)]
+            self.weight_scale = 1 / contrast.mean_weight(pirs, self.args.clip_min, self.args.clip_max)
+        kept = needed if factual_too else [term for term in needed if self.args.estimator == "mixed" and term != "factual"]
+        for term in kept:
+            column = [self._column(index, values) for index, values in enumerate(terms[term])]
+            dataset = dataset.add_column(f"{term}_log_probs", column)
+        return dataset
+
+    def _column(self, index: int, values: Tensor) -> list[float]:
+        """A row's log-probs (R,) laid out on its labels (T,), zero elsewhere."""
+        pair = self.pairs["train"][index]
+        labels = (pair.factual if self.args.train_on == "factual" else pair.counterfactual).labels
+        if self.args.estimator == "shuffled":  # both terms in the same order: the weights permute, the labels do not
+            values = values[contrast.permutation(runs(labels), self.args.seed, index)]
+        scored = iter(values.tolist())
+        return [0.0 if label == IGNORED else next(scored) for label in labels]
+
+    def _ordered(self, dataset: datasets.Dataset) -> datasets.Dataset:
+        """Shuffled once and packed, where asked for."""
+        if self.args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=self.args.seed)
+        return pack_dataset(dataset, self.args.max_length, "bfd") if self.args.packing else dataset
+
+    # In training
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss of `model` with its log-probs (B, T-1) multiplied by their weights; unweighted in evaluation."""
+        rows = inputs.pop("row")
+        twin = inputs.pop("counterfactual", None)
+        constants = {name: inputs.pop(name)[:, 1:] for name in LOG_PROB_COLUMNS if name in inputs}
+        if twin is not None and model.training:
+            constants["counterfactual_log_probs"] = self._without_profile(twin, inputs["labels"])
+
+        def weighted(**forward_inputs: Any) -> Any:
+            outputs = model(**forward_inputs)
+            factual = constants.get("factual_log_probs", outputs.log_probs)
+            counterfactual = constants.get("counterfactual_log_probs")
+            pir = None if counterfactual is None else contrast.pir(factual, counterfactual)
+            self._record(outputs, pir)
+            if pir is not None:
+                weights = contrast.weights(pir, self.args.clip_min, self.args.clip_max, self.weight_scale)
+                outputs.log_probs = weights * outputs.log_probs
+            return outputs
+
+        result = super().compute_loss(
+            weighted if model.training else model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        loss = result[0] if return_outputs else result
+        if model.training and not torch.isfinite(loss):
+            raise NonFiniteLossError(self._named(loss, rows))
+        return result
+
+    def _without_profile(self, twin: dict[str, Any], labels: Tensor) -> Tensor:
+        """Log-probs of the same adapter without the profile, laid out as the training forward's (B, T-1)."""
+        assert self._scoring_forward is not None
+        with frozen(self.model, adapters=True):
+            flat = batch_log_probs(self._scoring_forward, twin, self.autocast)
+        mask = labels[:, 1:] != IGNORED
+        return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
+
+    def _record(self, outputs: Any, pir: Tensor | None) -> None:
+        """Adds the step's figures to those that TRL averages and logs."""
+        mask = outputs.label_mask
+        figures = {"unweighted_loss": -(outputs.log_probs.detach().sum() / mask.sum().clamp(min=1)).item()}
+        if pir is not None:
+            figures |= contrast.health(pir[mask], self.args.clip_min, self.args.clip_max)
+            figures["store_hits"] = self.store_hits
+        for name, value in figures.items():
+            self._metrics["train"][name].append(value)
+
+    def _named(self, loss: Tensor, rows: Tensor) -> str:
+        names = [self.pairs["train"][index].row for index in rows.unique().tolist() if index >= 0]
+        told = "; ".join(f"{row.where} (user {row.user})" for row in names)
+        return (
+            f"The loss is {loss.item()} at step {self.state.global_step + 1}, in these rows: {told}. Nothing of this step "
+            "was kept. Lower train.learning_rate, or look at the rows with `perce-lite check`."
+        )
+
+    # What TRL asks its subclasses for
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "row", *LOG_PROB_COLUMNS])]
+
+    def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler[int] | None:
+        """As TRL's, with an order that a resumed run meets again."""
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        strategy = self.args.train_sampling_strategy
+        if strategy == "sequential":
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if strategy == "random":
+            return EpochSampler(len(dataset), seed)
+        lengths = [len(ids) for ids in dataset["input_ids"]]
+        return EpochSampler(len(dataset), seed, lengths, self.args.train_batch_size)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        advice = "Free some space and run the same command again: it goes on from the last whole checkpoint."
+        with disk_full_is_clear(Path(self.args.output_dir), advice):
+            super()._save_checkpoint(model, trial)
+
+
+def _refuse(model: Any, args: PerCEConfig, train_dataset: Any, kwargs: dict[str, Any]) -> None:
+    """Raises ConfigError with every reason why these arguments would not train what PerCE means."""
+    faults = [f"{name}: {why}" for name, why in _REFUSED_ARGUMENTS.items() if kwargs.get(name) is not None]
+    if not isinstance(args, PerCEConfig):
+        faults.append(f"args: a PerCEConfig is needed, this is {type(args).__name__}")
+    peft = model.active_peft_config if isinstance(model, PeftModel) else kwargs.get("peft_config")
+    if peft is None:
+        faults.append("peft_config: the counterfactual is the base with its adapters off, so there must be an adapter")
+    elif peft.peft_type != PeftType.LORA:
+        faults.append(f"peft_config: a LoraConfig is needed, this is {peft.peft_type.value}")
+    if isinstance(train_dataset, datasets.IterableDataset):
+        faults.append("train_dataset: a streaming data set cannot be scored before training; use datasets.Dataset")
+    if isinstance(train_dataset, datasets.Dataset):
+        faults += _column_faults(train_dataset.column_names)
+    if faults:
+        raise ConfigError(faults)
+
+
+def _column_faults(names: Sequence[str]) -> list[str]:
+    has = set(names)
+    if "profile" not in has:
+        return [f"train_dataset: no profile column among {', '.join(names)}"]
+    if "messages" not in has and not {"prompt", "completion"} <= has:
+        return [f"train_dataset: prompt and completion, or messages, are needed beside profile; it has {', '.join(names)}"]
+    return []
