@@ -10,7 +10,7 @@ from typing import Any
 from perce_lite.errors import DataError
 from perce_lite.profiles import Item, choose
 from perce_lite.recipe import Profile, Recipe
-from perce_lite.rows import SPLITS, Profiled, Row, from_record, of_split, split_rows
+from perce_lite.rows import SPLITS, Profiled, Row, from_record, of_split, split_rows, spread_over_users
 
 
 def read_rows(recipe: Recipe) -> list[Row]:
@@ -40,7 +40,8 @@ def read_rows(recipe: Recipe) -> list[Row]:
         )
     rows = split_rows(rows, recipe.split, otherwise="time" if shape == "documents" else "row")
     if data.max_rows is not None:
-        rows = [row for name in ("train", "validation", "test") for row in of_split(rows, name)[: data.max_rows]]
+        parts = [of_split(rows, name) for name in ("train", "validation", "test")]
+        rows = [row for part in parts for row in spread_over_users([one for one in part if one.profile], data.max_rows)]
     return rows
 
 

@@ -1,29 +1,20 @@
 """What training did, on held-out rows: loss with the own profile, with none, with another user's."""
 
-import itertools
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 from perce_lite.console import progress_bar
+from perce_lite.contrast import pir
 from perce_lite.pairs import Pair, PairMaker, Tokens
 from perce_lite.rows import Row, swap_profiles
 from perce_lite.score import log_probs
 
 PROFILES = ("own", "none", "other user's")
 """The controls, in the order of the table."""
-
-
-def spread_over_users(rows: Sequence[Row], count: int) -> list[Row]:
-    """At most `count` rows, one of each user in turn."""
-    by_user: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_user[row.user].append(row)
-    turns = itertools.zip_longest(*by_user.values())
-    return [row for turn in turns for row in turn if row is not None][:count]
 
 
 def controlled(maker: PairMaker, rows: Sequence[Row], seed: int = 0) -> list[tuple[Pair, dict[str, Tokens]]]:
@@ -50,34 +41,51 @@ def id_of(row: Row) -> tuple[str, str]:
 
 
 def held_out_losses(
-    model: PeftModel, maker: PairMaker, rows: Sequence[Row], autocast: torch.dtype | None
+    model: PeftModel, maker: PairMaker, rows: Sequence[Row], autocast: torch.dtype | None, clip_min: float
 ) -> list[dict[str, Any]]:
-    """Loss a token, nats, of base and adapter under each control, over all scored tokens of `rows`.
+    """Loss a token, nats, of base and adapter under each control, over `rows`.
 
-    A list of {profile, base, adapter, tokens, rows, per_row}; empty where no row can be had.
+    One record a control: {profile, base, adapter, tokens, personal: {base, adapter, tokens}, rows, per_row}, where
+    personal tokens are those whose PIR under the base, own profile against none, is above `clip_min`. Empty where no
+    row can be had.
     """
     cases = controlled(maker, rows)
     if not cases:
         return []
     names = [name for name in PROFILES if name in cases[0][1]]
     sequences = [passes[name] for _, passes in cases for name in names]
-    nats: dict[bool, list[float]] = {}
-    counts = [0] * len(sequences)
+    scored: dict[bool, list[Tensor]] = {}
     with progress_bar() as bar:
         task = bar.add_task("Held-out rows", total=2 * len(sequences), note="")
         for adapter in (False, True):
-            nats[adapter] = [0.0] * len(sequences)
+            found: dict[int, Tensor] = {}
             for index, values in log_probs(model, sequences, adapters=adapter, autocast=autocast):
-                nats[adapter][index], counts[index] = -float(values.double().sum()), values.numel()
+                found[index] = values.double()
                 bar.advance(task)
-    table = []
-    for offset, name in enumerate(names):
-        picked = range(offset, len(sequences), len(names))
-        tokens = sum(counts[index] for index in picked)
-        per_row = [
-            {"row": pair.row.where, "user": pair.row.user, "tokens": counts[index], "base": nats[False][index], "adapter": nats[True][index]}
-            for (pair, _), index in zip(cases, picked, strict=True)
-        ]
-        base, adapter = (sum(nats[on][index] for index in picked) / tokens for on in (False, True))
-        table.append({"profile": name, "base": base, "adapter": adapter, "tokens": tokens, "rows": len(per_row), "per_row": per_row})
-    return table
+            scored[adapter] = [found[index] for index in range(len(sequences))]
+    by_name = {name: range(offset, len(sequences), len(names)) for offset, name in enumerate(names)}
+    own, none = ([scored[False][index] for index in by_name[name]] for name in ("own", "none"))
+    personal = [pir(*both) > clip_min for both in zip(own, none, strict=True)]
+    return [
+        _losses(name, [pair for pair, _ in cases], personal, *([scored[on][i] for i in by_name[name]] for on in (False, True)))
+        for name in names
+    ]
+
+
+def _losses(
+    name: str, pairs: list[Pair], personal: list[Tensor], base: list[Tensor], adapter: list[Tensor]
+) -> dict[str, Any]:
+    """The record of one control; `base` and `adapter` hold log-probs (R,) a row, `personal` masks (R,)."""
+    mask = torch.cat(personal)
+
+    def figures(mask: Tensor | None) -> dict[str, Any]:
+        both = {"base": torch.cat(base), "adapter": torch.cat(adapter)}
+        kept = {who: values if mask is None else values[mask] for who, values in both.items()}
+        count = kept["base"].numel()
+        return {**{who: -float(values.sum()) / max(1, count) for who, values in kept.items()}, "tokens": count}
+
+    per_row = [
+        {"row": pair.row.where, "user": pair.row.user, "tokens": one.numel(), "base": -float(one.sum()), "adapter": -float(other.sum())}
+        for pair, one, other in zip(pairs, base, adapter, strict=True)
+    ]
+    return {"profile": name, **figures(None), "personal": figures(mask), "rows": len(pairs), "per_row": per_row}

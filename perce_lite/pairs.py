@@ -157,28 +157,31 @@ class PairMaker:
         counterfactual = self._tokens(prompt, completion, "", responses, row.where)
         if self.max_length is not None and len(counterfactual.ids) > self.max_length:
             return TOO_LONG
-        units = row.profile.split() if isinstance(row.profile, str) else row.profile
-        taken = _most_that_fit(len(units), lambda count: self._fits(row, count, prompt, completion, responses))
-        if taken == 0:
+        units = len(row.profile.split()) if isinstance(row.profile, str) else len(row.profile)
+
+        def fits(profile: Profiled) -> bool:
+            text, _ = self._safe_profile(profile)
+            if self.max_profile_tokens is not None and len(self._ids(text)) > self.max_profile_tokens:
+                return False
+            if self.max_length is None:
+                return True
+            return len(self._tokens(prompt, completion, text, responses, row.where).ids) <= self.max_length
+
+        taken = _most_that_fit(units, lambda count: fits(_first(row.profile, count)))
+        chosen = _first(row.profile, taken)
+        if not chosen and not isinstance(row.profile, str):  # the nearest item alone is too long: the next that is not
+            chosen = next(((item,) for item in row.profile if fits((item,))), ())
+            taken = len(chosen)
+        if not chosen:
             return PROFILE_TOO_LONG
-        text, broken_in_profile = self._safe_profile(_first(row.profile, taken))
+        text, broken_in_profile = self._safe_profile(chosen)
         factual = self._tokens(prompt, completion, text, responses, row.where)
         if factual.ids == counterfactual.ids:
             raise TemplateError(
                 f"{row.where}: the profile leaves no trace in the prompt: with and without it the chat template renders "
                 "the same text. Try template.position: user, or another template."
             )
-        return Pair(row, factual, counterfactual, len(units) - taken, broken + broken_in_profile)
-
-    def _fits(
-        self, row: Row, count: int, prompt: list[Message], completion: list[Message], responses: list[list[int]]
-    ) -> bool:
-        text, _ = self._safe_profile(_first(row.profile, count))
-        if self.max_profile_tokens is not None and len(self._ids(text)) > self.max_profile_tokens:
-            return False
-        if self.max_length is None:
-            return True
-        return len(self._tokens(prompt, completion, text, responses, row.where).ids) <= self.max_length
+        return Pair(row, factual, counterfactual, units - taken, broken + broken_in_profile)
 
     def _cleaned(self, row: Row) -> tuple[list[Message], list[Message], int]:
         """Prompt and completion with control tokens in user text broken, and how many there were."""

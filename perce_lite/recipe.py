@@ -37,7 +37,7 @@ class Data(Section):
     format: Literal["auto", "rows", "documents", "lamp", "longlamp"] = Field("auto", description="shape of a record")
     columns: dict[str, str] = Field({}, description="our column name: the name it has in your file")
     users: list[str] | None = Field(None, description="keep these users only")
-    max_rows: int | None = Field(None, ge=1, description="keep the first so many rows of each split")
+    max_rows: int | None = Field(None, ge=1, description="keep so many rows with a profile of each split, spread over users")
 
 
 class Profile(Section):

@@ -1,5 +1,6 @@
 """Rows: one response of one user, with the profile it may lean on; from records in every naming that we know."""
 
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,6 +55,15 @@ def of_split(rows: Iterable[Row], name: str) -> list[Row]:
     return [row for row in rows if row.split == name]
 
 
+def spread_over_users(rows: Sequence[Row], count: int) -> list[Row]:
+    """At most `count` rows, one of each user in turn."""
+    by_user: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_user[row.user].append(row)
+    turns = itertools.zip_longest(*by_user.values())
+    return [row for turn in turns for row in turn if row is not None][:count]
+
+
 def split_rows(rows: Sequence[Row], split: Split, otherwise: str = "row") -> list[Row]:
     """Gives every row a split: the data's own where it has one, else a seeded one.
 
@@ -105,7 +115,7 @@ def from_columns(record: Mapping[str, Any], where: str) -> Row:
     Raises:
         DataError: a column that is missing or of the wrong shape; `where` is named.
     """
-    return _from_record(record, str(record.get("where") or where), None, "rows", None)
+    return from_record(record, str(record.get("where") or where), None, "rows", None)
 
 
 def to_columns(rows: Sequence[Row]) -> list[dict[str, Any]]:

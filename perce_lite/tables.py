@@ -36,18 +36,19 @@ def show_training(figures: dict[str, Any]) -> None:
 
 
 def _losses(losses: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"Loss a token on {losses[0]['rows']} held-out responses (nats; lower is better)", title_justify="left")
-    for name in ("profile in the prompt", "before", "after", "change"):
+    first = losses[0]
+    told = f"{first['tokens']} tokens of {first['rows']} held-out responses, {first['personal']['tokens']} of them personal"
+    table = Table(title=f"Loss a token (nats, lower is better): {told}", title_justify="left")
+    for name in ("profile in the prompt", "before", "after", "change", "personal: before", "after", "change"):
         table.add_column(name, justify="left" if name.startswith("profile") else "right")
     for one in losses:
-        change = one["adapter"] - one["base"]
-        table.add_row(
-            one["profile"],
-            f"{one['base']:.3f}",
-            f"{one['adapter']:.3f}",
-            Text(f"{change:+.3f}", style="green" if change < 0 else "red"),
-        )
+        table.add_row(one["profile"], *_before_after(one), *_before_after(one["personal"]))
     return table
+
+
+def _before_after(one: dict[str, Any]) -> tuple[str, str, Text]:
+    change = one["adapter"] - one["base"]
+    return f"{one['base']:.3f}", f"{one['adapter']:.3f}", Text(f"{change:+.3f}", style="green" if change < 0 else "red")
 
 
 def _answers(sample: dict[str, Any]) -> Table:

@@ -14,13 +14,13 @@ from perce_lite import adapters
 from perce_lite.console import progress_bar, say
 from perce_lite.data import read_rows
 from perce_lite.errors import DataError, RunError
-from perce_lite.evaluate import held_out_losses, spread_over_users
+from perce_lite.evaluate import held_out_losses
 from perce_lite.files import digest, read_json, write_json
 from perce_lite.generate import generate
 from perce_lite.models import Base, fingerprint, load_base
 from perce_lite.pairs import PairMaker
 from perce_lite.recipe import Recipe, lora_config, training_config
-from perce_lite.rows import Row, of_split, to_columns
+from perce_lite.rows import Row, of_split, spread_over_users, to_columns
 from perce_lite.trainer import PerCETrainer
 
 
@@ -159,7 +159,7 @@ def measure(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row]) -> dict[
     """The figures of a finished training: held-out losses, health of the weights, one answer of base and adapter."""
     maker = PairMaker(trainer.processing_class, recipe.template, trainer.args.max_length, recipe.profile.max_tokens)
     held_out = spread_over_users(of_split(rows, "test") or of_split(rows, "validation"), recipe.evaluation.max_rows)
-    losses = held_out_losses(trainer.model, maker, held_out, trainer.autocast)
+    losses = held_out_losses(trainer.model, maker, held_out, trainer.autocast, trainer.args.clip_min)
     sample = None
     asked = next((row for row in held_out if row.profile), None)
     if asked is not None:
