@@ -24,7 +24,7 @@ def save(model: PeftModel, folder: Path, about: dict[str, Any]) -> None:
     Raises:
         DiskFullError: no space left; an adapter that was there before stays.
     """
-    base: PreTrainedModel = model.get_base_model()  # type: ignore[assignment]
+    base: PreTrainedModel = model.get_base_model()
     known = {"base": {**sketch(base), "fingerprint": fingerprint(model)}, "versions": versions()}
     with folder_written_aside(folder) as aside:
         model.save_pretrained(aside)
@@ -39,7 +39,9 @@ def about(folder: Path) -> dict[str, Any]:
         AdapterError: the folder is not there, or holds no adapter of PerCE Lite.
     """
     if not folder.is_dir():
-        raise AdapterError(f"{folder}: there is no such folder. An adapter lies in <output_dir>/adapter after training.")
+        raise AdapterError(
+            f"{folder}: there is no such folder. An adapter lies in <output_dir>/adapter after training."
+        )
     for nested in (folder, folder / "adapter"):
         card = read_json(nested / CARD)
         if isinstance(card, dict) and (nested / "adapter_model.safetensors").is_file():
@@ -61,8 +63,8 @@ def load(base: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftMo
     ours = sketch(base)
     if not same_base(theirs, ours):
         raise AdapterError(
-            f"{folder}: this adapter was trained on {card['recipe']['model']} ({_shape(theirs)}), not on the base that is "
-            f"loaded ({_shape(ours)}). Load that base, or train an adapter for this one."
+            f"{folder}: this adapter was trained on {card['recipe']['model']} ({_shape(theirs)}), not on the base that "
+            f"is loaded ({_shape(ours)}). Load that base, or train an adapter for this one."
         )
     model: PeftModel = PeftModel.from_pretrained(base, card["folder"], is_trainable=trainable)
     for name, parameter in model.named_parameters():
@@ -104,11 +106,11 @@ def model_card(about: dict[str, Any]) -> str:
         "",
         f"# A personal LoRA adapter for {Path(name).name}",
         "",
-        f"Trained with PerCE Lite: every response token weighted by how much it leans on the user's profile (estimator "
-        f"`{about['estimator']}`, weights clipped to {about['clip_min']} .. {about['clip_max']}). {needs}",
+        "Trained with PerCE Lite: every response token weighted by how much it leans on the user's profile "
+        f"(estimator `{about['estimator']}`, weights clipped to {about['clip_min']} .. {about['clip_max']}). {needs}",
         "",
         f"- Data: {data['rows']} rows of {data['users']} users (fingerprint `{data['fingerprint']}`)",
-        f"- Base: `{recipe['model']}`, quantization `{recipe['quantization']}`; its licence holds for the adapter as well",
+        f"- Base: `{recipe['model']}`, quantization `{recipe['quantization']}`; its licence holds for the adapter too",
         "- An adapter can leak the texts it was trained on: share it as you would share them.",
         "",
         *(["Loss a token on held-out responses, nats:", "", *table, ""] if table else []),

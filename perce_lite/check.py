@@ -73,7 +73,11 @@ def _context(text: str, profile: str, query: str) -> list[Span]:
             part = part.rpartition("\n\n")[0]
         before, found, after = text.partition(part) if part else (text, "", "")
         if found:
-            return [*_context(before, "", query), (found, kind), *_context(after, "", query if kind == "profile" else "")]
+            return [
+                *_context(before, "", query),
+                (found, kind),
+                *_context(after, "", query if kind == "profile" else ""),
+            ]
     return [(text, "template")] if text else []
 
 

@@ -52,6 +52,7 @@ def check(recipe: RecipePath, set_: Set = None, json: Json = None) -> None:
     read = load_recipe(recipe, set_ or [])
     from perce_lite import tables
     from perce_lite.check import check as run
+
     figures = run(read)
     _write(json, figures)
     tables.show_check(figures)
@@ -63,7 +64,9 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to ask.")],
     profile: Annotated[str | None, typer.Option(help="The profile's text, or @FILE.")] = None,
     no_profile: Annotated[bool, typer.Option("--no-profile", help="Go without a profile.")] = False,
-    user: Annotated[str | None, typer.Option(help="A user of the adapter's data: their texts become the profile.")] = None,
+    user: Annotated[
+        str | None, typer.Option(help="A user of the adapter's data: their texts become the profile.")
+    ] = None,
     base: Annotated[bool, typer.Option("--base", help="Answer with the base, the adapter switched off.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at the most.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
@@ -78,6 +81,7 @@ def generate(
     from transformers import set_seed
 
     from perce_lite.generate import from_folder
+
     set_seed(seed)
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
     figures = from_folder(adapter, prompt, text, user, max_new_tokens, not base, stream=True, **options)

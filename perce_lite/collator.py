@@ -52,15 +52,16 @@ class PairCollator(DataCollatorForLanguageModeling):
         packed = "seq_lengths" in examples[0]
         batch = (self._packed if packed else self._plain)(examples)
         length = batch["input_ids"].shape[1]
-        for name, padding, dtype in (("row", -1, torch.long), *((name, 0.0, torch.float32) for name in LOG_PROB_COLUMNS)):
+        for name, padding, dtype in (
+            ("row", -1, torch.long),
+            *((name, 0.0, torch.float32) for name in LOG_PROB_COLUMNS),
+        ):
             if name not in examples[0]:
                 continue
             columns = [list(example[name]) for example in examples]
             if packed:
                 columns = [[value for column in columns for value in column]]
-            batch[name] = torch.tensor(
-                [column + [padding] * (length - len(column)) for column in columns], dtype=dtype
-            )
+            batch[name] = torch.tensor([column + [padding] * (length - len(column)) for column in columns], dtype=dtype)
         if self.counterfactuals is not None:
             batch["counterfactual"] = self._without_profile(examples, packed)
         return batch

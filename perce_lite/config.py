@@ -22,7 +22,7 @@ def pick_device(wanted: str = "auto") -> torch.device:
     if wanted == "cuda" and not torch.cuda.is_available():
         built = torch.version.cuda or "none, this is a CPU build"
         raise DeviceError(
-            f"device: cuda was asked for, but this torch sees no CUDA device (torch {torch.__version__}, CUDA {built}). "
+            f"device: cuda was asked for, but torch sees no CUDA device (torch {torch.__version__}, CUDA {built}). "
             "Use device: auto or cpu, or install a CUDA build of torch and a driver."
         )
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
@@ -91,9 +91,7 @@ VERDICTS: dict[str, Verdict] = {
         lambda c: c.train_sampling_strategy not in ("random", "sequential", "group_by_length"),
     ),
     "max_length": Verdict("any positive number, or null: profile items are left out to fit, a response is never cut"),
-    "truncation_mode": Verdict(
-        "nothing is ever truncated; leave it out", lambda c: c.truncation_mode != "keep_start"
-    ),
+    "truncation_mode": Verdict("nothing is ever truncated; leave it out", lambda c: c.truncation_mode != "keep_start"),
     "shuffle_dataset": Verdict("supported: rows are shuffled once before packing or batching"),
     "pad_to_multiple_of": Verdict("supported: padding carries no loss"),
     "dataset_kwargs": Verdict(
@@ -107,9 +105,7 @@ VERDICTS: dict[str, Verdict] = {
         "a batch size that changes by itself cannot be resumed; set per_device_train_batch_size",
         lambda c: bool(c.auto_find_batch_size),
     ),
-    "ignore_data_skip": Verdict(
-        "a resumed run would see rows twice; leave it out", lambda c: bool(c.ignore_data_skip)
-    ),
+    "ignore_data_skip": Verdict("a resumed run would see rows twice; leave it out", lambda c: bool(c.ignore_data_skip)),
     "deepspeed": Verdict("PerCE Lite trains on one device; leave it out", lambda c: bool(c.deepspeed)),
     "fsdp": Verdict("PerCE Lite trains on one device; leave it out", lambda c: bool(c.fsdp)),
     "parallelism_config": Verdict(

@@ -115,7 +115,9 @@ def _from_path(path: Path) -> Iterator[Record]:
         return _json_array(path)
     if path.suffix in (".jsonl", ".ndjson"):
         return _jsonl(path)
-    raise DataError(f"{path}: {path.suffix or 'no ending'} is not known; allowed: .jsonl, .json, .parquet, LaMP's files")
+    raise DataError(
+        f"{path}: {path.suffix or 'no ending'} is not known; allowed: .jsonl, .json, .parquet, LaMP's files"
+    )
 
 
 def _jsonl(path: Path) -> Iterator[Record]:

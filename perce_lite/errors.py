@@ -1,16 +1,16 @@
 """Every error that PerCE Lite raises on purpose.
 
-    PerceLiteError              the command line prints it as one clean line and exits with 2
-    |- RecipeError              a recipe's faults, all of them at once
-    |- ConfigError              a `PerCEConfig` that cannot be trained (also a ValueError)
-    |- DataError                rows that cannot be read, or none that can be trained on
-    |- TemplateError            a chat template that is missing or hides the profile
-    |- ModelError               a base model that is not there or did not arrive whole
-    |- DeviceError              a device that was asked for and is absent
-    |- AdapterError             a folder that is no adapter, or one of another base
-    |- RunError                 an output folder that belongs to another run
-    |- DiskFullError            no space left where something had to be written
-    `- NonFiniteLossError       a loss that is not a number; names the rows
+PerceLiteError              the command line prints it as one clean line and exits with 2
+|- RecipeError              a recipe's faults, all of them at once
+|- ConfigError              a `PerCEConfig` that cannot be trained (also a ValueError)
+|- DataError                rows that cannot be read, or none that can be trained on
+|- TemplateError            a chat template that is missing or hides the profile
+|- ModelError               a base model that is not there or did not arrive whole
+|- DeviceError              a device that was asked for and is absent
+|- AdapterError             a folder that is no adapter, or one of another base
+|- RunError                 an output folder that belongs to another run
+|- DiskFullError            no space left where something had to be written
+`- NonFiniteLossError       a loss that is not a number; names the rows
 """
 
 

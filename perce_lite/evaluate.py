@@ -67,7 +67,12 @@ def held_out_losses(
     own, none = ([scored[False][index] for index in by_name[name]] for name in ("own", "none"))
     personal = [pir(*both) > clip_min for both in zip(own, none, strict=True)]
     return [
-        _losses(name, [pair for pair, _ in cases], personal, *([scored[on][i] for i in by_name[name]] for on in (False, True)))
+        _losses(
+            name,
+            [pair for pair, _ in cases],
+            personal,
+            *([scored[on][i] for i in by_name[name]] for on in (False, True)),
+        )
         for name in names
     ]
 
@@ -85,7 +90,13 @@ def _losses(
         return {**{who: -float(values.sum()) / max(1, count) for who, values in kept.items()}, "tokens": count}
 
     per_row = [
-        {"row": pair.row.where, "user": pair.row.user, "tokens": one.numel(), "base": -float(one.sum()), "adapter": -float(other.sum())}
+        {
+            "row": pair.row.where,
+            "user": pair.row.user,
+            "tokens": one.numel(),
+            "base": -float(one.sum()),
+            "adapter": -float(other.sum()),
+        }
         for pair, one, other in zip(pairs, base, adapter, strict=True)
     ]
     return {"profile": name, **figures(None), "personal": figures(mask), "rows": len(pairs), "per_row": per_row}

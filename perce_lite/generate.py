@@ -75,7 +75,11 @@ def from_folder(
     chosen: Profiled
     if user is not None:
         known = history(recipe, user)
-        chosen = known if isinstance(known, str) else tuple(choose(known, prompt, recipe.profile.select, recipe.profile.top_k))
+        chosen = (
+            known
+            if isinstance(known, str)
+            else tuple(choose(known, prompt, recipe.profile.select, recipe.profile.top_k))
+        )
     elif profile is not None:
         chosen = profile
     elif card["train_on"] == "factual":

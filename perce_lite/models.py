@@ -213,7 +213,7 @@ def fingerprint(model: nn.Module) -> str:
         for key, tensor in tensors.items():
             flat = tensor.detach().cpu().contiguous()
             state.update(f"{key} {flat.dtype} {tuple(flat.shape)}".encode())
-            state.update(flat.view(-1).view(torch.uint8).numpy())
+            state.update(flat.view(-1).view(torch.uint8).numpy().data)
     return str(state.hexdigest())
 
 
@@ -241,7 +241,6 @@ def same_base(one: dict[str, Any], other: dict[str, Any]) -> bool:
     if one["shape"] != other["shape"]:
         return False
     return all(
-        math.isclose(a, b, rel_tol=2**-6, abs_tol=1e-4) for a, b in zip(one["embedding"], other["embedding"], strict=True)
+        math.isclose(a, b, rel_tol=2**-6, abs_tol=1e-4)
+        for a, b in zip(one["embedding"], other["embedding"], strict=True)
     )
-
-

@@ -178,7 +178,7 @@ class PairMaker:
         factual = self._tokens(prompt, completion, text, responses, row.where)
         if factual.ids == counterfactual.ids:
             raise TemplateError(
-                f"{row.where}: the profile leaves no trace in the prompt: with and without it the chat template renders "
+                f"{row.where}: the profile leaves no trace in the prompt: with and without it the template renders "
                 "the same text. Try template.position: user, or another template."
             )
         return Pair(row, factual, counterfactual, units - taken, broken + broken_in_profile)
@@ -344,4 +344,3 @@ def _without_tail(ids: list[int], labels: list[int]) -> Tokens:
     """Cuts what follows the last scored token: it would be computed for nothing."""
     last = max(index for index, label in enumerate(labels) if label != IGNORED)
     return Tokens(ids[: last + 1], labels[: last + 1])
-

@@ -37,7 +37,9 @@ class Data(Section):
     format: Literal["auto", "rows", "documents", "lamp", "longlamp"] = Field("auto", description="shape of a record")
     columns: dict[str, str] = Field({}, description="our column name: the name it has in your file")
     users: list[str] | None = Field(None, description="keep these users only")
-    max_rows: int | None = Field(None, ge=1, description="keep so many rows with a profile of each split, spread over users")
+    max_rows: int | None = Field(
+        None, ge=1, description="keep so many rows with a profile of each split, spread over users"
+    )
 
 
 class Profile(Section):
@@ -333,7 +335,7 @@ def _third_party_faults(plain: dict[str, Any], lines: dict[Path_, str]) -> list[
 
 def _type_fault(hint: Any, value: Any) -> str | None:
     """What `value` should have been, or None where it fits `hint`."""
-    plain = [one for one in (typing.get_args(hint) if _is_union(hint) else (hint,))]
+    plain = typing.get_args(hint) if _is_union(hint) else (hint,)
     checkable = [one for one in plain if one in (bool, int, float, str, types.NoneType, dict, list)]
     if len(checkable) < len(plain):  # enums, nested generics and classes: the class itself will tell
         return None

@@ -136,7 +136,9 @@ def to_columns(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def from_record(record: Mapping[str, Any], where: str, split: str | None, shape: str, rule: Profile | None) -> Row:
     """The row that a record tells of. `shape`: rows, lamp or longlamp; `rule` chooses among its profile items."""
     if shape in ("lamp", "longlamp"):
-        user = next((record[key] for key in ("user_id", "name", "reviewerId", "author", "id") if record.get(key)), "all")
+        user = next(
+            (record[key] for key in ("user_id", "name", "reviewerId", "author", "id") if record.get(key)), "all"
+        )
         record = {**record, "user": user, "prompt": record.get("input"), "completion": record.get("output")}
     prompt, completion = _conversation(record, where)
     split = SPLITS.get(str(record["split"])) if record.get("split") else split
@@ -173,9 +175,10 @@ def _messages(value: Any, column: str, role: str, where: str) -> tuple[Message, 
         raise DataError(f"{where}: no {column}; rename yours with data.columns.{column}=YOUR_COLUMN")
     if isinstance(value, str):
         return ({"role": role, "content": value},)
-    if isinstance(value, Sequence) and all(isinstance(one, Mapping) and "role" in one for one in value):
-        if all(isinstance(one.get("content"), str) for one in value):
-            return tuple({"role": str(one["role"]), "content": one["content"]} for one in value)
+    if isinstance(value, Sequence) and all(
+        isinstance(one, Mapping) and "role" in one and isinstance(one.get("content"), str) for one in value
+    ):
+        return tuple({"role": str(one["role"]), "content": one["content"]} for one in value)
     raise DataError(
         f"{where}: {column} is a text, or a list of messages such as {{role: user, content: a text}}; "
         f"this is {str(value)[:60]!r}"

@@ -65,7 +65,7 @@ def scoring_forward(model: torch.nn.Module) -> Callable[..., Any]:
 
     The model's own forward stays as it was: training keeps the head that TRL gave it.
     """
-    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[assignment]
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     own = base.__dict__.get("forward")
     add_fused_lm_head(base, cast_lm_head_to_fp32=True)
     scoring = base.__dict__.pop("forward")
@@ -153,7 +153,9 @@ def under_base(
                     found[index] = known[keys[index]]
                     hits += 1
             bar.update(task, advance=sum(found[index] is not None for index in indices))
-            for entries in _in_portions(model, {i: jobs[i].tokens for i in indices if found[i] is None}, autocast, bar, task):
+            for entries in _in_portions(
+                model, {i: jobs[i].tokens for i in indices if found[i] is None}, autocast, bar, task
+            ):
                 for index, values in entries.items():
                     found[index] = values
                 if store is not None:

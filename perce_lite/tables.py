@@ -21,7 +21,7 @@ def show_training(figures: dict[str, Any]) -> None:
     weights = figures["weights"]
     if "weight_mean" in weights:
         console.print(
-            f"Weights: {weights['share_above_min']:.0%} of response tokens above the floor, {weights['share_at_min']:.0%} "
+            f"Weights: {weights['share_above_min']:.0%} of tokens above the floor, {weights['share_at_min']:.0%} "
             f"at the lower clip, {weights['share_at_max']:.1%} at the upper, mean {weights['weight_mean']:.2f}, "
             f"effective tokens {weights['effective_tokens']:.0%}."
         )
@@ -31,13 +31,15 @@ def show_training(figures: dict[str, Any]) -> None:
     console.print(Text.assemble("Adapter: ", (figures["adapter"], "bold")))
     if sample is not None:
         console.print("Use it:", style="bold")
-        command = f"perce-lite generate --adapter {figures['adapter']} --user {sample['user']} --prompt \"{sample['query']}\""
+        command = (
+            f'perce-lite generate --adapter {figures["adapter"]} --user {sample["user"]} --prompt "{sample["query"]}"'
+        )
         console.print(command, markup=False, soft_wrap=True)
 
 
 def _losses(losses: list[dict[str, Any]]) -> Table:
     first = losses[0]
-    told = f"{first['tokens']} tokens of {first['rows']} held-out responses, {first['personal']['tokens']} of them personal"
+    told = f"{first['tokens']} tokens of {first['rows']} held-out responses, {first['personal']['tokens']} personal"
     table = Table(title=f"Loss a token (nats, lower is better): {told}", title_justify="left")
     for name in ("profile in the prompt", "before", "after", "change", "personal: before", "after", "change"):
         table.add_column(name, justify="left" if name.startswith("profile") else "right")
@@ -52,7 +54,9 @@ def _before_after(one: dict[str, Any]) -> tuple[str, str, Text]:
 
 
 def _answers(sample: dict[str, Any]) -> Table:
-    table = Table(title=f"A held-out query of {sample['user']}: {sample['query']}", title_justify="left", show_header=False)
+    table = Table(
+        title=f"A held-out query of {sample['user']}: {sample['query']}", title_justify="left", show_header=False
+    )
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for who in ("base", "adapter", "written"):
@@ -73,7 +77,12 @@ def show_check(figures: dict[str, Any]) -> None:
     for name in ("split", "user", "reason", "rows", "such as"):
         drops.add_column(name, justify="right" if name == "rows" else "left")
     for name, split in figures["splits"].items():
-        table.add_row(name, *(str(split[key]) for key in ("read", "kept")), str(split["read"] - split["kept"]), str(len(split["users"])))
+        table.add_row(
+            name,
+            *(str(split[key]) for key in ("read", "kept")),
+            str(split["read"] - split["kept"]),
+            str(len(split["users"])),
+        )
         spreads = [split[key] for key in ("with_profile_tokens", "without_profile_tokens", "response_tokens")]
         told = [f"{one['min']} / {one['median']} / {one['max']}" if one else "-" for one in spreads]
         lengths.add_row(name, *told, f"{split['rows_with_items_left_out']} ({split['profile_items_left_out']} items)")
@@ -82,9 +91,13 @@ def show_check(figures: dict[str, Any]) -> None:
     console.print(table, lengths, *([drops] if drops.row_count else []))
     broken = sum(split["control_tokens_broken"] for split in figures["splits"].values())
     if broken:
-        console.print(f"{broken} places in user text spelled a control token of the template; a space was put into each.")
+        console.print(
+            f"{broken} places in user text spelled a control token of the template; a space was put into each."
+        )
     example = figures["example"]
-    console.print(Text.assemble("The model sees: ", *(pair for kind, style in _STYLES.items() for pair in ((kind, style), " "))))
+    console.print(
+        Text.assemble("The model sees: ", *(pair for kind, style in _STYLES.items() for pair in ((kind, style), " ")))
+    )
     for side, title in (("with_profile", "with the profile"), ("without_profile", "without")):
         text = Text.assemble(*((piece, _STYLES[kind]) for piece, kind in example[side]))
         console.print(Panel(text, title=f"{example['row']}, user {example['user']}, {title}", title_align="left"))

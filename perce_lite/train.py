@@ -189,7 +189,9 @@ def describe(
 ) -> dict[str, Any]:
     """What `perce_lite.json` says of the run."""
     trained = of_split(rows, "train")
-    absolute = {"data": {**recipe.model_dump(mode="json")["data"], "path": str(recipe.data_path)}} if recipe.data.path else {}
+    absolute = (
+        {"data": {**recipe.model_dump(mode="json")["data"], "path": str(recipe.data_path)}} if recipe.data.path else {}
+    )
     return {
         "run": run.fingerprint,
         "recipe": {**recipe.model_dump(mode="json"), **absolute},
@@ -209,4 +211,3 @@ def describe(
             "weights": figures["weights"],
         },
     }
-

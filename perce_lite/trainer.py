@@ -37,6 +37,15 @@ _REFUSED_ARGUMENTS = {
     "formatting_func": "a formatted text has no profile to drop; give prompt, completion and profile columns",
 }
 
+_CONSTANT_TERMS: dict[str, tuple[str, ...]] = {
+    "base": ("factual", "counterfactual"),
+    "shuffled": ("factual", "counterfactual"),
+    "mixed": ("counterfactual",),
+    "bootstrap": (),
+    "uniform": (),
+}
+"""Terms of the PIR that do not change while the adapter learns: columns of the data set."""
+
 
 class PerCETrainer(SFTTrainer):
     """`SFTTrainer` whose data set has a `profile` column beside `prompt` and `completion` (or `messages`).
@@ -121,10 +130,9 @@ class PerCETrainer(SFTTrainer):
 
     def _with_log_probs(self, dataset: datasets.Dataset) -> datasets.Dataset:
         """Adds what the estimator takes as a constant of the data: one scoring pass, adapters off, or store hits."""
-        factual_too = self.args.estimator in ("base", "shuffled")
-        needed = ["counterfactual"] if self.args.estimator in ("base", "shuffled", "mixed") else []
-        if factual_too or (self.args.normalize_weights == "mean" and self.args.estimator != "uniform"):
-            needed = ["factual", "counterfactual"]
+        columns = _CONSTANT_TERMS[self.args.estimator]
+        normalized = self.args.normalize_weights == "mean" and self.args.estimator != "uniform"
+        needed = ("factual", "counterfactual") if normalized else columns
         if not needed:
             return dataset
         pairs = self.pairs["train"]
@@ -134,11 +142,10 @@ class PerCETrainer(SFTTrainer):
         scored = under_base(self.model, jobs, store, self.autocast, "Scoring under the base")
         self.store_hits = scored.hits / len(jobs)
         terms = {term: scored.log_probs[i * len(pairs) : (i + 1) * len(pairs)] for i, term in enumerate(needed)}
-        if self.args.normalize_weights == "mean":
+        if normalized:
             pirs = [contrast.pir(*both) for both in zip(terms["factual"], terms["counterfactual"], strict=True)]
             self.weight_scale = 1 / contrast.mean_weight(pirs, self.args.clip_min, self.args.clip_max)
-        kept = needed if factual_too else [term for term in needed if self.args.estimator == "mixed" and term != "factual"]
-        for term in kept:
+        for term in columns:
             column = [self._column(index, values) for index, values in enumerate(terms[term])]
             dataset = dataset.add_column(f"{term}_log_probs", column)
         return dataset
@@ -211,8 +218,8 @@ class PerCETrainer(SFTTrainer):
         names = [self.pairs["train"][index].row for index in rows.unique().tolist() if index >= 0]
         told = "; ".join(f"{row.where} (user {row.user})" for row in names)
         return (
-            f"The loss is {loss.item()} at step {self.state.global_step + 1}, in these rows: {told}. Nothing of this step "
-            "was kept. Lower train.learning_rate, or look at the rows with `perce-lite check`."
+            f"The loss is {loss.item()} at step {self.state.global_step + 1}, in these rows: {told}. Nothing of this "
+            "step was kept. Lower train.learning_rate, or look at the rows with `perce-lite check`."
         )
 
     # What TRL asks its subclasses for
@@ -262,5 +269,7 @@ def _column_faults(names: Sequence[str]) -> list[str]:
     if "profile" not in has:
         return [f"train_dataset: no profile column among {', '.join(names)}"]
     if "messages" not in has and not {"prompt", "completion"} <= has:
-        return [f"train_dataset: prompt and completion, or messages, are needed beside profile; it has {', '.join(names)}"]
+        return [
+            f"train_dataset: prompt and completion, or messages, are needed beside profile; it has {', '.join(names)}"
+        ]
     return []

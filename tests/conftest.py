@@ -1,0 +1,72 @@
+"""Shared by all tests: two threads, a cache folder of their own, no model hub."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import toys
+
+from perce_lite import PerCEConfig, PerCETrainer
+from perce_lite.console import quiet
+
+quiet()
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+datasets.utils.logging.disable_progress_bar()
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+"""Real text for the tests that need it; they skip where it is absent."""
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, request) -> Iterator[None]:
+    """Each test has a store of its own; those marked `model` share one cache, so that the model is made once."""
+    if "real_model" not in request.fixturenames:
+        monkeypatch.setenv("PERCE_LITE_HOME", str(tmp_path_factory.mktemp("home")))
+    yield
+
+
+@pytest.fixture
+def toy_trainer(tmp_path: Path) -> Callable[..., PerCETrainer]:
+    """Makes a trainer over a toy model in float32; keyword arguments go to `PerCEConfig`, those named below not."""
+    from peft import LoraConfig
+
+    def make(
+        family: str = "chatml", rows: list[dict] | None = None, lora: dict | None = None, model=None, **config
+    ) -> PerCETrainer:
+        tokenizer = toys.toy_tokenizer(family)
+        trained = model if model is not None else toys.toy_model(family, len(tokenizer))
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "max_length": 512,
+            "per_device_train_batch_size": 2,
+            "max_steps": 2,
+            "logging_steps": 1,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "report_to": "none",
+            "bf16": False,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "gradient_checkpointing": False,
+            "clip_min": 0.1,
+            "clip_max": 3.0,
+        }
+        extra = {key: config.pop(key) for key in ("eval_dataset", "template", "max_profile_tokens") if key in config}
+        return PerCETrainer(
+            trained,
+            PerCEConfig(**{**defaults, **config}),
+            train_dataset=datasets.Dataset.from_list(rows if rows is not None else toys.toy_rows()),
+            processing_class=tokenizer,
+            peft_config=LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": True, **(lora or {})}),
+            **extra,
+        )
+
+    return make
