@@ -74,7 +74,7 @@ def load(base: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftMo
 
 
 def _shape(sketched: dict[str, Any]) -> str:
-    kind, layers, width, vocabulary = sketched["shape"]
+    kind, layers, width, vocabulary, _ = sketched["shape"]
     return f"{kind}, {layers} layers of {width}, vocabulary {vocabulary}"
 
 

@@ -1,6 +1,7 @@
 """The command line. Heavy modules are imported inside the commands, so that `--help` answers at once."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -132,11 +133,21 @@ def main() -> None:
     """The command `perce-lite`: an error of ours is one clean line and exit code 2, Ctrl-C is 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet()
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except PerceLiteError as error:
         errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except _Interrupted:
+        errors.show_cursor(True)
         errors.print("Stopped. The same command goes on from the last checkpoint.", style="yellow")
         sys.exit(130)
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C. Not a KeyboardInterrupt, which typer would turn into "Aborted!" and exit code 1."""
+
+
+def _interrupt(signum: int, frame: object) -> None:
+    raise _Interrupted

@@ -90,6 +90,10 @@ VERDICTS: dict[str, Verdict] = {
         "'batch_rebalance' has no order of its own to resume; use 'random', 'sequential' or 'group_by_length'",
         lambda c: c.train_sampling_strategy not in ("random", "sequential", "group_by_length"),
     ),
+    "chat_template_path": Verdict(
+        "another tokenizer's template may bring new tokens, which a frozen base does not know; give a .jinja file",
+        lambda c: c.chat_template_path is not None and not c.chat_template_path.endswith((".jinja", ".j2")),
+    ),
     "max_length": Verdict("any positive number, or null: profile items are left out to fit, a response is never cut"),
     "truncation_mode": Verdict("nothing is ever truncated; leave it out", lambda c: c.truncation_mode != "keep_start"),
     "shuffle_dataset": Verdict("supported: rows are shuffled once before packing or batching"),

@@ -91,6 +91,7 @@ def from_folder(
         chosen = ""
     base = load_base(recipe)
     model = adapters.load(base.model, folder)
+    base.tokenizer.chat_template = card["chat_template"]
     maker = PairMaker(base.tokenizer, recipe.template)
     dtype = compute_dtype(pick_device(recipe.device)) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
     autocast = None if dtype == torch.float32 else dtype

@@ -25,7 +25,7 @@ from transformers import (
 
 from perce_lite.config import DTYPES, compute_dtype, pick_device
 from perce_lite.console import errors as console
-from perce_lite.errors import ModelError
+from perce_lite.errors import ModelError, TemplateError
 from perce_lite.files import disk_full_is_clear, folder_written_aside, home
 from perce_lite.recipe import Recipe
 
@@ -64,11 +64,21 @@ class Base:
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer alone; no weights are read. Raises ModelError as `load_base` does."""
+    """The tokenizer alone, with `train.chat_template_path` where it is set; no weights are read.
+
+    Raises:
+        ModelError: as `load_base`; TemplateError: no such template file.
+    """
     try:
-        return AutoTokenizer.from_pretrained(_folder(recipe))
+        tokenizer = AutoTokenizer.from_pretrained(_folder(recipe))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_not_there(recipe.model, error)) from error
+    given = recipe.train.get("chat_template_path")
+    if given is not None:
+        if not Path(given).is_file():
+            raise TemplateError(f"train.chat_template_path: there is no file {given}")
+        tokenizer.chat_template = Path(given).read_text(encoding="utf-8")
+    return tokenizer
 
 
 def load_base(recipe: Recipe) -> Base:
@@ -232,15 +242,21 @@ def sketch(model: PreTrainedModel) -> dict[str, Any]:
     columns = torch.linspace(0, embedding.shape[1] - 1, 64, device=embedding.device).long()
     values = embedding.detach()[rows, columns].float().cpu()
     config = model.config.get_text_config()
-    shape = [config.model_type, config.num_hidden_layers, config.hidden_size, int(embedding.shape[0])]
+    shape = [
+        config.model_type,
+        config.num_hidden_layers,
+        config.hidden_size,
+        int(embedding.shape[0]),
+        config.tie_word_embeddings,
+    ]
     return {"shape": shape, "embedding": [round(float(value), 6) for value in values]}
 
 
 def same_base(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two sketches are of one base; the tolerance is half precision's."""
+    """Whether two sketches are of one base; the tolerance is that of rounding to bf16."""
     if one["shape"] != other["shape"]:
         return False
     return all(
-        math.isclose(a, b, rel_tol=2**-6, abs_tol=1e-4)
+        math.isclose(a, b, rel_tol=2**-8, abs_tol=1e-6)
         for a, b in zip(one["embedding"], other["embedding"], strict=True)
     )

@@ -43,7 +43,8 @@ def train(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     base = load_base(recipe)
     run.claim(fingerprint(base.model))
     trainer = make_trainer(recipe, base, rows)
-    trainer.train(resume_from_checkpoint=run.last_checkpoint())
+    with ShowProgress(trainer).bar:
+        trainer.train(resume_from_checkpoint=run.last_checkpoint())
     figures = measure(recipe, trainer, rows)
     write_json(run.figures, figures)
     adapters.save(trainer.model, run.adapter, describe(recipe, trainer, rows, run, figures))
@@ -77,6 +78,8 @@ class Run:
 
     def claim(self, base: str) -> None:
         """Takes the folder for this run over `base` (a fingerprint), or finds that it was this run's already."""
+        for leftover in self.folder.glob(".adapter.*.tmp"):  # of a run that was killed while it wrote
+            shutil.rmtree(leftover)
         marker = self.folder / "run.json"
         mine = {"run": self.fingerprint, "base": base}
         found = read_json(marker)
@@ -130,18 +133,17 @@ def make_trainer(recipe: Recipe, base: Base, rows: Sequence[Row]) -> PerCETraine
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ShowProgress())
     return trainer
 
 
 class ShowProgress(TrainerCallback):
     """One bar: steps, time left, the losses of the last logged step."""
 
-    def __init__(self) -> None:
+    def __init__(self, trainer: PerCETrainer) -> None:
         self.bar = progress_bar()
+        trainer.add_callback(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.start()
         self.task = self.bar.add_task("Training", total=state.max_steps, completed=state.global_step, note="")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -150,9 +152,6 @@ class ShowProgress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "unweighted_loss" in logs:
             self.bar.update(self.task, note=f"loss a token {logs['unweighted_loss']:.3f}")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.stop()
 
 
 def measure(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row]) -> dict[str, Any]:
@@ -206,6 +205,7 @@ def describe(
             "users": len({row.user for row in trained}),
         },
         "steps": trainer.state.global_step,
+        "chat_template": trainer.processing_class.chat_template,
         "metrics": {
             "losses": [{key: value for key, value in one.items() if key != "per_row"} for one in figures["losses"]],
             "weights": figures["weights"],

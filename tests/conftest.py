@@ -6,7 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -26,11 +26,18 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
-def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, request) -> Iterator[None]:
-    """Each test has a store of its own; those marked `model` share one cache, so that the model is made once."""
+def own_home(request, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has a cache folder of its own, save those that use the real model: they share the user's."""
     if "real_model" not in request.fixturenames:
         monkeypatch.setenv("PERCE_LITE_HOME", str(tmp_path_factory.mktemp("home")))
-    yield
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """The folder of the built-in model, brought and converted at first use."""
+    from perce_lite.models import built_in_folder
+
+    return built_in_folder("smollm2-135m")
 
 
 @pytest.fixture
@@ -65,7 +72,9 @@ def toy_trainer(tmp_path: Path) -> Callable[..., PerCETrainer]:
             PerCEConfig(**{**defaults, **config}),
             train_dataset=datasets.Dataset.from_list(rows if rows is not None else toys.toy_rows()),
             processing_class=tokenizer,
-            peft_config=LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": True, **(lora or {})}),
+            peft_config=LoraConfig(
+                **{"r": 4, "target_modules": "all-linear", "init_lora_weights": True, **(lora or {})}
+            ),
             **extra,
         )
 

@@ -1,0 +1,74 @@
+"""The order of the house: a room imports only from rooms on lines above its own."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import perce_lite
+
+HOUSE = """
+errors
+console    files      contrast   profiles
+config
+recipe
+rows
+data       models     store
+pairs      adapters
+collator   score
+trainer    generate   evaluate   check
+train      tables
+cli
+"""
+
+ROOMS = Path(perce_lite.__file__).parent
+
+
+def imports_of(room: str) -> set[str]:
+    """Every room that `room` imports, at the top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOMS / f"{room}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "perce_lite":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("perce_lite."):
+            found.add(node.module.split(".")[1])
+    return found
+
+
+def test_rooms_import_only_from_above():
+    floors = [line.split() for line in HOUSE.strip().splitlines()]
+    floor_of = {room: number for number, floor in enumerate(floors) for room in floor}
+    rooms = {path.stem for path in ROOMS.glob("*.py")} - {"__init__"}
+    assert rooms == set(floor_of), "every room stands in the house, once"
+    wrong = [
+        f"{room} imports {other}"
+        for room in rooms
+        for other in imports_of(room)
+        if floor_of.get(other, 99) >= floor_of[room]
+    ]
+    assert not wrong
+
+
+def test_public_names_are_there():
+    assert set(perce_lite.__all__) == {
+        "PerCEConfig",
+        "PerCETrainer",
+        "PerceLiteError",
+        "Recipe",
+        "Template",
+        "load_recipe",
+    }
+    for name in perce_lite.__all__:
+        assert getattr(perce_lite, name).__doc__
+
+
+def test_top_level_of_the_project():
+    top = {path.name for path in ROOMS.parent.iterdir() if not path.name.startswith(".")}
+    ours = {"pyproject.toml", "perce_lite", "recipes", "tests", "README.md", "LICENSE"}
+    assert ours <= top
+    assert top - ours <= {"runs", "build", "perce_lite.egg-info", "perce-output"}
+
+
+def test_help_and_package_need_no_torch():
+    code = "import perce_lite, perce_lite.cli, perce_lite.recipe, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

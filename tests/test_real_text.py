@@ -1,0 +1,46 @@
+"""On real commit messages and the real model: training helps with the own profile, and the own profile beats others'."""
+
+import json
+
+import pytest
+from conftest import DATA
+
+from perce_lite.adapters import about
+from perce_lite.generate import from_folder
+from perce_lite.recipe import load_recipe
+from perce_lite.train import train
+
+DOCS = DATA / "curl_commits" / "docs.jsonl"
+
+
+@pytest.mark.skipif(not DOCS.is_file(), reason=f"the real text is not here: {DOCS}")
+def test_short_training_on_commit_messages(real_model, tmp_path):
+    recipe = load_recipe(
+        "recipes/documents.yaml",
+        [
+            f"data.path={DOCS}",
+            "data.max_rows=40",
+            "evaluation.max_rows=8",
+            "evaluation.max_new_tokens=8",
+            "train.max_length=320",
+            "profile.max_tokens=120",
+            "train.learning_rate=1e-3",
+            f"train.output_dir={tmp_path / 'out'}",
+            f"train.store={tmp_path / 'store'}",
+        ],
+    )
+    figures = train(recipe)
+    losses = {one["profile"]: one for one in figures["losses"]}
+    assert losses["own"]["adapter"] < losses["own"]["base"] - 0.05, "training lowered the held-out loss"
+    assert losses["own"]["adapter"] < losses["other user's"]["adapter"], "the own profile beats another user's"
+    assert losses["own"]["rows"] == 8
+    card = about(tmp_path / "out" / "adapter")
+    texts = [json.loads(line)["text"] for line in DOCS.read_text(encoding="utf-8").splitlines()]
+    assert not any(text in json.dumps(card, ensure_ascii=False) for text in texts if len(text) > 40)
+    again = train(recipe)
+    assert again["losses"] == figures["losses"], "a finished run is not trained again"
+    options = {"max_new_tokens": 12, "profile": "", "user": None}
+    adapter, base = (
+        from_folder(tmp_path / "out" / "adapter", "Write a commit message.", use_adapter=on, **options) for on in (True, False)
+    )
+    assert adapter["answer"] != base["answer"]

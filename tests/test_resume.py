@@ -1,0 +1,114 @@
+"""A run that is killed at any moment goes on where it was and ends in the very same adapter."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import toys
+from safetensors.torch import load_file
+
+from perce_lite.errors import RunError
+from perce_lite.files import write_json
+from perce_lite.train import Run
+
+# Runs the command line with a bomb: the process kills itself with SIGKILL at the given call of the given function.
+_DRIVER = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+module, name, at = sys.argv[1].split(":")
+if module:
+    import importlib
+    owner = importlib.import_module(module)
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    original, calls = getattr(owner, last), [0]
+    def bomb(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == int(at):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+    setattr(owner, last, bomb)
+sys.argv = ["perce-lite", *sys.argv[2:]]
+from perce_lite.cli import main
+main()
+"""
+
+BOMBS = {
+    "while scoring": "perce_lite.store:Store.put:2",
+    "between steps": "perce_lite.trainer:PerCETrainer.training_step:6",
+    # The checkpoint's folder and weights are there, its optimizer and trainer_state.json are not.
+    "while a checkpoint is written": "transformers.trainer:Trainer._save_optimizer_and_scheduler:2",
+    "while the adapter is written": "perce_lite.adapters:model_card:1",
+}
+
+
+def recipe(folder: Path) -> Path:
+    toys.toy_folder(folder / "toy")
+    rows = [json.dumps(row) for row in toys.toy_rows(per_user=6)]
+    (folder / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    path = folder / "toy.yaml"
+    path.write_text(
+        "model: toy\nquantization: nf4\ndtype: float32\ndata: {path: rows.jsonl}\nsplit: {test: 0.2, validation: 0}\n"
+        "evaluation: {max_rows: 2, max_new_tokens: 4}\nlora: {lora_dropout: 0.1}\n"
+        "train: {max_steps: 9, save_steps: 2, per_device_train_batch_size: 2, estimator: mixed, learning_rate: 1e-2}\n"
+    )
+    return path
+
+
+def run(path: Path, bomb: str = "::", **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", _DRIVER, bomb, "train", str(path)]
+    return subprocess.run(command, cwd=path.parent, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    path = recipe(tmp_path_factory.mktemp("whole"))
+    done = run(path, PERCE_LITE_HOME=str(path.parent / "home"))
+    assert done.returncode == 0, done.stderr
+    return load_file(path.parent / "runs/toy/adapter/adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("moment", BOMBS)
+def test_killed_and_resumed_is_bit_identical(tmp_path, uninterrupted, moment):
+    path = recipe(tmp_path)
+    home = str(tmp_path / "home")
+    killed = run(path, BOMBS[moment], PERCE_LITE_HOME=home)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "runs/toy/adapter").exists()
+    resumed = run(path, PERCE_LITE_HOME=home)
+    assert resumed.returncode == 0, resumed.stderr
+    assert ("Going on from" in resumed.stderr) == (moment != "while scoring")
+    adapter = load_file(tmp_path / "runs/toy/adapter/adapter_model.safetensors")
+    assert adapter.keys() == uninterrupted.keys()
+    assert all(adapter[name].equal(uninterrupted[name]) for name in adapter)
+    assert not list((tmp_path / "runs/toy").glob(".adapter*")), "what the killed run left is cleared away"
+
+
+def test_torn_checkpoints_are_passed_over(tmp_path):
+    whole, torn, empty = (tmp_path / f"checkpoint-{step}" for step in (2, 10, 12))
+    for folder in (whole, torn, empty):
+        folder.mkdir()
+    write_json(whole / "trainer_state.json", {})
+    (torn / "trainer_state.json").write_text('{"global_st')
+    assert Run(tmp_path, "x").last_checkpoint() == str(whole)
+
+
+def test_a_folder_belongs_to_one_run(tmp_path):
+    run_ = Run(tmp_path / "out", "mine")
+    run_.claim("base")
+    run_.claim("base")
+    (tmp_path / "out" / "checkpoint-3").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("keep me")
+    with pytest.raises(RunError, match="--restart"):
+        Run(tmp_path / "out", "another").claim("base")
+    with pytest.raises(RunError, match="output_dir"):
+        run_.claim("another base")
+    assert (tmp_path / "out" / "checkpoint-3").is_dir()
+    Run(tmp_path / "out", "another").forget()
+    assert [one.name for one in (tmp_path / "out").iterdir()] == ["notes.txt"]
