@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from trl import SFTConfig
@@ -40,8 +40,9 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an option of TRL's goes with PerCE. `refused` says whether a config's value is; None: always fine."""
+    """Whether an option of TRL's goes with PerCE. `refused` tells whether a config's value is; None: nothing to ask."""
 
+    says: Literal["supported", "in part", "refused"]
     reason: str
     refused: Callable[["PerCEConfig"], bool] | None = None
 
@@ -50,73 +51,95 @@ _NEEDS_TRAINING_FORWARD = ("mixed", "bootstrap")
 
 VERDICTS: dict[str, Verdict] = {
     "label_smoothing_factor": Verdict(
+        "refused",
         "label smoothing computes its own loss from full logits and would leave the weights out",
         lambda c: c.label_smoothing_factor > 0,
     ),
     "loss_type": Verdict(
+        "refused",
         "'dft' multiplies by the token's probability after the weights, so they would count twice; use 'nll'",
         lambda c: c.loss_type != "nll",
     ),
     "completion_only_loss": Verdict(
+        "in part",
         "the tokens of a prompt have no counterfactual; leave it out or set true",
         lambda c: c.completion_only_loss is False,
     ),
-    "assistant_only_loss": Verdict("true or false: the loss is always on the assistant's turns alone"),
+    "assistant_only_loss": Verdict("supported", "true or false: the loss is always on the assistant's turns alone"),
     "neftune_noise_alpha": Verdict(
+        "in part",
         "the noise falls on the training forward, which is the factual term of 'mixed' and 'bootstrap'; "
         "use estimator 'base', 'shuffled' or 'uniform'",
         lambda c: bool(c.neftune_noise_alpha) and c.estimator in _NEEDS_TRAINING_FORWARD,
     ),
     "packing": Verdict(
-        "packing needs max_length, the length of a packed row", lambda c: bool(c.packing) and c.max_length is None
+        "in part",
+        "packing needs max_length, the length of a packed row",
+        lambda c: bool(c.packing) and c.max_length is None,
     ),
     "packing_strategy": Verdict(
+        "in part",
         "'bfd_split' and 'wrapped' cut responses in two; use 'bfd'",
         lambda c: bool(c.packing) and c.packing_strategy != "bfd",
     ),
     "eval_packing": Verdict(
+        "refused",
         "evaluation rows are never packed, so that their loss does not depend on their neighbours; leave it out",
         lambda c: bool(c.eval_packing),
     ),
     "padding_free": Verdict(
+        "refused",
         "without packing it saves nothing that train_sampling_strategy: group_by_length does not; use packing: true",
         lambda c: bool(c.padding_free) and not c.packing,
     ),
     "use_liger_kernel": Verdict(
+        "refused",
         "Liger replaces layers after scoring, so weights and loss would come from different arithmetic",
         lambda c: bool(c.use_liger_kernel),
     ),
     "train_sampling_strategy": Verdict(
+        "in part",
         "'batch_rebalance' has no order of its own to resume; use 'random', 'sequential' or 'group_by_length'",
         lambda c: c.train_sampling_strategy not in ("random", "sequential", "group_by_length"),
     ),
     "chat_template_path": Verdict(
+        "in part",
         "another tokenizer's template may bring new tokens, which a frozen base does not know; give a .jinja file",
         lambda c: c.chat_template_path is not None and not c.chat_template_path.endswith((".jinja", ".j2")),
     ),
-    "max_length": Verdict("any positive number, or null: profile items are left out to fit, a response is never cut"),
-    "truncation_mode": Verdict("nothing is ever truncated; leave it out", lambda c: c.truncation_mode != "keep_start"),
-    "shuffle_dataset": Verdict("supported: rows are shuffled once before packing or batching"),
-    "pad_to_multiple_of": Verdict("supported: padding carries no loss"),
+    "max_length": Verdict(
+        "supported", "any positive number, or null: profile items are left out to fit, a response is never cut"
+    ),
+    "truncation_mode": Verdict(
+        "refused", "nothing is ever truncated; leave it out", lambda c: c.truncation_mode != "keep_start"
+    ),
+    "shuffle_dataset": Verdict("supported", "rows are shuffled once before packing or batching"),
+    "pad_to_multiple_of": Verdict("supported", "padding carries no loss"),
     "dataset_kwargs": Verdict(
+        "refused",
         "skip_prepare_dataset would leave rows without their counterfactual; leave dataset_kwargs out",
         lambda c: bool(c.dataset_kwargs),
     ),
     "dataset_num_proc": Verdict(
-        "pairs are made in one process; leave it out", lambda c: c.dataset_num_proc not in (None, 1)
+        "in part", "pairs are made in one process; leave it out", lambda c: c.dataset_num_proc not in (None, 1)
     ),
     "auto_find_batch_size": Verdict(
+        "refused",
         "a batch size that changes by itself cannot be resumed; set per_device_train_batch_size",
         lambda c: bool(c.auto_find_batch_size),
     ),
-    "ignore_data_skip": Verdict("a resumed run would see rows twice; leave it out", lambda c: bool(c.ignore_data_skip)),
-    "deepspeed": Verdict("PerCE Lite trains on one device; leave it out", lambda c: bool(c.deepspeed)),
-    "fsdp": Verdict("PerCE Lite trains on one device; leave it out", lambda c: bool(c.fsdp)),
-    "parallelism_config": Verdict(
-        "PerCE Lite trains on one device; leave it out", lambda c: c.parallelism_config is not None
+    "ignore_data_skip": Verdict(
+        "refused", "a resumed run would see rows twice; leave it out", lambda c: bool(c.ignore_data_skip)
     ),
-    "compute_loss_func": Verdict("an argument of the trainer; it would replace the weighted loss: refused"),
-    "streaming data sets": Verdict("the counterfactual is scored before training, so rows must be countable: refused"),
+    "deepspeed": Verdict("refused", "PerCE Lite trains on one device; leave it out", lambda c: bool(c.deepspeed)),
+    "fsdp": Verdict("refused", "PerCE Lite trains on one device; leave it out", lambda c: bool(c.fsdp)),
+    "parallelism_config": Verdict(
+        "refused", "PerCE Lite trains on one device; leave it out", lambda c: c.parallelism_config is not None
+    ),
+    "compute_loss_func": Verdict("refused", "an argument of the trainer; it would replace the weighted loss"),
+    "streaming data sets": Verdict(
+        "refused", "the counterfactual is scored before training, so rows must be countable"
+    ),
 }
 """Every option of `SFTConfig` and `SFTTrainer` that touches the loss, the data or the batch."""
 

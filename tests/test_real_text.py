@@ -1,4 +1,4 @@
-"""On real commit messages and the real model: training helps with the own profile, and the own profile beats others'."""
+"""On real commit messages: training helps with the own profile, and the own profile beats another user's."""
 
 import json
 
@@ -41,6 +41,7 @@ def test_short_training_on_commit_messages(real_model, tmp_path):
     assert again["losses"] == figures["losses"], "a finished run is not trained again"
     options = {"max_new_tokens": 12, "profile": "", "user": None}
     adapter, base = (
-        from_folder(tmp_path / "out" / "adapter", "Write a commit message.", use_adapter=on, **options) for on in (True, False)
+        from_folder(tmp_path / "out" / "adapter", "Write a commit message.", use_adapter=on, **options)
+        for on in (True, False)
     )
     assert adapter["answer"] != base["answer"]

@@ -1,0 +1,70 @@
+"""What only a CUDA device can show. Run with `pytest -m gpu`; elsewhere each says why it skips."""
+
+import datasets
+import pytest
+import torch
+import toys
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from perce_lite import PerCEConfig, PerCETrainer
+from perce_lite.config import compute_dtype
+from perce_lite.models import fingerprint
+from perce_lite.score import log_probs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+
+def trainer_on_gpu(tmp_path, **options):
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    quantization = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch.float16)
+    folder = toys.toy_folder(tmp_path / "toy")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, device_map={"": 0})
+    defaults = {"max_steps": 4, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_length": 512}
+    return PerCETrainer(
+        model,
+        PerCEConfig(str(tmp_path / "out"), **{**defaults, **options}),
+        train_dataset=datasets.Dataset.from_list(toys.toy_rows()),
+        processing_class=toys.toy_tokenizer("chatml"),
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )
+
+
+@pytest.mark.parametrize("estimator", ["base", "mixed", "bootstrap"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_trains_in_half_precision_with_float32_adapters(tmp_path, estimator, precision):
+    if precision == "bf16" and compute_dtype(torch.device("cuda")) != torch.bfloat16:
+        pytest.skip("this card has no bf16")
+    trainer = trainer_on_gpu(tmp_path, estimator=estimator, **{precision: True})
+    before = fingerprint(trainer.model)
+    trainer.train()
+    assert fingerprint(trainer.model) == before
+    adapters = [p for name, p in trainer.model.named_parameters() if "lora_B" in name]
+    assert {p.dtype for p in adapters} == {torch.float32}
+    assert all(torch.isfinite(p).all() for p in adapters)
+    assert any(p.abs().max() > 0 for p in adapters)
+
+
+def test_scores_of_a_padded_batch_equal_those_of_rows_alone(tmp_path):
+    trainer = trainer_on_gpu(tmp_path, bf16=False, fp16=False)
+    sequences = [pair.factual for pair in trainer.pairs["train"]]
+    together = dict(log_probs(trainer.model, sequences, adapters=False, autocast=None))
+    for index, tokens in enumerate(sequences):
+        [(_, alone)] = log_probs(trainer.model, [tokens], adapters=False, autocast=None)
+        torch.testing.assert_close(together[index], alone, rtol=0, atol=2e-2)
+
+
+def test_packed_rows_do_not_see_each_other(tmp_path):
+    trainer = trainer_on_gpu(
+        tmp_path, estimator="uniform", packing=True, per_device_train_batch_size=1, bf16=False, fp16=False
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    indices = [index for index in batch["row"].unique().tolist() if index >= 0]
+    assert len(indices) > 1
+    total = int((batch["labels"] != -100).sum())
+    loss = float(trainer.compute_loss(trainer.model.train(), dict(batch), num_items_in_batch=total))
+    alone = log_probs(trainer.model, [trainer.pairs["train"][i].factual for i in indices], adapters=True, autocast=None)
+    assert loss == pytest.approx(-sum(float(values.sum()) for _, values in alone) / total, rel=1e-2)

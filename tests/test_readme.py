@@ -1,0 +1,104 @@
+"""The README is true: its commands exist, every command stands in it, its code runs, its tables are the code's own."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import toys
+import typer.main
+
+from perce_lite.cli import app
+from perce_lite.config import VERDICTS
+from perce_lite.recipe import Recipe, Section
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.partition("&& ")[2] or line
+    for line in README.splitlines()
+    if re.match(r"(perce-lite |pip .*perce-lite)", line)
+]
+
+
+def options(command) -> set[str]:
+    return {name for parameter in command.params for name in parameter.opts if name.startswith("--")}
+
+
+def commands() -> dict[str, object]:
+    """Every command by the words that call it."""
+    root = typer.main.get_command(app)
+    found = {}
+    for name, command in root.commands.items():
+        if hasattr(command, "commands"):
+            found |= {f"{name} {sub}": one for sub, one in command.commands.items()}
+        else:
+            found[name] = command
+    return found
+
+
+def called(line: str) -> tuple[str, list[str]]:
+    words = shlex.split(line)[1:]
+    name = " ".join(words[:2]) if " ".join(words[:2]) in commands() else words[0]
+    return name, words[len(name.split()) :]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_of_the_readme_exist(line):
+    name, words = called(line)
+    assert name in commands(), f"{name} is no command"
+    given = {word for word in words if word.startswith("--")}
+    assert given <= options(commands()[name])
+    for word in words:
+        if word.startswith("recipes/"):
+            assert (ROOT / word).is_file()
+        if "=" in word and " " not in word and not word.startswith("-"):
+            section, _, field = word.partition("=")[0].partition(".")
+            assert section in Recipe.model_fields
+            assert field
+
+
+def test_every_command_and_option_stands_in_the_readme():
+    shown = {called(line)[0] for line in COMMANDS}
+    assert shown == set(commands())
+    missing = {option for command in commands().values() for option in options(command)} - {"--help"}
+    assert not {option for option in missing if option not in README}
+
+
+def test_two_commands_set_everything_up():
+    assert re.findall(r"^pip install -e .*$", README, re.M) == [
+        "pip install -e . && perce-lite train recipes/quickstart.yaml",
+        "pip install -e '.[test]' && pytest",
+    ]
+
+
+def test_the_trl_script_runs(tmp_path, monkeypatch):
+    """These very lines, with a toy model where the script looks for its own."""
+    [script] = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(script.strip().splitlines()) <= 20
+    toys.toy_folder(tmp_path / "Qwen" / "Qwen3-0.6B", "qwen3")
+    rows = [json.dumps(row) for row in toys.toy_rows(users=2, per_user=2)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(compile(script, "README.md", "exec"), names)
+    assert (tmp_path / "out/adapter/adapter_model.safetensors").is_file()
+    assert list((tmp_path / "out/store").rglob("*.safetensors"))
+    assert names["trainer"].state.global_step == 1
+
+
+def test_the_tables_of_options_and_keys_are_the_codes():
+    for name, verdict in VERDICTS.items():
+        assert f"| `{name}` | {verdict.says} | {verdict.reason} |" in README
+    for name, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            for key, one in field.annotation.model_fields.items():
+                assert re.search(rf"^\| `{name}\.{key}` \| .* \| {re.escape(str(one.description))} \|$", README, re.M)
+        elif name != "source":
+            assert f"| `{name}` |" in README
+
+
+def test_recipes_of_the_readme_are_those_in_the_folder():
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        assert f"recipes/{path.name}" in README
