@@ -12,14 +12,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
 from perce_lite.errors import RecipeError
 from perce_lite.files import digest, home
-
-Path_ = tuple[str | int, ...]
+from perce_lite.source import Lines, apply_overrides, read_yaml, where
 
 
 class Section(BaseModel):
@@ -159,8 +155,8 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     path = Path(path)
     if not path.is_file():
         raise RecipeError(str(path), [f"there is no such recipe. {_recipes_nearby(path)}"])
-    plain, lines = _parse(path)
-    faults = _apply_overrides(plain, lines, overrides)
+    plain, lines = read_yaml(path)
+    faults = apply_overrides(plain, lines, overrides)
     recipe = None
     try:
         recipe = Recipe.model_validate({**plain, "source": str(path.absolute())})
@@ -207,68 +203,6 @@ def _recipes_nearby(path: Path) -> str:
     return f"Recipes here: {', '.join(found)}" if found else "Give the path of a YAML file."
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], dict[Path_, str]]:
-    """The YAML as plain data, and where each key stands ("line 12")."""
-    yaml = YAML(typ="safe", pure=True)  # pure: YAML 1.2, in which 1e-4 is a number and `no` a word
-    try:
-        text = path.read_text(encoding="utf-8")
-        plain, root = yaml.load(text), YAML(typ="safe", pure=True).compose(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        raise RecipeError(str(path), [f"line {mark.line + 1 if mark else '?'}: not YAML: {error.problem}"]) from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise RecipeError(str(path), [f"cannot be read as UTF-8 text: {error}"]) from error
-    if not isinstance(plain, dict):
-        raise RecipeError(str(path), ["a recipe is a mapping such as `model: smollm2-135m`, this is not one"])
-    lines: dict[Path_, str] = {}
-    _mark(root, (), lines)
-    return plain, lines
-
-
-def _mark(node: Node, at: Path_, lines: dict[Path_, str]) -> None:
-    if isinstance(node, MappingNode):
-        for key, value in node.value:
-            lines[(*at, key.value)] = f"line {key.start_mark.line + 1}"
-            _mark(value, (*at, key.value), lines)
-    elif isinstance(node, SequenceNode):
-        for index, value in enumerate(node.value):
-            lines[(*at, index)] = f"line {value.start_mark.line + 1}"
-            _mark(value, (*at, index), lines)
-
-
-def _apply_overrides(plain: dict[str, Any], lines: dict[Path_, str], overrides: typing.Sequence[str]) -> list[str]:
-    """Sets each `a.b=value` in place; the value is read as YAML."""
-    faults = []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        parts = key.strip().split(".")
-        if not equals or not all(parts):
-            faults.append(f"--set {override}: write it as --set train.learning_rate=1e-4")
-            continue
-        try:
-            read = YAML(typ="safe", pure=True).load(value)
-        except MarkedYAMLError as error:
-            faults.append(f"--set {override}: the value is not YAML: {error.problem}")
-            continue
-        section = plain
-        for part in parts[:-1]:
-            if not isinstance(section.get(part), dict):
-                section[part] = {}
-            section = section[part]
-        section[parts[-1]] = read
-        for depth in range(1, len(parts) + 1):
-            lines.setdefault(tuple(parts[:depth]), f"--set {override}")
-        lines[tuple(parts)] = f"--set {override}"
-    return faults
-
-
-def _where(at: Path_, lines: dict[Path_, str]) -> str:
-    for depth in range(len(at), 0, -1):
-        if at[:depth] in lines:
-            return f"{lines[at[:depth]]}: "
-    return ""
-
-
 def _nearest(name: str, allowed: typing.Iterable[str]) -> str:
     allowed = sorted(allowed)
     near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
@@ -277,7 +211,7 @@ def _nearest(name: str, allowed: typing.Iterable[str]) -> str:
     return f"allowed: {', '.join(allowed)}" if len(allowed) < 30 else f"{len(allowed)} names are allowed, none like it"
 
 
-def _pydantic_fault(fault: Any, plain: dict[str, Any], lines: dict[Path_, str]) -> str:
+def _pydantic_fault(fault: Any, plain: dict[str, Any], lines: Lines) -> str:
     at = tuple(fault["loc"])
     name = ".".join(map(str, at))
     if fault["type"] == "extra_forbidden":
@@ -287,30 +221,30 @@ def _pydantic_fault(fault: Any, plain: dict[str, Any], lines: dict[Path_, str]) 
             assert isinstance(annotation, type)
             section = annotation
         names = set(section.model_fields) - {"source"}
-        return f"{_where(at, lines)}unknown key {name}; {_nearest(str(at[-1]), names)}"
+        return f"{where(at, lines)}unknown key {name}; {_nearest(str(at[-1]), names)}"
     if fault["type"] == "missing":
         return f"{name}: is missing"
     message = fault["msg"].removeprefix("Input ")
-    return f"{_where(at, lines)}{name}: {fault['input']!r} {message}"
+    return f"{where(at, lines)}{name}: {fault['input']!r} {message}"
 
 
-def _cross_faults(plain: dict[str, Any], lines: dict[Path_, str]) -> list[str]:
+def _cross_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
     """Faults of keys that do not go together."""
     faults = []
     data = plain.get("data")
     if isinstance(data, dict) and (data.get("path") is None) == (data.get("hub") is None):
-        faults.append(f"{_where(('data',), lines)}data: give path (a file) or hub (a data set of the Hub), one of them")
+        faults.append(f"{where(('data',), lines)}data: give path (a file) or hub (a data set of the Hub), one of them")
     template = plain.get("template")
     wrapper = template.get("profile") if isinstance(template, dict) else None
     if isinstance(wrapper, str) and "{profile}" not in wrapper:
-        faults.append(f"{_where(('template', 'profile'), lines)}template.profile: has no {{profile}} in it")
+        faults.append(f"{where(('template', 'profile'), lines)}template.profile: has no {{profile}} in it")
     item = template.get("item") if isinstance(template, dict) else None
     if isinstance(item, str) and "{text}" not in item:
-        faults.append(f"{_where(('template', 'item'), lines)}template.item: has no {{text}} in it")
+        faults.append(f"{where(('template', 'item'), lines)}template.item: has no {{text}} in it")
     return faults
 
 
-def _third_party_faults(plain: dict[str, Any], lines: dict[Path_, str]) -> list[str]:
+def _third_party_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
     """Checks `train:` and `lora:` against the fields of the classes that they are passed to."""
     given = {name: plain[name] for name in ("train", "lora") if isinstance(plain.get(name), dict) and plain[name]}
     if not given:
@@ -325,11 +259,11 @@ def _third_party_faults(plain: dict[str, Any], lines: dict[Path_, str]) -> list[
         allowed = {one.name for one in dataclasses.fields(target) if one.init}
         hints = typing.get_type_hints(target)
         for name, value in values.items():
-            where = _where((section, name), lines)
+            at = where((section, name), lines)
             if name not in allowed:
-                faults.append(f"{where}unknown key {section}.{name}; {_nearest(str(name), allowed)}")
+                faults.append(f"{at}unknown key {section}.{name}; {_nearest(str(name), allowed)}")
             elif (complaint := _type_fault(hints[name], value)) is not None:
-                faults.append(f"{where}{section}.{name}: {value!r} is not {complaint}")
+                faults.append(f"{at}{section}.{name}: {value!r} is not {complaint}")
     return faults
 
 

@@ -9,7 +9,7 @@ import perce_lite
 
 HOUSE = """
 errors
-console    files      contrast   profiles
+console    files      contrast   profiles   source
 config
 recipe
 rows
