@@ -77,7 +77,7 @@ def apply_overrides(plain: dict[str, Any], lines: Lines, overrides: typing.Seque
 
 
 def where(at: KeyPath, lines: Lines) -> str:
-    """ "line 12: " for a key, or for the nearest section around it that stands in the file."""
+    """The prefix "line 12: " for a key, or that of the nearest section around it that stands in the file."""
     for depth in range(len(at), 0, -1):
         if at[:depth] in lines:
             return f"{lines[at[:depth]]}: "

@@ -1,5 +1,6 @@
 """Figures as a person reads them in the terminal."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,8 @@ def show_training(figures: dict[str, Any]) -> None:
     console.print(Text.assemble("Adapter: ", (figures["adapter"], "bold")))
     if sample is not None:
         console.print("Use it:", style="bold")
-        command = (
-            f'perce-lite generate --adapter {figures["adapter"]} --user {sample["user"]} --prompt "{sample["query"]}"'
-        )
+        words = ["perce-lite", "generate", "--adapter", figures["adapter"], "--user", sample["user"]]
+        command = shlex.join([*words, "--prompt", sample["query"]])
         console.print(command, markup=False, soft_wrap=True)
 
 
