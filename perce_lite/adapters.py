@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from perce_lite.errors import AdapterError
 from perce_lite.files import folder_written_aside, read_json, write_json, write_text
 from perce_lite.models import BUILT_IN, fingerprint, same_base, sketch
+from perce_lite.recipe import Recipe
 
 CARD = "perce_lite.json"
 """The file beside the weights that says where they come from."""
@@ -45,10 +47,28 @@ def about(folder: Path) -> dict[str, Any]:
     for nested in (folder, folder / "adapter"):
         card = read_json(nested / CARD)
         if isinstance(card, dict) and (nested / "adapter_model.safetensors").is_file():
+            _check(card, nested)
             return {**card, "folder": str(nested)}
     raise AdapterError(
         f"{folder}: no adapter of PerCE Lite: it needs adapter_model.safetensors, adapter_config.json and {CARD}. Give "
         "the folder that `perce-lite train` named at its end."
+    )
+
+
+def _check(card: dict[str, Any], folder: Path) -> None:
+    """Raises AdapterError where `card` is not of this version's shape."""
+    missing = [key for key in ("recipe", "base", "train_on", "chat_template", "run") if key not in card]
+    try:
+        if not missing:
+            Recipe.model_validate(card["recipe"])
+            return
+    except ValidationError as error:
+        missing = [".".join(map(str, fault["loc"])) for fault in error.errors()]
+    written = card.get("versions", {}).get("perce-lite", "unknown")
+    raise AdapterError(
+        f"{folder}: its {CARD} was written by another version of PerCE Lite ({written}, this is "
+        f"{importlib.metadata.version('perce-lite')}); it does not fit in: {', '.join(missing)}. Install that "
+        "version, or load the folder with peft."
     )
 
 

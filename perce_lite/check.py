@@ -44,11 +44,10 @@ def check(recipe: Recipe) -> dict[str, Any]:
 
 def shown(maker: PairMaker, pair: Pair) -> dict[str, Any]:
     """The example as spans of text; decoded from the very ids that are trained on."""
-    profile = maker.profile_text(pair.row.profile)
     return {
         "row": pair.row.where,
         "user": pair.row.user,
-        "with_profile": _spans(maker, pair.factual, profile, pair.row.query),
+        "with_profile": _spans(maker, pair.factual, pair.profile, pair.row.query),
         "without_profile": _spans(maker, pair.counterfactual, "", pair.row.query),
     }
 
@@ -68,9 +67,6 @@ def _spans(maker: PairMaker, tokens: Tokens, profile: str, query: str) -> list[S
 def _context(text: str, profile: str, query: str) -> list[Span]:
     """Splits a piece of context at the profile and at the query, where they stand in it."""
     for part, kind in ((profile, "profile"), (query, "query")):
-        # Items may have been left out to fit: then the longest beginning that is there.
-        while part and part not in text and kind == "profile" and "\n\n" in part:
-            part = part.rpartition("\n\n")[0]
         before, found, after = text.partition(part) if part else (text, "", "")
         if found:
             return [

@@ -22,7 +22,7 @@ app.add_typer(store_app, name="store")
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set train.learning_rate=1e-4.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file as well.")]
+Json = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write the figures to this file as well.")]
 StorePath = Annotated[Path | None, typer.Option("--path", help="The store's folder; default: that of the recipes.")]
 
 

@@ -131,6 +131,18 @@ VERDICTS: dict[str, Verdict] = {
     "ignore_data_skip": Verdict(
         "refused", "a resumed run would see rows twice; leave it out", lambda c: bool(c.ignore_data_skip)
     ),
+    "save_only_model": Verdict(
+        "refused",
+        "a checkpoint without its optimizer cannot be resumed; leave it out",
+        lambda c: bool(c.save_only_model),
+    ),
+    "torch_compile": Verdict(
+        "refused",
+        "the compiled forward would not be the one that scores; leave it out",
+        lambda c: bool(c.torch_compile),
+    ),
+    "router_aux_loss_coef": Verdict("supported", "a mixture's load-balancing loss is added unweighted, as in TRL"),
+    "dataloader_drop_last": Verdict("supported", "as in TRL"),
     "deepspeed": Verdict("refused", "PerCE Lite trains on one device; leave it out", lambda c: bool(c.deepspeed)),
     "fsdp": Verdict("refused", "PerCE Lite trains on one device; leave it out", lambda c: bool(c.fsdp)),
     "parallelism_config": Verdict(
@@ -193,7 +205,7 @@ class PerCEConfig(SFTConfig):
 
 
 def _own_faults(config: PerCEConfig) -> list[str]:
-    """Faults of the six fields and of how they go together."""
+    """Faults of the six fields, of how they go together, and of numbers that cannot be trained with."""
     faults = []
     choices: dict[str, tuple[Any, ...]] = {
         "estimator": get_args(Estimator),
@@ -203,10 +215,10 @@ def _own_faults(config: PerCEConfig) -> list[str]:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             faults.append(f"{name}: {getattr(config, name)!r} is not one of {', '.join(allowed)}")
-    if config.clip_min < 0:
-        faults.append(f"clip_min: {config.clip_min} is below 0, which would push tokens away (gradient ascent)")
-    if config.clip_max < config.clip_min:
-        faults.append(f"clip_max: {config.clip_max} is below clip_min {config.clip_min}")
+    if not config.clip_min >= 0:  # NaN included
+        faults.append(f"clip_min: {config.clip_min} is not at least 0, which would push tokens away (gradient ascent)")
+    if not config.clip_max >= config.clip_min:
+        faults.append(f"clip_max: {config.clip_max} is not at least clip_min, {config.clip_min}")
     if config.normalize_weights == "mean" and config.clip_min == 0 and config.clip_max == 0:
         faults.append("clip_max: 0 makes every weight 0, which has no mean to divide by")
     if config.train_on == "counterfactual" and config.estimator in _NEEDS_TRAINING_FORWARD:
@@ -214,6 +226,12 @@ def _own_faults(config: PerCEConfig) -> list[str]:
             f"train_on: 'counterfactual' does not go with estimator {config.estimator!r}, whose factual term is the "
             "training forward; use base, shuffled or uniform"
         )
+    positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    faults += [
+        f"{name}: {getattr(config, name)} is not at least 1" for name in positive if not getattr(config, name) >= 1
+    ]
+    if not 0 < config.learning_rate < 1:
+        faults.append(f"learning_rate: {config.learning_rate} is not between 0 and 1; 1e-5 to 1e-3 is usual for LoRA")
     if config.max_length is not None and config.max_length < 1:
         faults.append(f"max_length: {config.max_length} is not positive; give a number of tokens, or null")
     return faults

@@ -20,7 +20,7 @@ def pir(factual_log_probs: Tensor, counterfactual_log_probs: Tensor) -> Tensor:
 
     Both of one shape. The result is detached: a weight is not a path for gradients.
     """
-    return (factual_log_probs.detach() - counterfactual_log_probs).float()
+    return (factual_log_probs - counterfactual_log_probs).detach().float()
 
 
 def weights(pir: Tensor, clip_min: float, clip_max: float, scale: float = 1.0) -> Tensor:
@@ -61,6 +61,8 @@ def health(pir: Tensor, clip_min: float, clip_max: float) -> dict[str, float]:
     values = pir.double() if pir.device.type == "cpu" else pir.float()
     weight = weights(values, clip_min, clip_max)
     tenths = torch.quantile(values, torch.tensor([0.1, 0.5, 0.9], dtype=values.dtype, device=values.device))
+    relative = weight / weight.max().clamp(min=torch.finfo(weight.dtype).tiny)
+    effective = relative.sum() ** 2 / (relative * relative).sum().clamp(min=torch.finfo(weight.dtype).tiny)
     figures = {
         "pir_mean": values.mean(),
         "pir_p10": tenths[0],
@@ -70,7 +72,7 @@ def health(pir: Tensor, clip_min: float, clip_max: float) -> dict[str, float]:
         "share_at_min": (values <= clip_min).to(values.dtype).mean(),
         "share_above_min": (values > clip_min).to(values.dtype).mean(),
         "share_at_max": (values >= clip_max).to(values.dtype).mean(),
-        "effective_tokens": weight.sum() ** 2 / (weight.numel() * (weight * weight).sum()).clamp(min=1e-12),
+        "effective_tokens": effective / weight.numel(),
     }
     read = torch.stack(list(figures.values())).tolist()  # one wait for the device, not nine
     return dict(zip(figures, read, strict=True))

@@ -2,15 +2,16 @@
 
 import itertools
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from perce_lite.errors import DataError
 from perce_lite.profiles import Item, choose
 from perce_lite.recipe import Profile, Recipe
-from perce_lite.rows import SPLITS, Profiled, Row, from_record, of_split, split_rows, spread_over_users
+from perce_lite.rows import Profiled, Row, from_record, of_split, split_name, split_rows, spread_over_users, user_name
 
 
 def read_rows(recipe: Recipe) -> list[Row]:
@@ -23,7 +24,7 @@ def read_rows(recipe: Recipe) -> list[Row]:
     records = list(_records(recipe))
     if not records:
         raise DataError(f"{data.path or data.hub}: holds no records")
-    shape = data.format if data.format != "auto" else _shape(records[0][2])
+    shape = data.format if data.format != "auto" else _shape(records[0])
     if shape == "documents":
         rows = _from_documents(records, recipe.profile)
     else:
@@ -34,11 +35,14 @@ def read_rows(recipe: Recipe) -> list[Row]:
             raise DataError(f"data.users: {', '.join(unknown)}: no such user in {data.path or data.hub}")
         rows = [row for row in rows if row.user in data.users]
     if not any(row.profile for row in rows):
+        mend = "Fill the profile column, or name yours: --set data.columns.profile=YOUR_COLUMN"
+        if shape == "documents":
+            mend = "An author needs two documents or more: the profile is made of the earlier ones"
         raise DataError(
             f"{data.path or data.hub}: the profile is empty in every one of {len(rows)} rows, so there is nothing to "
-            "contrast. Fill the profile column, or name yours: --set data.columns.profile=YOUR_COLUMN"
+            f"contrast. {mend}."
         )
-    rows = split_rows(rows, recipe.split, otherwise="time" if shape == "documents" else "row")
+    rows = split_rows(rows, recipe.split, str(data.path or data.hub), "time" if shape == "documents" else "row")
     if data.max_rows is not None:
         parts = [of_split(rows, name) for name in ("train", "validation", "test")]
         rows = [row for part in parts for row in spread_over_users([one for one in part if one.profile], data.max_rows)]
@@ -52,10 +56,10 @@ def history(recipe: Recipe, user: str) -> Profiled:
         DataError: no such user.
     """
     records = list(_records(recipe))
-    shape = recipe.data.format if recipe.data.format != "auto" else _shape(records[0][2])
+    shape = recipe.data.format if recipe.data.format != "auto" else _shape(records[0])
     if shape == "documents":
-        theirs = [record for _, _, record in records if str(record.get("user", "all")) == user]
-        items = [Item(str(one.get("title") or ""), one["text"]) for one in sorted(theirs, key=_age)]
+        theirs = [record for record in records if user_name(record[2].get("user")) == user]
+        items = [Item(str(one.get("title") or ""), one["text"]) for _, _, one in sorted(theirs, key=_age(theirs))]
     else:
         rows = [from_record(record, where, split, shape, None) for where, split, record in records]
         profiles = [row.profile for row in rows if row.user == user]
@@ -64,7 +68,7 @@ def history(recipe: Recipe, user: str) -> Profiled:
             return texts[-1]
         items = list(dict.fromkeys(item for profile in profiles for item in profile if isinstance(item, Item)))
     if not items:
-        users = sorted({str(record.get("user", "all")) for _, _, record in records})
+        users = sorted({user_name(record.get("user")) for _, _, record in records})
         raise DataError(f"user {user}: the data knows no such user; it has {', '.join(users[:20])}")
     return tuple(items)
 
@@ -80,7 +84,18 @@ def _records(recipe: Recipe) -> Iterator[Record]:
     for where, split, record in found:
         if not isinstance(record, Mapping):
             raise DataError(f"{where}: a record is an object with named fields, this is {type(record).__name__}")
-        yield where, split, {renamed.get(name, name): value for name, value in record.items()} if renamed else record
+        taken = {ours: record[theirs] for theirs, ours in renamed.items() if theirs in record}
+        kept = {name: value for name, value in record.items() if name not in renamed and name not in renamed.values()}
+        yield where, split, _mended({**kept, **taken})
+
+
+def _mended(value: Any) -> Any:
+    """`value` with lone surrogates, which neither Arrow nor a tokenizer takes, made question marks."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, Mapping):
+        return {name: _mended(one) for name, one in value.items()}
+    return [_mended(one) for one in value] if isinstance(value, list) else value
 
 
 def _from_hub(recipe: Recipe) -> Iterator[Record]:
@@ -96,7 +111,7 @@ def _from_hub(recipe: Recipe) -> Iterator[Record]:
         ) from error
     for split, rows in splits.items():
         for number, record in enumerate(rows):
-            yield f"{name}, {split} row {number}", SPLITS.get(split), record
+            yield f"{name}, {split} row {number}", split_name(split, name), record
 
 
 def _from_path(path: Path) -> Iterator[Record]:
@@ -162,20 +177,32 @@ def _lamp(questions: Path) -> Iterator[Record]:
     outputs = questions.with_name(f"{prefix}outputs.json")
     if not outputs.is_file():
         raise DataError(f"{questions.name}: its answers are missing; LaMP's {outputs.name} belongs beside it")
-    golds = _json(outputs)
-    golds = golds["golds"] if isinstance(golds, dict) and "golds" in golds else golds
+    golds, asked = _json(outputs), _json(questions)
+    golds = golds.get("golds") if isinstance(golds, dict) else golds
+    if not _list_of(golds, "id", "output"):
+        raise DataError(f"{outputs.name}: not LaMP's: it holds {{golds: [{{id, output}}, ...]}}")
+    if not _list_of(asked, "id", "input"):
+        raise DataError(f"{questions.name}: not LaMP's: it holds [{{id, input, profile}}, ...]")
     output_of = {str(gold["id"]): gold["output"] for gold in golds}
-    for record in _json(questions):
+    for record in asked:
         where = f"{questions.name}, id {record.get('id')}"
         if str(record.get("id")) not in output_of:
             raise DataError(f"{where}: {outputs.name} has no answer with this id")
-        yield where, SPLITS.get(prefix.strip("_")), {**record, "output": output_of[str(record["id"])]}
+        split = split_name(prefix.strip("_"), questions.name)
+        yield where, split, {**record, "output": output_of[str(record["id"])]}
+
+
+def _list_of(value: Any, *names: str) -> TypeGuard[list[Mapping[str, Any]]]:
+    """Whether `value` is a list of objects that have these fields."""
+    return isinstance(value, list) and all(isinstance(one, Mapping) and set(names) <= set(one) for one in value)
 
 
 # Rows of records.
 
 
-def _shape(record: Mapping[str, Any]) -> str:
+def _shape(first: Record) -> str:
+    """rows, documents, lamp or longlamp, by the fields of the first record."""
+    where, _, record = first
     names = set(record)
     if "completion" in names or "messages" in names:
         return "rows"
@@ -184,45 +211,69 @@ def _shape(record: Mapping[str, Any]) -> str:
     if "text" in names:
         return "documents"
     raise DataError(
-        f"the fields {', '.join(sorted(names))} fit no known shape. Rows have user, profile, prompt and completion (or "
-        "messages); documents have user, query, text; rename with data.columns, such as {completion: answer}"
+        f"{where}: the fields {', '.join(sorted(names))} fit no known shape. Rows have user, profile, prompt and "
+        "completion (or messages); documents have user, query, text; rename with data.columns: {completion: answer}"
     )
 
 
 def _from_documents(records: Sequence[Record], rule: Profile) -> list[Row]:
-    """Plain documents by author: the profile of each is made of the same author's earlier ones, never later ones."""
+    """Documents by author: the profile of each is made of the same author's earlier ones, never later ones."""
     by_user: dict[str, list[Record]] = defaultdict(list)
     for where, split, record in records:
         if not isinstance(record.get("text"), str):
             raise DataError(f"{where}: no text; rename yours with data.columns.text=YOUR_COLUMN")
-        if record.get("query") is None and record.get("title") is None:
+        if not record.get("query") and not record.get("title"):
             raise DataError(f"{where}: neither query nor title: nothing to ask for")
-        by_user[str(record.get("user", "all"))].append((where, split, record))
-    if rule.earlier_by != "document" and not all(record.get("date") for _, _, record in records):
-        raise DataError(f"profile.earlier_by: {rule.earlier_by} needs a date (2024-05-31) in every document")
+        if rule.earlier_by != "document":
+            _date(record, where, f"profile.earlier_by: {rule.earlier_by} needs one in every document")
+        by_user[user_name(record.get("user"))].append((where, split, record))
     rows = []
     for user, documents in by_user.items():
-        documents.sort(key=lambda one: _age(one[2]))
+        documents.sort(key=_age(documents))
         for index, (where, split, record) in enumerate(documents):
             earlier = [other for _, _, other in documents[:index] if _is_earlier(other, record, rule.earlier_by)]
             items = [Item(str(other.get("title") or ""), other["text"]) for other in earlier]
             query = str(record.get("query") or record.get("title"))
             chosen = choose(items, str(record.get("title") or query), rule.select, rule.top_k)
-            split_name = SPLITS.get(str(record.get("split") or record.get("temporal_split") or split))
+            said = record.get("split") or record.get("temporal_split") or split
             prompt = ({"role": "user", "content": query},)
             completion = ({"role": "assistant", "content": record["text"]},)
             cohort = None if record.get("cohort") is None else str(record["cohort"])
-            rows.append(Row(where, user, tuple(chosen), prompt, completion, split_name, cohort))
+            rows.append(Row(where, user, tuple(chosen), prompt, completion, split_name(said, where), cohort))
     return rows
 
 
-def _age(document: Mapping[str, Any]) -> tuple[float, str]:
-    """Sorts documents oldest first: by idx where it is a number, then by date; otherwise as they stand."""
-    idx = document.get("idx")
-    return float(idx) if isinstance(idx, int | float) else 0.0, str(document.get("date") or "")
+def _age(documents: Sequence[Record]) -> Callable[[Record], tuple[float, ...]]:
+    """What sorts an author's documents oldest first: idx where all have one, else the date, else as they stand.
+
+    Raises:
+        DataError: an idx that is no number, or a date that is not year-month-day.
+    """
+    if all(record.get("idx") is not None for _, _, record in documents):
+        return lambda one: (_number(one[2]["idx"], one[0]),)
+    if all(record.get("date") is not None for _, _, record in documents):
+        return lambda one: _date(one[2], one[0], "without idx, an author's documents are ordered by it")
+    return lambda one: ()
+
+
+def _number(idx: Any, where: str) -> float:
+    try:
+        return float(idx)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: idx is {idx!r}; the order of an author's documents is a number") from error
+
+
+def _date(record: Mapping[str, Any], where: str, why: str) -> tuple[float, ...]:
+    """(year, month, day, ...) of a date such as 2024-05-31, 2024-05 or 2024, with a time or without."""
+    numbers = re.findall(r"\d+", str(record.get("date")))
+    if not numbers or len(numbers[0]) != 4:
+        raise DataError(f"{where}: date is {record.get('date')!r}; write it as 2024-05-31 ({why})")
+    return tuple(float(number) for number in numbers)
 
 
 def _is_earlier(other: Mapping[str, Any], record: Mapping[str, Any], by: str) -> bool:
     """Whether `other`, which stands ahead of `record`, is older by the whole unit `by` as well."""
-    length = {"document": 0, "year": 4, "month": 7}[by]
-    return by == "document" or str(other["date"])[:length] < str(record["date"])[:length]
+    if by == "document":
+        return True
+    length = {"year": 1, "month": 2}[by]
+    return _date(other, "", "")[:length] < _date(record, "", "")[:length]

@@ -94,7 +94,11 @@ def folder_written_aside(path: Path) -> Iterator[Path]:
                 old = path.with_name(f".{path.name}.old")
                 shutil.rmtree(old, ignore_errors=True)
                 os.replace(path, old)
-                os.replace(aside, path)
+                try:
+                    os.replace(aside, path)
+                except OSError:
+                    os.replace(old, path)
+                    raise
                 shutil.rmtree(old)
             else:
                 os.replace(aside, path)

@@ -72,7 +72,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(_folder(recipe))
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_not_there(recipe.model, error)) from error
+        raise ModelError(_not_there(recipe.model, recipe.model_folder is not None, error)) from error
     given = recipe.train.get("chat_template_path")
     if given is not None:
         if not Path(given).is_file():
@@ -109,7 +109,7 @@ def load_base(recipe: Recipe) -> Base:
             folder, dtype=kept, quantization_config=quantization, device_map={"": device.type}
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_not_there(recipe.model, error)) from error
+        raise ModelError(_not_there(recipe.model, recipe.model_folder is not None, error)) from error
     keep_base_constant(model)
     return Base(model.eval().requires_grad_(False), tokenizer, recipe.model)
 
@@ -118,8 +118,7 @@ def _folder(recipe: Recipe) -> str:
     """What transformers loads: the built-in model's folder, the recipe's own one, or a Hub id."""
     if recipe.model in BUILT_IN:
         return str(built_in_folder(recipe.model))
-    beside = Path(recipe.source).parent / recipe.model
-    return str(beside) if recipe.source and beside.is_dir() else str(Path(recipe.model).expanduser())
+    return recipe.model if recipe.model_folder is None else str(recipe.model_folder)
 
 
 def keep_base_constant(model: nn.Module) -> None:
@@ -198,14 +197,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _not_there(name: str, error: Exception) -> str:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return f"model: {name} is a folder, but no causal language model with a tokenizer could be loaded: {error}"
+def _not_there(name: str, is_folder: bool, error: Exception) -> str:
+    if is_folder:
+        return f"model: {name} is a folder, but holds no language model with a tokenizer: {_first_line(error)}"
     return (
         f"model: {name} is neither built in ({', '.join(BUILT_IN)}), nor a folder, nor could it be had from the Hub: "
-        f"{str(error).splitlines()[0]} Offline: copy the model's folder to this machine and set model: to its path."
+        f"{_first_line(error)} Offline: copy the model's folder to this machine and set model: to its path."
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def fingerprint(model: nn.Module) -> str:

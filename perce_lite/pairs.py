@@ -4,6 +4,7 @@ The chat template is rendered with a placeholder for each scored turn; the turns
 prompts, so that both passes score identical ids by construction, end-of-turn token included.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from jinja2.exceptions import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
 from perce_lite.errors import DataError, TemplateError
+from perce_lite.profiles import Item
 from perce_lite.recipe import Template
 from perce_lite.rows import Message, Profiled, Row
 
@@ -32,6 +34,7 @@ class Tokens(NamedTuple):
 class Pair:
     """One row, tokenised twice. Both have the same scored ids, R of them, in the same order.
 
+    profile: the profile's text as it stands in the factual prompt
     items_left_out: profile items (of a text profile: words) left out to fit
     broken_tokens: places where user text spelled one of the template's control tokens
     """
@@ -39,6 +42,7 @@ class Pair:
     row: Row
     factual: Tokens
     counterfactual: Tokens
+    profile: str
     items_left_out: int
     broken_tokens: int
 
@@ -103,9 +107,10 @@ class PairMaker:
         self.max_profile_tokens = max_profile_tokens
         self._control = _control_tokens(tokenizer)
         self._control_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        self._takes_system = self._shows_a_system_message()
-        auto = "system" if self._takes_system else "user"
+        takes_system, self._own_system = self._template_system()
+        auto = "system" if takes_system else "user"
         self._position = auto if self.template.position == "auto" else self.template.position
+        self._system = (self.template.system or "") if takes_system else ""
 
     def make(self, rows: Sequence[Row], audit: Audit | None = None) -> list[Pair]:
         """The pairs of `rows`, in order; `audit` counts those that are dropped, by user and reason.
@@ -130,13 +135,14 @@ class PairMaker:
         """Ids (T,) of a prompt that waits for an answer, `profile` in it where there is one; for generation."""
         text, _ = self._safe_profile(profile)
         messages = [{**one, "content": self._safe(one["content"])[0]} for one in prompt]
-        return self._ids(self._render(self._messages(messages, text), "the prompt", add_generation_prompt=True))
+        composed = self._messages(messages, text, "the prompt")
+        return self._ids(self._render(composed, "the prompt", add_generation_prompt=True))
 
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the tokenizer's own, and the template's end-of-turn token."""
         turn = [{"role": "user", "content": "x"}], [{"role": "assistant", "content": "y"}]
-        after = self._ids(self._contexts(*turn, "", "a short conversation")[1])[:1]
-        ends = [self.tokenizer.eos_token_id, *(one for one in after if one in self._control_ids)]
+        after = self._ids(self._contexts(*turn, "", "a short conversation")[1])
+        ends = [self.tokenizer.eos_token_id, *after[: self._end_of_turn(after)][-1:]]
         return sorted({one for one in ends if one is not None})
 
     def profile_text(self, profile: Profiled) -> str:
@@ -161,6 +167,8 @@ class PairMaker:
 
         def fits(profile: Profiled) -> bool:
             text, _ = self._safe_profile(profile)
+            if not profile:
+                return True
             if self.max_profile_tokens is not None and len(self._ids(text)) > self.max_profile_tokens:
                 return False
             if self.max_length is None:
@@ -169,26 +177,29 @@ class PairMaker:
 
         taken = _most_that_fit(units, lambda count: fits(_first(row.profile, count)))
         chosen = _first(row.profile, taken)
-        if not chosen and not isinstance(row.profile, str):  # the nearest item alone is too long: the next that is not
-            chosen = next(((item,) for item in row.profile if fits((item,))), ())
-            taken = len(chosen)
-        if not chosen:
-            return PROFILE_TOO_LONG
         text, broken_in_profile = self._safe_profile(chosen)
+        if not text.strip() and not isinstance(row.profile, str):
+            # The nearest item alone is too long, or shows nothing in the template: the next that does neither.
+            seen = ((item,) for item in row.profile if self.profile_text((item,)).strip())
+            chosen = next((one for one in seen if fits(one)), ())
+            taken = len(chosen)
+            text, broken_in_profile = self._safe_profile(chosen)
+        if not text.strip():
+            return PROFILE_TOO_LONG
         factual = self._tokens(prompt, completion, text, responses, row.where)
         if factual.ids == counterfactual.ids:
             raise TemplateError(
                 f"{row.where}: the profile leaves no trace in the prompt: with and without it the template renders "
                 "the same text. Try template.position: user, or another template."
             )
-        return Pair(row, factual, counterfactual, units - taken, broken + broken_in_profile)
+        return Pair(row, factual, counterfactual, text, units - taken, broken + broken_in_profile)
 
     def _cleaned(self, row: Row) -> tuple[list[Message], list[Message], int]:
         """Prompt and completion with control tokens in user text broken, and how many there were."""
         cleaned, count = [], 0
         for one in (*row.prompt, *row.completion):
             content, broken = self._safe(one["content"])
-            cleaned.append({"role": one["role"], "content": content})
+            cleaned.append({"role": self._safe(one["role"])[0], "content": content})
             count += broken
         return cleaned[: len(row.prompt)], cleaned[len(row.prompt) :], count
 
@@ -201,20 +212,29 @@ class PairMaker:
         labels = [IGNORED] * len(ids)
         for response, text in zip(responses, contexts[1:], strict=True):
             after = self._ids(text)
-            end = after[:1] if after and after[0] in self._control_ids else []  # the end-of-turn token is scored
+            end = after[: self._end_of_turn(after)]
             ids += response + after
             labels += response + end + [IGNORED] * (len(after) - len(end))
         return _without_tail(ids, labels)
 
+    def _end_of_turn(self, after: list[int]) -> int:
+        """How many of the ids behind a response end its turn: up to the first control token, if it stands first.
+
+        Some templates put a space ahead of it.
+        """
+        first = next((index for index, one in enumerate(after) if one in self._control_ids), None)
+        stands_first = first is not None and not self.tokenizer.decode(after[:first]).strip()
+        return first + 1 if first is not None and stands_first else 0
+
     def _contexts(self, prompt: list[Message], completion: list[Message], profile: str, where: str) -> list[str]:
         """The rendered text around the scored turns: n + 1 pieces for n turns."""
-        spoken = "".join(one["content"] for one in (*prompt, *completion)) + profile
+        spoken = "".join(one["content"] for one in self._messages([*prompt, *completion], profile, where))
         mark = next(mark for n in range(10**6) if (mark := f"response{n}slot") not in spoken)
         turns = iter(range(len(completion)))
         marked = [
             {**one, "content": f"{mark}{next(turns)}."} if one["role"] == "assistant" else one for one in completion
         ]
-        messages = self._messages([*prompt, *marked], profile)
+        messages = self._messages([*prompt, *marked], profile, where)
         pieces = re.split(rf"{mark}\d+\.", self._render(messages, where))
         expected = sum(one["role"] == "assistant" for one in completion) + 1
         if len(pieces) != expected:
@@ -223,27 +243,29 @@ class PairMaker:
                 "needs a template that keeps them all"
             )
         if expected == 2:  # what precedes a single answer is exactly what generation will see
-            pieces[0] = self._render(self._messages(prompt, profile), where, add_generation_prompt=True)
+            ahead = list(itertools.takewhile(lambda one: one["role"] != "assistant", completion))
+            asked = self._messages([*prompt, *ahead], profile, where)
+            pieces[0] = self._render(asked, where, add_generation_prompt=True)
         return pieces
 
     # Text
 
-    def _messages(self, messages: Sequence[Message], profile: str) -> list[Message]:
+    def _messages(self, messages: Sequence[Message], profile: str, where: str) -> list[Message]:
         """`messages` with the profile where the template puts it, and the same system message in both passes."""
         said = profile and self.template.profile.replace("{profile}", profile)
-        first, rest = ([messages[0]], messages[1:]) if messages[0]["role"] == "system" else ([], list(messages))
-        if not first and self.template.system and self._takes_system:
-            first = [{"role": "system", "content": self.template.system}]
+        rest = list(messages)
+        system = rest.pop(0)["content"] if rest and rest[0]["role"] == "system" else self._system
+        given = len(rest) < len(messages)
         if self._position == "system":
-            content = self.template.separator.join(part for part in (*(one["content"] for one in first), said) if part)
-            return [*([{"role": "system", "content": content}] if content else []), *rest]
-        if not said:
-            return [*first, *rest]
-        at = next((index for index, one in enumerate(rest) if one["role"] == "user"), None)
-        if at is None:
-            raise TemplateError("template.position: user, but there is no user message to put the profile into")
-        query = {**rest[at], "content": f"{said}{self.template.separator}{rest[at]['content']}"}
-        return [*first, *rest[:at], query, *rest[at + 1 :]]
+            system = self.template.separator.join(part for part in (system or self._own_system, said) if part)
+        elif said:
+            at = next((index for index, one in enumerate(rest) if one["role"] == "user"), None)
+            if at is None:
+                raise TemplateError(f"{where}: template.position is user, but there is no user message for the profile")
+            rest[at] = {**rest[at], "content": f"{said}{self.template.separator}{rest[at]['content']}"}
+        first = [{"role": "system", "content": system}] if system or given else []
+        # Once more: two harmless halves may have met.
+        return [{**one, "content": self._safe(one["content"])[0]} for one in [*first, *rest]]
 
     def _render(self, messages: list[Message], where: str, add_generation_prompt: bool = False) -> str:
         try:
@@ -258,12 +280,16 @@ class PairMaker:
             raise TemplateError(f"{where}: the chat template refuses the messages ({roles}): {error}") from error
         return str(text)
 
-    def _shows_a_system_message(self) -> bool:
-        probe = [{"role": "system", "content": "probe7"}, {"role": "user", "content": "x"}]
+    def _template_system(self) -> tuple[bool, str]:
+        """Whether the chat template shows a system message, and the text that it puts in where there is none."""
+        user = {"role": "user", "content": "x"}
         try:
-            return "probe7" in self._render(probe, "a system message")
+            before, shown, after = self._render([{"role": "system", "content": "probe7"}, user], "").partition("probe7")
         except TemplateError:
-            return False
+            return False, ""
+        bare = self._render([user], "the template")
+        fills_in = shown and bare.startswith(before) and bare.endswith(after) and len(bare) > len(before) + len(after)
+        return bool(shown), bare[len(before) : len(bare) - len(after)] if fills_in else ""
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -279,7 +305,7 @@ class PairMaker:
         text = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
         broken = 0
         while True:  # a break may not make a new one; a few rounds settle even nested spellings
-            text, found = self._control.subn(lambda match: f"{match[0][:1]} {match[0][1:]}", text)
+            text, found = self._control.subn(lambda match: re.sub(r"(?<=\S)", " ", match[0], count=1), text)
             broken += found
             if not found:
                 return text, broken
@@ -289,9 +315,12 @@ def format_profile(profile: Profiled, template: Template) -> str:
     """A profile as one text: a text as it is, items by `template.item`, in order."""
     if isinstance(profile, str):
         return profile
-    return template.separator.join(
-        template.item.replace("{title}", item.title).replace("{text}", item.text).strip() for item in profile
-    )
+
+    def shown(item: Item) -> str:
+        fields = {"{title}": item.title, "{text}": item.text}
+        return re.sub(r"\{title\}|\{text\}", lambda match: fields[match[0]], template.item).strip()
+
+    return template.separator.join(filter(None, map(shown, profile)))
 
 
 def require(pairs: Sequence[Pair], audit: Audit, what: str) -> None:
@@ -315,7 +344,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
         for token in tokenizer.added_tokens_decoder.values()
         if len(token.content.strip()) > 1 and (token.special or token.content in source)
     }
-    words |= {token for token in tokenizer.all_special_tokens if len(token) > 1}
+    words |= {token for token in tokenizer.all_special_tokens if len(token.strip()) > 1}
     if not words:
         return re.compile(r"(?!)")
     return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)))

@@ -6,12 +6,13 @@ imported only when those two are checked.
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
 
 from perce_lite.errors import RecipeError
 from perce_lite.files import digest, home
@@ -98,7 +99,12 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     lora: dict[str, Any] = Field({}, description="fields of peft.LoraConfig")
     train: dict[str, Any] = Field({}, description="fields of PerCEConfig, so of trl.SFTConfig")
-    source: str = Field("", exclude=True)
+    _source: str = PrivateAttr("")
+
+    @property
+    def source(self) -> str:
+        """The file that the recipe was read from; empty for one that lies in an adapter."""
+        return self._source
 
     @property
     def output_dir(self) -> Path:
@@ -110,17 +116,26 @@ class Recipe(Section):
         """`data.path`, taken from the recipe's own folder on."""
         return None if self.data.path is None else Path(self.source).parent / Path(self.data.path).expanduser()
 
+    @property
+    def model_folder(self) -> Path | None:
+        """The folder that `model` names, from the recipe's own on or as it stands; None where it names none."""
+        given = Path(self.model).expanduser()
+        places = [Path(self.source).parent / given, given] if self.source else [given]
+        return next((place.absolute() for place in places if place.is_dir()), None)
+
     def fingerprint(self) -> str:
         """Equal for recipes that train the same adapter: where it is written to, or logged, does not count."""
         plain = self.model_dump(mode="json")
-        for name in _NOT_TRAINED_BY:
-            plain["train"].pop(name, None)
+        plain["train"] = {name: value for name, value in plain["train"].items() if not _NOT_TRAINED_BY.match(name)}
         plain["data"].pop("path")
         plain.pop("evaluation")
         return digest(plain)
 
 
-_NOT_TRAINED_BY = ("output_dir", "store", "logging_steps", "save_steps", "save_total_limit", "report_to", "run_name")
+_NOT_TRAINED_BY = re.compile(
+    r"(log|logging|save|hub)_|(output_dir|store|report_to|run_name|project|disable_tqdm|push_to_hub|skip_memory_metrics)$"
+)
+"""Fields of `train:` that say where things go and what is told, not what is trained."""
 
 _LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -159,7 +174,8 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     faults = apply_overrides(plain, lines, overrides)
     recipe = None
     try:
-        recipe = Recipe.model_validate({**plain, "source": str(path.absolute())})
+        recipe = Recipe.model_validate(plain)
+        recipe._source = str(path.absolute())
     except ValidationError as error:
         faults += [_pydantic_fault(fault, plain, lines) for fault in error.errors()]
     faults += _cross_faults(plain, lines) + _third_party_faults(plain, lines)
@@ -188,10 +204,17 @@ def training_config(recipe: Recipe, **more: Any) -> Any:
 
 
 def lora_config(recipe: Recipe) -> Any:
-    """The recipe's `peft.LoraConfig`: rank 16 on every linear layer, no dropout, unless it says otherwise."""
+    """The recipe's `peft.LoraConfig`: rank 16 on every linear layer, no dropout, unless it says otherwise.
+
+    Raises:
+        RecipeError: a combination that `LoraConfig` refuses.
+    """
     from peft import LoraConfig
 
-    return LoraConfig(**{**_LORA_DEFAULTS, **recipe.lora})
+    try:
+        return LoraConfig(**{**_LORA_DEFAULTS, **recipe.lora})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RecipeError(recipe.source, [f"lora: {error}"]) from error
 
 
 def _recipes_nearby(path: Path) -> str:
@@ -220,8 +243,7 @@ def _pydantic_fault(fault: Any, plain: dict[str, Any], lines: Lines) -> str:
             annotation = section.model_fields[str(part)].annotation
             assert isinstance(annotation, type)
             section = annotation
-        names = set(section.model_fields) - {"source"}
-        return f"{where(at, lines)}unknown key {name}; {_nearest(str(at[-1]), names)}"
+        return f"{where(at, lines)}unknown key {name}; {_nearest(str(at[-1]), section.model_fields)}"
     if fault["type"] == "missing":
         return f"{name}: is missing"
     message = fault["msg"].removeprefix("Input ")

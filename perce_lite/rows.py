@@ -15,7 +15,31 @@ from perce_lite.recipe import Profile, Split
 Message = dict[str, str]
 Profiled = str | tuple[Item, ...]
 
-SPLITS = {"train": "train", "validation": "validation", "val": "validation", "dev": "validation", "test": "test"}
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""Names that data sets give their splits."""
+
+
+def split_name(given: Any, where: str) -> str | None:
+    """`given` as train, validation or test; None where the data says nothing.
+
+    Raises:
+        DataError: a name that is none of `SPLITS`: guessing could put held-out rows into training.
+    """
+    if given is None or given == "":
+        return None
+    name = SPLITS.get(str(given).strip().lower())
+    if name is None:
+        raise DataError(f"{where}: split {given!r} is not one of {', '.join(SPLITS)}")
+    return name
+
+
+def user_name(given: Any) -> str:
+    """The user as a text; "all" where the data names nobody."""
+    return "all" if given is None else str(given)
 
 
 @dataclass(frozen=True)
@@ -24,7 +48,7 @@ class Row:
 
     where: "people.jsonl, line 12": how errors name it
     profile: a text, or items with the most relevant first
-    prompt: messages ahead of the response; empty for a dialogue
+    prompt: messages ahead of the first response
     completion: the response as messages; every assistant turn in it is scored
     split: train, validation, test, or None where the data does not say
     """
@@ -64,7 +88,7 @@ def spread_over_users(rows: Sequence[Row], count: int) -> list[Row]:
     return [row for turn in turns for row in turn if row is not None][:count]
 
 
-def split_rows(rows: Sequence[Row], split: Split, otherwise: str = "row") -> list[Row]:
+def split_rows(rows: Sequence[Row], split: Split, source: str = "the data", otherwise: str = "row") -> list[Row]:
     """Gives every row a split: the data's own where it has one, else a seeded one.
 
     `otherwise` is what `by: auto` means where the data has none; "time" holds out the last rows of each user, so that
@@ -74,7 +98,7 @@ def split_rows(rows: Sequence[Row], split: Split, otherwise: str = "row") -> lis
     by = split.by if split.by != "auto" else "given" if given else otherwise
     if by == "given":
         if not given:
-            raise DataError("split.by: given, but the data has no split of its own; use row, user or time")
+            raise DataError(f"split.by: given, but {source} has no split of its own; use row, user or time")
         return [row if row.split else replace(row, split="train") for row in rows]
     groups: list[list[list[int]]]  # each group is cut into test, validation, train; a unit stays whole
     by_user: dict[str, list[int]] = defaultdict(list)
@@ -136,19 +160,17 @@ def to_columns(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def from_record(record: Mapping[str, Any], where: str, split: str | None, shape: str, rule: Profile | None) -> Row:
     """The row that a record tells of. `shape`: rows, lamp or longlamp; `rule` chooses among its profile items."""
     if shape in ("lamp", "longlamp"):
-        user = next(
-            (record[key] for key in ("user_id", "name", "reviewerId", "author", "id") if record.get(key)), "all"
-        )
+        names = (record.get(key) for key in ("user_id", "name", "reviewerId", "author", "id"))
+        user = next((name for name in names if name not in (None, "")), None)
         record = {**record, "user": user, "prompt": record.get("input"), "completion": record.get("output")}
     prompt, completion = _conversation(record, where)
-    split = SPLITS.get(str(record["split"])) if record.get("split") else split
     row = Row(
         where=where,
-        user=str(record["user"]) if record.get("user") is not None else "all",
+        user=user_name(record.get("user")),
         profile=_profile(record.get("profile"), where),
         prompt=prompt,
         completion=completion,
-        split=split,
+        split=split_name(record.get("split"), where) or split,
         cohort=None if record.get("cohort") is None else str(record["cohort"]),
     )
     if rule is None or isinstance(row.profile, str):
@@ -185,7 +207,7 @@ def _messages(value: Any, column: str, role: str, where: str) -> tuple[Message, 
     )
 
 
-_TEXTS = ("text", "abstract", "description", "reviewText", "content", "output")
+_TEXTS = ("text", "abstract", "reviewText", "content", "description", "output")
 _TITLES = ("title", "summary", "input")
 _MARKS = ("tag", "score", "overall", "category", "rating")
 

@@ -1,6 +1,7 @@
 """Log-probs of scored tokens, adapters on or off: one autocast, one head, one place."""
 
 import itertools
+import time
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +66,7 @@ def scoring_forward(model: torch.nn.Module) -> Callable[..., Any]:
 
     The model's own forward stays as it was: training keeps the head that TRL gave it.
     """
-    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = _base_of(model)
     own = base.__dict__.get("forward")
     add_fused_lm_head(base, cast_lm_head_to_fp32=True)
     scoring = base.__dict__.pop("forward")
@@ -126,9 +127,21 @@ def _batches(sequences: Sequence[Tokens], alone: bool) -> Iterator[list[int]]:
 
 
 def store_key(model: torch.nn.Module, autocast: torch.dtype | None) -> str:
-    """The store's folder for a base: its weights, quantisation, compute dtype and device kind."""
+    """The store's folder for a base: its weights, quantisation, compute dtype, device kind and what its config says."""
     device = next(model.parameters()).device.type
-    return digest([fingerprint(model), str(autocast), device, SCORING_VERSION])
+    config = {name: value for name, value in _base_of(model).config.to_dict().items() if name not in _NO_ARITHMETIC}
+    return digest([fingerprint(model), str(autocast), device, config, SCORING_VERSION])
+
+
+_NO_ARITHMETIC = (
+    "_name_or_path", "transformers_version", "dtype", "architectures", "use_cache", "quantization_config",
+    "pad_token_id", "bos_token_id", "eos_token_id",
+)  # fmt: skip
+"""Keys of a config that do not change a log-prob; trainers set some of them."""
+
+
+def _base_of(model: torch.nn.Module) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def under_base(
@@ -167,8 +180,6 @@ def _in_portions(
     model: torch.nn.Module, todo: dict[int, Tokens], autocast: torch.dtype | None, bar: Any, task: Any
 ) -> Iterator[dict[int, Tensor]]:
     """Scores `todo` and hands it over every few seconds: what is handed over survives a kill."""
-    import time
-
     indices = list(todo)
     portion: dict[int, Tensor] = {}
     since = time.monotonic()

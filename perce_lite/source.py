@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from perce_lite.errors import RecipeError
 
@@ -16,6 +16,8 @@ KeyPath = tuple[str | int, ...]
 Lines = dict[KeyPath, str]
 """Where each key stands: "line 12", or "--set train.learning_rate=1e-4"."""
 
+_DEPTH = 20  # far more than a recipe needs: an alias may hold itself
+
 
 def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
     """The YAML as plain data, and where each key stands.
@@ -23,25 +25,29 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
     Raises:
         RecipeError: not UTF-8, not YAML (the line is named), or not a mapping.
     """
+    lines: Lines = {}
     yaml = YAML(typ="safe", pure=True)  # pure: YAML 1.2, in which 1e-4 is a number and `no` a word
     try:
         text = path.read_text(encoding="utf-8")
-        plain, root = yaml.load(text), YAML(typ="safe", pure=True).compose(text)
+        plain = yaml.load(text)
+        _mark(YAML(typ="safe", pure=True).compose(text), (), lines)
     except MarkedYAMLError as error:
         mark = error.problem_mark
         raise RecipeError(str(path), [f"line {mark.line + 1 if mark else '?'}: not YAML: {error.problem}"]) from error
-    except (UnicodeDecodeError, OSError) as error:
-        raise RecipeError(str(path), [f"cannot be read as UTF-8 text: {error}"]) from error
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(str(path), [f"cannot be read as YAML in UTF-8: {' '.join(str(error).split())}"]) from error
     if not isinstance(plain, dict):
         raise RecipeError(str(path), ["a recipe is a mapping such as `model: smollm2-135m`, this is not one"])
-    lines: Lines = {}
-    _mark(root, (), lines)
     return plain, lines
 
 
 def _mark(node: Node, at: KeyPath, lines: Lines) -> None:
+    if len(at) > _DEPTH:
+        raise YAMLError(f"{'.'.join(map(str, at[:3]))} holds itself")
     if isinstance(node, MappingNode):
         for key, value in node.value:
+            if not isinstance(key, ScalarNode):
+                continue
             lines[(*at, key.value)] = f"line {key.start_mark.line + 1}"
             _mark(value, (*at, key.value), lines)
     elif isinstance(node, SequenceNode):
@@ -61,8 +67,8 @@ def apply_overrides(plain: dict[str, Any], lines: Lines, overrides: typing.Seque
             continue
         try:
             read = YAML(typ="safe", pure=True).load(value)
-        except MarkedYAMLError as error:
-            faults.append(f"--set {override}: the value is not YAML: {error.problem}")
+        except YAMLError as error:
+            faults.append(f"--set {override}: the value is not YAML: {str(error).splitlines()[0]}")
             continue
         section = plain
         for part in parts[:-1]:

@@ -5,6 +5,7 @@ that changes the value of an entry can leave its key as it was, so a hit is neve
 """
 
 import hashlib
+import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from perce_lite.console import warn
-from perce_lite.files import safe_name, written_aside
+from perce_lite.files import disk_full_is_clear, safe_name, written_aside
 
 
 def entry_key(ids: Sequence[int], labels: Sequence[int]) -> str:
@@ -59,8 +60,9 @@ class Store:
             DiskFullError: no space left; what was there stays.
         """
         path = self.path(user)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with disk_full_is_clear(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_full_is_clear(path), FileLock(f"{path}.lock"):
             merged = {**self.get(user), **{key: value.float().contiguous() for key, value in entries.items()}}
             with written_aside(path) as aside:
                 save_file(merged, aside, metadata={"digest": _digest(merged)})
@@ -69,8 +71,8 @@ class Store:
 def usage(root: Path) -> list[dict[str, int | str]]:
     """Files, entries and bytes by base."""
     found: list[dict[str, int | str]] = []
-    for folder in sorted(one for one in root.glob("*") if one.is_dir()):
-        files = sorted(folder.glob("*.safetensors"))
+    for folder in _bases(root):
+        files = sorted(one for one in folder.iterdir() if _FILE.fullmatch(one.name))
         entries = 0
         for file in files:
             try:
@@ -86,14 +88,22 @@ def usage(root: Path) -> list[dict[str, int | str]]:
 def clear(root: Path) -> int:
     """Removes every entry, leftovers of killed runs included; gives the bytes freed. Other files stay."""
     freed = 0
-    for folder in [one for one in root.glob("*") if one.is_dir()]:
-        for pattern in ("*.safetensors", "*.safetensors.lock", ".*.tmp"):
-            for file in folder.glob(pattern):
-                freed += file.stat().st_size
-                file.unlink()
+    for folder in _bases(root):
+        for file in [one for one in folder.iterdir() if _LEFT.fullmatch(one.name)]:
+            freed += file.stat().st_size
+            file.unlink()
         if not any(folder.iterdir()):
             folder.rmdir()
     return freed
+
+
+# What a store file, its lock and a temporary of a killed write are called; all else in the folders is not ours.
+_FILE = re.compile(r"[a-z0-9-]+-[0-9a-f]{12}\.safetensors")
+_LEFT = re.compile(r"[a-z0-9-]+-[0-9a-f]{12}\.safetensors(\.lock)?|\.[a-z0-9-]+.*\.tmp")
+
+
+def _bases(root: Path) -> list[Path]:
+    return sorted(one for one in root.glob("*") if one.is_dir())
 
 
 def _digest(entries: Mapping[str, Tensor]) -> str:

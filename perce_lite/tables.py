@@ -40,7 +40,7 @@ def show_training(figures: dict[str, Any]) -> None:
 def _losses(losses: list[dict[str, Any]]) -> Table:
     first = losses[0]
     told = f"{first['tokens']} tokens of {first['rows']} held-out responses, {first['personal']['tokens']} personal"
-    table = Table(title=f"Loss a token (nats, lower is better): {told}", title_justify="left")
+    table = Table(title=Text(f"Loss a token (nats, lower is better): {told}"), title_justify="left")
     for name in ("profile in the prompt", "before", "after", "change", "personal: before", "after", "change"):
         table.add_column(name, justify="left" if name.startswith("profile") else "right")
     for one in losses:
@@ -55,13 +55,13 @@ def _before_after(one: dict[str, Any]) -> tuple[str, str, Text]:
 
 def _answers(sample: dict[str, Any]) -> Table:
     table = Table(
-        title=f"A held-out query of {sample['user']}: {sample['query']}", title_justify="left", show_header=False
+        title=Text(f"A held-out query of {sample['user']}: {sample['query']}"), title_justify="left", show_header=False
     )
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for who in ("base", "adapter", "written"):
         label = {"written": f"{sample['user']} wrote"}.get(who, who)
-        table.add_row(label, Text(sample[who]))
+        table.add_row(Text(label), Text(sample[who]))
     return table
 
 
@@ -100,14 +100,14 @@ def show_check(figures: dict[str, Any]) -> None:
     )
     for side, title in (("with_profile", "with the profile"), ("without_profile", "without")):
         text = Text.assemble(*((piece, _STYLES[kind]) for piece, kind in example[side]))
-        console.print(Panel(text, title=f"{example['row']}, user {example['user']}, {title}", title_align="left"))
+        console.print(Panel(text, title=Text(f"{example['row']}, user {example['user']}, {title}"), title_align="left"))
 
 
 def show_store(root: Path, bases: list[dict[str, int | str]]) -> None:
     """`perce-lite store show`."""
-    table = Table(title=f"Store {root}", title_justify="left")
+    table = Table(title=Text(f"Store {root}"), title_justify="left")
     for name in ("base", "users", "entries", "MiB"):
         table.add_column(name, justify="left" if name == "base" else "right")
     for one in bases:
         table.add_row(str(one["base"]), str(one["users"]), str(one["entries"]), f"{int(one['bytes']) / 2**20:.2f}")
-    console.print(table if bases else f"The store {root} is empty.")
+    console.print(table if bases else Text(f"The store {root} is empty."))

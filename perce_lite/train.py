@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import PrinterCallback, TrainerCallback
+from peft import get_peft_model
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from perce_lite import adapters
 from perce_lite.console import progress_bar, say
 from perce_lite.data import read_rows
-from perce_lite.errors import DataError, RunError
+from perce_lite.errors import DataError, RecipeError, RunError
 from perce_lite.evaluate import held_out_losses
 from perce_lite.files import digest, read_json, write_json
 from perce_lite.generate import generate
@@ -40,9 +41,8 @@ def train(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     if finished is not None:
         say(f"This recipe was trained before on the same data; --restart trains it anew. Adapter: {run.adapter}")
         return finished
-    base = load_base(recipe)
-    run.claim(fingerprint(base.model))
-    trainer = make_trainer(recipe, base, rows)
+    trainer = make_trainer(recipe, load_base(recipe), rows)
+    run.claim(fingerprint(trainer.model))
     with ShowProgress(trainer).bar:
         trainer.train(resume_from_checkpoint=run.last_checkpoint())
     figures = measure(recipe, trainer, rows)
@@ -120,14 +120,18 @@ def make_trainer(recipe: Recipe, base: Base, rows: Sequence[Row]) -> PerCETraine
     if not training:
         raise DataError("No training rows: every row is held out. Lower split.test and split.validation.")
     config = training_config(recipe)
+    set_seed(config.seed)  # LoRA's first matrix is random
     evaluated = validation if config.eval_strategy != "no" else []
+    try:
+        model = get_peft_model(base.model, lora_config(recipe))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise RecipeError(recipe.source, [f"lora: does not go with {recipe.model}: {error}"]) from error
     trainer = PerCETrainer(
-        base.model,
+        model,
         config,
         train_dataset=datasets.Dataset.from_list(to_columns(training)),
         eval_dataset=datasets.Dataset.from_list(to_columns(evaluated)) if evaluated else None,
         processing_class=base.tokenizer,
-        peft_config=lora_config(recipe),
         template=recipe.template,
         max_profile_tokens=recipe.profile.max_tokens,
     )
@@ -188,12 +192,14 @@ def describe(
 ) -> dict[str, Any]:
     """What `perce_lite.json` says of the run."""
     trained = of_split(rows, "train")
-    absolute = (
-        {"data": {**recipe.model_dump(mode="json")["data"], "path": str(recipe.data_path)}} if recipe.data.path else {}
-    )
+    plain = recipe.model_dump(mode="json")
+    if recipe.data.path:  # the adapter does not lie beside the recipe
+        plain["data"]["path"] = str(recipe.data_path)
+    if recipe.model_folder is not None:
+        plain["model"] = str(recipe.model_folder)
     return {
         "run": run.fingerprint,
-        "recipe": {**recipe.model_dump(mode="json"), **absolute},
+        "recipe": plain,
         "recipe_fingerprint": recipe.fingerprint(),
         "estimator": trainer.args.estimator,
         "train_on": trainer.args.train_on,

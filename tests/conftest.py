@@ -18,7 +18,7 @@ from perce_lite import PerCEConfig, PerCETrainer
 from perce_lite.console import quiet
 
 quiet()
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or min(2, os.cpu_count() or 1))
 datasets.utils.logging.disable_progress_bar()
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -106,7 +106,7 @@ def test_a_model_that_is_not_there_says_what_to_do(tmp_path):
     with pytest.raises(ModelError, match=r"built in \(smollm2-135m\).*Offline: copy the model's folder"):
         load_base(recipe)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="is a folder, but no causal language model"):
+    with pytest.raises(ModelError, match="is a folder, but holds no language model"):
         load_base(Recipe.model_validate({"model": str(tmp_path / "empty"), "data": {"path": "x.jsonl"}}))
 
 
@@ -116,7 +116,7 @@ def test_adapter_of_another_base_is_refused(toy_trainer, tmp_path):
     trainer = toy_trainer(max_steps=1)
     about = {
         "recipe": {"model": "toy", "quantization": "none"}, "estimator": "base", "train_on": "factual", "clip_min": 0.8,
-        "clip_max": 5.0, "data": {"rows": 1, "users": 1, "fingerprint": "f"}, "metrics": {"losses": []},
+        "clip_max": 5.0, "run": "r", "chat_template": "", "data": {"rows": 1, "users": 1, "fingerprint": "f"}, "metrics": {"losses": []},
     }  # fmt: skip
     adapters.save(trainer.model, tmp_path / "adapter", about)
     adapters.load(toys.toy_model("chatml", 600), tmp_path / "adapter")

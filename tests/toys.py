@@ -92,8 +92,7 @@ TEMPLATES: dict[str, str] = {
 _SPECIAL = {
     "chatml": "<|endoftext|> <|im_start|> <|im_end|>".split(),
     "llama3": (
-        "<|begin_of_text|> <|end_of_text|> <|finetune_right_pad_id|> "
-        "<|start_header_id|> <|end_header_id|> <|eot_id|>"
+        "<|begin_of_text|> <|end_of_text|> <|finetune_right_pad_id|> <|start_header_id|> <|end_header_id|> <|eot_id|>"
     ).split(),
     "gemma": "<pad> <eos> <bos> <start_of_turn> <end_of_turn>".split(),
     "qwen3": "<|endoftext|> <|im_start|> <|im_end|>".split(),
@@ -169,9 +168,7 @@ def toy_tokenizer(family: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def toy_model(
-    family: str, vocab_size: int, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
+def toy_model(family: str, vocab_size: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A random two-layer causal LM of the family, in eval mode; logits are (B, T, vocab_size).
 
     The config names no bos, eos or pad id, since only the tokenizer knows them.
@@ -192,9 +189,7 @@ def toy_model(
         pad_token_id=None,
     )
     if family == "gemma":
-        settings |= dict(
-            final_logit_softcapping=30.0, attn_logit_softcapping=50.0, query_pre_attn_scalar=16
-        )
+        settings |= dict(final_logit_softcapping=30.0, attn_logit_softcapping=50.0, query_pre_attn_scalar=16)
     config = AutoConfig.for_model(_MODEL_TYPES[family], **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

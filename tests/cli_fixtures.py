@@ -1,0 +1,79 @@
+"""Fixtures of the command line's tests: a toy model, a recipe for it, and the command run in this process."""
+
+import json
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import toys
+
+from perce_lite import cli
+
+TRAIN = "train: {max_steps: 1, output_dir: out}\nevaluation: {max_rows: 4, max_new_tokens: 2}\n"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> Path:
+    return toys.toy_folder(tmp_path_factory.mktemp("models") / "toy")
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch, toy):
+    """Writes rows and a recipe for the toy model; everything happens in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(rows: list[dict] | None = None, text: str = "") -> Path:
+        records = toys.toy_rows() if rows is None else rows
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, records)))
+        path = tmp_path / "mine.yaml"
+        head = f"model: {toy}\nquantization: none\ndtype: float32\ndevice: cpu\ndata: {{path: rows.jsonl}}\n"
+        path.write_text(head + text)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def plain(recipe, toy) -> str:
+    """The toy model without its chat template, which is `mine.jinja`."""
+    shutil.copytree(toy, "plain")
+    Path("plain/chat_template.jinja").rename("mine.jinja")
+    return "plain"
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs the command in this process; gives exit code, standard output and standard error."""
+
+    def call(*words: str | Path) -> tuple[int | str | None, str, str]:
+        monkeypatch.setattr(sys, "argv", ["perce-lite", *map(str, words)])
+        capfd.readouterr()
+        code: int | str | None = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    ctrl_c, threads = signal.getsignal(signal.SIGINT), torch.get_num_threads()
+    torch.set_num_threads(1)  # a toy is slower with two, much slower beside other work
+    yield call
+    signal.signal(signal.SIGINT, ctrl_c)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def figures(run, tmp_path):
+    """Runs a command that writes `--json`; gives what it wrote."""
+
+    def call(*words: str | Path) -> dict:
+        path = tmp_path / "figures" / "out.json"
+        code, _, err = run(*words, "--json", path)
+        assert code == 0, err
+        return json.loads(path.read_text("utf-8"))
+
+    return call

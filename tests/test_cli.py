@@ -1,0 +1,212 @@
+"""The command line: figures that are right, and one clean line with exit code 2 for what cannot be done."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import toys
+from cli_fixtures import TRAIN
+from transformers import AutoTokenizer
+
+import perce_lite.check
+from perce_lite.store import Store
+
+pytest_plugins = ["cli_fixtures"]
+
+
+def test_help_answers_without_torch():
+    code = "import sys; from perce_lite.cli import main; sys.argv = ['perce-lite', *sys.argv[1:]]\ntry: main()\n"
+    code += "except SystemExit as stop: print('code', stop.code, [m for m in ('torch', 'trl') if m in sys.modules])"
+    for words, shown in (["--help"], ["train", "check", "generate", "store"]), (["train", "--help"], ["--restart"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+        assert done.stdout.rstrip().endswith("code 0 []")
+        assert [word for word in shown if word not in done.stdout] == []
+
+
+def test_the_installed_command_fails_cleanly(tmp_path):
+    command = shutil.which("perce-lite", path=Path(sys.executable).parent)
+    if command is None:
+        pytest.skip("the package is not installed")
+    done = subprocess.run([command, "train", "absent.yaml"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: absent.yaml: 1 fault\n  there is no such recipe. Give the path of a YAML file.\n"
+
+
+FAULTS = {
+    "no such recipe": (["check", "mime.yaml"], ["no such recipe", "Did you mean mine.yaml?"]),
+    "unknown key": (["train", "mine.yaml", "--set", "train.lr=1"], ["--set train.lr=1: unknown key train.lr"]),
+    "two faults": (["check", "mine.yaml", "--set", "a=1", "--set", "b=1"], ["2 faults", "key a", "key b"]),
+    "no data": (["train", "mine.yaml", "--set", "data.path=no.jsonl"], ["no.jsonl: there is no such file"]),
+    "no model": (
+        ["train", "mine.yaml", "--set", "model=no-such-owner/no-such-model"],
+        ["model: no-such-owner/no-such-model", "neither built in", "Offline: copy the model's folder"],
+    ),
+    "no model folder": (["check", "mine.yaml", "--set", "model=./nowhere"], ["model: ./nowhere", "Offline: copy"]),
+    "no cuda": (["check", "mine.yaml", "--set", "device=cuda"], ["device: cuda", "no CUDA device", "auto or cpu"]),
+    "limit below any response": (
+        ["check", "mine.yaml", "--set", "train.max_length=3"],
+        [
+            "No train rows are left of 14",
+            "14 x query and response exceed max_length",
+            "rows.jsonl, line",
+            "Raise train.max",
+        ],
+    ),
+    "no chat template": (
+        ["train", "mine.yaml", "--set", "model=plain"],
+        ["has no chat template", "chat_template_path"],
+    ),
+    "no adapter folder": (["generate", "--adapter", "no", "--prompt", "x"], ["no: there is no such folder"]),
+    "folder of no adapter": (
+        ["generate", "--adapter", ".", "--prompt", "x"],
+        ["no adapter of PerCE Lite", "needs adapter"],
+    ),
+    "no template file": (["check", "mine.yaml", "--set", "train.chat_template_path=no.jinja"], ["no.jinja", "no file"]),
+    "refused option": (["check", "mine.yaml", "--set", "train.loss_type=dft"], ["train: loss_type: 'dft' is refused"]),
+}
+
+
+@pytest.mark.parametrize(("words", "told"), FAULTS.values(), ids=FAULTS)
+def test_what_cannot_be_done_is_one_clean_line(recipe, plain, run, monkeypatch, words, told):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    recipe()
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    error = err[err.index("error: ") :]
+    assert "Traceback" not in err
+    counted = re.search(r": (\d+) faults?$", error.splitlines()[0])
+    assert len(error.splitlines()) == 1 + (int(counted[1]) if counted else 0)
+    assert [part for part in told if part not in error] == []
+
+
+def test_figures_of_check(recipe, figures, toy):
+    rows = [{**row, "split": "test" if index % 6 == 5 else "train"} for index, row in enumerate(toys.toy_rows())]
+    rows[0]["profile"], rows[1]["profile"], rows[7]["completion"] = [], "  ", " "
+    rows[8]["prompt"] += " and more" * 60
+    found = figures("check", recipe(rows, "train: {max_length: 160}\n"))
+    train, test = found["splits"]["train"], found["splits"]["test"]
+    assert (train["read"], train["kept"], test["read"], test["kept"]) == (15, 11, 3, 3)
+    assert train["users"] == {"user0": 3, "user1": 3, "user2": 5}
+    assert train["dropped"] == [
+        {"user": "user0", "reason": "empty profile", "rows": 2, "such_as": "rows.jsonl, line 1"},
+        {"user": "user1", "reason": "empty response", "rows": 1, "such_as": "rows.jsonl, line 8"},
+        {"user": "user1", "reason": "query and response exceed max_length", "rows": 1, "such_as": "rows.jsonl, line 9"},
+    ]
+    assert found["splits"]["validation"] == {**found["splits"]["validation"], "read": 0, "users": {}, "dropped": []}
+    tokenizer = AutoTokenizer.from_pretrained(toy)
+    kept = [row for index, row in enumerate(rows) if index not in (0, 1, 7, 8) and row["split"] == "train"]
+    response = [len(tokenizer(row["completion"])["input_ids"]) + 1 for row in kept]  # with <|im_end|>
+    system = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    turns = [f"{system}<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n" for row in kept]
+    whole = [len(tokenizer(turn)["input_ids"]) + own for turn, own in zip(turns, response, strict=True)]
+    for name, lengths in (("response_tokens", response), ("without_profile_tokens", whole)):
+        ends = {"min": min(lengths), "max": max(lengths), "sum": sum(lengths)}
+        assert train[name] == {**ends, "median": sorted(lengths)[len(lengths) // 2]}
+    assert train["with_profile_tokens"]["sum"] > train["without_profile_tokens"]["sum"]
+    assert train["with_profile_tokens"]["max"] <= found["max_length"] == 160
+
+
+def test_the_example_of_check_is_what_the_model_sees(recipe, figures):
+    rows = toys.toy_rows()
+    example = figures("check", recipe())["example"]
+    row = rows[int(example["row"].rpartition(" ")[2]) - 1]
+    assert example["user"] == row["user"]
+    spans = {side: Counter() for side in ("with_profile", "without_profile")}
+    for side in spans:
+        for piece, kind in example[side]:
+            spans[side][kind] += 1
+            assert kind != "response" or piece == row["completion"] + "<|im_end|>"
+            assert kind != "query" or piece == row["prompt"]
+            assert kind != "profile" or all(f"{one['title']}\n{one['text']}" in piece for one in row["profile"])
+    assert spans["with_profile"] == {"template": 3, "profile": 1, "query": 1, "response": 1}
+    assert spans["without_profile"] == {"template": 2, "query": 1, "response": 1}
+    profile = next(piece for piece, kind in example["with_profile"] if kind == "profile")
+    system = "<|im_start|>system\nYou are a helpful assistant.{}<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    for side, wrapped in ("with_profile", f"\n\nTexts by this user:\n\n{profile}"), ("without_profile", ""):
+        text = "".join(piece for piece, _ in example[side])
+        ends = f"<|im_start|>assistant\n{row['completion']}<|im_end|>"
+        assert text == system.format(wrapped, row["prompt"]) + ends
+
+
+def test_check_shows_what_it_found(recipe, run):
+    code, out, _ = run("check", recipe())
+    assert code == 0
+    assert [part for part in ("14", "Texts by this user", "<|im_start|>assistant") if part not in out] == []
+
+
+def test_store(figures, run, tmp_path):
+    root = tmp_path / "store"
+    assert figures("store", "show", "--path", root) == {"store": str(root), "bases": []}
+    store = Store(root, "0123abcd")
+    store.put("ann", {"k1": torch.ones(4), "k2": torch.ones(2)})
+    store.put("../bob", {"k1": torch.ones(4)})
+    (root / "0123abcd" / "kept.txt").write_text("mine")
+    size = sum(file.stat().st_size for file in root.rglob("*.safetensors"))
+    shown = figures("store", "show", "--path", root)
+    assert shown == {"store": str(root), "bases": [{"base": "0123abcd", "users": 2, "entries": 3, "bytes": size}]}
+    assert figures("store", "clear", "--path", root) == {"store": str(root), "bytes_freed": size}
+    assert [file.name for file in root.rglob("*.*")] == ["kept.txt"]
+
+
+def test_the_store_of_the_recipes_is_the_default(figures, monkeypatch, tmp_path):
+    monkeypatch.setenv("PERCE_LITE_HOME", str(tmp_path / "home"))
+    assert figures("store", "clear") == {"store": str(tmp_path / "home" / "store"), "bytes_freed": 0}
+
+
+@pytest.mark.parametrize(
+    "words", [["--profile", "a", "--no-profile"], ["--profile", "a", "--user", "b"], ["--no-profile", "--user", "b"]]
+)
+def test_one_profile_is_enough(run, words):
+    code, out, err = run("generate", "--adapter", "no", "--prompt", "x", *words)
+    assert (code, out) == (2, "")
+    assert "give one of --profile, --no-profile and --user" in err
+    assert "Traceback" not in err
+
+
+def test_a_profile_file_that_is_not_there(run):
+    code, _, err = run("generate", "--adapter", "no", "--prompt", "x", "--profile", "@no.txt")
+    assert (code, "no.txt" in err, "Traceback" in err) == (2, True, False)
+
+
+def test_a_run_and_what_comes_after_it(recipe, run, figures, tmp_path):
+    path = recipe(text=TRAIN)
+    trained = figures("train", path)
+    assert (trained["rows"]["kept"], Path(trained["adapter"])) == (14, Path("out/adapter"))
+    assert [one["profile"] for one in trained["losses"]][:2] == ["own", "none"]
+    code, out, err = run("train", path)  # a finished run is not trained again
+    assert (code, "was trained before" in err, str(trained["adapter"]) in out) == (0, True, True)
+    code, _, err = run("train", path, "--set", "lora.r=3")
+    assert (code, "out holds a run of another recipe" in err) == (2, True)
+    asked = ["generate", "--adapter", "out", "--prompt", "Hello there", "--max-new-tokens", "3"]
+    Path("p.txt").write_text("an otter ü", encoding="utf-8")
+    for words, profile in (["--no-profile"], ""), (["--profile", "@p.txt"], "an otter ü"), (["--profile", "x"], "x"):
+        answer = figures(*asked, *words)
+        assert (answer["prompt"], answer["profile"], answer["model"]) == ("Hello there", profile, "adapter")
+    items = [one for row in toys.toy_rows() if row["user"] == "user1" for one in row["profile"]]
+    answer = figures(*asked, "--user", "user1", "--base")
+    assert answer["model"] == "base"
+    assert set(answer["profile"].split("\n\n")) <= {f"{one['title']}\n{one['text']}" for one in items}
+    assert len(answer["profile"].split("\n\n")) == 4
+    for words, told in ([], "Give --profile TEXT"), (["--user", "zoe"], "it has user0, user1, user2"):
+        code, out, err = run(*asked, *words)
+        assert (code, out, told in err, "Traceback" in err) == (2, "", True, False)
+
+
+def test_the_recipes_own_template_is_used(recipe, run, figures, plain):
+    own = ["--set", f"model={plain}", "--set", "train.chat_template_path=mine.jinja"]
+    assert figures("check", recipe(), *own)["splits"] == figures("check", recipe())["splits"]
+    assert run("train", recipe(text=TRAIN), *own)[0] == 0
+    code, _, err = run("generate", "--adapter", "out", "--prompt", "x", "--no-profile", "--max-new-tokens", "1")
+    assert (code, err.count("error")) == (0, 0)
+
+
+def test_ctrl_c_says_how_to_go_on(recipe, run, monkeypatch):
+    monkeypatch.setattr(perce_lite.check, "check", lambda read: signal.raise_signal(signal.SIGINT))
+    code, out, err = run("check", recipe())
+    assert (code, out, err) == (130, "", "Stopped. The same command goes on from the last checkpoint.\n")

@@ -1,0 +1,102 @@
+"""Rows: splits, controls, the choice of a profile, and the way through a TRL data set."""
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perce_lite.errors import DataError
+from perce_lite.profiles import Item, bm25, choose
+from perce_lite.recipe import Split
+from perce_lite.rows import Row, from_columns, split_rows, swap_profiles, to_columns
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+ROWS = [Row(f"w{i}", f"u{i % 10}", f"p{i % 10}", (user("q"),), (answer(str(i)),)) for i in range(50)]
+
+
+def splits(read: list[Row]) -> list[str | None]:
+    assert [(row.where, row.user) for row in read] == [(row.where, row.user) for row in ROWS]
+    return [row.split for row in read]
+
+
+@pytest.mark.parametrize("by", ["row", "user", "time"])
+def test_splits_have_the_size_asked_for_and_repeat(by):
+    asked = Split(by=by, validation=0.2, test=0.4, seed=3)
+    found = splits(split_rows(ROWS, asked))
+    assert [found.count(name) for name in ("train", "validation", "test")] == [20, 10, 20]
+    assert splits(split_rows(ROWS, asked)) == found
+    if by != "time":
+        assert splits(split_rows(ROWS, asked.model_copy(update={"seed": 4}))) != found
+    users = [{row.user for row, name in zip(ROWS, found, strict=True) if name == one} for one in set(found)]
+    assert (sum(map(len, users)) == 10) is (by == "user")
+    if by == "time":
+        assert found == ["train"] * 20 + ["validation"] * 10 + ["test"] * 20
+
+
+def test_swapped_profiles_are_another_users():
+    own = {row.user: row.profile for row in ROWS}
+    swapped = swap_profiles(ROWS, seed=1)
+    assert [(row.where, row.user, row.completion) for row in swapped] == [(r.where, r.user, r.completion) for r in ROWS]
+    assert all(row.profile != own[row.user] and row.profile in own.values() for row in swapped)
+    assert swap_profiles(ROWS, seed=1) == swapped != swap_profiles(ROWS, seed=2)
+    assert swap_profiles([row for row in ROWS if row.user == "u3"]) == []
+
+
+def test_bm25_picks_what_the_query_is_about():
+    cat, boat, bread = (
+        Item("Cats", "the cat sleeps"),
+        Item("Sea", "the boat sails at dawn"),
+        Item("", "bread and the oven"),
+    )
+    assert choose([boat, cat, bread], "when does the boat sail?", "bm25", 1) == [boat]
+    assert choose([cat, boat, bread], "an OVEN for my cats", "bm25", 2) == [bread, cat]
+    assert choose([cat, boat, bread], "zebra", "bm25", 2) == [bread, boat]  # nothing fits: the newest
+    old, new = Item("old", "cat"), Item("new", "cat")
+    assert choose([old, boat, new, bread], "cat", "bm25", 2) == [new, old]
+    assert bm25(["", "..."], "cat") == [0.0, 0.0]
+    assert choose([], "cat", "bm25", 2) == choose([], "cat", "all", 1) == []
+    assert choose([old, new, cat], "boat", "all", 1) == [cat, new, old]
+    assert choose([old, new, cat], "boat", "recency", 2) == [cat, new]
+
+
+# Through a TRL data set
+
+text = st.text(st.characters(codec="utf-8"), max_size=12)
+item = st.builds(Item, text.map(str.strip), text.map(str.strip)).filter(lambda one: bool(one.title or one.text))
+messages = st.lists(st.fixed_dictionaries({"role": text, "content": text}), min_size=1, max_size=3).map(tuple)
+profiles = text.map(str.strip) | st.lists(item, max_size=3).map(tuple)
+row = st.builds(Row, st.text(st.characters(codec="utf-8"), min_size=1), text, profiles, messages, messages)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(row, min_size=1, max_size=4))
+def test_rows_survive_a_data_set(made):
+    read = [from_columns(record, "elsewhere") for record in datasets.Dataset.from_list(to_columns(made))]
+    mixed = any(isinstance(one.profile, tuple) for one in made)
+    for before, after in zip(made, read, strict=True):
+        profile = before.profile
+        if mixed and isinstance(profile, str):  # a column has one type
+            profile = (Item("", profile),) if profile else ()
+        kept = (before.where, before.user, profile, before.prompt, before.completion)
+        assert kept == (after.where, after.user, after.profile, after.prompt, after.completion)
+
+
+@pytest.mark.parametrize(
+    ("record", "told"),
+    [
+        ({"profile": "p", "prompt": "q"}, "no completion"),
+        ({"profile": 5, "prompt": "q", "completion": "c"}, "profile is a text or a list of items"),
+        ({"profile": "p", "prompt": "q", "completion": "c", "messages": 5}, "messages is a text, or a list"),
+    ],
+)
+def test_bad_columns_are_named(record, told):
+    with pytest.raises(DataError, match=f"train row 7: {told}"):
+        from_columns(record, "train row 7")
