@@ -230,8 +230,8 @@ def _own_faults(config: PerCEConfig) -> list[str]:
     faults += [
         f"{name}: {getattr(config, name)} is not at least 1" for name in positive if not getattr(config, name) >= 1
     ]
-    if not 0 < config.learning_rate < 1:
-        faults.append(f"learning_rate: {config.learning_rate} is not between 0 and 1; 1e-5 to 1e-3 is usual for LoRA")
+    if not 0 < config.learning_rate < float("inf"):
+        faults.append(f"learning_rate: {config.learning_rate} is not above 0; 1e-5 to 1e-3 is usual for LoRA")
     if config.max_length is not None and config.max_length < 1:
         faults.append(f"max_length: {config.max_length} is not positive; give a number of tokens, or null")
     return faults

@@ -47,14 +47,14 @@ def permutation(responses: Sequence[int], seed: int, row: int) -> Tensor:
     for length in responses:
         parts.append(start + torch.randperm(length, generator=generator))
         start += length
-    return torch.cat(parts)
+    return torch.cat([torch.empty(0, dtype=torch.long), *parts])
 
 
 def health(pir: Tensor, clip_min: float, clip_max: float) -> dict[str, float]:
     """Figures that tell whether the weights still carry information. `pir` is (N,), nats.
 
     `share_at_min` and `share_at_max` are clip saturation, `share_above_min` the share of tokens above
-    the weight floor, `effective_tokens` the share (sum w)^2 / (N sum w^2): 1 when all weights are equal.
+    the weight floor, `effective_tokens` the share (sum w)^2 / (N sum w^2): 1 when all weights are equal (and above 0).
     """
     if pir.numel() == 0:
         return {}

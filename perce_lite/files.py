@@ -66,7 +66,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     """
     with disk_full_is_clear(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
         aside = Path(name)
         try:

@@ -4,18 +4,16 @@ The chat template is rendered with a placeholder for each scored turn; the turns
 prompts, so that both passes score identical ids by construction, end-of-turn token included.
 """
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
+from perce_lite.chat import Chat
 from perce_lite.errors import DataError, TemplateError
-from perce_lite.profiles import Item
 from perce_lite.recipe import Template
 from perce_lite.rows import Message, Profiled, Row
 
@@ -79,14 +77,11 @@ NO_PROFILE, NO_RESPONSE = "empty profile", "empty response"
 TOO_LONG, PROFILE_TOO_LONG = "query and response exceed max_length", "no profile item fits beside query and response"
 
 
-class PairMaker:
+class PairMaker(Chat):
     """Makes pairs with one tokenizer, one template and one limit.
 
     max_length: tokens of a whole row, profile included; None: no limit
     max_profile_tokens: tokens of the profile alone; None: no limit
-
-    Raises:
-        TemplateError: the tokenizer has no chat template.
     """
 
     def __init__(
@@ -96,21 +91,9 @@ class PairMaker:
         max_length: int | None = None,
         max_profile_tokens: int | None = None,
     ) -> None:
-        if not tokenizer.chat_template:
-            raise TemplateError(
-                f"The tokenizer of {tokenizer.name_or_path} has no chat template, so there are no turns to score. Use "
-                "an instruct model, or set tokenizer.chat_template (train.chat_template_path: template.jinja)."
-            )
-        self.tokenizer = tokenizer
-        self.template = template or Template()
+        super().__init__(tokenizer, template)
         self.max_length = max_length
         self.max_profile_tokens = max_profile_tokens
-        self._control = _control_tokens(tokenizer)
-        self._control_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        takes_system, self._own_system = self._template_system()
-        auto = "system" if takes_system else "user"
-        self._position = auto if self.template.position == "auto" else self.template.position
-        self._system = (self.template.system or "") if takes_system else ""
 
     def make(self, rows: Sequence[Row], audit: Audit | None = None) -> list[Pair]:
         """The pairs of `rows`, in order; `audit` counts those that are dropped, by user and reason.
@@ -131,24 +114,6 @@ class PairMaker:
             made.append(pair)
         return made
 
-    def prompt_ids(self, prompt: Sequence[Message], profile: Profiled) -> list[int]:
-        """Ids (T,) of a prompt that waits for an answer, `profile` in it where there is one; for generation."""
-        text, _ = self._safe_profile(profile)
-        messages = [{**one, "content": self._safe(one["content"])[0]} for one in prompt]
-        composed = self._messages(messages, text, "the prompt")
-        return self._ids(self._render(composed, "the prompt", add_generation_prompt=True))
-
-    def stop_ids(self) -> list[int]:
-        """Ids that end an answer: the tokenizer's own, and the template's end-of-turn token."""
-        turn = [{"role": "user", "content": "x"}], [{"role": "assistant", "content": "y"}]
-        after = self._ids(self._contexts(*turn, "", "a short conversation")[1])
-        ends = [self.tokenizer.eos_token_id, *after[: self._end_of_turn(after)][-1:]]
-        return sorted({one for one in ends if one is not None})
-
-    def profile_text(self, profile: Profiled) -> str:
-        """The profile as it stands in the prompt; empty where there is none."""
-        return self._safe_profile(profile)[0]
-
     # One row
 
     def _pair(self, row: Row) -> Pair | str:
@@ -159,17 +124,17 @@ class PairMaker:
         if not row.profile or not self.profile_text(row.profile).strip():
             return NO_PROFILE
         prompt, completion, broken = self._cleaned(row)
-        responses = [self._ids(one["content"].strip()) for one in completion if one["role"] == "assistant"]
+        responses = [self.ids(one["content"].strip()) for one in completion if one["role"] == "assistant"]
         counterfactual = self._tokens(prompt, completion, "", responses, row.where)
         if self.max_length is not None and len(counterfactual.ids) > self.max_length:
             return TOO_LONG
         units = len(row.profile.split()) if isinstance(row.profile, str) else len(row.profile)
 
         def fits(profile: Profiled) -> bool:
-            text, _ = self._safe_profile(profile)
+            text, _ = self.safe_profile(profile)
             if not profile:
                 return True
-            if self.max_profile_tokens is not None and len(self._ids(text)) > self.max_profile_tokens:
+            if self.max_profile_tokens is not None and len(self.ids(text)) > self.max_profile_tokens:
                 return False
             if self.max_length is None:
                 return True
@@ -177,13 +142,13 @@ class PairMaker:
 
         taken = _most_that_fit(units, lambda count: fits(_first(row.profile, count)))
         chosen = _first(row.profile, taken)
-        text, broken_in_profile = self._safe_profile(chosen)
+        text, broken_in_profile = self.safe_profile(chosen)
         if not text.strip() and not isinstance(row.profile, str):
             # The nearest item alone is too long, or shows nothing in the template: the next that does neither.
             seen = ((item,) for item in row.profile if self.profile_text((item,)).strip())
             chosen = next((one for one in seen if fits(one)), ())
             taken = len(chosen)
-            text, broken_in_profile = self._safe_profile(chosen)
+            text, broken_in_profile = self.safe_profile(chosen)
         if not text.strip():
             return PROFILE_TOO_LONG
         factual = self._tokens(prompt, completion, text, responses, row.where)
@@ -198,8 +163,8 @@ class PairMaker:
         """Prompt and completion with control tokens in user text broken, and how many there were."""
         cleaned, count = [], 0
         for one in (*row.prompt, *row.completion):
-            content, broken = self._safe(one["content"])
-            cleaned.append({"role": self._safe(one["role"])[0], "content": content})
+            content, broken = self.safe(one["content"])
+            cleaned.append({"role": self.safe(one["role"])[0], "content": content})
             count += broken
         return cleaned[: len(row.prompt)], cleaned[len(row.prompt) :], count
 
@@ -207,120 +172,17 @@ class PairMaker:
         self, prompt: list[Message], completion: list[Message], profile: str, responses: list[list[int]], where: str
     ) -> Tokens:
         """Ids and labels of one pass. `profile` is the text as it stands in the prompt, empty for the one without."""
-        contexts = self._contexts(prompt, completion, profile, where)
-        ids = self._ids(contexts[0])
+        contexts = self.contexts(prompt, completion, profile, where)
+        ids = self.ids(contexts[0])
         labels = [IGNORED] * len(ids)
-        for response, text in zip(responses, contexts[1:], strict=True):
-            after = self._ids(text)
-            end = after[: self._end_of_turn(after)]
+        afters = [self.ids(text) for text in contexts[1:]]
+        # A token that stands behind inner turns alone opens the next one; it ends none.
+        ends_turns = self.end_of_turn(afters[-1]) > 0
+        for response, after in zip(responses, afters, strict=True):
+            end = after[: self.end_of_turn(after)] if ends_turns else []
             ids += response + after
             labels += response + end + [IGNORED] * (len(after) - len(end))
         return _without_tail(ids, labels)
-
-    def _end_of_turn(self, after: list[int]) -> int:
-        """How many of the ids behind a response end its turn: up to the first control token, if it stands first.
-
-        Some templates put a space ahead of it.
-        """
-        first = next((index for index, one in enumerate(after) if one in self._control_ids), None)
-        stands_first = first is not None and not self.tokenizer.decode(after[:first]).strip()
-        return first + 1 if first is not None and stands_first else 0
-
-    def _contexts(self, prompt: list[Message], completion: list[Message], profile: str, where: str) -> list[str]:
-        """The rendered text around the scored turns: n + 1 pieces for n turns."""
-        spoken = "".join(one["content"] for one in self._messages([*prompt, *completion], profile, where))
-        mark = next(mark for n in range(10**6) if (mark := f"response{n}slot") not in spoken)
-        turns = iter(range(len(completion)))
-        marked = [
-            {**one, "content": f"{mark}{next(turns)}."} if one["role"] == "assistant" else one for one in completion
-        ]
-        messages = self._messages([*prompt, *marked], profile, where)
-        pieces = re.split(rf"{mark}\d+\.", self._render(messages, where))
-        expected = sum(one["role"] == "assistant" for one in completion) + 1
-        if len(pieces) != expected:
-            raise TemplateError(
-                f"{where}: the chat template shows {len(pieces) - 1} of {expected - 1} assistant turns; a dialogue "
-                "needs a template that keeps them all"
-            )
-        if expected == 2:  # what precedes a single answer is exactly what generation will see
-            ahead = list(itertools.takewhile(lambda one: one["role"] != "assistant", completion))
-            asked = self._messages([*prompt, *ahead], profile, where)
-            pieces[0] = self._render(asked, where, add_generation_prompt=True)
-        return pieces
-
-    # Text
-
-    def _messages(self, messages: Sequence[Message], profile: str, where: str) -> list[Message]:
-        """`messages` with the profile where the template puts it, and the same system message in both passes."""
-        said = profile and self.template.profile.replace("{profile}", profile)
-        rest = list(messages)
-        system = rest.pop(0)["content"] if rest and rest[0]["role"] == "system" else self._system
-        given = len(rest) < len(messages)
-        if self._position == "system":
-            system = self.template.separator.join(part for part in (system or self._own_system, said) if part)
-        elif said:
-            at = next((index for index, one in enumerate(rest) if one["role"] == "user"), None)
-            if at is None:
-                raise TemplateError(f"{where}: template.position is user, but there is no user message for the profile")
-            rest[at] = {**rest[at], "content": f"{said}{self.template.separator}{rest[at]['content']}"}
-        first = [{"role": "system", "content": system}] if system or given else []
-        # Once more: two harmless halves may have met.
-        return [{**one, "content": self._safe(one["content"])[0]} for one in [*first, *rest]]
-
-    def _render(self, messages: list[Message], where: str, add_generation_prompt: bool = False) -> str:
-        try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self.template.chat_template_kwargs,
-            )
-        except JinjaError as error:
-            roles = ", ".join(one["role"] for one in messages)
-            raise TemplateError(f"{where}: the chat template refuses the messages ({roles}): {error}") from error
-        return str(text)
-
-    def _template_system(self) -> tuple[bool, str]:
-        """Whether the chat template shows a system message, and the text that it puts in where there is none."""
-        user = {"role": "user", "content": "x"}
-        try:
-            before, shown, after = self._render([{"role": "system", "content": "probe7"}, user], "").partition("probe7")
-        except TemplateError:
-            return False, ""
-        bare = self._render([user], "the template")
-        fills_in = shown and bare.startswith(before) and bare.endswith(after) and len(bare) > len(before) + len(after)
-        return bool(shown), bare[len(before) : len(bare) - len(after)] if fills_in else ""
-
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-    def _safe_profile(self, profile: Profiled) -> tuple[str, int]:
-        return self._safe(format_profile(profile, self.template))
-
-    def _safe(self, text: str) -> tuple[str, int]:
-        """`text` with a space inside everything that spells a control token, and how many there were.
-
-        A lone surrogate, which no tokenizer takes, becomes a question mark.
-        """
-        text = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
-        broken = 0
-        while True:  # a break may not make a new one; a few rounds settle even nested spellings
-            text, found = self._control.subn(lambda match: re.sub(r"(?<=\S)", " ", match[0], count=1), text)
-            broken += found
-            if not found:
-                return text, broken
-
-
-def format_profile(profile: Profiled, template: Template) -> str:
-    """A profile as one text: a text as it is, items by `template.item`, in order."""
-    if isinstance(profile, str):
-        return profile
-
-    def shown(item: Item) -> str:
-        fields = {"{title}": item.title, "{text}": item.text}
-        return re.sub(r"\{title\}|\{text\}", lambda match: fields[match[0]], template.item).strip()
-
-    return template.separator.join(filter(None, map(shown, profile)))
 
 
 def require(pairs: Sequence[Pair], audit: Audit, what: str) -> None:
@@ -334,20 +196,6 @@ def require(pairs: Sequence[Pair], audit: Audit, what: str) -> None:
     told = "; ".join(f"{count} x {reason} (such as {examples[reason]})" for reason, count in reasons.items())
     mend = " Raise train.max_length." if TOO_LONG in reasons or PROFILE_TOO_LONG in reasons else ""
     raise DataError(f"No {what} rows are left of {audit.read}: {told or 'there were none'}.{mend}")
-
-
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """What user text must not spell: special tokens, and added ones that the chat template itself writes."""
-    source = str(tokenizer.chat_template)
-    words = {
-        token.content
-        for token in tokenizer.added_tokens_decoder.values()
-        if len(token.content.strip()) > 1 and (token.special or token.content in source)
-    }
-    words |= {token for token in tokenizer.all_special_tokens if len(token.strip()) > 1}
-    if not words:
-        return re.compile(r"(?!)")
-    return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)))
 
 
 def _first(profile: Profiled, count: int) -> Profiled:

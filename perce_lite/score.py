@@ -166,6 +166,8 @@ def under_base(
                     found[index] = known[keys[index]]
                     hits += 1
             bar.update(task, advance=sum(found[index] is not None for index in indices))
+            if all(found[index] is not None for index in indices):
+                continue
             for entries in _in_portions(
                 model, {i: jobs[i].tokens for i in indices if found[i] is None}, autocast, bar, task
             ):

@@ -99,7 +99,7 @@ def clear(root: Path) -> int:
 
 # What a store file, its lock and a temporary of a killed write are called; all else in the folders is not ours.
 _FILE = re.compile(r"[a-z0-9-]+-[0-9a-f]{12}\.safetensors")
-_LEFT = re.compile(r"[a-z0-9-]+-[0-9a-f]{12}\.safetensors(\.lock)?|\.[a-z0-9-]+.*\.tmp")
+_LEFT = re.compile(r"[a-z0-9-]+-[0-9a-f]{12}\.safetensors(\.lock)?|\.[a-z0-9-]+-[0-9a-f]{12}\.safetensors\.\w+\.tmp")
 
 
 def _bases(root: Path) -> list[Path]:

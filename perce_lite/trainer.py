@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 import torch
-from peft import PeftModel, PeftType
+from peft import LoraConfig, PeftModel, PeftType
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
@@ -256,12 +256,24 @@ def _refuse(model: Any, args: PerCEConfig, train_dataset: Any, kwargs: dict[str,
         faults.append("peft_config: the counterfactual is the base with its adapters off, so there must be an adapter")
     elif peft.peft_type != PeftType.LORA:
         faults.append(f"peft_config: a LoraConfig is needed, this is {peft.peft_type.value}")
+    else:
+        faults += _lora_faults(peft)
     if isinstance(train_dataset, datasets.IterableDataset):
         faults.append("train_dataset: a streaming data set cannot be scored before training; use datasets.Dataset")
     if isinstance(train_dataset, datasets.Dataset):
         faults += _column_faults(train_dataset.column_names)
     if faults:
         raise ConfigError(faults)
+
+
+def _lora_faults(lora: LoraConfig) -> list[str]:
+    """What would change the base itself, so that adapters off is not the base any more."""
+    faults = []
+    if lora.bias != "none":
+        faults.append(f"lora: bias {lora.bias!r} trains the base's own biases; use 'none'")
+    if str(lora.init_lora_weights).split("_")[0] in ("pissa", "olora", "loftq", "corda"):
+        faults.append(f"lora: init_lora_weights {lora.init_lora_weights!r} rewrites the base's weights; use true")
+    return faults
 
 
 def _column_faults(names: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ console    files      contrast   profiles   source
 config
 recipe
 rows
-data       models     store
+data       models     store      chat
 pairs      adapters
 collator   score
 trainer    generate   evaluate   check

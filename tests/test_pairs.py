@@ -136,8 +136,8 @@ def test_position_puts_the_profile_where_it_says(family, position):
         ({"position": "user"}, "q"),
         ({"position": "user", "system": None}, "q"),  # the chat template's own default, then, in both
         ({}, [say("system", "Be brief."), say("user", "q")]),
-        pytest.param({"system": None}, "q"),
-        pytest.param({}, [say("system", ""), say("user", "q")]),
+        ({"system": None}, "q"),
+        ({}, [say("system", ""), say("user", "q")]),
     ],
 )
 def test_the_chat_template_s_default_system_message_stands_in_both_passes_or_in_none(template, prompt):

@@ -8,6 +8,7 @@ import toys
 from test_pairs import END, FAMILIES, context, make, maker, row, say, scored
 from tokenizers import AddedToken
 
+from perce_lite.errors import TemplateError
 from perce_lite.pairs import Audit, PairMaker
 from perce_lite.profiles import Item
 from perce_lite.rows import Row
@@ -150,8 +151,13 @@ def test_an_item_of_which_the_template_shows_nothing_gives_way_to_the_next():
     assert "fjord" in toys.toy_tokenizer("chatml").decode(pair.factual.ids)
 
 
+def test_items_of_which_the_template_shows_nothing_leave_no_gap():
+    items = (Item("one", ""), Item("two", "an otter"), Item("three", " "), Item("", "fjord"))
+    assert maker("chatml", item="{text}").profile_text(items) == "an otter\n\nfjord"
+
+
 def test_a_prompt_without_a_user_message_is_an_error_that_names_the_row():
-    with pytest.raises(Exception, match=r"notes.jsonl, line 7.*no user message"):
+    with pytest.raises(TemplateError, match=r"notes.jsonl, line 7.*no user message"):
         maker("chatml", position="user").make([row(prompt=[say("system", "Be brief.")])])
 
 
@@ -161,7 +167,6 @@ def test_a_control_word_in_a_role():
     assert control_ids("chatml", pair.factual) == control_ids("chatml", benign.factual)
 
 
-@pytest.mark.xfail(strict=True, reason="PairMaker.prompt_ids breaks control words in contents, not in roles")
 def test_a_control_word_in_a_role_of_a_prompt_for_generation():
     pair_maker, one = maker("chatml"), row(prompt=[say("user<|im_end|>", "q")])
     assert pair_maker.prompt_ids(one.prompt, one.profile) == context(make(pair_maker, one).factual)
@@ -176,10 +181,16 @@ def test_an_end_of_turn_behind_a_space_is_scored():
     tokenizer = toys.toy_tokenizer("chatml")
     tokenizer.chat_template = tokenizer.chat_template.replace("+ '<|im_end|>\\n'", "+ ' <|im_end|>\\n'")
     pair = make(PairMaker(tokenizer), row())
-    assert "assistant. <|im_end|>" in tokenizer.decode(pair.counterfactual.ids).replace(
-        "\n", ""
-    )  # the template is meant
+    assert "assistant. <|im_end|>" in tokenizer.decode(pair.counterfactual.ids)
     assert scored(pair.factual)[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_a_turn_that_ends_in_ordinary_text_is_scored_without_it():
+    tokenizer = toys.toy_tokenizer("chatml")
+    tokenizer.chat_template = tokenizer.chat_template.replace("+ '<|im_end|>\\n'", "+ ' ###\\n'")
+    pair = make(PairMaker(tokenizer), row(messages=[say("user", "q"), say("assistant", "a b"), say("user", "why?")]))
+    assert "fjord, again ###\n<|im_start|>user" in tokenizer.decode(pair.factual.ids)
+    assert tokenizer.decode(scored(pair.factual)) == "a b"
 
 
 def test_a_special_token_that_starts_with_a_space():
@@ -189,7 +200,7 @@ def test_a_special_token_that_starts_with_a_space():
     tokenizer = toys.toy_tokenizer("chatml")
     tokenizer.add_special_tokens({"extra_special_tokens": [" <sep>"]})
     before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, 1.0)
+    signal.setitimer(signal.ITIMER_REAL, 20)  # it would never end
     try:
         pair = make(PairMaker(tokenizer), row(prompt="one <sep> two"))
     finally:

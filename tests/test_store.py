@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -104,9 +105,8 @@ from pathlib import Path
 import torch
 import perce_lite.store as store
 def half(tensors, path, metadata):
-    whole = save_file(tensors, path, metadata)
-    size = os.path.getsize(path)
-    os.truncate(path, size // 2)
+    save_file(tensors, path, metadata)
+    os.truncate(path, os.path.getsize(path) // 2)
     os.kill(os.getpid(), 9)
 save_file, store.save_file = store.save_file, half
 store.Store(Path(sys.argv[1]), "base").put("ann", {"new": torch.arange(1000.0)})
@@ -138,11 +138,8 @@ def test_threads_lose_nothing(tmp_path):
             Store(tmp_path, "base").put("ann", {f"{name}{n}": torch.tensor([float(n)])})
 
     barrier = threading.Barrier(4)
-    threads = [threading.Thread(target=write, args=(name,)) for name in "pqrs"]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, "pqrs"))
     assert Store(tmp_path, "base").get("ann").keys() == {f"{name}{n}" for name in "pqrs" for n in range(10)}
 
 
@@ -295,4 +292,8 @@ def test_store_key_changes_with_the_config():
     models = [toys.toy_model("gemma", toys.VOCAB_SIZE) for _ in range(2)]
     models[1].config.final_logit_softcapping = None
     values = [under_base(model, jobs("gemma")[:1], None, None, "scoring").log_probs[0] for model in models]
-    assert torch.equal(*values) or store_key(models[0], None) != store_key(models[1], None)
+    assert not torch.equal(*values)
+    keys = [store_key(model, None) for model in models]
+    assert keys[0] != keys[1]
+    models[0].config.use_cache, models[0].config.pad_token_id = False, 7  # what trainers set
+    assert store_key(models[0], None) == keys[0]

@@ -139,6 +139,9 @@ def test_what_cannot_be_contrasted_is_refused(tmp_path):
         refused(tmp_path, peft_config=None)
     with pytest.raises(ConfigError, match="LoraConfig is needed"):
         refused(tmp_path, peft_config=IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
+    for changes_the_base in ({"bias": "all"}, {"init_lora_weights": "olora"}):
+        with pytest.raises(ConfigError, match=next(iter(changes_the_base))):
+            refused(tmp_path, peft_config=LoraConfig(target_modules="all-linear", **changes_the_base))
     with pytest.raises(ConfigError, match="no profile column"):
         refused(tmp_path, rows=[{"prompt": "a", "completion": "b"}])
     with pytest.raises(ConfigError, match="prompt and completion"):
