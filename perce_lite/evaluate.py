@@ -59,9 +59,12 @@ def held_out_losses(
         task = bar.add_task("Held-out rows", total=2 * len(sequences), note="")
         for adapter in (False, True):
             found: dict[int, Tensor] = {}
-            for index, values in log_probs(model, sequences, adapters=adapter, autocast=autocast):
+
+            def done(index: int, values: Tensor, found: dict[int, Tensor] = found) -> None:
                 found[index] = values.double()
                 bar.advance(task)
+
+            log_probs(model, sequences, adapter, autocast, done)
             scored[adapter] = [found[index] for index in range(len(sequences))]
     by_name = {name: range(offset, len(sequences), len(names)) for offset, name in enumerate(names)}
     own, none = ([scored[False][index] for index in by_name[name]] for name in ("own", "none"))

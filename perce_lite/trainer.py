@@ -22,11 +22,12 @@ from perce_lite.collator import LOG_PROB_COLUMNS, EpochSampler, PairCollator
 from perce_lite.config import PerCEConfig
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.files import disk_full_is_clear
+from perce_lite.head import project_scored_positions_only, scoring_forward
 from perce_lite.models import keep_base_constant
 from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.recipe import Template
 from perce_lite.rows import from_columns
-from perce_lite.score import Job, batch_log_probs, frozen, runs, scoring_forward, store_key, under_base
+from perce_lite.score import Job, batch_log_probs, frozen, runs, store_key, under_base
 from perce_lite.store import Store
 
 _REFUSED_ARGUMENTS = {
@@ -88,6 +89,8 @@ class PerCETrainer(SFTTrainer):
                 parameter.data = given.get(name, parameter.data).to(parameter.device, torch.float32)
         keep_base_constant(self.model)
         self.autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        if next(self.model.parameters()).device.type == "cpu":
+            project_scored_positions_only(self.model)
         self.weight_scale, self.store_hits = 1.0, 0.0
         bootstrap = args.estimator == "bootstrap"
         self._scoring_forward = scoring_forward(self.model) if bootstrap else None

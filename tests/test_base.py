@@ -90,12 +90,14 @@ def test_scoring_leaves_a_4_bit_base_and_its_gradients_unchanged(tmp_path, monke
     first = fixed_gradients(trainer, batch)
     assert any(gradient.abs().max() > 0 for gradient in first.values())
     sequences = [pair.counterfactual for pair in trainer.pairs["train"]]
-    once = dict(log_probs(trainer.model, sequences, adapters=False, autocast=trainer.autocast))
+    once, again = {}, {}
+    log_probs(trainer.model, sequences, False, trainer.autocast, once.__setitem__)
     second = fixed_gradients(trainer, batch)
     assert fingerprint(trainer.model) == before
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    again = dict(log_probs(trainer.model, sequences, adapters=False, autocast=trainer.autocast))
+    log_probs(trainer.model, sequences, False, trainer.autocast, again.__setitem__)
+    assert once.keys() == again.keys() == set(range(len(sequences)))
     assert all(torch.equal(once[index], again[index]) for index in once)
 
 

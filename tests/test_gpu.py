@@ -51,10 +51,12 @@ def test_trains_in_half_precision_with_float32_adapters(tmp_path, estimator, pre
 def test_scores_of_a_padded_batch_equal_those_of_rows_alone(tmp_path):
     trainer = trainer_on_gpu(tmp_path, bf16=False, fp16=False)
     sequences = [pair.factual for pair in trainer.pairs["train"]]
-    together = dict(log_probs(trainer.model, sequences, adapters=False, autocast=None))
+    together: dict[int, torch.Tensor] = {}
+    log_probs(trainer.model, sequences, False, None, together.__setitem__)
     for index, tokens in enumerate(sequences):
-        [(_, alone)] = log_probs(trainer.model, [tokens], adapters=False, autocast=None)
-        torch.testing.assert_close(together[index], alone, rtol=0, atol=2e-2)
+        alone: dict[int, torch.Tensor] = {}
+        log_probs(trainer.model, [tokens], False, None, alone.__setitem__)
+        torch.testing.assert_close(together[index], alone[0], rtol=0, atol=2e-2)
 
 
 def test_packed_rows_do_not_see_each_other(tmp_path):
@@ -66,5 +68,7 @@ def test_packed_rows_do_not_see_each_other(tmp_path):
     assert len(indices) > 1
     total = int((batch["labels"] != -100).sum())
     loss = float(trainer.compute_loss(trainer.model.train(), dict(batch), num_items_in_batch=total))
-    alone = log_probs(trainer.model, [trainer.pairs["train"][i].factual for i in indices], adapters=True, autocast=None)
-    assert loss == pytest.approx(-sum(float(values.sum()) for _, values in alone) / total, rel=1e-2)
+    alone: dict[int, torch.Tensor] = {}
+    sequences = [trainer.pairs["train"][index].factual for index in indices]
+    log_probs(trainer.model, sequences, True, None, alone.__setitem__)
+    assert loss == pytest.approx(-sum(float(values.sum()) for values in alone.values()) / total, rel=1e-2)

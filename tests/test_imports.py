@@ -15,7 +15,8 @@ recipe
 rows
 data       models     store      chat
 pairs      adapters
-collator   score
+collator   head
+score
 trainer    generate   evaluate   check
 train      tables
 cli

@@ -166,7 +166,7 @@ def test_usage_and_clear(tmp_path, capsys):
     one.put("ann", {"a": torch.zeros(3), "b": torch.zeros(1)})
     one.put("bob", {"a": torch.zeros(2)})
     other.put("ann", {"a": torch.zeros(2)})
-    torn = other.folder / ".ann-0123.safetensors.abc.tmp"
+    torn = other.folder / ".ann-0123456789ab.safetensors.abc.tmp"
     torn.write_bytes(b"12345")
     foreign = [other.folder / "notes.txt", other.folder / "model.safetensors", tmp_path / "a.safetensors"]
     for file in foreign:
