@@ -62,7 +62,7 @@ class PairCollator(DataCollatorForLanguageModeling):
             if packed:
                 columns = [[value for column in columns for value in column]]
             batch[name] = torch.tensor([column + [padding] * (length - len(column)) for column in columns], dtype=dtype)
-        if self.counterfactuals is not None:
+        if self.counterfactuals is not None and "row" in examples[0]:  # rows of evaluation have no twin
             batch["counterfactual"] = self._without_profile(examples, packed)
         return batch
 

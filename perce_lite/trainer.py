@@ -112,9 +112,11 @@ class PerCETrainer(SFTTrainer):
         formatting_func: None,
         dataset_name: str,
     ) -> datasets.Dataset:
-        """Columns `input_ids`, `labels` and `row`, each (T,); called by TRL for every data set it is given."""
-        if "row" in dataset.column_names and "input_ids" in dataset.column_names:
+        """Columns `input_ids`, `labels` and, in training, `row`, each (T,); TRL calls it for every data set."""
+        if "input_ids" in dataset.column_names:
             return dataset
+        training = "train" not in self.pairs  # TRL prepares the training set first
+        dataset_name = dataset_name if training or dataset_name != "train" else "eval train"
         rows = [from_columns(record, f"{dataset_name} row {number}") for number, record in enumerate(dataset)]
         if not any(row.profile for row in rows):
             raise DataError(f"The {dataset_name} data set's profile column is empty in all {len(rows)} rows")
@@ -123,13 +125,10 @@ class PerCETrainer(SFTTrainer):
         pairs = self.pairs[dataset_name] = maker.make(rows, audit)
         require(pairs, audit, dataset_name)
         trained = [pair.factual if args.train_on == "factual" else pair.counterfactual for pair in pairs]
-        return datasets.Dataset.from_dict(
-            {
-                "input_ids": [tokens.ids for tokens in trained],
-                "labels": [tokens.labels for tokens in trained],
-                "row": [[index] * len(tokens.ids) for index, tokens in enumerate(trained)],
-            }
-        )
+        columns = {"input_ids": [tokens.ids for tokens in trained], "labels": [tokens.labels for tokens in trained]}
+        if training:
+            columns["row"] = [[index] * len(tokens.ids) for index, tokens in enumerate(trained)]
+        return datasets.Dataset.from_dict(columns)
 
     def _with_log_probs(self, dataset: datasets.Dataset) -> datasets.Dataset:
         """Adds what the estimator takes as a constant of the data: one scoring pass, adapters off, or store hits."""
@@ -174,7 +173,7 @@ class PerCETrainer(SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's loss of `model` with its log-probs (B, T-1) multiplied by their weights; unweighted in evaluation."""
-        rows = inputs.pop("row")
+        rows = inputs.pop("row", None)
         twin = inputs.pop("counterfactual", None)
         constants = {name: inputs.pop(name)[:, 1:] for name in LOG_PROB_COLUMNS if name in inputs}
         if twin is not None and model.training:
@@ -218,7 +217,7 @@ class PerCETrainer(SFTTrainer):
             self._metrics["train"][name].append(value)
 
     def _named(self, loss: Tensor, rows: Tensor) -> str:
-        names = [self.pairs["train"][index].row for index in rows.unique().tolist() if index >= 0]
+        names = [self.pairs["train"][index].row for index in rows.unique().tolist() if index >= 0]  # -1: padding
         told = "; ".join(f"{row.where} (user {row.user})" for row in names)
         return (
             f"The loss is {loss.item()} at step {self.state.global_step + 1}, in these rows: {told}. Nothing of this "

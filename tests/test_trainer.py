@@ -183,6 +183,20 @@ def test_saved_adapter_reloads_with_plain_peft_and_is_no_no_op(toy_trainer, tmp_
     assert (loaded - bare).abs().max() > 0.05
 
 
+def test_evaluation_beside_bootstrap_and_under_any_name(toy_trainer):
+    """The evaluation set is larger than the training set, and called as it is."""
+    rows = toys.toy_rows()
+    held_out = {"train": datasets.Dataset.from_list(rows), "other": datasets.Dataset.from_list(rows[:2])}
+    trainer = toy_trainer(
+        rows=rows[:3], estimator="bootstrap", eval_dataset=held_out, eval_strategy="steps", eval_steps=1
+    )
+    trainer.train()
+    assert len(trainer.pairs["train"]) == 3
+    evaluated = [log for log in trainer.state.log_history if "eval_train_loss" in log]
+    assert len(evaluated) == 2
+    assert evaluated[0]["eval_train_loss"] != evaluated[1]["eval_train_loss"]
+
+
 def test_dialogues_score_every_assistant_turn(toy_trainer):
     turns = [("user", "hello there"), ("assistant", "good day"), ("user", "and you"), ("assistant", "well, thanks")]
     messages = [{"role": role, "content": content} for role, content in turns]
