@@ -60,6 +60,32 @@ def check(recipe: RecipePath, set_: Set = None, json: Json = None) -> None:
 
 
 @app.command()
+def inspect(
+    recipe: RecipePath,
+    adapter: Annotated[Path | None, typer.Option(help="Look with this adapter on.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows at the most, spread over users.")] = 48,
+    user: Annotated[str | None, typer.Option(help="Rows of this user only.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Words to list.")] = 20,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="The page; else <output_dir>/inspect.html.")] = None,
+    set_: Set = None,
+    json: Json = None,
+) -> None:
+    """Look at what PerContrast finds in the data, token by token, before any training."""
+    from perce_lite.recipe import load_recipe
+
+    read = load_recipe(recipe, set_ or [])
+    from perce_lite import tables
+    from perce_lite.inspection import inspect as run
+    from perce_lite.report import write_inspection
+
+    figures = run(read, adapter, rows, user, top)
+    page = out or read.output_dir / "inspect.html"
+    write_inspection(figures, page)
+    _write(json, figures)
+    tables.show_inspection(figures, page)
+
+
+@app.command()
 def generate(
     adapter: Annotated[Path, typer.Option(help="The folder of an adapter, such as runs/quickstart/adapter.")],
     prompt: Annotated[str, typer.Option(help="What to ask.")],

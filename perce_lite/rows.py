@@ -119,15 +119,15 @@ def split_rows(rows: Sequence[Row], split: Split, source: str = "the data", othe
     return [replace(row, split=name_of[index]) for index, row in enumerate(rows)]
 
 
-def swap_profiles(rows: Sequence[Row], seed: int = 0) -> list[Row]:
-    """Each row with the profile of a random row of another user: the control of the evaluation.
+def swap_profiles(rows: Sequence[Row], seed: int = 0, pool: Sequence[Row] | None = None) -> list[Row]:
+    """Each row with the profile of a random row of another user in `pool` (default: `rows`): a control.
 
     Rows that cannot be given one (a single user) are left out.
     """
     chooser = random.Random(seed)
     swapped = []
     for row in rows:
-        others = [other for other in rows if other.user != row.user and other.profile]
+        others = [other for other in (rows if pool is None else pool) if other.user != row.user and other.profile]
         if others:
             swapped.append(replace(row, profile=chooser.choice(others).profile))
     return swapped

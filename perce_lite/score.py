@@ -160,8 +160,10 @@ def under_base(
             if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
                 keep()
 
-        if todo:
-            log_probs(model, [jobs[index].tokens for index in todo], False, autocast, done)
+        try:
+            if todo:
+                log_probs(model, [jobs[index].tokens for index in todo], False, autocast, done)
+        finally:
             keep()
     return Scored([found[index] for index in range(len(jobs))], hits)
 

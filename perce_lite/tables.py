@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perce_lite.console import console
+from perce_lite.report import HEALTH
 
 _STYLES = {"template": "dim", "profile": "cyan", "query": "yellow", "response": "bold green"}
 
@@ -101,6 +102,25 @@ def show_check(figures: dict[str, Any]) -> None:
     for side, title in (("with_profile", "with the profile"), ("without_profile", "without")):
         text = Text.assemble(*((piece, _STYLES[kind]) for piece, kind in example[side]))
         console.print(Panel(text, title=Text(f"{example['row']}, user {example['user']}, {title}"), title_align="left"))
+
+
+def show_inspection(figures: dict[str, Any], page: Path) -> None:
+    """`perce-lite inspect`: health beside the control, the verdict, the most personal words, where the page lies."""
+    table = Table(title=f"PerContrast over {len(figures['rows'])} rows", title_justify="left")
+    for name in ("", "own profile", "another user's"):
+        table.add_column(name, justify="right" if name else "left")
+    for key, (name, form) in HEALTH.items():
+        table.add_row(
+            name, *(form.format(figures[who][key]) if key in figures[who] else "-" for who in ("own", "swapped"))
+        )
+    console.print(table)
+    style = {"signal": "green", "none": "red"}.get(figures["signal"]["says"], "yellow")
+    console.print(Text(figures["signal"]["sentence"], style=style))
+    words = ", ".join(f"{one['word']} {one['pir']:+.1f}" for one in figures["words"])
+    console.print(Text(f"Most personal words (mean PIR, nats): {words}"))
+    if figures["idle"]:
+        console.print(Text(f"{len(figures['idle'])} rows have a profile that does nothing; the page names them."))
+    console.print(Text.assemble("Page: ", (str(page), "bold")))
 
 
 def show_store(root: Path, bases: list[dict[str, int | str]]) -> None:

@@ -68,7 +68,10 @@ class Run:
         return self.folder / "figures.json"
 
     def finished(self) -> dict[str, Any] | None:
-        """The figures of this very run where it was finished before."""
+        """The figures of this very run where it was finished before; refuses a folder of another run."""
+        marker = read_json(self._marker)
+        if (marker is None and self._checkpoints()) or (marker is not None and marker.get("run") != self.fingerprint):
+            self._refuse()
         card, figures = read_json(self.adapter / adapters.CARD), read_json(self.figures)
         if card is None:
             return None
@@ -80,11 +83,10 @@ class Run:
         """Takes the folder for this run over `base` (a fingerprint), or finds that it was this run's already."""
         for leftover in self.folder.glob(".adapter.*.tmp"):  # of a run that was killed while it wrote
             shutil.rmtree(leftover)
-        marker = self.folder / "run.json"
         mine = {"run": self.fingerprint, "base": base}
-        found = read_json(marker)
+        found = read_json(self._marker)
         if found is None and not self._checkpoints():
-            write_json(marker, mine)
+            write_json(self._marker, mine)
         elif found != mine:
             self._refuse()
 
@@ -101,8 +103,12 @@ class Run:
         """Removes what a run leaves in the folder, and nothing else."""
         for folder in [*self._checkpoints(), self.adapter]:
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self.folder / "run.json", self.figures):
+        for file in (self._marker, self.figures):
             file.unlink(missing_ok=True)
+
+    @property
+    def _marker(self) -> Path:
+        return self.folder / "run.json"
 
     def _checkpoints(self) -> list[Path]:
         return [one for one in self.folder.glob("checkpoint-*") if one.name.rpartition("-")[2].isdigit()]

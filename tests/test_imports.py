@@ -17,7 +17,8 @@ data       models     store      chat
 pairs      adapters
 collator   head
 score
-trainer    generate   evaluate   check
+trainer    generate   evaluate   check      report
+inspection
 train      tables
 cli
 """

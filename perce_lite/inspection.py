@@ -1,0 +1,245 @@
+"""What PerContrast sees in the data before any training: token by token, over the set, and against a control."""
+
+import string
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from perce_lite import adapters, contrast
+from perce_lite.config import PerCEConfig
+from perce_lite.console import progress_bar
+from perce_lite.data import read_rows
+from perce_lite.errors import DataError
+from perce_lite.evaluate import id_of
+from perce_lite.models import load_base
+from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, Tokens, require
+from perce_lite.recipe import Recipe, training_config
+from perce_lite.rows import Row, of_split, spread_over_users, swap_profiles
+from perce_lite.score import Job, log_probs, store_key, under_base
+from perce_lite.store import Store
+
+EDGES = [-6.0, *np.arange(-5.0, 8.25, 0.25).tolist(), 9.0]
+"""Bounds of the PIR histogram, nats; the outer bins take what lies beyond."""
+
+IDLE = 0.05
+"""A row whose mean absolute PIR, nats, is below this has a profile that does nothing."""
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One row as PerContrast sees it; each tensor is (R,), nats."""
+
+    pair: Pair
+    factual: Tensor
+    counterfactual: Tensor
+    swapped: Tensor | None
+
+    @property
+    def pir(self) -> Tensor:
+        return contrast.pir(self.factual, self.counterfactual)
+
+    @property
+    def swapped_pir(self) -> Tensor | None:
+        """With another user's profile in the prompt; None where there is no other user."""
+        return None if self.swapped is None else contrast.pir(self.swapped, self.counterfactual)
+
+
+def inspect(recipe: Recipe, adapter: Path | None, rows: int, user: str | None, top: int) -> dict[str, Any]:
+    """The figures that `perce-lite inspect` shows, of `rows` training rows spread over users, or of one `user`.
+
+    adapter: take the factual log-probs with this adapter on; the counterfactual stays the bare base's
+    top: words and rows to list
+
+    Raises:
+        DataError: no rows, or no such user; and what reading, pairing and loading raise.
+    """
+    training = of_split(read_rows(recipe), "train")
+    picked = [row for row in training if row.profile and user in (None, row.user)]
+    if not picked:
+        known = ", ".join(sorted({row.user for row in training})[:20])
+        raise DataError(f"--user {user}: no training row of this user has a profile; users: {known}")
+    config = training_config(recipe)
+    base = load_base(recipe)
+    maker = PairMaker(base.tokenizer, recipe.template, config.max_length, recipe.profile.max_tokens)
+    audit = Audit()
+    pairs = maker.make(spread_over_users(picked, rows), audit)
+    require(pairs, audit, "training")
+    model = base.model if adapter is None else adapters.load(base.model, adapter)
+    seen = _score(model, pairs, _swapped(maker, pairs, training), config, adapter is not None)
+    return {
+        "model": recipe.model,
+        "adapter": None if adapter is None else str(adapter),
+        "clip_min": config.clip_min,
+        "clip_max": config.clip_max,
+        **_figures(seen, base.tokenizer, config, top),
+    }
+
+
+def _swapped(maker: PairMaker, pairs: Sequence[Pair], pool: Sequence[Row]) -> list[Tokens | None]:
+    """Each row with the profile of another user of `pool`; None where it cannot be had."""
+    given = {id_of(row): row for row in swap_profiles([pair.row for pair in pairs], pool=pool)}
+    made = [maker.make([given[id_of(pair.row)]]) if id_of(pair.row) in given else [] for pair in pairs]
+    return [one[0].factual if one else None for one in made]
+
+
+def _score(
+    model: torch.nn.Module, pairs: list[Pair], swapped: list[Tokens | None], config: PerCEConfig, adapter_on: bool
+) -> list[Seen]:
+    """Log-probs of every pair and of its swapped twin, through the store that training uses."""
+    autocast = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
+    store = Store(Path(config.store), store_key(model, autocast)) if config.store else None
+    users = [pair.row.user for pair in pairs]
+    twins = [Job(user, pair.counterfactual) for user, pair in zip(users, pairs, strict=True)]
+    factual = [Job(user, pair.factual) for user, pair in zip(users, pairs, strict=True)]
+    factual += [Job(user, tokens) for user, tokens in zip(users, swapped, strict=True) if tokens is not None]
+    if adapter_on:
+        counterfactuals = under_base(model, twins, store, autocast, "Scoring under the base").log_probs
+        found: dict[int, Tensor] = {}
+        with progress_bar() as bar:
+            task = bar.add_task("Scoring with the adapter", total=len(factual), note="")
+
+            def done(index: int, values: Tensor) -> None:
+                found[index] = values
+                bar.advance(task)
+
+            log_probs(model, [job.tokens for job in factual], True, autocast, done)
+        factuals = [found[index] for index in range(len(factual))]
+    else:
+        both = under_base(model, [*twins, *factual], store, autocast, "Scoring under the base").log_probs
+        counterfactuals, factuals = both[: len(pairs)], both[len(pairs) :]
+    rest = iter(factuals[len(pairs) :])
+    return [
+        Seen(pair, factuals[index], counterfactuals[index], None if swapped[index] is None else next(rest))
+        for index, pair in enumerate(pairs)
+    ]
+
+
+def _figures(seen: list[Seen], tokenizer: PreTrainedTokenizerBase, config: PerCEConfig, top: int) -> dict[str, Any]:
+    bounds = (config.clip_min, config.clip_max)
+    own = torch.cat([one.pir for one in seen])
+    swapped_pirs = [one.swapped_pir for one in seen if one.swapped_pir is not None]
+    swapped = torch.cat(swapped_pirs) if swapped_pirs else torch.empty(0)
+    shown = [_row(one, tokenizer, *bounds) for one in seen]
+    by_user: dict[str, list[Tensor]] = defaultdict(list)
+    for one in seen:
+        by_user[one.pair.row.user].append(one.pir)
+    return {
+        "own": {**contrast.health(own, *bounds), "tokens": own.numel()},
+        "swapped": {**contrast.health(swapped, *bounds), "tokens": swapped.numel()},
+        "histogram": {"edges": EDGES, "own": _histogram(own), "swapped": _histogram(swapped)},
+        "signal": signal(seen),
+        "words": _words([row["units"] for row in shown])[:top],
+        "users": [
+            {"user": user, "rows": len(pirs), "tokens": sum(map(len, pirs)), "pir_mean": float(torch.cat(pirs).mean())}
+            for user, pirs in sorted(by_user.items())
+        ],
+        "idle": [
+            {"row": one.pair.row.where, "user": one.pair.row.user, "mean_absolute_pir": float(one.pir.abs().mean())}
+            for one in seen
+            if float(one.pir.abs().mean()) < IDLE
+        ],
+        "rows": shown,
+    }
+
+
+def signal(seen: Sequence[Seen]) -> dict[str, Any]:
+    """Whether the own profile says more than another user's: mean PIR a row, own less swapped, with its interval.
+
+    A paired bootstrap over rows, grouped by user, 95 %. `says`: "signal", "none", or "unknown" where there are too few
+    rows or users to tell.
+    """
+    by_user: dict[str, list[float]] = defaultdict(list)
+    for one in seen:
+        if one.swapped_pir is not None:
+            by_user[one.pair.row.user].append(float(one.pir.mean() - one.swapped_pir.mean()))
+    groups = [np.array(differences) for differences in by_user.values()]
+    rows = sum(map(len, groups))
+    if rows < 5 or len(groups) < 2:
+        sentence = f"{rows} rows of {len(groups)} users with another's profile are too few to tell whether they matter."
+        return {"says": "unknown", "mean": None, "low": None, "high": None, "rows": rows, "sentence": sentence}
+    generator = np.random.default_rng(0)
+    means = []
+    for _ in range(_RESAMPLES):
+        users = [groups[index] for index in generator.integers(len(groups), size=len(groups))]
+        drawn = np.concatenate([group[generator.integers(len(group), size=len(group))] for group in users])
+        means.append(drawn.mean())
+    mean = float(np.concatenate(groups).mean())
+    low, high = (float(bound) for bound in np.quantile(means, [0.025, 0.975]))
+    told = f"{mean:+.3f} nats a token (95 % interval {low:+.3f} to {high:+.3f}, {rows} rows)"
+    if low > 0:
+        sentence = f"The profiles carry signal: the own profile helps more than another user's by {told}."
+    else:
+        sentence = f"The profiles carry no signal that can be told from chance: own less another user's is {told}."
+    return {
+        "says": "signal" if low > 0 else "none",
+        "mean": mean, "low": low, "high": high, "rows": rows, "sentence": sentence,
+    }  # fmt: skip
+
+
+def _histogram(pir: Tensor) -> list[int]:
+    """Tokens in each bin of EDGES, the outer ones taking what lies beyond."""
+    clipped = np.clip(pir.double().numpy(), EDGES[0], EDGES[-1])
+    return [int(count) for count in np.histogram(clipped, bins=EDGES)[0]]
+
+
+def _row(one: Seen, tokenizer: PreTrainedTokenizerBase, clip_min: float, clip_max: float) -> dict[str, Any]:
+    ids = [label for label in one.pair.factual.labels if label != IGNORED]
+    weight = contrast.weights(one.pir, clip_min, clip_max)
+    units = []
+    for start, end, text in text_units(tokenizer, ids):
+        units.append(
+            {
+                "text": text,
+                "end_of_turn": ids[start] in tokenizer.all_special_ids,
+                "pir": float(one.pir[start:end].sum()),
+                "weight": float(weight[start:end].mean()),
+                "factual": float(one.factual[start:end].sum()),
+                "counterfactual": float(one.counterfactual[start:end].sum()),
+                "tokens": end - start,
+            }
+        )
+    row = one.pair.row
+    known = {"row": row.where, "user": row.user, "query": row.query, "profile": one.pair.profile}
+    return {**known, "pir_mean": float(one.pir.mean()), "units": units}
+
+
+def text_units(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[tuple[int, int, str]]:
+    """(start, end, text) of the smallest runs of tokens that are whole characters; the texts join to the whole.
+
+    A token of a byte-level tokenizer may be a part of a character: it is shown with its neighbours.
+    """
+    units = []
+    start, said = 0, ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd") and end - start < 8 and end < len(ids):
+            continue
+        units.append((start, end, text[len(said) :]))
+        start, said = end, text
+    return units
+
+
+def _words(rows: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Words by their mean PIR (a word's is the sum of its tokens'), most personal first; twice in the set at least."""
+    totals: dict[str, list[float]] = defaultdict(list)
+    for units in rows:
+        word, pir = "", 0.0
+        for unit in [*units, {"text": " ", "pir": 0.0, "end_of_turn": False}]:
+            text = " " if unit["end_of_turn"] else unit["text"]
+            if text[:1].isspace() and word.strip():
+                totals[word.strip().lower().strip(string.punctuation + "“”‘’…—–")].append(pir)
+                word, pir = "", 0.0
+            word, pir = word + text, pir + (0.0 if unit["end_of_turn"] else unit["pir"])
+    totals.pop("", None)
+    often = {word: pirs for word, pirs in totals.items() if len(pirs) > 1} or totals
+    ranked = [{"word": word, "pir": sum(pirs) / len(pirs), "count": len(pirs)} for word, pirs in often.items()]
+    return sorted(ranked, key=lambda one: -float(one["pir"]))

@@ -1,0 +1,215 @@
+"""`perce-lite inspect`: figures against full logits, the verdict on planted data, and a page that keeps text text."""
+
+import html.parser
+import json
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import toys
+from torch.nn.functional import log_softmax
+
+from perce_lite import inspection
+from perce_lite.errors import DataError
+from perce_lite.inspection import inspect, text_units
+from perce_lite.pairs import IGNORED, PairMaker
+from perce_lite.recipe import Recipe, load_recipe
+from perce_lite.report import write_inspection
+from perce_lite.store import Store
+
+ROOT = Path(__file__).resolve().parents[1]
+EVIL = "<script>alert('x')</script> & \"q\""
+
+
+def toy_recipe(folder: Path, rows: list[dict], **train) -> Recipe:
+    toys.toy_folder(folder / "toy")
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    options = {"store": str(folder / "store"), "clip_min": 0.2, "clip_max": 2.0, **train}
+    sections = {"split": {"test": 0, "validation": 0}, "train": options, "data": {"path": "rows.jsonl"}}
+    (folder / "r.yaml").write_text(json.dumps({"model": "toy", "quantization": "none", "dtype": "float32", **sections}))
+    return load_recipe(folder / "r.yaml")
+
+
+def full_logits(model, tokens) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([tokens.ids])).logits[0, :-1].double()
+    labels = torch.tensor(tokens.labels[1:])
+    mask = labels != IGNORED
+    return log_softmax(logits, -1)[mask].gather(1, labels[mask, None])[:, 0]
+
+
+class Page(html.parser.HTMLParser):
+    """Tokens, scripts and links of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tokens: list[dict] = []
+        self.scripts = 0
+        self.addresses: list[str] = []
+        self.open_token = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        known = dict(attrs)
+        self.scripts += tag == "script"
+        self.addresses += [known[name] for name in ("src", "href") if name in known]
+        self.open_token = tag == "span" and "data-told" in known
+        if self.open_token:
+            self.tokens.append({**known, "text": ""})
+
+    def handle_endtag(self, tag):
+        self.open_token = False
+
+    def handle_data(self, data):
+        if self.open_token:
+            self.tokens[-1]["text"] += data
+
+
+def page_of(figures: dict, folder: Path) -> tuple[str, Page]:
+    write_inspection(figures, folder / "page.html")
+    text = (folder / "page.html").read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+def test_figures_equal_full_logits_and_the_store_keeps_them(tmp_path):
+    recipe = toy_recipe(tmp_path, toys.toy_rows(users=3, per_user=3))
+    figures = inspect(recipe, None, 48, None, 5)
+    model = toys.toy_model("chatml", 600).double()
+    maker = PairMaker(toys.toy_tokenizer("chatml"), recipe.template, 1024)
+    pirs = []
+    by_where = {row.where: row for row in inspection.read_rows(recipe)}
+    for shown in figures["rows"]:
+        [pair] = maker.make([by_where[shown["row"]]])
+        pir = full_logits(model, pair.factual) - full_logits(model, pair.counterfactual)
+        pirs.append(pir)
+        assert shown["pir_mean"] == pytest.approx(float(pir.mean()), abs=2e-5)
+        assert sum(unit["pir"] for unit in shown["units"]) == pytest.approx(float(pir.sum()), abs=2e-4)
+        assert "".join(unit["text"] for unit in shown["units"]) == pair.row.completion[0]["content"] + "<|im_end|>"
+    every = torch.cat(pirs)
+    assert figures["own"]["tokens"] == every.numel()
+    assert figures["own"]["pir_mean"] == pytest.approx(float(every.mean()), abs=2e-5)
+    assert figures["own"]["share_above_min"] == pytest.approx(float((every > 0.2).double().mean()))
+    assert figures["own"]["weight_mean"] == pytest.approx(float(every.clamp(0.2, 2.0).mean()), abs=2e-5)
+    assert sum(figures["histogram"]["own"]) == every.numel()
+    assert len(figures["words"]) == 5
+    kept = sum(
+        len(Store(folder.parent, folder.name).get(user["user"]))
+        for folder in (tmp_path / "store").iterdir()
+        for user in figures["users"]
+    )
+    assert kept == 27, "factual, counterfactual and swapped of nine rows"
+
+
+def test_rows_user_and_top_choose(tmp_path):
+    recipe = toy_recipe(tmp_path, toys.toy_rows(users=3, per_user=4))
+    assert {user["user"]: user["rows"] for user in inspect(recipe, None, 5, None, 3)["users"]} == {
+        "user0": 2,
+        "user1": 2,
+        "user2": 1,
+    }
+    one = inspect(recipe, None, 48, "user1", 3)
+    assert [user["user"] for user in one["users"]] == ["user1"]
+    assert one["swapped"]["tokens"] == one["own"]["tokens"], "the control is another user's profile all the same"
+    assert one["signal"]["says"] == "unknown"
+    with pytest.raises(DataError, match=r"--user nobody.*user0, user1, user2"):
+        inspect(recipe, None, 48, "nobody", 3)
+
+
+def planted(shift: float, rows: int = 30) -> list[inspection.Seen]:
+    generator = torch.Generator().manual_seed(1)
+    seen = []
+    for number in range(rows):
+        counterfactual, swapped, factual = -torch.rand(3, 20, generator=generator)
+        row = inspection.Row(f"r {number}", f"u{number % 6}", "p", (), ())
+        seen.append(
+            inspection.Seen(inspection.Pair(row, None, None, "", 0, 0), factual + shift, counterfactual, swapped)
+        )
+    return seen
+
+
+def test_signal_is_found_where_it_was_planted_and_not_elsewhere():
+    found, none = inspection.signal(planted(0.3)), inspection.signal(planted(0.0))
+    assert found["says"] == "signal"
+    assert found["low"] <= 0.3 <= found["high"]
+    assert "carry signal" in found["sentence"]
+    assert (none["says"], none["low"] <= 0 <= none["high"]) == ("none", True)
+    assert "no signal" in none["sentence"]
+    assert inspection.signal(planted(0.3, rows=4))["says"] == "unknown"
+
+
+def test_the_real_model_tells_own_profiles_from_random_ones(real_model, tmp_path, monkeypatch):
+    """The demo data as they are, and with every profile drawn from anybody: the page must say so in words."""
+    from perce_lite.data import read_rows
+    from perce_lite.rows import of_split, spread_over_users, to_columns
+
+    recipe = load_recipe(ROOT / "recipes/quickstart.yaml", [f"train.store={tmp_path / 'store'}", "profile.top_k=1"])
+    figures = inspect(recipe, None, 12, None, 10)
+    assert figures["signal"]["says"] == "signal"
+    assert "The profiles carry signal" in page_of(figures, tmp_path)[0]
+    rows = spread_over_users(of_split(read_rows(recipe), "train"), 40)
+    draw = random.Random(3)
+    rows = [row for row in rows if row.profile]
+    records = [{**one, "profile": to_columns([draw.choice(rows)])[0]["profile"]} for one in to_columns(rows[:12])]
+    (tmp_path / "random.jsonl").write_text("\n".join(json.dumps(one) for one in records), encoding="utf-8")
+    overrides = [f"data.path={tmp_path / 'random.jsonl'}", "split.test=0", "split.validation=0"]
+    drawn = load_recipe(ROOT / "recipes/quickstart.yaml", [*overrides, f"train.store={tmp_path / 'store'}"])
+    figures = inspect(drawn, None, 12, None, 10)
+    assert figures["signal"]["says"] == "none"
+    assert "The profiles carry no signal" in page_of(figures, tmp_path)[0]
+
+
+def test_page_escapes_all_text_and_every_token_can_be_reached(tmp_path):
+    profile = [{"title": EVIL, "text": EVIL}]
+    row = {"user": EVIL, "profile": profile, "prompt": EVIL, "completion": f"{EVIL}\n\tend 🦊 नमस्ते"}
+    figures = inspect(toy_recipe(tmp_path, [row] * 2), None, 48, None, 9)
+    text, page = page_of(figures, tmp_path)
+    assert page.scripts == 1, "the page's own"
+    assert "<script>alert" not in text
+    assert page.addresses == []
+    assert "http" not in text
+    assert len(page.tokens) == sum(len(one["units"]) for one in figures["rows"]) > 20
+    assert all(one["tabindex"] == "0" and one["aria-label"] and "log-prob" in one["data-told"] for one in page.tokens)
+    response = "".join(one["text"] for one in page.tokens[: len(page.tokens) // 2])
+    assert response == f"{EVIL}⏎\n⇥\tend 🦊 नमस्ते<|im_end|>"
+    assert "�" not in text
+    assert json.loads(json.dumps(figures)) == figures
+
+
+@pytest.mark.parametrize("text", ["🦊🦊 a", "नमस्ते दुनिया", "a\n\n  b\t c", "日本語", "ﷺ x"])
+@pytest.mark.parametrize("family", ["chatml", "gemma"])
+def test_text_units_are_whole_characters(family, text):
+    tokenizer = toys.toy_tokenizer(family)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    units = text_units(tokenizer, ids)
+    assert "".join(unit for _, _, unit in units) == text
+    assert all("\ufffd" not in unit and unit for _, _, unit in units)
+    assert [start for start, _, _ in units[1:]] == [end for _, end, _ in units[:-1]]
+    assert units[-1][1] == len(ids)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on PATH")
+def test_page_fits_a_phone_and_the_console_is_silent(tmp_path):
+    rows = [{**row, "completion": row["completion"] + " " + "x" * 200} for row in toys.toy_rows(users=2, per_user=2)]
+    page_of(inspect(toy_recipe(tmp_path, rows), None, 48, None, 9), tmp_path)
+    probe = (
+        "<iframe id=f width=390 height=800 src=page.html></iframe><script>"
+        "f.onload = () => { const d = f.contentDocument; d.querySelector('[data-told]').focus();"
+        "const told = d.getElementById('told').textContent;"
+        "const beyond = d.documentElement.scrollWidth - d.documentElement.clientWidth;"
+        "document.title = 'beyond ' + beyond + ' told ' + told; }</script>"
+    )
+    (tmp_path / "probe.html").write_text(probe)
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--enable-logging=stderr",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        "--allow-file-access-from-files",
+        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", "--dump-dom", f"file://{tmp_path}/probe.html",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "<title>beyond 0 told “" in done.stdout, done.stdout[-500:]
+    assert "PIR" in done.stdout
+    assert "CONSOLE" not in done.stderr
