@@ -38,6 +38,11 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast_in_bf16 else torch.float32
 
 
+def chosen_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The compute dtype for a recipe's `dtype`: the one named, or for `auto` what `device` is fast in."""
+    return compute_dtype(device) if wanted == "auto" else DTYPES[wanted]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether an option of TRL's goes with PerCE. `refused` tells whether a config's value is; None: nothing to ask."""
@@ -202,6 +207,11 @@ class PerCEConfig(SFTConfig):
         # The label mask is the assistant's turns in any case; TRL would demand a template with generation markers.
         self.assistant_only_loss = False
         super().__post_init__()
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype that forwards run in under autocast; None in float32."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else None
 
 
 def _own_faults(config: PerCEConfig) -> list[str]:

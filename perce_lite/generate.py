@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from perce_lite import adapters
-from perce_lite.config import DTYPES, compute_dtype, pick_device
+from perce_lite.config import chosen_dtype, pick_device
 from perce_lite.data import history
 from perce_lite.errors import AdapterError
+from perce_lite.head import base_of
 from perce_lite.models import load_base
 from perce_lite.pairs import PairMaker
 from perce_lite.profiles import choose
@@ -38,9 +39,8 @@ def generate(
     device = next(model.parameters()).device
     ids = torch.tensor([maker.prompt_ids(prompt, profile)], device=device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore
     with frozen(model, adapters=use_adapter), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-        out = base.generate(
+        out = base_of(model).generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_new_tokens,
@@ -93,7 +93,7 @@ def from_folder(
     model = adapters.load(base.model, folder)
     base.tokenizer.chat_template = card["chat_template"]
     maker = PairMaker(base.tokenizer, recipe.template)
-    dtype = compute_dtype(pick_device(recipe.device)) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
+    dtype = chosen_dtype(recipe.dtype, pick_device(recipe.device))
     autocast = None if dtype == torch.float32 else dtype
     message = [{"role": "user", "content": prompt}]
     answer = generate(model, maker, message, chosen, max_new_tokens, use_adapter, autocast, stream, **options)

@@ -95,7 +95,7 @@ def _score(
     model: torch.nn.Module, pairs: list[Pair], swapped: list[Tokens | None], config: PerCEConfig, adapter_on: bool
 ) -> list[Seen]:
     """Log-probs of every pair and of its swapped twin, through the store that training uses."""
-    autocast = torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else None
+    autocast = config.autocast
     store = Store(Path(config.store), store_key(model, autocast)) if config.store else None
     users = [pair.row.user for pair in pairs]
     twins = [Job(user, pair.counterfactual) for user, pair in zip(users, pairs, strict=True)]

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from perce_lite.config import DTYPES, compute_dtype, pick_device
+from perce_lite.config import chosen_dtype, pick_device
 from perce_lite.console import errors as console
 from perce_lite.errors import ModelError, TemplateError
 from perce_lite.files import disk_full_is_clear, folder_written_aside, home
@@ -89,7 +89,7 @@ def load_base(recipe: Recipe) -> Base:
         DeviceError: CUDA is asked for and absent.
     """
     device = pick_device(recipe.device)
-    dtype = compute_dtype(device) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
+    dtype = chosen_dtype(recipe.dtype, device)
     folder = _folder(recipe)
     tokenizer = load_tokenizer(recipe)
     quantization = (

@@ -191,10 +191,10 @@ def training_config(recipe: Recipe, **more: Any) -> Any:
     Raises:
         RecipeError: a combination that `PerCEConfig` refuses.
     """
-    from perce_lite.config import DTYPES, PerCEConfig, compute_dtype, pick_device
+    from perce_lite.config import DTYPES, PerCEConfig, chosen_dtype, pick_device
 
     device = pick_device(recipe.device)
-    dtype = compute_dtype(device) if recipe.dtype == "auto" else DTYPES[recipe.dtype]
+    dtype = chosen_dtype(recipe.dtype, device)
     precision = {"bf16": dtype == DTYPES["bfloat16"], "fp16": dtype == DTYPES["float16"]}
     values = {**train_defaults(device.type == "cpu"), **precision, "output_dir": str(recipe.output_dir), **more}
     try:

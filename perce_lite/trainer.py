@@ -88,7 +88,7 @@ class PerCETrainer(SFTTrainer):
             if parameter.requires_grad:
                 parameter.data = given.get(name, parameter.data).to(parameter.device, torch.float32)
         keep_base_constant(self.model)
-        self.autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        self.autocast = args.autocast
         if next(self.model.parameters()).device.type == "cpu":
             project_scored_positions_only(self.model)
         self.weight_scale, self.store_hits = 1.0, 0.0
