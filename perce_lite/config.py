@@ -207,6 +207,7 @@ class PerCEConfig(SFTConfig):
         # The label mask is the assistant's turns in any case; TRL would demand a template with generation markers.
         self.assistant_only_loss = False
         super().__post_init__()
+        self._n_gpu = min(1, self.n_gpu)  # several cards in one process would be DataParallel; the first one is taken
 
     @property
     def autocast(self) -> torch.dtype | None:

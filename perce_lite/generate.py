@@ -89,6 +89,7 @@ def from_folder(
         )
     else:
         chosen = ""
+    recipe.train.pop("chat_template_path", None)  # the card holds what the file said
     base = load_base(recipe)
     model = adapters.load(base.model, folder)
     base.tokenizer.chat_template = card["chat_template"]

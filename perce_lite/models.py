@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import xxhash
 from filelock import FileLock
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -77,7 +78,10 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     if given is not None:
         if not Path(given).is_file():
             raise TemplateError(f"train.chat_template_path: there is no file {given}")
-        tokenizer.chat_template = Path(given).read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = Path(given).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TemplateError(f"train.chat_template_path: {given} cannot be read as UTF-8: {error}") from error
     return tokenizer
 
 
@@ -108,7 +112,7 @@ def load_base(recipe: Recipe) -> Base:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=kept, quantization_config=quantization, device_map={"": device.type}
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError, ImportError, RuntimeError) as error:
         raise ModelError(_not_there(recipe.model, recipe.model_folder is not None, error)) from error
     keep_base_constant(model)
     return Base(model.eval().requires_grad_(False), tokenizer, recipe.model)

@@ -127,6 +127,9 @@ class Recipe(Section):
         """Equal for recipes that train the same adapter: where it is written to, or logged, does not count."""
         plain = self.model_dump(mode="json")
         plain["train"] = {name: value for name, value in plain["train"].items() if not _NOT_TRAINED_BY.match(name)}
+        template = plain["train"].get("chat_template_path")
+        if template is not None and Path(template).is_file():  # what it says counts, not where it lies
+            plain["train"]["chat_template_path"] = digest(Path(template).read_bytes().hex())
         plain["data"].pop("path")
         plain.pop("evaluation")
         return digest(plain)

@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 from peft import get_peft_model
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from perce_lite import adapters
@@ -37,18 +37,30 @@ def train(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     run = Run(recipe.output_dir, digest([recipe.fingerprint(), [row.fingerprint() for row in rows]]))
     if restart:
         run.forget()
-    finished = run.finished()
+    finished = run.finished(recipe)
     if finished is not None:
         say(f"This recipe was trained before on the same data; --restart trains it anew. Adapter: {run.adapter}")
         return finished
     trainer = make_trainer(recipe, load_base(recipe), rows)
     run.claim(fingerprint(trainer.model))
-    with ShowProgress(trainer).bar:
-        trainer.train(resume_from_checkpoint=run.last_checkpoint())
-    figures = measure(recipe, trainer, rows)
+    checkpoint = run.last_checkpoint()
+    if not (checkpoint and _take_finished(trainer, checkpoint)):
+        with ShowProgress(trainer).bar:
+            trainer.train(resume_from_checkpoint=checkpoint)
+    figures = {**measure(recipe, trainer, rows), "evaluation": recipe.evaluation.model_dump()}
     write_json(run.figures, figures)
     adapters.save(trainer.model, run.adapter, describe(recipe, trainer, rows, run, figures))
     return {**figures, "adapter": str(run.adapter)}
+
+
+def _take_finished(trainer: PerCETrainer, checkpoint: str) -> bool:
+    """Loads a checkpoint of the last step; transformers' own resume would take one step too many."""
+    state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+    if state.global_step < state.max_steps:
+        return False
+    trainer._load_from_checkpoint(checkpoint)
+    trainer.state = state
+    return True
 
 
 @dataclass(frozen=True)
@@ -67,8 +79,11 @@ class Run:
         """Beside the adapter, not in it: they quote the user's texts."""
         return self.folder / "figures.json"
 
-    def finished(self) -> dict[str, Any] | None:
-        """The figures of this very run where it was finished before; refuses a folder of another run."""
+    def finished(self, recipe: Recipe) -> dict[str, Any] | None:
+        """The figures of this very run where it was finished before; refuses a folder of another run.
+
+        None as well where `evaluation` asks for other figures: they are then measured from the last checkpoint.
+        """
         marker = read_json(self._marker)
         if (marker is None and self._checkpoints()) or (marker is not None and marker.get("run") != self.fingerprint):
             self._refuse()
@@ -77,7 +92,9 @@ class Run:
             return None
         if card.get("run") != self.fingerprint:
             self._refuse()
-        return None if figures is None else {**figures, "adapter": str(self.adapter)}
+        if figures is None or figures["evaluation"] != recipe.evaluation.model_dump():
+            return None
+        return {**figures, "adapter": str(self.adapter)}
 
     def claim(self, base: str) -> None:
         """Takes the folder for this run over `base` (a fingerprint), or finds that it was this run's already."""

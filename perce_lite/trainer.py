@@ -146,7 +146,12 @@ class PerCETrainer(SFTTrainer):
         terms = {term: scored.log_probs[i * len(pairs) : (i + 1) * len(pairs)] for i, term in enumerate(needed)}
         if normalized:
             pirs = [contrast.pir(*both) for both in zip(terms["factual"], terms["counterfactual"], strict=True)]
-            self.weight_scale = 1 / contrast.mean_weight(pirs, self.args.clip_min, self.args.clip_max)
+            mean = contrast.mean_weight(pirs, self.args.clip_min, self.args.clip_max)
+            if mean <= 0:
+                raise DataError(
+                    "normalize_weights: no token leans on its profile, so all weights are 0; raise clip_min"
+                )
+            self.weight_scale = 1 / mean
         for term in columns:
             column = [self._column(index, values) for index, values in enumerate(terms[term])]
             dataset = dataset.add_column(f"{term}_log_probs", column)
@@ -244,6 +249,11 @@ class PerCETrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         advice = "Free some space and run the same command again: it goes on from the last whole checkpoint."
+        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+            raise NonFiniteLossError(
+                f"The adapter's weights are not finite after step {self.state.global_step}: a gradient was not. "
+                "Nothing of it was saved. Lower train.learning_rate."
+            )
         with disk_full_is_clear(Path(self.args.output_dir), advice):
             super()._save_checkpoint(model, trial)
 
@@ -273,13 +283,15 @@ def _lora_faults(lora: LoraConfig) -> list[str]:
     faults = []
     if lora.bias != "none":
         faults.append(f"lora: bias {lora.bias!r} trains the base's own biases; use 'none'")
-    if str(lora.init_lora_weights).split("_")[0] in ("pissa", "olora", "loftq", "corda"):
+    if str(lora.init_lora_weights).lower().startswith(("pissa", "olora", "loftq", "corda", "lora_ga")):
         faults.append(f"lora: init_lora_weights {lora.init_lora_weights!r} rewrites the base's weights; use true")
     return faults
 
 
 def _column_faults(names: Sequence[str]) -> list[str]:
     has = set(names)
+    if "input_ids" in has:
+        return ["train_dataset: it is tokenised already (input_ids), so there is no profile to drop; give texts"]
     if "profile" not in has:
         return [f"train_dataset: no profile column among {', '.join(names)}"]
     if "messages" not in has and not {"prompt", "completion"} <= has:

@@ -56,7 +56,8 @@ def recipe(folder: Path) -> Path:
     path.write_text(
         "model: toy\nquantization: nf4\ndtype: float32\ndata: {path: rows.jsonl}\nsplit: {test: 0.2, validation: 0}\n"
         "evaluation: {max_rows: 2, max_new_tokens: 4}\nlora: {lora_dropout: 0.1}\n"
-        "train: {max_steps: 9, save_steps: 2, per_device_train_batch_size: 2, estimator: mixed, learning_rate: 1e-2}\n"
+        "train: {max_steps: 9, save_steps: 2, per_device_train_batch_size: 2, estimator: mixed, learning_rate: 1e-2, "
+        "lr_scheduler_type: constant}\n"
     )
     return path
 

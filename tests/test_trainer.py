@@ -139,7 +139,7 @@ def test_what_cannot_be_contrasted_is_refused(tmp_path):
         refused(tmp_path, peft_config=None)
     with pytest.raises(ConfigError, match="LoraConfig is needed"):
         refused(tmp_path, peft_config=IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    for changes_the_base in ({"bias": "all"}, {"init_lora_weights": "olora"}):
+    for changes_the_base in ({"bias": "all"}, {"init_lora_weights": "OLoRA"}):
         with pytest.raises(ConfigError, match=next(iter(changes_the_base))):
             refused(tmp_path, peft_config=LoraConfig(target_modules="all-linear", **changes_the_base))
     with pytest.raises(ConfigError, match="no profile column"):
@@ -181,6 +181,21 @@ def test_saved_adapter_reloads_with_plain_peft_and_is_no_no_op(toy_trainer, tmp_
         trained = trainer.model.eval()(input_ids=ids).logits
     assert torch.equal(loaded, trained)
     assert (loaded - bare).abs().max() > 0.05
+
+
+def test_weights_that_are_not_finite_are_not_saved(toy_trainer, tmp_path):
+    trainer = toy_trainer(save_strategy="steps", save_steps=1)
+    step = trainer.training_step
+
+    def poisoned(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        next(p for name, p in trainer.model.named_parameters() if "lora_B" in name).grad[0, 0] = float("nan")
+        return loss
+
+    trainer.training_step = poisoned
+    with pytest.raises(NonFiniteLossError, match="not finite after step 1"):
+        trainer.train()
+    assert not list(tmp_path.rglob("checkpoint-*"))
 
 
 def test_evaluation_beside_bootstrap_and_under_any_name(toy_trainer):
