@@ -1,8 +1,10 @@
 """What PerContrast sees in the data before any training: token by token, over the set, and against a control."""
 
+import re
 import string
+import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,31 +217,57 @@ def _row(one: Seen, tokenizer: PreTrainedTokenizerBase, clip_min: float, clip_ma
 def text_units(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[tuple[int, int, str]]:
     """(start, end, text) of the smallest runs of tokens that are whole characters; the texts join to the whole.
 
-    A token of a byte-level tokenizer may be a part of a character: it is shown with its neighbours.
+    A token of a byte-level tokenizer may be a part of a character: it is shown with its neighbours. So is a combining
+    mark, which shows nothing without the letter it belongs to. A special token stands alone.
     """
-    units = []
-    start, said = 0, ""
+    special = set(tokenizer.all_special_ids)
+    units: list[tuple[int, int, str]] = []
+    before = start = 0  # the unit before is decoded along: a tokenizer may strip the space that a text begins with
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False)
-        if text.endswith("\ufffd") and end - start < 8 and end < len(ids):
+        said, text = (tokenizer.decode(ids[before:to], clean_up_tokenization_spaces=False) for to in (start, end))
+        text = text[len(said) :]
+        torn = text.endswith("\ufffd") and end - start < 8
+        if torn and end < len(ids) and ids[end] not in special:
             continue
-        units.append((start, end, text[len(said) :]))
-        start, said = end, text
+        if units and special.isdisjoint((ids[start - 1], ids[start])) and _one_character(units[-1][2], text):
+            first, _, head = units.pop()
+            units.append((first, end, head + text))
+        else:
+            units.append((start, end, text))
+        before, start = start, end
     return units
+
+
+def _one_character(head: str, tail: str) -> bool:
+    """Whether `tail` continues what a reader takes for the last character of `head`."""
+    if not head or not tail:
+        return True
+    mark = unicodedata.category(tail[0]).startswith("M") or "\U0001f3fb" <= tail[0] <= "\U0001f3ff"  # skin tones
+    return mark or "\u200d" in (head[-1], tail[0])  # the zero-width joiner of emoji
 
 
 def _words(rows: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Words by their mean PIR (a word's is the sum of its tokens'), most personal first; twice in the set at least."""
     totals: dict[str, list[float]] = defaultdict(list)
     for units in rows:
-        word, pir = "", 0.0
-        for unit in [*units, {"text": " ", "pir": 0.0, "end_of_turn": False}]:
-            text = " " if unit["end_of_turn"] else unit["text"]
-            if text[:1].isspace() and word.strip():
-                totals[word.strip().lower().strip(string.punctuation + "“”‘’…—–")].append(pir)
-                word, pir = "", 0.0
-            word, pir = word + text, pir + (0.0 if unit["end_of_turn"] else unit["pir"])
+        for word, pir in _spelled(units):
+            totals[word.lower().strip(string.punctuation + "“”‘’…—–")].append(pir)
     totals.pop("", None)
     often = {word: pirs for word, pirs in totals.items() if len(pirs) > 1} or totals
     ranked = [{"word": word, "pir": sum(pirs) / len(pirs), "count": len(pirs)} for word, pirs in often.items()]
     return sorted(ranked, key=lambda one: -float(one["pir"]))
+
+
+def _spelled(units: Sequence[dict[str, Any]]) -> Iterator[tuple[str, float]]:
+    """(word, PIR) of a response; a token that reaches over white space belongs to the first word in it."""
+    word, pir = "", 0.0
+    for unit in units:
+        left = unit["pir"]
+        for piece in re.findall(r"\s+|\S+", " " if unit["end_of_turn"] else unit["text"]):
+            if not piece.isspace():
+                word, pir, left = word + piece, pir + left, 0.0
+            elif word:
+                yield word, pir
+                word, pir = "", 0.0
+    if word:
+        yield word, pir

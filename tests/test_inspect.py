@@ -190,6 +190,33 @@ def test_text_units_are_whole_characters(family, text):
     assert units[-1][1] == len(ids)
 
 
+def test_marks_stay_with_their_letter_and_a_special_token_stands_alone():
+    tokenizer = toys.toy_tokenizer("chatml")
+    texts = ["👩\u200d👩\u200d👧", "👍🏽", "न", "म", "स्", "ते", "e\u0301", "\ufffd", "<|im_end|>"]
+    ids = tokenizer("".join(texts), add_special_tokens=False)["input_ids"]
+    assert [text for _, _, text in text_units(tokenizer, ids)] == texts
+
+
+def test_a_word_is_the_sum_of_its_tokens_and_of_no_others():
+    texts = {
+        "Cob": 1.0,
+        "alt": 2.0,
+        ",": 0.5,
+        "\n": 8.0,
+        "the": 0.25,
+        " ": 9.0,
+        "cobalt": 2.5,
+        "!\nThe": 1.0,
+        "<eos>": 7.0,
+    }
+    units = [{"text": text, "pir": pir, "end_of_turn": text == "<eos>"} for text, pir in texts.items()]
+    assert inspection._words([units]) == [
+        {"word": "cobalt", "pir": 3.5, "count": 2},
+        {"word": "the", "pir": 0.125, "count": 2},
+    ]
+    assert inspection._words([units[:3]]) == [{"word": "cobalt", "pir": 3.5, "count": 1}], "once, where none is twice"
+
+
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on PATH")
 def test_page_fits_a_phone_and_the_console_is_silent(tmp_path):
     rows = [{**row, "completion": row["completion"] + " " + "x" * 200} for row in toys.toy_rows(users=2, per_user=2)]
