@@ -65,7 +65,7 @@ def inspect(
     adapter: Annotated[Path | None, typer.Option(help="Look with this adapter on.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Training rows at the most, spread over users.")] = 48,
     user: Annotated[str | None, typer.Option(help="Rows of this user only.")] = None,
-    top: Annotated[int, typer.Option(min=1, help="Words to list.")] = 20,
+    top: Annotated[int, typer.Option(min=1, help="Most personal words and rows to list.")] = 20,
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="The page; else <output_dir>/inspect.html.")] = None,
     set_: Set = None,
     json: Json = None,

@@ -1,6 +1,6 @@
 """Self-contained pages: one template, the figures put in, all text escaped, nothing loaded from anywhere."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ def write_inspection(figures: dict[str, Any], path: Path) -> None:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"pir_class": pir_class, "weight_class": weight_class(figures), "shown": shown}
-    page = environment.get_template("inspect.html").render(**figures, chart=chart(figures), health=HEALTH)
+    filters = {"pir_class": pir_class, "weight_class": weight_class(figures), "shown": shown, "label": label}
+    environment.filters |= filters
+    drawn = {"chart": chart(figures), "health": HEALTH, "pir_bounds": PIR_BOUNDS}
+    page = environment.get_template("inspect.html").render(**figures, **drawn)
     write_text(path, page)
 
 
@@ -48,7 +50,7 @@ def pir_class(pir: float) -> str:
     return f"p{sum(pir > bound for bound in PIR_BOUNDS)}"
 
 
-def weight_class(figures: dict[str, Any]) -> Any:
+def weight_class(figures: dict[str, Any]) -> Callable[[float], str]:
     """w0 (lower clip) .. w5 (upper clip), for the figures' clip bounds."""
     low, high = figures["clip_min"], figures["clip_max"]
 
@@ -61,6 +63,16 @@ def weight_class(figures: dict[str, Any]) -> Any:
 def shown(text: str) -> str:
     """A token's text with its line breaks made visible; they stay line breaks."""
     return text.replace("\r", "").replace("\n", "⏎\n").replace("\t", "⇥\t")
+
+
+def label(unit: dict[str, Any]) -> str:
+    """What the page says of a token, or of the tokens that make up one character."""
+    pirs = unit["token_pirs"]
+    parts = f" (of {len(pirs)} tokens: {', '.join(f'{pir:+.2f}' for pir in pirs)})" if len(pirs) > 1 else ""
+    return (
+        f"“{shown(unit['text'])}” PIR {unit['pir']:+.2f}{parts}, weight {unit['weight']:.2f}, "
+        f"log-prob with the profile {unit['factual']:.2f}, without {unit['counterfactual']:.2f}"
+    )
 
 
 def chart(figures: dict[str, Any]) -> dict[str, Any]:
@@ -90,8 +102,11 @@ def chart(figures: dict[str, Any]) -> dict[str, Any]:
         "own": outline(histogram["own"]),
         "swapped": outline(histogram["swapped"]),
         "clips": [
-            {"x": x(min(max(bound, edges[0]), edges[-1])), "label": f"{name} {bound:g}"}
-            for name, bound in (("m", figures["clip_min"]), ("M", figures["clip_max"]))
+            {"x": x(min(max(bound, edges[0]), edges[-1])), "label": f"{name} clip {bound:g}", "anchor": anchor}
+            for name, bound, anchor in (
+                ("lower", figures["clip_min"], "end" if figures["clip_min"] > -2 else "start"),
+                ("upper", figures["clip_max"], "end" if figures["clip_max"] > 6 else "start"),
+            )
         ],
         "ticks": [{"x": x(value), "label": f"{value:+d}" if value else "0"} for value in range(-4, 9, 2)],
     }

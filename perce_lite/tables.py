@@ -118,8 +118,8 @@ def show_inspection(figures: dict[str, Any], page: Path) -> None:
     console.print(Text(figures["signal"]["sentence"], style=style))
     words = ", ".join(f"{one['word']} {one['pir']:+.1f}" for one in figures["words"])
     console.print(Text(f"Most personal words (mean PIR, nats): {words}"))
-    if figures["idle"]:
-        console.print(Text(f"{len(figures['idle'])} rows have a profile that does nothing; the page names them."))
+    if figures["idle_rows"]:
+        console.print(Text(f"{len(figures['idle_rows'])} rows have a profile that does nothing; the page names them."))
     console.print(Text.assemble("Page: ", (str(page), "bold")))
 
 

@@ -56,7 +56,7 @@ class Page(html.parser.HTMLParser):
         known = dict(attrs)
         self.scripts += tag == "script"
         self.addresses += [known[name] for name in ("src", "href") if name in known]
-        self.open_token = tag == "span" and "data-told" in known
+        self.open_token = tag == "span" and "tabindex" in known
         if self.open_token:
             self.tokens.append({**known, "text": ""})
 
@@ -114,8 +114,38 @@ def test_rows_user_and_top_choose(tmp_path):
     assert [user["user"] for user in one["users"]] == ["user1"]
     assert one["swapped"]["tokens"] == one["own"]["tokens"], "the control is another user's profile all the same"
     assert one["signal"]["says"] == "unknown"
+    assert (one["users"][0]["rows"], len(one["words"]), len(one["personal_rows"])) == (4, 3, 3)
     with pytest.raises(DataError, match=r"--user nobody.*user0, user1, user2"):
         inspect(recipe, None, 48, "nobody", 3)
+    rows = toys.toy_rows(users=2, per_user=1)
+    held_out = [{**row, "split": "test"} for row in rows] + [{**row, "profile": [], "split": "train"} for row in rows]
+    with pytest.raises(DataError, match="None of the 2 training rows has a profile"):
+        inspect(toy_recipe(tmp_path, held_out), None, 48, None, 3)
+
+
+def test_users_personal_rows_and_idle_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspection, "IDLE", 1.5)
+    figures = inspect(toy_recipe(tmp_path, toys.toy_rows(users=3, per_user=3)), None, 48, None, 4)
+    rows = figures["rows"]
+    for user in figures["users"]:
+        pirs = [
+            pir for row in rows if row["user"] == user["user"] for unit in row["units"] for pir in unit["token_pirs"]
+        ]
+        assert user["tokens"] == len(pirs)
+        assert user["pir_mean"] == pytest.approx(sum(pirs) / len(pirs), abs=1e-5)
+    of_all = sum(user["swapped_pir_mean"] * user["tokens"] for user in figures["users"]) / figures["own"]["tokens"]
+    assert of_all == pytest.approx(figures["swapped"]["pir_mean"], abs=1e-5)
+    assert figures["personal_rows"] == sorted(range(9), key=lambda number: -rows[number]["pir_mean"])[:4]
+    absolute = []
+    for row in rows:
+        pirs = [abs(pir) for unit in row["units"] for pir in unit["token_pirs"]]
+        absolute.append(sum(pirs) / len(pirs))
+    assert figures["idle_rows"] == [number for number, mean in enumerate(absolute) if mean < 1.5]
+    assert 0 < len(figures["idle_rows"]) < 9
+    text, page = page_of(figures, tmp_path)
+    assert "Rows whose profile does nothing" in text
+    assert page.addresses == [f"#row-{number}" for number in figures["personal_rows"] + figures["idle_rows"]]
+    assert all(f'<article id="{address[1:]}">' in text for address in page.addresses)
 
 
 def planted(shift: float, rows: int = 30) -> list[inspection.Seen]:
@@ -138,6 +168,14 @@ def test_signal_is_found_where_it_was_planted_and_not_elsewhere():
     assert (none["says"], none["low"] <= 0 <= none["high"]) == ("none", True)
     assert "no signal" in none["sentence"]
     assert inspection.signal(planted(0.3, rows=4))["says"] == "unknown"
+    worse = inspection.signal(planted(-0.3))
+    assert (worse["says"], "no signal: another user's helps more" in worse["sentence"]) == ("none", True)
+    few = inspection.signal([one for one in planted(0.3) if one.pair.row.user < "u4"])
+    assert few["says"] == "signal"
+    assert few["sentence"].endswith(
+        "20 rows of 4 users). With so few users the interval is too narrow: take it as a hint."
+    )
+    assert "hint" not in found["sentence"]
 
 
 def test_the_real_model_tells_own_profiles_from_random_ones(real_model, tmp_path, monkeypatch):
@@ -168,10 +206,19 @@ def test_page_escapes_all_text_and_every_token_can_be_reached(tmp_path):
     text, page = page_of(figures, tmp_path)
     assert page.scripts == 1, "the page's own"
     assert "<script>alert" not in text
-    assert page.addresses == []
+    assert page.addresses == ["#row-0", "#row-1"]
     assert "http" not in text
     assert len(page.tokens) == sum(len(one["units"]) for one in figures["rows"]) > 20
-    assert all(one["tabindex"] == "0" and one["aria-label"] and "log-prob" in one["data-told"] for one in page.tokens)
+    every = [unit for row in figures["rows"] for unit in row["units"]]
+    for one, unit in zip(page.tokens, every, strict=True):
+        assert one["tabindex"] == "0"
+        for told in (one["text"], f"PIR {unit['pir']:+.2f}", f"weight {unit['weight']:.2f}"):
+            assert told in one["aria-label"]
+        assert f"with the profile {unit['factual']:.2f}, without {unit['counterfactual']:.2f}" in one["aria-label"]
+    torn = next(unit for unit in every if unit["text"] == "🦊")
+    assert sum(torn["token_pirs"]) == pytest.approx(torn["pir"], abs=1e-5)
+    assert f"(of {len(torn['token_pirs'])} tokens: {torn['token_pirs'][0]:+.2f}, " in text
+    assert 1 < len(torn["token_pirs"]) <= 4
     response = "".join(one["text"] for one in page.tokens[: len(page.tokens) // 2])
     assert response == f"{EVIL}⏎\n⇥\tend 🦊 नमस्ते<|im_end|>"
     assert "�" not in text
@@ -219,11 +266,12 @@ def test_a_word_is_the_sum_of_its_tokens_and_of_no_others():
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on PATH")
 def test_page_fits_a_phone_and_the_console_is_silent(tmp_path):
-    rows = [{**row, "completion": row["completion"] + " " + "x" * 200} for row in toys.toy_rows(users=2, per_user=2)]
+    rows = toys.toy_rows(users=2, per_user=2)
+    rows = [{**row, "user": row["user"] * 20, "completion": row["completion"] + " " + "x" * 200} for row in rows]
     page_of(inspect(toy_recipe(tmp_path, rows), None, 48, None, 9), tmp_path)
     probe = (
         "<iframe id=f width=390 height=800 src=page.html></iframe><script>"
-        "f.onload = () => { const d = f.contentDocument; d.querySelector('[data-told]').focus();"
+        "f.onload = () => { const d = f.contentDocument; d.querySelector('.response span').focus();"
         "const told = d.getElementById('told').textContent;"
         "const beyond = d.documentElement.scrollWidth - d.documentElement.clientWidth;"
         "document.title = 'beyond ' + beyond + ' told ' + told; }</script>"
