@@ -9,7 +9,7 @@ from peft import PeftModel
 from pydantic import ValidationError
 from transformers import PreTrainedModel
 
-from perce_lite.errors import AdapterError
+from perce_lite.errors import AdapterError, NonFiniteLossError
 from perce_lite.files import folder_written_aside, read_json, write_json, write_text
 from perce_lite.models import BUILT_IN, fingerprint, same_base, sketch
 from perce_lite.recipe import Recipe
@@ -24,8 +24,10 @@ def save(model: PeftModel, folder: Path, about: dict[str, Any]) -> None:
     """Writes `model`'s adapter to `folder` as PEFT does (safetensors), with `about` and the base in `perce_lite.json`.
 
     Raises:
-        DiskFullError: no space left; an adapter that was there before stays.
+        DiskFullError: no space left; NonFiniteLossError: weights that are no numbers. What was there before stays.
     """
+    if not all(torch.isfinite(parameter).all() for name, parameter in model.named_parameters() if ".lora_" in name):
+        raise NonFiniteLossError(f"The adapter's weights are not finite, so {folder} was not written. Lower the rate.")
     base: PreTrainedModel = model.get_base_model()
     known = {"base": {**sketch(base), "fingerprint": fingerprint(model)}, "versions": versions()}
     with folder_written_aside(folder) as aside:

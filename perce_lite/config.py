@@ -141,6 +141,13 @@ VERDICTS: dict[str, Verdict] = {
         "a checkpoint without its optimizer cannot be resumed; leave it out",
         lambda c: bool(c.save_only_model),
     ),
+    "load_best_model_at_end": Verdict(
+        "refused",
+        "a run that is resumed at its end would take its last step, not its best",
+        lambda c: c.load_best_model_at_end,
+    ),
+    "bf16_full_eval": Verdict("refused", "it rewrites base and adapter in bf16", lambda c: c.bf16_full_eval),
+    "fp16_full_eval": Verdict("refused", "it rewrites base and adapter in fp16", lambda c: c.fp16_full_eval),
     "torch_compile": Verdict(
         "refused",
         "the compiled forward would not be the one that scores; leave it out",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from perce_lite.console import warn
 from perce_lite.errors import DataError
 from perce_lite.profiles import Item, choose
 from perce_lite.recipe import Profile, Recipe
@@ -49,8 +50,11 @@ def read_rows(recipe: Recipe) -> list[Row]:
     return rows
 
 
-def history(recipe: Recipe, user: str) -> Profiled:
-    """All that the data knows of `user`: the documents, or the profile items of the rows, oldest first.
+def history(recipe: Recipe, user: str, prompt: str = "") -> Profiled:
+    """What the data knows of `user`: the documents, or the profile items of the rows, oldest first.
+
+    Held-out documents are left out (unless the user has no other), and the one that answers `prompt` always: an answer
+    must not stand in the profile it is asked with.
 
     Raises:
         DataError: no such user.
@@ -58,7 +62,15 @@ def history(recipe: Recipe, user: str) -> Profiled:
     records = list(_records(recipe))
     shape = recipe.data.format if recipe.data.format != "auto" else _shape(records[0])
     if shape == "documents":
-        theirs = [record for record in records if user_name(record[2].get("user")) == user]
+        rows = split_rows(_from_documents(records, recipe.profile), recipe.split, "the data", "time")
+        trained = {row.where for row in rows if row.split == "train"}
+        theirs = [
+            record
+            for record in records
+            if user_name(record[2].get("user")) == user
+            and prompt not in (record[2].get("query"), record[2].get("title"))
+        ]
+        theirs = [record for record in theirs if record[0] in trained] or theirs
         items = [Item(str(one.get("title") or ""), one["text"]) for _, _, one in sorted(theirs, key=_age(theirs))]
     else:
         rows = [from_record(record, where, split, shape, None) for where, split, record in records]
@@ -175,6 +187,9 @@ def _lamp(questions: Path) -> Iterator[Record]:
     """LaMP: `train_questions.json` [{id, input, profile}] and `train_outputs.json` {golds: [{id, output}]}."""
     prefix = questions.name.removesuffix("questions.json")
     outputs = questions.with_name(f"{prefix}outputs.json")
+    if not outputs.is_file() and prefix.startswith("test"):
+        warn(f"{questions.name} is left out: LaMP keeps the answers of its test set to itself")
+        return
     if not outputs.is_file():
         raise DataError(f"{questions.name}: its answers are missing; LaMP's {outputs.name} belongs beside it")
     golds, asked = _json(outputs), _json(questions)
@@ -230,17 +245,27 @@ def _from_documents(records: Sequence[Record], rule: Profile) -> list[Row]:
     rows = []
     for user, documents in by_user.items():
         documents.sort(key=_age(documents))
-        for index, (where, split, record) in enumerate(documents):
-            earlier = [other for _, _, other in documents[:index] if _is_earlier(other, record, rule.earlier_by)]
+        for index, (where, _, record) in enumerate(documents):
+            said = _said_split(documents[index])
+            earlier = [
+                other[2]
+                for other in documents[:index]
+                if _is_earlier(other[2], record, rule.earlier_by)
+                and (said in ("validation", "test") or _said_split(other) not in ("validation", "test"))
+            ]
             items = [Item(str(other.get("title") or ""), other["text"]) for other in earlier]
             query = str(record.get("query") or record.get("title"))
             chosen = choose(items, str(record.get("title") or query), rule.select, rule.top_k)
-            said = record.get("split") or record.get("temporal_split") or split
             prompt = ({"role": "user", "content": query},)
             completion = ({"role": "assistant", "content": record["text"]},)
             cohort = None if record.get("cohort") is None else str(record["cohort"])
-            rows.append(Row(where, user, tuple(chosen), prompt, completion, split_name(said, where), cohort))
+            rows.append(Row(where, user, tuple(chosen), prompt, completion, said, cohort))
     return rows
+
+
+def _said_split(document: Record) -> str | None:
+    where, split, record = document
+    return split_name(record.get("split") or record.get("temporal_split") or split, where)
 
 
 def _age(documents: Sequence[Record]) -> Callable[[Record], tuple[float, ...]]:
@@ -253,6 +278,11 @@ def _age(documents: Sequence[Record]) -> Callable[[Record], tuple[float, ...]]:
         return lambda one: (_number(one[2]["idx"], one[0]),)
     if all(record.get("date") is not None for _, _, record in documents):
         return lambda one: _date(one[2], one[0], "without idx, an author's documents are ordered by it")
+    for where, _, record in documents:
+        if record.get("idx") is not None or record.get("date") is not None:
+            raise DataError(
+                f"{where}: has an idx or a date, other documents of this author have none; give it to all or to none"
+            )
     return lambda one: ()
 
 

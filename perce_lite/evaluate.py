@@ -27,7 +27,7 @@ def controlled(maker: PairMaker, rows: Sequence[Row], seed: int = 0) -> list[tup
     for pair in maker.make(rows):
         passes = {"own": pair.factual, "none": pair.counterfactual}
         if others:
-            swapped = maker.make([others[id_of(pair.row)]])
+            swapped = maker.make([others[id_of(pair.row)]]) if id_of(pair.row) in others else []
             if not swapped:
                 continue
             passes["other user's"] = swapped[0].factual

@@ -74,7 +74,7 @@ def from_folder(
     recipe = Recipe.model_validate(card["recipe"])
     chosen: Profiled
     if user is not None:
-        known = history(recipe, user)
+        known = history(recipe, user, prompt)
         chosen = (
             known
             if isinstance(known, str)
@@ -93,10 +93,11 @@ def from_folder(
     base = load_base(recipe)
     model = adapters.load(base.model, folder)
     base.tokenizer.chat_template = card["chat_template"]
-    maker = PairMaker(base.tokenizer, recipe.template)
+    maker = PairMaker(base.tokenizer, recipe.template, recipe.train.get("max_length", 1024), recipe.profile.max_tokens)
     dtype = chosen_dtype(recipe.dtype, pick_device(recipe.device))
     autocast = None if dtype == torch.float32 else dtype
     message = [{"role": "user", "content": prompt}]
+    chosen = maker.fitting(message, chosen)
     answer = generate(model, maker, message, chosen, max_new_tokens, use_adapter, autocast, stream, **options)
     return {
         "prompt": prompt,

@@ -112,7 +112,9 @@ def load_base(recipe: Recipe) -> Base:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=kept, quantization_config=quantization, device_map={"": device.type}
         )
-    except (OSError, ValueError, KeyError, SafetensorError, ImportError, RuntimeError) as error:
+    except (torch.OutOfMemoryError, ImportError) as error:
+        raise ModelError(f"model: {recipe.model} could not be loaded here: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         raise ModelError(_not_there(recipe.model, recipe.model_folder is not None, error)) from error
     keep_base_constant(model)
     return Base(model.eval().requires_grad_(False), tokenizer, recipe.model)

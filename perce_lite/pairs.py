@@ -114,6 +114,18 @@ class PairMaker(Chat):
             made.append(pair)
         return made
 
+    def fitting(self, prompt: Sequence[Message], profile: Profiled) -> Profiled:
+        """As much of `profile` as the limits leave room for in a prompt that waits for an answer."""
+
+        def fits(count: int) -> bool:
+            part = _first(profile, count)
+            if self.max_profile_tokens is not None and len(self.ids(self.profile_text(part))) > self.max_profile_tokens:
+                return count == 0
+            return count == 0 or self.max_length is None or len(self.prompt_ids(prompt, part)) <= self.max_length
+
+        units = len(profile.split()) if isinstance(profile, str) else len(profile)
+        return _first(profile, _most_that_fit(units, fits))
+
     # One row
 
     def _pair(self, row: Row) -> Pair | str:

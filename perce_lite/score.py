@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
+import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from torch import Tensor
@@ -116,7 +117,8 @@ def store_key(model: torch.nn.Module, autocast: torch.dtype | None) -> str:
     """The store's folder for a base: its weights, quantisation, compute dtype, device kind and what its config says."""
     device = next(model.parameters()).device.type
     config = {name: value for name, value in base_of(model).config.to_dict().items() if name not in _NO_ARITHMETIC}
-    return digest([fingerprint(model), str(autocast), device, config, SCORING_VERSION])
+    four_bit = sorted({str(one.compute_dtype) for one in model.modules() if isinstance(one, bnb.nn.Linear4bit)})
+    return digest([fingerprint(model), str(autocast), four_bit, device, config, SCORING_VERSION])
 
 
 _NO_ARITHMETIC = (

@@ -89,9 +89,16 @@ def clear(root: Path) -> int:
     """Removes every entry, leftovers of killed runs included; gives the bytes freed. Other files stay."""
     freed = 0
     for folder in _bases(root):
-        for file in [one for one in folder.iterdir() if _LEFT.fullmatch(one.name)]:
-            freed += file.stat().st_size
-            file.unlink()
+        users = {
+            one.name.lstrip(".").partition(".safetensors")[0] for one in folder.iterdir() if _LEFT.fullmatch(one.name)
+        }
+        for user in users:
+            lock = folder / f"{user}.safetensors.lock"
+            with FileLock(lock):  # a run that is writing finishes first
+                for file in [*folder.glob(f"{user}.safetensors"), *folder.glob(f".{user}.safetensors.*.tmp")]:
+                    freed += file.stat().st_size
+                    file.unlink()
+            lock.unlink(missing_ok=True)
         if not any(folder.iterdir()):
             folder.rmdir()
     return freed

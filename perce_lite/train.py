@@ -47,6 +47,8 @@ def train(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     if not (checkpoint and _take_finished(trainer, checkpoint)):
         with ShowProgress(trainer).bar:
             trainer.train(resume_from_checkpoint=checkpoint)
+    bare: dict[str, Any] = {"losses": [], "weights": health(trainer)}
+    adapters.save(trainer.model, run.adapter, describe(recipe, trainer, rows, run, bare))  # whatever measuring meets
     figures = {**measure(recipe, trainer, rows), "evaluation": recipe.evaluation.model_dump()}
     write_json(run.figures, figures)
     adapters.save(trainer.model, run.adapter, describe(recipe, trainer, rows, run, figures))
@@ -187,9 +189,8 @@ def measure(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row]) -> dict[
     held_out = spread_over_users(of_split(rows, "test") or of_split(rows, "validation"), recipe.evaluation.max_rows)
     losses = held_out_losses(trainer.model, maker, held_out, trainer.autocast, trainer.args.clip_min)
     sample = None
-    asked = next((row for row in held_out if row.profile), None)
-    if asked is not None:
-        shown = () if trainer.args.train_on == "counterfactual" else asked.profile
+    for pair in maker.make(held_out)[:1]:
+        asked, shown = pair.row, "" if trainer.args.train_on == "counterfactual" else pair.profile
         options = (maker, asked.prompt, shown, recipe.evaluation.max_new_tokens)
         sample = {
             "user": asked.user,

@@ -77,7 +77,7 @@ class PerCETrainer(SFTTrainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else PerCEConfig(output_dir="perce-output")
-        _refuse(model, args, train_dataset, kwargs)
+        _refuse(model, args, train_dataset, {**kwargs, "eval_dataset": eval_dataset})
         self.audits: dict[str, Audit] = {}
         self.pairs: dict[str, list[Pair]] = {}
         self._template, self._max_profile_tokens = template, max_profile_tokens
@@ -217,6 +217,7 @@ class PerCETrainer(SFTTrainer):
         figures = {"unweighted_loss": -(outputs.log_probs.detach().sum() / mask.sum().clamp(min=1)).item()}
         if pir is not None:
             figures |= contrast.health(pir[mask], self.args.clip_min, self.args.clip_max)
+            figures["weight_mean"] *= self.weight_scale
             figures["store_hits"] = self.store_hits
         for name, value in figures.items():
             self._metrics["train"][name].append(value)
@@ -247,6 +248,11 @@ class PerCETrainer(SFTTrainer):
         lengths = [len(ids) for ids in dataset["input_ids"]]
         return EpochSampler(len(dataset), seed, lengths, self.args.train_batch_size)
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As TRL's; it draws no random number of training's, so that a resumed run meets the same ones."""
+        with torch.random.fork_rng():
+            return super().evaluate(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         advice = "Free some space and run the same command again: it goes on from the last whole checkpoint."
         if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
@@ -272,6 +278,8 @@ def _refuse(model: Any, args: PerCEConfig, train_dataset: Any, kwargs: dict[str,
         faults += _lora_faults(peft)
     if isinstance(train_dataset, datasets.IterableDataset):
         faults.append("train_dataset: a streaming data set cannot be scored before training; use datasets.Dataset")
+    if isinstance(kwargs.get("eval_dataset"), datasets.IterableDataset):
+        faults.append("eval_dataset: a streaming data set has no length to report on; use datasets.Dataset")
     if isinstance(train_dataset, datasets.Dataset):
         faults += _column_faults(train_dataset.column_names)
     if faults:
