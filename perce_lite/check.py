@@ -8,7 +8,7 @@ from perce_lite.data import read_rows
 from perce_lite.models import load_tokenizer
 from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, Tokens, require
 from perce_lite.recipe import Recipe, training_config
-from perce_lite.rows import of_split
+from perce_lite.rows import SPLIT_NAMES, of_split
 
 Span = tuple[str, str]
 """A piece of text and what it is: template, profile, query or response."""
@@ -24,7 +24,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
     config = training_config(recipe)
     maker = PairMaker(load_tokenizer(recipe), recipe.template, config.max_length, recipe.profile.max_tokens)
     splits, example = {}, None
-    for name in ("train", "validation", "test"):
+    for name in SPLIT_NAMES:
         audit = Audit()
         pairs = maker.make(of_split(rows, name), audit)
         if name == "train":

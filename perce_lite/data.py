@@ -12,7 +12,18 @@ from perce_lite.console import warn
 from perce_lite.errors import DataError
 from perce_lite.profiles import Item, choose
 from perce_lite.recipe import Profile, Recipe
-from perce_lite.rows import Profiled, Row, from_record, of_split, split_name, split_rows, spread_over_users, user_name
+from perce_lite.rows import (
+    SPLIT_NAMES,
+    Profiled,
+    Row,
+    cohort_name,
+    from_record,
+    of_split,
+    split_name,
+    split_rows,
+    spread_over_users,
+    user_name,
+)
 
 
 def read_rows(recipe: Recipe) -> list[Row]:
@@ -45,7 +56,7 @@ def read_rows(recipe: Recipe) -> list[Row]:
         )
     rows = split_rows(rows, recipe.split, str(data.path or data.hub), "time" if shape == "documents" else "row")
     if data.max_rows is not None:
-        parts = [of_split(rows, name) for name in ("train", "validation", "test")]
+        parts = [of_split(rows, name) for name in SPLIT_NAMES]
         rows = [row for part in parts for row in spread_over_users([one for one in part if one.profile], data.max_rows)]
     return rows
 
@@ -258,8 +269,8 @@ def _from_documents(records: Sequence[Record], rule: Profile) -> list[Row]:
             chosen = choose(items, str(record.get("title") or query), rule.select, rule.top_k)
             prompt = ({"role": "user", "content": query},)
             completion = ({"role": "assistant", "content": record["text"]},)
-            cohort = None if record.get("cohort") is None else str(record["cohort"])
-            rows.append(Row(where, user, tuple(chosen), prompt, completion, said, cohort))
+            named = (cohort_name(record), bool(record.get("user_held_out")))
+            rows.append(Row(where, user, tuple(chosen), prompt, completion, said, *named))
     return rows
 
 

@@ -75,6 +75,9 @@ class Split(Section):
     )
     validation: float = Field(0.1, ge=0, lt=1, description="share of rows, or of users")
     test: float = Field(0.1, ge=0, lt=1, description="share of rows, or of users")
+    unseen_users: float = Field(
+        0.0, ge=0, lt=1, description="share of users whom training never meets, where the data names none"
+    )
     seed: int = Field(0, description="of the shuffle")
 
 

@@ -15,6 +15,9 @@ from perce_lite.recipe import Profile, Split
 Message = dict[str, str]
 Profiled = str | tuple[Item, ...]
 
+SPLIT_NAMES = ("train", "validation", "test", "unseen")
+"""Splits that a row can end up in."""
+
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
@@ -42,6 +45,11 @@ def user_name(given: Any) -> str:
     return "all" if given is None else str(given)
 
 
+def cohort_name(record: Mapping[str, Any]) -> str | None:
+    """The record's cohort as a text; None where it names none."""
+    return None if record.get("cohort") is None else str(record["cohort"])
+
+
 @dataclass(frozen=True)
 class Row:
     """One example.
@@ -50,7 +58,8 @@ class Row:
     profile: a text, or items with the most relevant first
     prompt: messages ahead of the first response
     completion: the response as messages; every assistant turn in it is scored
-    split: train, validation, test, or None where the data does not say
+    split: train, validation, test, unseen (of a user whom training never meets), or None where the data does not say
+    unseen_user: the data holds this user out of training
     """
 
     where: str
@@ -60,6 +69,7 @@ class Row:
     completion: tuple[Message, ...]
     split: str | None = None
     cohort: str | None = None
+    unseen_user: bool = False
 
     @property
     def query(self) -> str:
@@ -91,6 +101,7 @@ def spread_over_users(rows: Sequence[Row], count: int) -> list[Row]:
 def split_rows(rows: Sequence[Row], split: Split, source: str = "the data", otherwise: str = "row") -> list[Row]:
     """Gives every row a split: the data's own where it has one, else a seeded one.
 
+    Rows of users whom training must not meet become `unseen`: all of them, or by time the test rows alone.
     `otherwise` is what `by: auto` means where the data has none; "time" holds out the last rows of each user, so that
     no held-out text stands in a profile that was trained on.
     """
@@ -99,7 +110,8 @@ def split_rows(rows: Sequence[Row], split: Split, source: str = "the data", othe
     if by == "given":
         if not given:
             raise DataError(f"split.by: given, but {source} has no split of its own; use row, user or time")
-        return [row if row.split else replace(row, split="train") for row in rows]
+        named = [row if row.split else replace(row, split="train") for row in rows]
+        return _hold_out_users(named, split, tests_alone=True)
     groups: list[list[list[int]]]  # each group is cut into test, validation, train; a unit stays whole
     by_user: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
@@ -116,7 +128,21 @@ def split_rows(rows: Sequence[Row], split: Split, source: str = "the data", othe
         for position, unit in enumerate(group):
             name = "test" if position < tests else "validation" if position < tests + validations else "train"
             name_of.update(dict.fromkeys(unit, name))
-    return [replace(row, split=name_of[index]) for index, row in enumerate(rows)]
+    named = [replace(row, split=name_of[index]) for index, row in enumerate(rows)]
+    return _hold_out_users(named, split, tests_alone=by == "time")
+
+
+def _hold_out_users(rows: list[Row], split: Split, tests_alone: bool) -> list[Row]:
+    """The rows of unseen users, the data's own or a seeded share of all, become `unseen` or are left out."""
+    users = sorted({row.user for row in rows})
+    unseen = {row.user for row in rows if row.unseen_user}
+    if not unseen:
+        unseen = set(random.Random(split.seed).sample(users, round(split.unseen_users * len(users))))
+    return [
+        replace(row, split="unseen") if row.user in unseen else row
+        for row in rows
+        if row.user not in unseen or row.split == "test" or not tests_alone
+    ]
 
 
 def swap_profiles(rows: Sequence[Row], seed: int = 0, pool: Sequence[Row] | None = None) -> list[Row]:
@@ -171,7 +197,8 @@ def from_record(record: Mapping[str, Any], where: str, split: str | None, shape:
         prompt=prompt,
         completion=completion,
         split=split_name(record.get("split"), where) or split,
-        cohort=None if record.get("cohort") is None else str(record["cohort"]),
+        cohort=cohort_name(record),
+        unseen_user=bool(record.get("user_held_out")),
     )
     if rule is None or isinstance(row.profile, str):
         return row

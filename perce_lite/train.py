@@ -34,25 +34,36 @@ def train(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
         RunError: the output folder belongs to another recipe, data or base.
     """
     rows = read_rows(recipe)
-    run = Run(recipe.output_dir, digest([recipe.fingerprint(), [row.fingerprint() for row in rows]]))
+    run = run_of(recipe, rows)
     if restart:
         run.forget()
     finished = run.finished(recipe)
     if finished is not None:
         say(f"This recipe was trained before on the same data; --restart trains it anew. Adapter: {run.adapter}")
         return finished
-    trainer = make_trainer(recipe, load_base(recipe), rows)
-    run.claim(fingerprint(trainer.model))
-    checkpoint = run.last_checkpoint()
-    if not (checkpoint and _take_finished(trainer, checkpoint)):
-        with ShowProgress(trainer).bar:
-            trainer.train(resume_from_checkpoint=checkpoint)
-    bare: dict[str, Any] = {"losses": [], "weights": health(trainer)}
-    adapters.save(trainer.model, run.adapter, describe(recipe, trainer, rows, run, bare))  # whatever measuring meets
+    trainer = fit(recipe, load_base(recipe), rows, run)
     figures = {**measure(recipe, trainer, rows), "evaluation": recipe.evaluation.model_dump()}
     write_json(run.figures, figures)
     adapters.save(trainer.model, run.adapter, describe(recipe, trainer, rows, run, figures))
     return {**figures, "adapter": str(run.adapter)}
+
+
+def run_of(recipe: Recipe, rows: Sequence[Row]) -> "Run":
+    """The run of this recipe on these rows, in the recipe's output folder."""
+    return Run(recipe.output_dir, digest([recipe.fingerprint(), [row.fingerprint() for row in rows]]))
+
+
+def fit(recipe: Recipe, base: Base, rows: Sequence[Row], run: "Run", what: str = "Training") -> PerCETrainer:
+    """Trains, or goes on from the last whole checkpoint, and saves the adapter; nothing is measured yet."""
+    trainer = make_trainer(recipe, base, rows)
+    run.claim(fingerprint(trainer.model))
+    checkpoint = run.last_checkpoint()
+    if not (checkpoint and _take_finished(trainer, checkpoint)):
+        with ShowProgress(trainer, what).bar:
+            trainer.train(resume_from_checkpoint=checkpoint)
+    bare: dict[str, Any] = {"losses": [], "weights": health(trainer)}
+    adapters.save(trainer.model, run.adapter, describe(recipe, trainer, rows, run, bare))  # whatever measuring meets
+    return trainer
 
 
 def _take_finished(trainer: PerCETrainer, checkpoint: str) -> bool:
@@ -89,14 +100,19 @@ class Run:
         marker = read_json(self._marker)
         if (marker is None and self._checkpoints()) or (marker is not None and marker.get("run") != self.fingerprint):
             self._refuse()
-        card, figures = read_json(self.adapter / adapters.CARD), read_json(self.figures)
-        if card is None:
+        figures = read_json(self.figures)
+        if not self.trained():
             return None
-        if card.get("run") != self.fingerprint:
-            self._refuse()
         if figures is None or figures["evaluation"] != recipe.evaluation.model_dump():
             return None
         return {**figures, "adapter": str(self.adapter)}
+
+    def trained(self) -> bool:
+        """Whether this run's adapter is there, whole; refuses a folder with another's."""
+        card = read_json(self.adapter / adapters.CARD)
+        if card is not None and card.get("run") != self.fingerprint:
+            self._refuse()
+        return card is not None
 
     def claim(self, base: str) -> None:
         """Takes the folder for this run over `base` (a fingerprint), or finds that it was this run's already."""
@@ -168,12 +184,12 @@ def make_trainer(recipe: Recipe, base: Base, rows: Sequence[Row]) -> PerCETraine
 class ShowProgress(TrainerCallback):
     """One bar: steps, time left, the losses of the last logged step."""
 
-    def __init__(self, trainer: PerCETrainer) -> None:
-        self.bar = progress_bar()
+    def __init__(self, trainer: PerCETrainer, what: str = "Training") -> None:
+        self.bar, self.what = progress_bar(), what
         trainer.add_callback(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.task = self.bar.add_task("Training", total=state.max_steps, completed=state.global_step, note="")
+        self.task = self.bar.add_task(self.what, total=state.max_steps, completed=state.global_step, note="")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update(self.task, completed=state.global_step)

@@ -20,6 +20,7 @@ score
 trainer    generate   evaluate   check      report
 inspection
 train      tables
+compare
 cli
 """
 
