@@ -1,6 +1,8 @@
 """Adapters on disk: PEFT folders, written whole or not at all, that know which base and which data they come from."""
 
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,23 @@ def load(base: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftMo
         if ".lora_" in name:
             parameter.data = parameter.data.to(torch.float32)
     return model if trainable else model.eval()
+
+
+@contextmanager
+def on(base: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedModel | PeftModel]:
+    """`base` with the adapter of `folder` on it for a while (None: the base alone); it is taken off again.
+
+    Raises:
+        AdapterError: as `load`.
+    """
+    if folder is None:
+        yield base
+        return
+    model = load(base, folder)
+    try:
+        yield model
+    finally:
+        model.unload()
 
 
 def _shape(sketched: dict[str, Any]) -> str:

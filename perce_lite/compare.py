@@ -1,12 +1,11 @@
-"""Arms against arms: the same budget, seeds, data order and rates; the best rate of each by validation, judged on test."""
+"""Arms against arms: one budget, seeds, data order and grid of rates; rates chosen on validation, judged on test."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from perce_lite.files import safe_name
-from perce_lite.recipe import Recipe, training_config
+from perce_lite.recipe import Recipe
 
 
 @dataclass(frozen=True)

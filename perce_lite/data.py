@@ -73,8 +73,7 @@ def history(recipe: Recipe, user: str, prompt: str = "") -> Profiled:
     records = list(_records(recipe))
     shape = recipe.data.format if recipe.data.format != "auto" else _shape(records[0])
     if shape == "documents":
-        rows = split_rows(_from_documents(records, recipe.profile), recipe.split, "the data", "time")
-        trained = {row.where for row in rows if row.split == "train"}
+        trained = _trained_documents(records, recipe)
         theirs = [
             record
             for record in records
@@ -82,7 +81,7 @@ def history(recipe: Recipe, user: str, prompt: str = "") -> Profiled:
             and prompt not in (record[2].get("query"), record[2].get("title"))
         ]
         theirs = [record for record in theirs if record[0] in trained] or theirs
-        items = [Item(str(one.get("title") or ""), one["text"]) for _, _, one in sorted(theirs, key=_age(theirs))]
+        items = [_item(one) for _, _, one in sorted(theirs, key=_age(theirs))]
     else:
         rows = [from_record(record, where, split, shape, None) for where, split, record in records]
         profiles = [row.profile for row in rows if row.user == user]
@@ -94,6 +93,29 @@ def history(recipe: Recipe, user: str, prompt: str = "") -> Profiled:
         users = sorted({user_name(record.get("user")) for _, _, record in records})
         raise DataError(f"user {user}: the data knows no such user; it has {', '.join(users[:20])}")
     return tuple(items)
+
+
+def library(recipe: Recipe) -> dict[str, list[Item]]:
+    """Every user's texts that training may show: documents of the training split, or the items of all profiles."""
+    records = list(_records(recipe))
+    shape = recipe.data.format if recipe.data.format != "auto" else _shape(records[0])
+    texts: dict[str, list[Item]] = defaultdict(list)
+    if shape == "documents":
+        trained = _trained_documents(records, recipe)
+        for where, _, record in records:
+            if where in trained:
+                texts[user_name(record.get("user"))].append(_item(record))
+        return texts
+    for where, split, record in records:
+        row = from_record(record, where, split, shape, None)
+        items = (Item("", row.profile),) if isinstance(row.profile, str) else row.profile
+        texts[row.user] += [item for item in items if item not in texts[row.user] and item.text.strip()]
+    return texts
+
+
+def plain_rows(path: Path) -> list[Row]:
+    """The rows of a file that needs no profiles: prompt and completion, or messages."""
+    return [from_record(record, where, split, "rows", None) for where, split, record in _from_path(path)]
 
 
 # Records: whatever the file holds, one dict each, with where it stands and the split the file says it is of.
@@ -264,7 +286,7 @@ def _from_documents(records: Sequence[Record], rule: Profile) -> list[Row]:
                 if _is_earlier(other[2], record, rule.earlier_by)
                 and (said in ("validation", "test") or _said_split(other) not in ("validation", "test"))
             ]
-            items = [Item(str(other.get("title") or ""), other["text"]) for other in earlier]
+            items = [_item(other) for other in earlier]
             query = str(record.get("query") or record.get("title"))
             chosen = choose(items, str(record.get("title") or query), rule.select, rule.top_k)
             prompt = ({"role": "user", "content": query},)
@@ -272,6 +294,16 @@ def _from_documents(records: Sequence[Record], rule: Profile) -> list[Row]:
             named = (cohort_name(record), bool(record.get("user_held_out")))
             rows.append(Row(where, user, tuple(chosen), prompt, completion, said, *named))
     return rows
+
+
+def _trained_documents(records: Sequence[Record], recipe: Recipe) -> set[str]:
+    """Where the documents of the training split stand."""
+    rows = split_rows(_from_documents(records, recipe.profile), recipe.split, "the data", "time")
+    return {row.where for row in rows if row.split == "train"}
+
+
+def _item(document: Mapping[str, Any]) -> Item:
+    return Item(str(document.get("title") or ""), document["text"])
 
 
 def _said_split(document: Record) -> str | None:

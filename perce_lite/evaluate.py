@@ -1,105 +1,258 @@
-"""What training did, on held-out rows: loss with the own profile, with none, with another user's."""
+"""Base and adapters on held-out rows, under controls, with intervals: the story of `perce-lite eval`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel, set_seed
 
-from perce_lite.console import progress_bar
-from perce_lite.contrast import pir
-from perce_lite.pairs import Pair, PairMaker, Tokens
-from perce_lite.rows import Row, swap_profiles
-from perce_lite.score import log_probs
+from perce_lite import adapters
+from perce_lite.config import PerCEConfig
+from perce_lite.console import progress_bar, say, warn
+from perce_lite.controls import Case, Judge, Topics, cases, losses, score_cases, sizes
+from perce_lite.data import library, plain_rows, read_rows
+from perce_lite.errors import AdapterError, DataError
+from perce_lite.files import digest, read_json, write_json
+from perce_lite.generate import generate
+from perce_lite.metrics import Bootstrap, has_meteor, text_scores
+from perce_lite.models import load_base
+from perce_lite.pairs import PairMaker, Tokens
+from perce_lite.recipe import Recipe, training_config
+from perce_lite.rows import Row, of_split, spread_over_users
+from perce_lite.score import Job, kept_log_probs, store_key
+from perce_lite.store import Store
 
-PROFILES = ("own", "none", "other user's")
-"""The controls, in the order of the table."""
+BASE = "base"
+
+GENERAL = Path(__file__).parent / "general.jsonl"
+"""Questions and answers of everyday knowledge that have nothing to do with any user; our own text."""
+
+_WITH_TEXTS = ("own", "none")
+"""Controls under which answers are generated."""
 
 
-def controlled(maker: PairMaker, rows: Sequence[Row], seed: int = 0) -> list[tuple[Pair, dict[str, Tokens]]]:
-    """Each row that can be had under every control, with its sequence under each.
+def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
+    """The figures that `perce-lite eval` shows: of the base, and of the adapter in each of `folders`.
 
-    With a single user there is no other's profile: that control is then left out for all.
+    Log-probs and answers are kept as they come, so that a stopped evaluation goes on where it was.
+
+    Raises:
+        AdapterError: a folder that holds no adapter of this base, or two of one name; DataError: no held-out rows.
     """
-    others = {id_of(row): row for row in swap_profiles(rows, seed)}
-    kept = []
-    for pair in maker.make(rows):
-        passes = {"own": pair.factual, "none": pair.counterfactual}
-        if others:
-            swapped = maker.make([others[id_of(pair.row)]]) if id_of(pair.row) in others else []
-            if not swapped:
-                continue
-            passes["other user's"] = swapped[0].factual
-        kept.append((pair, passes))
-    return kept
+    arms: dict[str, Path | None] = {BASE: None, **_named(folders)}
+    rows = read_rows(recipe)
+    config = training_config(recipe)
+    base = load_base(recipe)
+    maker = PairMaker(base.tokenizer, recipe.template, config.max_length, recipe.profile.max_tokens)
+    found = held_out(recipe, maker, rows)
+    general = _general(recipe, maker)
+    answered = next(iter(found.values()))[: recipe.evaluation.generated_rows]
+    kept = Answers(recipe, config, maker, recipe.output_dir / "eval-answers.json")
+    scored: dict[str, dict[str, dict[str, list[Tensor]]]] = {}
+    plain: dict[str, list[Tensor]] = {}
+    texts: list[dict[str, Any]] = []
+    for arm, folder in arms.items():
+        with adapters.on(base.model, folder) as model:
+            on = folder is not None
+            store = opened(model, config, on)
+            scored[arm] = {
+                split: score_cases(model, some, list(some[0].passes), store, config.autocast, f"{arm}, {split}", on)
+                for split, some in found.items()
+            }
+            jobs = [Job("general", tokens) for tokens in general]
+            plain[arm] = kept_log_probs(model, jobs, store, config.autocast, f"{arm}, general", on).log_probs
+            texts += kept.of(model, answered, arm, on)
+    return {
+        "model": recipe.model,
+        "arms": {arm: None if folder is None else str(folder) for arm, folder in arms.items()},
+        "clip_min": config.clip_min,
+        "splits": {
+            name: _split(some, {arm: one[name] for arm, one in scored.items()}, config.clip_min)
+            for name, some in found.items()
+        },
+        "texts": _texts(texts, list(arms)),
+        "general": _changes(plain),
+        "answers": texts,
+    }
 
 
-def id_of(row: Row) -> tuple[str, str]:
-    """What tells a row from every other."""
-    return row.where, row.user
+def held_out(
+    recipe: Recipe, maker: PairMaker, rows: Sequence[Row], splits: Sequence[str] = ("test", "unseen")
+) -> dict[str, list[Case]]:
+    """Cases of each of `splits` that has rows, `evaluation.max_rows` at the most, spread over users.
 
+    Where there is no test split, validation stands for it.
 
-def held_out_losses(
-    model: PeftModel, maker: PairMaker, rows: Sequence[Row], autocast: torch.dtype | None, clip_min: float
-) -> list[dict[str, Any]]:
-    """Loss a token, nats, of base and adapter under each control, over `rows`.
-
-    One record a control: {profile, base, adapter, tokens, personal: {base, adapter, tokens}, rows, per_row}, where
-    personal tokens are those whose PIR under the base, own profile against none, is above `clip_min`. Empty where no
-    row can be had.
+    Raises:
+        DataError: nothing is held out.
     """
-    cases = controlled(maker, rows)
-    if not cases:
-        return []
-    names = [name for name in PROFILES if name in cases[0][1]]
-    sequences = [passes[name] for _, passes in cases for name in names]
-    scored: dict[bool, list[Tensor]] = {}
-    with progress_bar() as bar:
-        task = bar.add_task("Held-out rows", total=2 * len(sequences), note="")
-        for adapter in (False, True):
-            found: dict[int, Tensor] = {}
-
-            def done(index: int, values: Tensor, found: dict[int, Tensor] = found) -> None:
-                found[index] = values.double()
-                bar.advance(task)
-
-            log_probs(model, sequences, adapter, autocast, done)
-            scored[adapter] = [found[index] for index in range(len(sequences))]
-    by_name = {name: range(offset, len(sequences), len(names)) for offset, name in enumerate(names)}
-    own, none = ([scored[False][index] for index in by_name[name]] for name in ("own", "none"))
-    personal = [pir(*both) > clip_min for both in zip(own, none, strict=True)]
-    return [
-        _losses(
-            name,
-            [pair for pair, _ in cases],
-            personal,
-            *([scored[on][i] for i in by_name[name]] for on in (False, True)),
-        )
-        for name in names
-    ]
+    topics = Topics(library(recipe), recipe.profile.top_k)
+    if "test" in splits and not of_split(rows, "test"):
+        splits = ["validation" if split == "test" else split for split in splits]
+    found = {}
+    for split in splits:
+        picked = spread_over_users([row for row in of_split(rows, split) if row.profile], recipe.evaluation.max_rows)
+        some = cases(maker, picked, topics, of_split(rows, "train"))
+        if some:
+            found[split] = some
+        elif picked:
+            warn(f"none of the {len(picked)} {split} rows can be had under every control; perce-lite check shows why")
+    if not found:
+        raise DataError("No held-out rows to judge by: raise split.test, or give the rows a split of their own.")
+    return found
 
 
-def _losses(
-    name: str, pairs: list[Pair], personal: list[Tensor], base: list[Tensor], adapter: list[Tensor]
-) -> dict[str, Any]:
-    """The record of one control; `base` and `adapter` hold log-probs (R,) a row, `personal` masks (R,)."""
-    mask = torch.cat(personal)
+def opened(model: Any, config: PerCEConfig, adapters_on: bool) -> Store | None:
+    """The store of `model`'s log-probs, adapters on or off; None where the recipe keeps none."""
+    return Store(Path(config.store), store_key(model, config.autocast, adapters_on)) if config.store else None
 
-    def figures(mask: Tensor | None) -> dict[str, Any]:
-        both = {"base": torch.cat(base), "adapter": torch.cat(adapter)}
-        kept = {who: values if mask is None else values[mask] for who, values in both.items()}
-        count = kept["base"].numel()
-        return {**{who: -float(values.sum()) / max(1, count) for who, values in kept.items()}, "tokens": count}
 
-    per_row = [
+def _named(folders: Sequence[Path]) -> dict[str, Path | None]:
+    """What each adapter is called: its folder as given, without the `adapter` at its end."""
+    if not folders:
+        raise AdapterError("No adapter was given: --adapter FOLDER, once for each.")
+    named: dict[str, Path | None] = {}
+    for folder in folders:
+        adapters.about(folder)  # all faults before any scoring
+        name = str(folder.parent if folder.name == "adapter" else folder)
+        if name in named or name == BASE:
+            raise AdapterError(f"{folder}: two arms would be called {name}; give each adapter once.")
+        named[name] = folder
+    return named
+
+
+def _general(recipe: Recipe, maker: PairMaker) -> list[Tokens]:
+    """The general text, tokenised without any profile."""
+    given = recipe.evaluation.general
+    path = GENERAL if given is None else Path(recipe.source).parent / Path(given).expanduser()
+    if not path.is_file():
+        raise DataError(f"evaluation.general: there is no file {path}")
+    rows = plain_rows(path)
+    # A pair needs a profile; the one put in is dropped again with the factual side.
+    tokens = [pair.counterfactual for pair in maker.make([replace(row, profile="-") for row in rows])]
+    if len(tokens) < len(rows):
+        warn(f"{len(rows) - len(tokens)} of {len(rows)} rows of {path.name} are empty or do not fit, and are left out")
+    return tokens
+
+
+# Figures
+
+
+def _split(found: list[Case], scored: dict[str, dict[str, list[Tensor]]], clip_min: float) -> dict[str, Any]:
+    """Losses of every arm under every control, what changed against the base, what the own profile is worth."""
+    judge = Judge(found, scored[BASE], clip_min)
+    sums = {arm: judge.sums(by_profile) for arm, by_profile in scored.items()}
+    table = [
         {
-            "row": pair.row.where,
-            "user": pair.row.user,
-            "tokens": one.numel(),
-            "base": -float(one.sum()),
-            "adapter": -float(other.sum()),
+            "arm": arm,
+            "profile": name,
+            **judge.figures(by_part),
+            "change": None if arm == BASE else judge.figures(by_part, sums[BASE][name]),
         }
-        for pair, one, other in zip(pairs, base, adapter, strict=True)
+        for arm, by_profile in sums.items()
+        for name, by_part in by_profile.items()
     ]
-    return {"profile": name, **figures(None), "personal": figures(mask), "rows": len(pairs), "per_row": per_row}
+    worth = [
+        {"arm": arm, "over": name, **judge.figures(by_part, by_profile["own"])}
+        for arm, by_profile in sums.items()
+        for name, by_part in by_profile.items()
+        if name != "own"
+    ]
+    return {
+        "rows": len(found),
+        "users": judge.bootstrap.users,
+        "tokens": {part: int(count.sum()) for part, count in judge.tokens.items()},
+        "losses": table,
+        "worth": worth,
+    }
+
+
+def _changes(plain: dict[str, list[Tensor]]) -> list[dict[str, Any]]:
+    """Loss a token of each arm on the general text, and the change against the base."""
+    if not plain[BASE]:
+        return []
+    every = [values == values for values in plain[BASE]]
+    counts = sizes(every)
+    bootstrap = Bootstrap([str(number) for number in range(len(every))])  # rows of nobody: each its own group
+    totals = {arm: losses(values, every) for arm, values in plain.items()}
+    return [
+        {
+            "arm": arm,
+            "tokens": int(counts.sum()),
+            "loss": bootstrap.ratio(mine, counts)._asdict(),
+            "change": None if arm == BASE else bootstrap.ratio(mine - totals[BASE], counts)._asdict(),
+        }
+        for arm, mine in totals.items()
+    ]
+
+
+def _texts(answers: list[dict[str, Any]], arms: Sequence[str]) -> list[dict[str, Any]]:
+    """Text metrics of every arm with the own profile and with none, and the change against the base."""
+    table = []
+    for arm in arms:
+        for name in _WITH_TEXTS:
+            mine = [one for one in answers if one["arm"] == arm and one["profile"] == name]
+            theirs = [one for one in answers if one["arm"] == BASE and one["profile"] == name]
+            if not mine:
+                continue
+            bootstrap = Bootstrap([one["user"] for one in mine])
+            scores = {metric: [one["scores"][metric] for one in mine] for metric in mine[0]["scores"]}
+            changes = {
+                metric: [own - one["scores"][metric] for own, one in zip(values, theirs, strict=True)]
+                for metric, values in scores.items()
+            }
+            table.append(
+                {
+                    "arm": arm,
+                    "profile": name,
+                    "rows": len(mine),
+                    "scores": {metric: bootstrap.ratio(values)._asdict() for metric, values in scores.items()},
+                    "change": None
+                    if arm == BASE
+                    else {metric: bootstrap.ratio(values)._asdict() for metric, values in changes.items()},
+                }
+            )
+    return table
+
+
+# Answers
+
+
+class Answers:
+    """Generated answers, kept in `path` as they come: generating is what an evaluation spends its time on."""
+
+    def __init__(self, recipe: Recipe, config: PerCEConfig, maker: PairMaker, path: Path) -> None:
+        self.options, self.config, self.maker = recipe.evaluation, config, maker
+        self.path = path
+        self.known: dict[str, str] = read_json(path) or {}
+        if self.options.generated_rows and not has_meteor():
+            say("METEOR is left out: nltk has no WordNet here (python -m nltk.downloader wordnet)")
+
+    def of(self, model: PreTrainedModel, found: Sequence[Case], arm: str, on: bool) -> list[dict[str, Any]]:
+        """One arm's answers to the queries of `found`, with the own profile and with none, and their scores."""
+        key = store_key(model, self.config.autocast, on) if found else ""
+        answers = []
+        with progress_bar() as bar:
+            task = bar.add_task(f"{arm}, answers", total=len(found) * len(_WITH_TEXTS), note="")
+            for name in _WITH_TEXTS:
+                for case in found:
+                    text = self._one(model, case.pair.row, "" if name == "none" else case.pair.profile, key, on)
+                    row = case.pair.row
+                    written = next(one["content"] for one in row.completion if one["role"] == "assistant")
+                    known = {"row": row.where, "user": row.user, "query": row.query, "written": written}
+                    scores = text_scores(written, text)
+                    answers.append({"arm": arm, "profile": name, **known, "text": text, "scores": scores})
+                    bar.advance(task)
+        return answers
+
+    def _one(self, model: PreTrainedModel, row: Row, profile: str, key: str, on: bool) -> str:
+        limit, options, seed = self.options.max_new_tokens, self.options.generation, self.config.seed
+        asked = digest([key, self.maker.prompt_ids(row.prompt, profile), limit, options, seed])
+        if asked not in self.known:
+            set_seed(seed)
+            answer = generate(model, self.maker, row.prompt, profile, limit, on, self.config.autocast, **options)
+            self.known[asked] = answer
+            write_json(self.path, self.known)
+        return self.known[asked]

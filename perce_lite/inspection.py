@@ -16,15 +16,15 @@ from transformers import PreTrainedTokenizerBase
 
 from perce_lite import adapters, contrast
 from perce_lite.config import PerCEConfig
-from perce_lite.console import progress_bar
+from perce_lite.controls import id_of
 from perce_lite.data import read_rows
 from perce_lite.errors import DataError
-from perce_lite.evaluate import id_of
+from perce_lite.metrics import FEW_USERS, Bootstrap
 from perce_lite.models import load_base
 from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, Tokens, require
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.rows import Row, of_split, spread_over_users, swap_profiles
-from perce_lite.score import Job, log_probs, store_key, under_base
+from perce_lite.score import Job, kept_log_probs, store_key
 from perce_lite.store import Store
 
 EDGES = [-6.0, *np.arange(-5.0, 8.25, 0.25).tolist(), 9.0]
@@ -32,12 +32,6 @@ EDGES = [-6.0, *np.arange(-5.0, 8.25, 0.25).tolist(), 9.0]
 
 IDLE = 0.05
 """A row whose mean absolute PIR, nats, is below this has a profile that does nothing."""
-
-_RESAMPLES = 2000
-
-_FEW_USERS = 6
-"""Below it the interval comes out too narrow: simulated on users that differ by chance alone, 4 to 15 % of data sets
-without signal were taken for signal, where 2.5 % should be."""
 
 
 @dataclass(frozen=True)
@@ -110,19 +104,10 @@ def _score(
     factual = [Job(user, pair.factual) for user, pair in zip(users, pairs, strict=True)]
     factual += [Job(user, tokens) for user, tokens in zip(users, swapped, strict=True) if tokens is not None]
     if adapter_on:
-        counterfactuals = under_base(model, twins, store, autocast, "Scoring under the base").log_probs
-        found: dict[int, Tensor] = {}
-        with progress_bar() as bar:
-            task = bar.add_task("Scoring with the adapter", total=len(factual), note="")
-
-            def done(index: int, values: Tensor) -> None:
-                found[index] = values
-                bar.advance(task)
-
-            log_probs(model, [job.tokens for job in factual], True, autocast, done)
-        factuals = [found[index] for index in range(len(factual))]
+        counterfactuals = kept_log_probs(model, twins, store, autocast, "Scoring under the base").log_probs
+        factuals = kept_log_probs(model, factual, None, autocast, "Scoring with the adapter", True).log_probs
     else:
-        both = under_base(model, [*twins, *factual], store, autocast, "Scoring under the base").log_probs
+        both = kept_log_probs(model, [*twins, *factual], store, autocast, "Scoring under the base").log_probs
         counterfactuals, factuals = both[: len(pairs)], both[len(pairs) :]
     rest = iter(factuals[len(pairs) :])
     return [
@@ -175,31 +160,21 @@ def signal(seen: Sequence[Seen]) -> dict[str, Any]:
     A paired bootstrap over rows, grouped by user, 95 %. `says`: "signal", "none", or "unknown" where there are too few
     rows or users to tell.
     """
-    by_user: dict[str, list[float]] = defaultdict(list)
-    for one in seen:
-        if one.swapped_pir is not None:
-            by_user[one.pair.row.user].append(float(one.pir.mean() - one.swapped_pir.mean()))
-    groups = [np.array(differences) for differences in by_user.values()]
-    rows = sum(map(len, groups))
-    if rows < 5 or len(groups) < 2:
-        sentence = f"{rows} rows of {len(groups)} users with another's profile are too few to tell whether they matter."
+    swapped = [(one.pair.row.user, one.pir, one.swapped_pir) for one in seen if one.swapped_pir is not None]
+    bootstrap = Bootstrap([user for user, _, _ in swapped])
+    rows, users = bootstrap.rows, bootstrap.users
+    mean, low, high = bootstrap.ratio([float(own.mean() - other.mean()) for _, own, other in swapped])
+    if low is None or high is None:
+        sentence = f"{rows} rows of {users} users with another's profile are too few to tell whether they matter."
         return {"says": "unknown", "mean": None, "low": None, "high": None, "rows": rows, "sentence": sentence}
-    generator = np.random.default_rng(0)
-    means = []
-    for _ in range(_RESAMPLES):
-        users = [groups[index] for index in generator.integers(len(groups), size=len(groups))]
-        drawn = np.concatenate([group[generator.integers(len(group), size=len(group))] for group in users])
-        means.append(drawn.mean())
-    mean = float(np.concatenate(groups).mean())
-    low, high = (float(bound) for bound in np.quantile(means, [0.025, 0.975]))
-    told = f"{mean:+.3f} nats a token (95 % interval {low:+.3f} to {high:+.3f}, {rows} rows of {len(groups)} users)"
+    told = f"{mean:+.3f} nats a token (95 % interval {low:+.3f} to {high:+.3f}, {rows} rows of {users} users)"
     if low > 0:
         sentence = f"The profiles carry signal: the own profile helps more than another user's by {told}."
     elif high < 0:
         sentence = f"The profiles carry no signal: another user's helps more; own less another user's is {told}."
     else:
         sentence = f"The profiles carry no signal that can be told from chance: own less another user's is {told}."
-    if len(groups) < _FEW_USERS:
+    if users < FEW_USERS:
         sentence += " With so few users the interval is too narrow: take it as a hint."
     return {
         "says": "signal" if low > 0 else "none",

@@ -224,15 +224,28 @@ def fingerprint(model: nn.Module) -> str:
     """
     state = xxhash.xxh3_128()
     for name, parameter in sorted(_frozen(model)):
-        tensors = {name: parameter.data}
-        quant_state = vars(parameter).get("quant_state")
-        if quant_state is not None:
-            tensors |= {f"{name}.{key}": value for key, value in quant_state.as_dict(packed=True).items()}
-        for key, tensor in tensors.items():
-            flat = tensor.detach().cpu().contiguous()
-            state.update(f"{key} {flat.dtype} {tuple(flat.shape)}".encode())
-            state.update(flat.view(-1).view(torch.uint8).numpy().data)
+        _hash(state, name, parameter)
     return str(state.hexdigest())
+
+
+def adapter_fingerprint(model: nn.Module) -> str:
+    """Hash of the adapters' weights."""
+    state = xxhash.xxh3_128()
+    for name, parameter in sorted(model.named_parameters()):
+        if ".lora_" in name:
+            _hash(state, name, parameter)
+    return str(state.hexdigest())
+
+
+def _hash(state: xxhash.xxh3_128, name: str, parameter: nn.Parameter) -> None:
+    tensors = {name: parameter.data}
+    quant_state = vars(parameter).get("quant_state")
+    if quant_state is not None:
+        tensors |= {f"{name}.{key}": value for key, value in quant_state.as_dict(packed=True).items()}
+    for key, tensor in tensors.items():
+        flat = tensor.detach().cpu().contiguous()
+        state.update(f"{key} {flat.dtype} {tuple(flat.shape)}".encode())
+        state.update(flat.view(-1).view(torch.uint8).numpy().data)
 
 
 def _frozen(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

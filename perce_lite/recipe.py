@@ -84,8 +84,15 @@ class Split(Section):
 class Evaluation(Section):
     """The held-out figures at the end of a run."""
 
-    max_rows: int = Field(24, ge=1, description="held-out rows at the most, spread over users")
-    max_new_tokens: int = Field(60, ge=1, description="tokens of the sample answer")
+    max_rows: int = Field(24, ge=1, description="held-out rows of a split at the most, spread over users")
+    max_new_tokens: int = Field(60, ge=1, description="tokens of a generated answer")
+    generated_rows: int = Field(8, ge=0, description="eval: rows whose answers are generated and scored; 0: none")
+    generation: dict[str, Any] = Field(
+        {}, description="eval: options of transformers' generate, such as {do_sample: true, temperature: 0.7}"
+    )
+    general: str | None = Field(
+        None, description="eval: JSONL of prompt and completion that has nothing to do with the users; null: built in"
+    )
 
 
 class Recipe(Section):

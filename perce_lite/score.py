@@ -15,7 +15,7 @@ from torch import Tensor
 from perce_lite.console import progress_bar
 from perce_lite.files import digest
 from perce_lite.head import base_of, scoring_forward
-from perce_lite.models import fingerprint
+from perce_lite.models import adapter_fingerprint, fingerprint
 from perce_lite.pairs import IGNORED, Tokens
 from perce_lite.store import Store, entry_key
 
@@ -27,7 +27,7 @@ _SECONDS_BETWEEN_WRITES = 20.0
 
 
 class Job(NamedTuple):
-    """One sequence to score under the frozen base; `user` names its store file."""
+    """One sequence to score; `user` names its store file."""
 
     user: str
     tokens: Tokens
@@ -113,12 +113,16 @@ def _batches(sequences: Sequence[Tokens], alone: bool) -> Iterator[list[int]]:
         order = order[size:]
 
 
-def store_key(model: torch.nn.Module, autocast: torch.dtype | None) -> str:
-    """The store's folder for a base: its weights, quantisation, compute dtype, device kind and what its config says."""
+def store_key(model: torch.nn.Module, autocast: torch.dtype | None, adapters: bool = False) -> str:
+    """The store's folder for a base: its weights, quantisation, compute dtype, device kind and what its config says.
+
+    adapters: for the base with its adapters on; what they weigh is then part of the key.
+    """
     device = next(model.parameters()).device.type
     config = {name: value for name, value in base_of(model).config.to_dict().items() if name not in _NO_ARITHMETIC}
     four_bit = sorted({str(one.compute_dtype) for one in model.modules() if isinstance(one, bnb.nn.Linear4bit)})
-    return digest([fingerprint(model), str(autocast), four_bit, device, config, SCORING_VERSION])
+    on = [adapter_fingerprint(model)] if adapters else []
+    return digest([fingerprint(model), str(autocast), four_bit, device, config, SCORING_VERSION, *on])
 
 
 _NO_ARITHMETIC = (
@@ -128,11 +132,17 @@ _NO_ARITHMETIC = (
 """Keys of a config that do not change a log-prob; trainers set some of them."""
 
 
-def under_base(
-    model: torch.nn.Module, jobs: Sequence[Job], store: Store | None, autocast: torch.dtype | None, what: str
+def kept_log_probs(
+    model: torch.nn.Module,
+    jobs: Sequence[Job],
+    store: Store | None,
+    autocast: torch.dtype | None,
+    what: str,
+    adapters: bool = False,
 ) -> Scored:
-    """Log-probs of `jobs` with the adapters off: from the store where it has them, else one no-grad forward each.
+    """Log-probs of `jobs`, the adapters off unless `adapters`: from `store` where it has them, else one forward each.
 
+    `store` is of `store_key(model, autocast, adapters)`; `what` names the progress bar.
     What is new goes to the store every few seconds, so that a killed pass goes on where it was.
     """
     keys = [entry_key(*job.tokens) for job in jobs]
@@ -164,7 +174,7 @@ def under_base(
 
         try:
             if todo:
-                log_probs(model, [jobs[index].tokens for index in todo], False, autocast, done)
+                log_probs(model, [jobs[index].tokens for index in todo], adapters, autocast, done)
         finally:
             keep()
     return Scored([found[index] for index in range(len(jobs))], hits)

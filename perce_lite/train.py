@@ -13,15 +13,17 @@ from transformers.trainer_callback import ProgressCallback
 
 from perce_lite import adapters
 from perce_lite.console import progress_bar, say
+from perce_lite.controls import before_and_after, cases
 from perce_lite.data import read_rows
 from perce_lite.errors import DataError, RecipeError, RunError
-from perce_lite.evaluate import held_out_losses
 from perce_lite.files import digest, read_json, write_json
 from perce_lite.generate import generate
 from perce_lite.models import Base, fingerprint, load_base
 from perce_lite.pairs import PairMaker
 from perce_lite.recipe import Recipe, lora_config, training_config
 from perce_lite.rows import Row, of_split, spread_over_users, to_columns
+from perce_lite.score import store_key
+from perce_lite.store import Store
 from perce_lite.trainer import PerCETrainer
 
 
@@ -203,7 +205,8 @@ def measure(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row]) -> dict[
     """The figures of a finished training: held-out losses, health of the weights, one answer of base and adapter."""
     maker = PairMaker(trainer.processing_class, recipe.template, trainer.args.max_length, recipe.profile.max_tokens)
     held_out = spread_over_users(of_split(rows, "test") or of_split(rows, "validation"), recipe.evaluation.max_rows)
-    losses = held_out_losses(trainer.model, maker, held_out, trainer.autocast, trainer.args.clip_min)
+    store = Store(Path(trainer.args.store), store_key(trainer.model, trainer.autocast)) if trainer.args.store else None
+    losses = before_and_after(trainer.model, cases(maker, held_out), store, trainer.autocast, trainer.args.clip_min)
     sample = None
     for pair in maker.make(held_out)[:1]:
         asked, shown = pair.row, "" if trainer.args.train_on == "counterfactual" else pair.profile

@@ -9,7 +9,7 @@ import perce_lite
 
 HOUSE = """
 errors
-console    files      contrast   profiles   source
+console    files      contrast   profiles   source     metrics
 config
 recipe
 rows
@@ -17,10 +17,10 @@ data       models     store      chat
 pairs      adapters
 collator   head
 score
-trainer    generate   evaluate   check      report
+trainer    generate   controls   check      report
 inspection
 train      tables
-compare
+evaluate   compare
 cli
 """
 
