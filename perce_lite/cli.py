@@ -85,6 +85,63 @@ def inspect(
     tables.show_inspection(figures, page)
 
 
+@app.command("eval")
+def evaluate(
+    recipe: RecipePath,
+    adapter: Annotated[list[Path], typer.Option(help="The folder of an adapter; once for each.")],
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="The page; else <output_dir>/eval.html.")] = None,
+    set_: Set = None,
+    json: Json = None,
+) -> None:
+    """Judge adapters on held-out rows: own profile, none, another user's, the best topical match."""
+    from perce_lite.recipe import load_recipe
+
+    read = load_recipe(recipe, set_ or [])
+    from perce_lite import sections, tables
+    from perce_lite.evaluate import evaluate as run
+    from perce_lite.report import write_figures
+
+    figures = run(read, adapter)
+    page = out or read.output_dir / "eval.html"
+    told, made = sections.evaluation_sentences(figures), sections.evaluation(figures)
+    lead = f"{recipe}, {figures['model']}; the base, and the adapters {', '.join(list(figures['arms'])[1:])}."
+    write_figures("Held-out texts, under controls", lead, told, made, page, figures["answers"])
+    _write(json, {**figures, "sentences": told})
+    tables.show_sections(told, made, page)
+
+
+@app.command()
+def compare(
+    recipe: RecipePath,
+    arms: Annotated[
+        str, typer.Option(help="Estimators; with other fields of PerCEConfig as base:clip_min=0.2.")
+    ] = "uniform,shuffled,base,mixed,bootstrap",
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each arm at its best rate.")] = 3,
+    rates: Annotated[
+        str | None, typer.Option(help="Rates to choose from by validation; else half, once and twice the recipe's.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="The page; else <output_dir>/compare.html.")] = None,
+    set_: Set = None,
+    json: Json = None,
+) -> None:
+    """Train ways of weighting under one budget and judge them on held-out rows. Takes hours; goes on where it was."""
+    from perce_lite.recipe import load_recipe
+
+    read = load_recipe(recipe, set_ or [])
+    from perce_lite import sections, tables
+    from perce_lite.compare import arms_of, grid
+    from perce_lite.compare import compare as run
+    from perce_lite.report import write_figures
+
+    figures = run(read, arms_of(read, arms), grid(read, rates), seeds)
+    page = out or read.output_dir / "compare.html"
+    told, made = sections.comparison_sentences(figures), sections.comparison(figures)
+    lead = f"{recipe}, {figures['model']}; {len(figures['arms'])} arms, {seeds} seeds."
+    write_figures("Ways of weighting, compared", lead, told, made, page)
+    _write(json, {**figures, "sentences": told})
+    tables.show_sections(told, made, page)
+
+
 @app.command()
 def generate(
     adapter: Annotated[Path, typer.Option(help="The folder of an adapter, such as runs/quickstart/adapter.")],

@@ -46,7 +46,8 @@ def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
     config = training_config(recipe)
     base = load_base(recipe)
     maker = PairMaker(base.tokenizer, recipe.template, config.max_length, recipe.profile.max_tokens)
-    found = held_out(recipe, maker, rows)
+    topics = Topics(library(recipe), recipe.profile.top_k)
+    found = held_out(recipe, maker, rows, topics)
     general = _general(recipe, maker)
     answered = next(iter(found.values()))[: recipe.evaluation.generated_rows]
     kept = Answers(recipe, config, maker, recipe.output_dir / "eval-answers.json")
@@ -79,7 +80,11 @@ def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def held_out(
-    recipe: Recipe, maker: PairMaker, rows: Sequence[Row], splits: Sequence[str] = ("test", "unseen")
+    recipe: Recipe,
+    maker: PairMaker,
+    rows: Sequence[Row],
+    topics: Topics | None = None,
+    splits: Sequence[str] = ("test", "unseen"),
 ) -> dict[str, list[Case]]:
     """Cases of each of `splits` that has rows, `evaluation.max_rows` at the most, spread over users.
 
@@ -88,7 +93,6 @@ def held_out(
     Raises:
         DataError: nothing is held out.
     """
-    topics = Topics(library(recipe), recipe.profile.top_k)
     if "test" in splits and not of_split(rows, "test"):
         splits = ["validation" if split == "test" else split for split in splits]
     found = {}

@@ -198,6 +198,25 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     return recipe
 
 
+def with_train(recipe: Recipe, what: str, overrides: typing.Sequence[str]) -> Recipe:
+    """`recipe` with other fields of `train:`, each "clip_min=0.2"; `what` names them in a fault.
+
+    Raises:
+        RecipeError: an unknown field, a value of the wrong type, or a combination that `PerCEConfig` refuses.
+    """
+    plain: dict[str, Any] = {}
+    faults = apply_overrides(plain, {}, [f"train.{one}" for one in overrides])
+    faults += _third_party_faults(plain, {})
+    if faults:
+        raise RecipeError(what, faults)
+    changed = recipe.model_copy(update={"train": {**recipe.train, **plain.get("train", {})}})
+    try:
+        training_config(changed)
+    except RecipeError as error:
+        raise RecipeError(what, error.faults) from error
+    return changed
+
+
 def training_config(recipe: Recipe, **more: Any) -> Any:
     """The recipe's `PerCEConfig`; `more` fills in what the recipe leaves open.
 

@@ -5,13 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
+from perce_lite.charts import forest
 from perce_lite.files import write_text
+from perce_lite.sections import Section
 
 PIR_BOUNDS = (-4.0, -2.0, -1.0, -0.4, -0.1, 0.1, 0.4, 1.0, 2.0, 4.0)
 """Nats between the 11 colours of the diverging map; the middle one is no colour."""
 
 _WIDTH, _HEIGHT = 640, 180
+
+Filters = dict[str, Callable[..., Any]]
 
 
 def write_inspection(figures: dict[str, Any], path: Path) -> None:
@@ -20,14 +25,48 @@ def write_inspection(figures: dict[str, Any], path: Path) -> None:
     Raises:
         DiskFullError: no space left.
     """
+    filters: Filters = {"pir_class": pir_class, "weight_class": weight_class(figures), "shown": shown, "label": label}
+    drawn = {"chart": chart(figures), "health": HEALTH, "pir_bounds": PIR_BOUNDS}
+    _write("inspect.html", path, filters, **figures, **drawn)
+
+
+def write_figures(
+    title: str,
+    lead: str,
+    sentences: Sequence[str],
+    sections: Sequence[Section],
+    path: Path,
+    answers: Sequence[dict[str, Any]] = (),
+) -> None:
+    """The page of `perce-lite eval` and `perce-lite compare`, whole or not at all.
+
+    answers: generated ones, as `evaluate` gives them; shown folded, by query
+
+    Raises:
+        DiskFullError: no space left.
+    """
+    by_query: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for one in answers:
+        told = by_query.setdefault((one["row"], one["query"]), [(f"{one['user']} wrote", one["written"])])
+        told.append((f"{one['arm']}, profile: {one['profile']}", one["text"]))
+    filters: Filters = {"drawn": lambda section: Markup(forest(section.points, section.unit)), "words": words}
+    told_by = [(f"{row}: {query}", told) for (row, query), told in by_query.items()]
+    _write(
+        "figures.html", path, filters, title=title, lead=lead, sentences=sentences, sections=sections, answers=told_by
+    )
+
+
+def words(section: Section) -> int:
+    """How many columns of `section`, from the left, hold words and not figures."""
+    return section.head.index("profile in the prompt") + 1 if "profile in the prompt" in section.head else 1
+
+
+def _write(template: str, path: Path, filters: Filters, **values: Any) -> None:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    filters = {"pir_class": pir_class, "weight_class": weight_class(figures), "shown": shown, "label": label}
     environment.filters |= filters
-    drawn = {"chart": chart(figures), "health": HEALTH, "pir_bounds": PIR_BOUNDS}
-    page = environment.get_template("inspect.html").render(**figures, **drawn)
-    write_text(path, page)
+    write_text(path, environment.get_template(template).render(**values))
 
 
 HEALTH = {

@@ -1,6 +1,7 @@
 """Figures as a person reads them in the terminal."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from perce_lite.console import console
-from perce_lite.report import HEALTH
+from perce_lite.report import HEALTH, words
+from perce_lite.sections import Section
 
 _STYLES = {"template": "dim", "profile": "cyan", "query": "yellow", "response": "bold green"}
 
@@ -120,6 +122,21 @@ def show_inspection(figures: dict[str, Any], page: Path) -> None:
     console.print(Text(f"Most personal words (mean PIR, nats): {words}"))
     if figures["idle_rows"]:
         console.print(Text(f"{len(figures['idle_rows'])} rows have a profile that does nothing; the page names them."))
+    console.print(Text.assemble("Page: ", (str(page), "bold")))
+
+
+def show_sections(sentences: Sequence[str], sections: Sequence[Section], page: Path) -> None:
+    """`perce-lite eval` and `perce-lite compare`: the tables, what they say in words, where the page lies."""
+    for section in sections:
+        table = Table(title_justify="left", caption_justify="left")
+        table.title, table.caption = Text(section.title, style="bold"), Text(section.note)
+        for number, name in enumerate(section.head):
+            table.add_column(Text(name), justify="left" if number < words(section) else "right", overflow="fold")
+        for row in section.rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+    for sentence in sentences:
+        console.print(Text(sentence))
     console.print(Text.assemble("Page: ", (str(page), "bold")))
 
 

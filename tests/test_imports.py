@@ -17,7 +17,9 @@ data       models     store      chat
 pairs      adapters
 collator   head
 score
-trainer    generate   controls   check      report
+trainer    generate   controls   check      sections
+charts
+report
 inspection
 train      tables
 evaluate   compare
