@@ -301,13 +301,13 @@ def _cross_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
 def _third_party_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
     """Checks `train:` and `lora:` against the fields of the classes that they are passed to."""
     given = {name: plain[name] for name in ("train", "lora") if isinstance(plain.get(name), dict) and plain[name]}
+    faults = _generation_faults(plain, lines)
     if not given:
-        return []
+        return faults
     from peft import LoraConfig
 
     from perce_lite.config import PerCEConfig
 
-    faults = []
     for section, target in (("train", PerCEConfig), ("lora", LoraConfig)):
         values = given.get(section, {})
         allowed = {one.name for one in dataclasses.fields(target) if one.init}
@@ -319,6 +319,23 @@ def _third_party_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
             elif (complaint := _type_fault(hints[name], value)) is not None:
                 faults.append(f"{at}{section}.{name}: {value!r} is not {complaint}")
     return faults
+
+
+def _generation_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
+    """Names in `evaluation.generation` that transformers' GenerationConfig does not have."""
+    evaluation = plain.get("evaluation")
+    given = evaluation.get("generation") if isinstance(evaluation, dict) else None
+    if not isinstance(given, dict) or not given:
+        return []
+    from transformers import GenerationConfig
+
+    allowed = set(vars(GenerationConfig())) - {"max_new_tokens"}
+    return [
+        f"{where(('evaluation', 'generation', name), lines)}unknown key evaluation.generation.{name}; "
+        f"{_nearest(str(name), (one for one in allowed if not one.startswith('_')))}"
+        for name in given
+        if name not in allowed
+    ]
 
 
 def _type_fault(hint: Any, value: Any) -> str | None:

@@ -21,8 +21,8 @@ trainer    generate   controls   check      sections
 charts
 report
 inspection
-train      tables
-evaluate   compare
+train      tables     evaluate
+compare
 cli
 """
 
