@@ -18,7 +18,7 @@ from perce_lite.files import safe_name
 from perce_lite.models import load_base, load_tokenizer
 from perce_lite.pairs import PairMaker
 from perce_lite.recipe import Recipe, training_config, with_train
-from perce_lite.rows import Row
+from perce_lite.rows import Row, of_split
 from perce_lite.train import Run, fit, run_of
 
 ARMS = "uniform,shuffled,base,mixed,bootstrap"
@@ -157,6 +157,10 @@ def _cases(recipe: Recipe, rows: Sequence[Row], tuning: bool) -> dict[str, list[
         raise DataError("No test rows: compare chooses rates on validation and must judge on others. Raise split.test.")
     if not tuning:
         return found
+    if not of_split(rows, "validation"):
+        raise DataError(
+            "No validation rows to choose a rate by: raise split.validation, or give one rate with --rates."
+        )
     return {**found, **held_out(recipe, maker, rows, splits=("validation",))}
 
 
