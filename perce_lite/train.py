@@ -97,8 +97,7 @@ class Run:
 
         None as well where `evaluation` asks for other figures: they are then measured from the last checkpoint.
         """
-        marker = read_json(self._marker)
-        if (marker is None and self._checkpoints()) or (marker is not None and marker.get("run") != self.fingerprint):
+        if self._known() and read_json(self._marker)["run"] != self.fingerprint:
             self._refuse()
         figures = read_json(self.figures)
         if not self.trained():
@@ -119,10 +118,9 @@ class Run:
         for leftover in self.folder.glob(".adapter.*.tmp"):  # of a run that was killed while it wrote
             shutil.rmtree(leftover)
         mine = {"run": self.fingerprint, "base": base}
-        found = read_json(self._marker)
-        if found is None and not self._checkpoints():
+        if not self._known():
             write_json(self._marker, mine)
-        elif found != mine:
+        elif read_json(self._marker) != mine:
             self._refuse()
 
     def last_checkpoint(self) -> str | None:
@@ -135,10 +133,15 @@ class Run:
         return str(newest)
 
     def forget(self) -> None:
-        """Removes what a run leaves in the folder, and nothing else."""
+        """Removes what a run leaves in the folder, and nothing else.
+
+        Raises:
+            RunError: checkpoints or an adapter of which nothing says that they are of a run of PerCE Lite.
+        """
+        known = self._known()
         for folder in [*self._checkpoints(), self.adapter]:
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self._marker, self.figures):
+        for file in (self.figures, self._marker) if known else ():  # the marker last: a kill leaves the rest known
             file.unlink(missing_ok=True)
 
     @property
@@ -148,11 +151,32 @@ class Run:
     def _checkpoints(self) -> list[Path]:
         return [one for one in self.folder.glob("checkpoint-*") if one.name.rpartition("-")[2].isdigit()]
 
+    def _known(self) -> bool:
+        """Whether the folder has a run's marker; refuses checkpoints and adapters that may be another program's."""
+        if _has_run(self._marker):
+            return True
+        unknown = self._checkpoints()
+        if self.adapter.exists() and not _has_run(self.adapter / adapters.CARD):
+            unknown.append(self.adapter)
+        if unknown:
+            raise RunError(
+                f"{self.folder} holds {', '.join(one.name for one in unknown)}, but no {self._marker.name} that would "
+                "say that PerCE Lite made them. Nothing was touched. Take another folder with --set "
+                "train.output_dir=FOLDER, or remove them yourself: --restart does not."
+            )
+        return False
+
     def _refuse(self) -> None:
         raise RunError(
             f"{self.folder} holds a run of another recipe, data or base. Nothing was touched. Take another folder with "
             "--set train.output_dir=FOLDER, or --restart to throw the old run away."
         )
+
+
+def _has_run(path: Path) -> bool:
+    """Whether `path` is a file of ours: it names a run and its base."""
+    found = read_json(path)
+    return isinstance(found, dict) and {"run", "base"} <= set(found)
 
 
 def make_trainer(recipe: Recipe, base: Base, rows: Sequence[Row]) -> PerCETrainer:
