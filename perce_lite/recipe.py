@@ -262,6 +262,8 @@ def _cross_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
     data = plain.get("data")
     if isinstance(data, dict) and (data.get("path") is None) == (data.get("hub") is None):
         faults.append(f"{where(('data',), lines)}data: give path (a file) or hub (a data set of the Hub), one of them")
+    if isinstance(data, dict) and isinstance(data.get("columns"), dict):
+        faults += _column_faults(data["columns"], lines)
     template = plain.get("template")
     wrapper = template.get("profile") if isinstance(template, dict) else None
     if isinstance(wrapper, str) and "{profile}" not in wrapper:
@@ -270,6 +272,19 @@ def _cross_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
     if isinstance(item, str) and "{text}" not in item:
         faults.append(f"{where(('template', 'item'), lines)}template.item: has no {{text}} in it")
     return faults
+
+
+def _column_faults(columns: dict[str, Any], lines: Lines) -> list[str]:
+    """Columns of the file that are given two of our names: a record can tell only one of them."""
+    ours_of: dict[str, list[str]] = {}
+    for ours, theirs in columns.items():
+        ours_of.setdefault(str(theirs), []).append(str(ours))
+    return [
+        f"{where(('data', 'columns', ours[-1]), lines)}data.columns: {' and '.join(ours)} are both taken from the "
+        f"column {theirs}; a column has one name, so leave all but one of them out"
+        for theirs, ours in ours_of.items()
+        if len(ours) > 1
+    ]
 
 
 def _third_party_faults(plain: dict[str, Any], lines: Lines) -> list[str]:

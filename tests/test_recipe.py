@@ -77,6 +77,10 @@ def test_defaults_of_training_and_lora(load):
         ("modle: x", ["line 2", "unknown key modle", "model"]),
         ("profile:\n  select: all\n  topk: 3", ["line 4", "unknown key profile.topk", "top_k"]),
         ("data:\n  path: x\n  colums: {}", ["line 3", "unknown key data.colums", "columns"]),
+        (
+            "data:\n  path: x\n  columns:\n    query: subject\n    text: body\n    title: subject\n",
+            ["line 6", "query and title are both taken from the column subject", "leave all but one"],
+        ),
         ("train:\n  max_length: 3\n  lerning_rate: 1", ["line 4", "unknown key train.lerning_rate", "learning_rate"]),
         ("lora:\n  lora_alfa: 3", ["line 3", "unknown key lora.lora_alfa", "lora_alpha"]),
         ("nothing_like_it: 1", ["line 2", "unknown key nothing_like_it", "allowed: data, device, dtype"]),
