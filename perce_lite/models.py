@@ -76,10 +76,14 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         raise ModelError(_not_there(recipe.model, recipe.model_folder is not None, error)) from error
     given = recipe.train.get("chat_template_path")
     if given is not None:
-        if not Path(given).is_file():
-            raise TemplateError(f"train.chat_template_path: there is no file {given}")
+        file = recipe.chat_template_file
+        if file is None:
+            raise TemplateError(
+                f"train.chat_template_path: there is no file {given}, neither from the recipe's own folder on nor from "
+                "the current one"
+            )
         try:
-            tokenizer.chat_template = Path(given).read_text(encoding="utf-8")
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise TemplateError(f"train.chat_template_path: {given} cannot be read as UTF-8: {error}") from error
     return tokenizer

@@ -122,17 +122,26 @@ class Recipe(Section):
     @property
     def model_folder(self) -> Path | None:
         """The folder that `model` names, from the recipe's own on or as it stands; None where it names none."""
-        given = Path(self.model).expanduser()
-        places = [Path(self.source).parent / given, given] if self.source else [given]
-        return next((place.absolute() for place in places if place.is_dir()), None)
+        return next((place for place in self._places(self.model) if place.is_dir()), None)
+
+    @property
+    def chat_template_file(self) -> Path | None:
+        """The file that `train.chat_template_path` names, looked for as `model_folder` is; None where it names none."""
+        given = self.train.get("chat_template_path")
+        return None if given is None else next((place for place in self._places(given) if place.is_file()), None)
+
+    def _places(self, given: str) -> list[Path]:
+        """Where a path of the recipe may lie: from its own folder on, else as it stands."""
+        path = Path(given).expanduser()
+        return [one.absolute() for one in ([Path(self.source).parent / path, path] if self.source else [path])]
 
     def fingerprint(self) -> str:
         """Equal for recipes that train the same adapter: where it is written to, or logged, does not count."""
         plain = self.model_dump(mode="json")
         plain["train"] = {name: value for name, value in plain["train"].items() if not _NOT_TRAINED_BY.match(name)}
-        template = plain["train"].get("chat_template_path")
-        if template is not None and Path(template).is_file():  # what it says counts, not where it lies
-            plain["train"]["chat_template_path"] = digest(Path(template).read_bytes().hex())
+        template = self.chat_template_file
+        if template is not None:  # what it says counts, not where it lies
+            plain["train"]["chat_template_path"] = digest(template.read_bytes().hex())
         plain["data"].pop("path")
         plain.pop("evaluation")
         return digest(plain)
@@ -203,8 +212,10 @@ def training_config(recipe: Recipe, **more: Any) -> Any:
     dtype = chosen_dtype(recipe.dtype, device)
     precision = {"bf16": dtype == DTYPES["bfloat16"], "fp16": dtype == DTYPES["float16"]}
     values = {**train_defaults(device.type == "cpu"), **precision, "output_dir": str(recipe.output_dir), **more}
+    template = recipe.chat_template_file
+    given = recipe.train if template is None else {**recipe.train, "chat_template_path": str(template)}
     try:
-        return PerCEConfig(**{**values, **recipe.train})
+        return PerCEConfig(**{**values, **given})
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(recipe.source, [f"train: {fault}" for fault in getattr(error, "faults", [error])]) from error
 

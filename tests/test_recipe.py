@@ -267,3 +267,19 @@ def test_torch_is_not_imported_for_a_recipe(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_chat_template_is_looked_for_beside_the_recipe_first(load, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine.jinja").write_text("of the current folder")
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = load("train: {chat_template_path: mine.jinja}")
+    assert recipe.chat_template_file == tmp_path / "here" / "mine.jinja", "as it stands"
+    first = recipe.fingerprint()
+    (tmp_path / "mine.jinja").write_text("beside the recipe")
+    assert recipe.chat_template_file == tmp_path / "mine.jinja"
+    assert training_config(recipe).chat_template_path == str(tmp_path / "mine.jinja")
+    second = recipe.fingerprint()
+    (tmp_path / "mine.jinja").write_text("of the current folder")
+    assert (second == first, recipe.fingerprint() == first) == (False, True), "what it says counts"
+    assert load("train: {chat_template_path: none.jinja}").chat_template_file is None
