@@ -74,8 +74,8 @@ def _check(card: dict[str, Any], folder: Path) -> None:
     )
 
 
-def load(base: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
-    """`base` with the adapter of `folder` on it, float32, in eval mode unless `trainable`.
+def load(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """`base` with the adapter of `folder` on it, frozen, float32, in eval mode.
 
     Raises:
         AdapterError: the folder holds no adapter, or one that was trained on another base.
@@ -88,11 +88,11 @@ def load(base: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftMo
             f"{folder}: this adapter was trained on {card['recipe']['model']} ({_shape(theirs)}), not on the base that "
             f"is loaded ({_shape(ours)}). Load that base, or train an adapter for this one."
         )
-    model: PeftModel = PeftModel.from_pretrained(base, card["folder"], is_trainable=trainable)
+    model: PeftModel = PeftModel.from_pretrained(base, card["folder"])
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(torch.float32)
-    return model if trainable else model.eval()
+    return model.eval()
 
 
 def _shape(sketched: dict[str, Any]) -> str:

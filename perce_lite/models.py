@@ -57,11 +57,10 @@ BUILT_IN = {
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen base with its tokenizer. `name` is what the recipe calls it."""
+    """A frozen base with its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    name: str
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -121,7 +120,7 @@ def load_base(recipe: Recipe) -> Base:
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         raise ModelError(_not_there(recipe.model, recipe.model_folder is not None, error)) from error
     keep_base_constant(model)
-    return Base(model.eval().requires_grad_(False), tokenizer, recipe.model)
+    return Base(model.eval().requires_grad_(False), tokenizer)
 
 
 def _folder(recipe: Recipe) -> str:
