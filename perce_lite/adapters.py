@@ -105,6 +105,17 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
+def _weighting(about: dict[str, Any]) -> str:
+    """How the adapter's loss was weighted, in words."""
+    estimator, clipped = about["estimator"], f"weights clipped to {about['clip_min']} .. {about['clip_max']}"
+    if estimator == "uniform":
+        return "plain SFT, all response tokens weigh the same (estimator `uniform`, a control)"
+    if estimator == "shuffled":
+        return f"weights shuffled inside each response (estimator `shuffled`, a control; {clipped})"
+    leans = "every response token weighted by how much it leans on the user's profile"
+    return f"{leans} (estimator `{estimator}`, {clipped})"
+
+
 def model_card(about: dict[str, Any]) -> str:
     """The README.md of an adapter, with the front matter that the Hub reads."""
     recipe, data = about["recipe"], about["data"]
@@ -128,8 +139,7 @@ def model_card(about: dict[str, Any]) -> str:
         "",
         f"# A personal LoRA adapter for {Path(name).name}",
         "",
-        "Trained with PerCE Lite: every response token weighted by how much it leans on the user's profile "
-        f"(estimator `{about['estimator']}`, weights clipped to {about['clip_min']} .. {about['clip_max']}). {needs}",
+        f"Trained with PerCE Lite: {_weighting(about)}. {needs}",
         "",
         f"- Data: {data['rows']} rows of {data['users']} users (fingerprint `{data['fingerprint']}`)",
         f"- Base: `{recipe['model']}`, quantization `{recipe['quantization']}`; its licence holds for the adapter too",

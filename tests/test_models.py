@@ -11,7 +11,7 @@ import torch
 import toys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from perce_lite import models
+from perce_lite import adapters, models
 from perce_lite.errors import AdapterError, ModelError
 from perce_lite.models import BUILT_IN, BuiltIn, built_in_folder, load_base
 from perce_lite.recipe import Recipe
@@ -111,8 +111,6 @@ def test_a_model_that_is_not_there_says_what_to_do(tmp_path):
 
 
 def test_adapter_of_another_base_is_refused(toy_trainer, tmp_path):
-    from perce_lite import adapters
-
     trainer = toy_trainer(max_steps=1)
     about = {
         "recipe": {"model": "toy", "quantization": "none", "data": {"path": "rows.jsonl"}},
@@ -128,6 +126,32 @@ def test_adapter_of_another_base_is_refused(toy_trainer, tmp_path):
     card = json.loads((tmp_path / "adapter" / "perce_lite.json").read_text())
     assert set(card["versions"]) >= {"torch", "peft", "trl"}
     assert "profile in the prompt" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "told", "untold"),
+    [
+        (
+            "base",
+            "weighted by how much it leans on the user's profile (estimator `base`, weights clipped",
+            "",
+        ),
+        ("uniform", "plain SFT, all response tokens weigh the same (estimator `uniform`, a control)", "clipped"),
+        (
+            "shuffled",
+            "weights shuffled inside each response (estimator `shuffled`, a control; weights clipped",
+            "leans",
+        ),
+    ],
+)
+def test_the_card_says_how_the_loss_was_weighted(estimator, told, untold):
+    about = {
+        "recipe": {"model": "toy", "quantization": "none"}, "estimator": estimator, "train_on": "factual",
+        "clip_min": 0.8, "clip_max": 5.0, "data": {"rows": 1, "users": 1, "fingerprint": ""}, "metrics": {"losses": []},
+    }  # fmt: skip
+    card = adapters.model_card(about)
+    assert told in card
+    assert not untold or untold not in card
 
 
 def test_built_in_model_is_a_language_model(real_model):
