@@ -27,8 +27,7 @@ from perce_lite.models import keep_base_constant
 from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.recipe import Template
 from perce_lite.rows import from_columns
-from perce_lite.score import Job, batch_log_probs, frozen, runs, store_key, under_base
-from perce_lite.store import Store
+from perce_lite.score import Job, batch_log_probs, frozen, runs, store_of, under_base
 
 _REFUSED_ARGUMENTS = {
     "data_collator": "the batch carries columns of its own",
@@ -140,7 +139,7 @@ class PerCETrainer(SFTTrainer):
         pairs = self.pairs["train"]
         users = [pair.row.user for pair in pairs]
         jobs = [Job(user, getattr(pair, term)) for term in needed for user, pair in zip(users, pairs, strict=True)]
-        store = Store(Path(self.args.store), store_key(self.model, self.autocast)) if self.args.store else None
+        store = store_of(self.args.store, self.model, self.autocast)
         scored = under_base(self.model, jobs, store, self.autocast, "Scoring under the base")
         self.store_hits = scored.hits / len(jobs)
         terms = {term: scored.log_probs[i * len(pairs) : (i + 1) * len(pairs)] for i, term in enumerate(needed)}
