@@ -119,11 +119,16 @@ def _batches(sequences: Sequence[Tokens], alone: bool) -> Iterator[list[int]]:
 
 
 def store_key(model: torch.nn.Module, autocast: torch.dtype | None) -> str:
-    """The store's folder for a base: its weights, quantisation, compute dtype, device kind and what its config says."""
+    """The store's folder for a base: its weights, quantisation, compute dtype, device kind and what its config says.
+
+    Float32 products that are allowed to be less than that (`tf32: true`) count as well.
+    """
     device = next(model.parameters()).device.type
     config = {name: value for name, value in base_of(model).config.to_dict().items() if name not in _NO_ARITHMETIC}
     four_bit = sorted({str(one.compute_dtype) for one in model.modules() if isinstance(one, bnb.nn.Linear4bit)})
-    return digest([fingerprint(model), str(autocast), four_bit, device, config, SCORING_VERSION])
+    products = (torch.backends.cuda if device == "cuda" else torch.backends.mkldnn).matmul.fp32_precision
+    less = [] if products in ("none", "ieee") else [products]
+    return digest([fingerprint(model), str(autocast), four_bit, device, config, SCORING_VERSION, *less])
 
 
 def store_of(folder: str | None, model: torch.nn.Module, autocast: torch.dtype | None) -> Store | None:
