@@ -188,7 +188,7 @@ class PerCETrainer(SFTTrainer):
             factual = constants.get("factual_log_probs", outputs.log_probs)
             counterfactual = constants.get("counterfactual_log_probs")
             pir = None if counterfactual is None else contrast.pir(factual, counterfactual)
-            self._record(outputs, pir)
+            self._record(outputs, pir, num_items_in_batch)
             if pir is not None:
                 weights = contrast.weights(pir, self.args.clip_min, self.args.clip_max, self.weight_scale)
                 outputs.log_probs = weights * outputs.log_probs
@@ -210,10 +210,15 @@ class PerCETrainer(SFTTrainer):
         mask = labels[:, 1:] != IGNORED
         return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
 
-    def _record(self, outputs: Any, pir: Tensor | None) -> None:
-        """Adds the step's figures to those that TRL averages and logs."""
+    def _record(self, outputs: Any, pir: Tensor | None, window_tokens: Any) -> None:
+        """Adds the step's figures to those that TRL averages and logs; `window_tokens`: of the accumulation window.
+
+        The unweighted loss is scaled so that its mean over a window's batches is the window's mean over tokens.
+        """
         mask = outputs.label_mask
-        figures = {"unweighted_loss": -(outputs.log_probs.detach().sum() / mask.sum().clamp(min=1)).item()}
+        batches = 1 if window_tokens is None else self.current_gradient_accumulation_steps
+        tokens = torch.as_tensor(mask.sum() if window_tokens is None else window_tokens).clamp(min=1)
+        figures = {"unweighted_loss": -(outputs.log_probs.detach().sum() * batches / tokens).item()}
         if pir is not None:
             figures |= contrast.health(pir[mask], self.args.clip_min, self.args.clip_max)
             figures["weight_mean"] *= self.weight_scale

@@ -47,6 +47,22 @@ def test_every_step_logs_loss_pir_weights_and_hits(toy_trainer, tmp_path):
     assert first == second
 
 
+def test_the_logged_loss_is_the_mean_over_the_tokens_of_a_step(toy_trainer):
+    rows = [
+        {**row, "completion": row["completion"] * (1 + 5 * (number % 2))} for number, row in enumerate(toys.toy_rows())
+    ]
+    options = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 5,
+        "train_sampling_strategy": "sequential",
+    }
+    trainer = toy_trainer(rows=rows, estimator="uniform", max_steps=4, num_train_epochs=2, **options)
+    trainer.train()
+    steps = [log for log in trainer.state.log_history if "unweighted_loss" in log]
+    assert len(steps) == 4, "the last of an epoch is of three rows"
+    assert [log["unweighted_loss"] for log in steps] == pytest.approx([log["loss"] for log in steps], rel=1e-4)
+
+
 def test_training_on_counterfactual_has_no_profile_in_the_batch(toy_trainer):
     trainer = toy_trainer(train_on="counterfactual")
     with_profile = toy_trainer(train_on="factual")
