@@ -77,6 +77,8 @@ class PerCETrainer(SFTTrainer):
     ) -> None:
         args = args if args is not None else PerCEConfig(output_dir="perce-output")
         _refuse(model, args, train_dataset, {**kwargs, "eval_dataset": eval_dataset})
+        if isinstance(model, str):
+            args.model_init_kwargs = _on_one_device(args)
         self.audits: dict[str, Audit] = {}
         self.pairs: dict[str, list[Pair]] = {}
         self._template, self._max_profile_tokens = template, max_profile_tokens
@@ -273,6 +275,10 @@ def _refuse(model: Any, args: PerCEConfig, train_dataset: Any, kwargs: dict[str,
     faults = [f"{name}: {why}" for name, why in _REFUSED_ARGUMENTS.items() if kwargs.get(name) is not None]
     if not isinstance(args, PerCEConfig):
         faults.append(f"args: a PerCEConfig is needed, this is {type(args).__name__}")
+    elif isinstance(model, str):
+        faults += _device_faults((args.model_init_kwargs or {}).get("device_map"))
+    if isinstance(model, torch.nn.Module):
+        faults += _spread_faults(model)
     peft = model.active_peft_config if isinstance(model, PeftModel) else kwargs.get("peft_config")
     if peft is None:
         faults.append("peft_config: the counterfactual is the base with its adapters off, so there must be an adapter")
@@ -288,6 +294,31 @@ def _refuse(model: Any, args: PerCEConfig, train_dataset: Any, kwargs: dict[str,
         faults += _column_faults(train_dataset.column_names)
     if faults:
         raise ConfigError(faults)
+
+
+def _on_one_device(args: PerCEConfig) -> dict[str, Any]:
+    """What TRL loads a model's name with: on the training's own device, where TRL's "auto" takes every card it sees."""
+    given = args.model_init_kwargs or {}
+    return given if args.device.type in ("cpu", "mps") else {"device_map": {"": args.device}, **given}
+
+
+def _device_faults(device_map: Any) -> list[str]:
+    """Why a `device_map` may put a model on several devices, which would train but not as it is scored."""
+    several = device_map in ("auto", "balanced", "balanced_low_0", "sequential")
+    if several or (isinstance(device_map, dict) and len(set(map(str, device_map.values()))) > 1):
+        return [
+            f"model_init_kwargs: device_map {device_map!r} may spread the model over several devices, and PerCE Lite "
+            "trains on one; leave device_map out"
+        ]
+    return []
+
+
+def _spread_faults(model: torch.nn.Module) -> list[str]:
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) < 2:
+        return []
+    where = ", ".join(devices)
+    return [f"model: it lies on {where}, and PerCE Lite trains on one device; load it with device_map={{'': 0}}"]
 
 
 def _lora_faults(lora: LoraConfig) -> list[str]:
