@@ -13,12 +13,13 @@ from perce_lite.console import say, warn
 from perce_lite.controls import PROFILES, Case, Judge, Sums, score_cases
 from perce_lite.data import read_rows
 from perce_lite.errors import DataError, NonFiniteLossError, RecipeError
-from perce_lite.evaluate import held_out, opened
+from perce_lite.evaluate import held_out
 from perce_lite.files import safe_name
 from perce_lite.models import load_base, load_tokenizer
 from perce_lite.pairs import PairMaker
 from perce_lite.recipe import Recipe, training_config, with_train
 from perce_lite.rows import Row, of_split
+from perce_lite.score import store_of
 from perce_lite.train import Run, fit, run_of
 
 ARMS = "uniform,shuffled,base,mixed,bootstrap"
@@ -196,7 +197,7 @@ def _score(
         folder = None if training is None else training.run(rows)[1].adapter
         what = UNTRAINED if training is None else f"{training.arm.name}, rate {training.rate:g}, seed {training.seed}"
         with adapters.on(base.model, folder) as model:
-            store = opened(model, config, folder is not None)
+            store = store_of(config.store, model, config.autocast, folder is not None)
             scored = score_cases(model, found, names, store, config.autocast, what, folder is not None)
         judge = judge or Judge(found, scored, config.clip_min)
         sums[training] = judge.sums(scored)
