@@ -93,6 +93,7 @@ class PerCETrainer(SFTTrainer):
         if next(self.model.parameters()).device.type == "cpu":
             project_scored_positions_only(self.model)
         self.weight_scale, self.store_hits = 1.0, 0.0
+        self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the training loop counts
         bootstrap = args.estimator == "bootstrap"
         self._scoring_forward = scoring_forward(self.model) if bootstrap else None
         self.data_collator = PairCollator(
