@@ -233,6 +233,8 @@ _STOPPED = {
     "check": "Nothing was written; the same command starts over.",
     "generate": "Nothing was written; the same command starts over.",
     "inspect": "What was scored under the base is kept; the same command scores the rest.",
+    "eval": "What was scored and answered is kept; the same command does the rest.",
+    "compare": "Finished trainings are kept; the same command goes on from the last checkpoint.",
     "store show": "Nothing was changed.",
     "store clear": "What is removed stays removed; the same command removes the rest.",
 }
