@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from perce_lite.errors import AdapterError, NonFiniteLossError
@@ -95,6 +96,26 @@ def load(base: PreTrainedModel, folder: Path) -> PeftModel:
         if ".lora_" in name:
             parameter.data = parameter.data.to(torch.float32)
     return model.eval()
+
+
+def start_from(model: PeftModel, folder: Path) -> None:
+    """Gives `model`'s adapter the weights of the one in `folder`.
+
+    Raises:
+        AdapterError: no adapter there, or one of another shape or base.
+    """
+    card = about(folder)
+    ours = sketch(model.get_base_model())
+    weights = load_file(Path(card["folder"]) / "adapter_model.safetensors")
+    missing = set(get_peft_model_state_dict(model)) ^ set(weights)
+    if not same_base(card["base"], ours) or missing:
+        raise AdapterError(
+            f"{folder}: an adapter of another base or with other LoRA layers; nothing can start from it."
+        )
+    try:
+        set_peft_model_state_dict(model, weights)
+    except RuntimeError as error:
+        raise AdapterError(f"{folder}: its LoRA layers have another rank than lora.r asks for: {error}") from error
 
 
 @contextmanager

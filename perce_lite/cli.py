@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from perce_lite import cli_fleet
+from perce_lite.cli_options import Json, RecipePath, Set, write
 from perce_lite.console import errors, quiet
 from perce_lite.errors import PerceLiteError
 
@@ -19,10 +21,9 @@ app = typer.Typer(
 )
 store_app = typer.Typer(help="The log-probs kept between runs.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
+app.command("fleet")(cli_fleet.fleet)
+app.add_typer(cli_fleet.adapters_app, name="adapters")
 
-RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set train.learning_rate=1e-4.")]
-Json = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write the figures to this file as well.")]
 StorePath = Annotated[Path | None, typer.Option("--path", help="The store's folder; default: that of the recipes.")]
 
 
@@ -41,7 +42,7 @@ def train(
     from perce_lite.train import train as run
 
     figures = run(read, restart)
-    _write(json, figures)
+    write(json, figures)
     tables.show_training(figures)
 
 
@@ -55,7 +56,7 @@ def check(recipe: RecipePath, set_: Set = None, json: Json = None) -> None:
     from perce_lite.check import check as run
 
     figures = run(read)
-    _write(json, figures)
+    write(json, figures)
     tables.show_check(figures)
 
 
@@ -81,7 +82,7 @@ def inspect(
     figures = run(read, adapter, rows, user, top)
     page = out or read.output_dir / "inspect.html"
     write_inspection(figures, page)
-    _write(json, figures)
+    write(json, figures)
     tables.show_inspection(figures, page)
 
 
@@ -106,7 +107,7 @@ def evaluate(
     told, made = sections.evaluation_sentences(figures), sections.evaluation(figures)
     lead = f"{recipe}, {figures['model']}; the base, and the adapters {', '.join(list(figures['arms'])[1:])}."
     write_figures("Held-out texts, under controls", lead, told, made, page, figures["answers"])
-    _write(json, {**figures, "sentences": told})
+    write(json, {**figures, "sentences": told})
     tables.show_sections(told, made, page)
 
 
@@ -138,7 +139,7 @@ def compare(
     told, made = sections.comparison_sentences(figures), sections.comparison(figures)
     lead = f"{recipe}, {figures['model']}; {len(figures['arms'])} arms, {seeds} seeds."
     write_figures("Ways of weighting, compared", lead, told, made, page)
-    _write(json, {**figures, "sentences": told})
+    write(json, {**figures, "sentences": told})
     tables.show_sections(told, made, page)
 
 
@@ -169,7 +170,7 @@ def generate(
     set_seed(seed)
     options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
     figures = from_folder(adapter, prompt, text, user, max_new_tokens, not base, stream=True, **options)
-    _write(json, figures)
+    write(json, figures)
 
 
 @store_app.command("show")
@@ -180,7 +181,7 @@ def store_show(path: StorePath = None, json: Json = None) -> None:
 
     root = path or home() / "store"
     bases = store.usage(root)
-    _write(json, {"store": str(root), "bases": bases})
+    write(json, {"store": str(root), "bases": bases})
     tables.show_store(root, bases)
 
 
@@ -192,7 +193,7 @@ def store_clear(path: StorePath = None, json: Json = None) -> None:
 
     root = path or home() / "store"
     freed = store.clear(root)
-    _write(json, {"store": str(root), "bytes_freed": freed})
+    write(json, {"store": str(root), "bytes_freed": freed})
     errors.print(f"Cleared {root}: {freed / 2**20:.2f} MiB freed.")
 
 
@@ -203,13 +204,6 @@ def _text_or_file(given: str | None) -> str | None:
         return Path(given[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise typer.BadParameter(f"--profile {given}: {error}") from error
-
-
-def _write(path: Path | None, figures: dict[str, Any]) -> None:
-    if path is not None:
-        from perce_lite.files import write_json
-
-        write_json(path, figures)
 
 
 def main() -> None:
@@ -235,6 +229,7 @@ _STOPPED = {
     "inspect": "What was scored under the base is kept; the same command scores the rest.",
     "eval": "What was scored and answered is kept; the same command does the rest.",
     "compare": "Finished trainings are kept; the same command goes on from the last checkpoint.",
+    "fleet": "Who was trained stays so; the same command goes on.",
     "store show": "Nothing was changed.",
     "store clear": "What is removed stays removed; the same command removes the rest.",
 }

@@ -3,6 +3,9 @@
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 from rich.console import Console
 from rich.progress import (
@@ -22,6 +25,19 @@ errors = Console(stderr=True, highlight=False)
 """Progress, warnings and errors: standard output stays clean for what was asked for."""
 
 
+_silent = ContextVar("silent", default=False)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Inside, progress bars and lines of `say` stay off the screen: one bar above them tells of all."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
 def progress_bar() -> Progress:
     """A progress bar with count, time gone and time left, on standard error."""
     return Progress(
@@ -34,12 +50,14 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=errors,
+        disable=_silent.get(),
     )
 
 
 def say(message: str) -> None:
     """One dim line about what is going on, on standard error."""
-    errors.print(message, style="dim", markup=False)
+    if not _silent.get():
+        errors.print(message, style="dim", markup=False)
 
 
 def warn(message: str) -> None:

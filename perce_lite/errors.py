@@ -9,6 +9,7 @@ PerceLiteError              the command line prints it as one clean line and exi
 |- DeviceError              a device that was asked for and is absent
 |- AdapterError             a folder that is no adapter, or one of another base
 |- RunError                 an output folder that belongs to another run
+|- FleetError               a fleet folder that cannot be used, or a user it does not know
 |- DiskFullError            no space left where something had to be written
 `- NonFiniteLossError       a loss that is not a number; names the rows
 """
@@ -57,6 +58,10 @@ class AdapterError(PerceLiteError):
 
 class RunError(PerceLiteError):
     """An output folder that belongs to another run."""
+
+
+class FleetError(PerceLiteError):
+    """A fleet folder that cannot be used, or a user or an adapter that the fleet does not know."""
 
 
 class DiskFullError(PerceLiteError):

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 import xxhash
 from filelock import FileLock
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -28,9 +30,9 @@ from transformers import (
 from perce_lite.config import chosen_dtype, pick_device
 from perce_lite.console import errors as console
 from perce_lite.console import say
-from perce_lite.errors import ModelError, TemplateError
+from perce_lite.errors import ModelError, RecipeError, TemplateError
 from perce_lite.files import disk_full_is_clear, folder_written_aside, home, read_json
-from perce_lite.recipe import Recipe
+from perce_lite.recipe import Recipe, lora_config
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,33 @@ def load_base(recipe: Recipe) -> Base:
         raise ModelError(_not_there(recipe, error)) from error
     keep_base_constant(model)
     return Base(model.eval().requires_grad_(False), tokenizer)
+
+
+def adapter_bytes(recipe: Recipe) -> int:
+    """Size of one adapter of the recipe, float32; no weights are read.
+
+    Raises:
+        ModelError: as `load_base`; RecipeError: a `lora` section that does not go with the model.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(_folder(recipe)))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_not_there(recipe, error)) from error
+    adapted = with_adapter(model, recipe)
+    return 4 * sum(one.numel() for name, one in adapted.named_parameters() if ".lora_" in name)
+
+
+def with_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
+    """`model` with a new adapter on it, as the recipe's `lora` asks.
+
+    Raises:
+        RecipeError: a `lora` section that does not go with the model.
+    """
+    try:
+        return get_peft_model(model, lora_config(recipe))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise RecipeError(recipe.source, [f"lora: does not go with {recipe.model}: {error}"]) from error
 
 
 def _folder(recipe: Recipe) -> str:

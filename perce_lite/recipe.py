@@ -4,19 +4,18 @@
 imported only when those two are checked.
 """
 
-import dataclasses
 import difflib
 import re
-import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from perce_lite.errors import RecipeError
+from perce_lite.faults import cross_faults, pydantic_fault, third_party_faults
 from perce_lite.files import digest, home
-from perce_lite.source import Lines, apply_overrides, read_yaml, where
+from perce_lite.source import apply_overrides, read_yaml
 
 
 class Section(BaseModel):
@@ -95,6 +94,23 @@ class Evaluation(Section):
     )
 
 
+class Fleet(Section):
+    """Who gets an adapter of their own."""
+
+    group_by: Literal["user", "cohort", "all"] = Field("user", description="what an adapter belongs to")
+    min_examples: int = Field(8, ge=1, description="training rows that a user needs for an adapter of their own")
+    init_from: Literal["auto", "cohort", "all", "none"] = Field(
+        "auto",
+        description="what it starts from; auto: the cohort's adapter where the data names cohorts, else everybody's",
+    )
+    train: dict[str, Any] = Field(
+        {}, description="fields of train: that differ for the adapters that start from another"
+    )
+    gate: float | None = Field(
+        0.0, description="nats a token on validation rows by which it must beat what it replaces; null: no gate"
+    )
+
+
 class Recipe(Section):
     """All that a run depends on."""
 
@@ -107,6 +123,7 @@ class Recipe(Section):
     template: Template = Template()
     split: Split = Split()
     evaluation: Evaluation = Evaluation()
+    fleet: Fleet = Fleet()
     lora: dict[str, Any] = Field({}, description="fields of peft.LoraConfig")
     train: dict[str, Any] = Field({}, description="fields of PerCEConfig, so of trl.SFTConfig")
     _source: str = PrivateAttr("")
@@ -151,6 +168,7 @@ class Recipe(Section):
             plain["train"]["chat_template_path"] = digest(template.read_bytes().hex())
         plain["data"].pop("path")
         plain.pop("evaluation")
+        plain.pop("fleet")
         return digest(plain)
 
 
@@ -199,8 +217,8 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
         recipe = Recipe.model_validate(plain)
         recipe._source = str(path.absolute())
     except ValidationError as error:
-        faults += [_pydantic_fault(fault, plain, lines) for fault in error.errors()]
-    faults += _cross_faults(plain, lines) + _third_party_faults(plain, lines)
+        faults += [pydantic_fault(fault, Recipe, lines) for fault in error.errors()]
+    faults += cross_faults(plain, lines) + third_party_faults(plain, lines)
     if faults:
         raise RecipeError(str(path), faults)
     assert recipe is not None
@@ -215,7 +233,7 @@ def with_train(recipe: Recipe, what: str, overrides: typing.Sequence[str]) -> Re
     """
     plain: dict[str, Any] = {}
     faults = apply_overrides(plain, {}, [f"train.{one}" for one in overrides])
-    faults += _third_party_faults(plain, {})
+    faults += third_party_faults(plain, {})
     if faults:
         raise RecipeError(what, faults)
     changed = recipe.model_copy(update={"train": {**recipe.train, **plain.get("train", {})}})
@@ -267,120 +285,3 @@ def _recipes_nearby(path: Path) -> str:
     if near:
         return f"Did you mean {near[0]}?"
     return f"Recipes here: {', '.join(found)}" if found else "Give the path of a YAML file."
-
-
-def _nearest(name: str, allowed: typing.Iterable[str]) -> str:
-    allowed = sorted(allowed)
-    near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"allowed: {', '.join(allowed)}" if len(allowed) < 30 else f"{len(allowed)} names are allowed, none like it"
-
-
-def _pydantic_fault(fault: Any, plain: dict[str, Any], lines: Lines) -> str:
-    at = tuple(fault["loc"])
-    name = ".".join(map(str, at))
-    if fault["type"] == "extra_forbidden":
-        section: type[BaseModel] = Recipe
-        for part in at[:-1]:
-            annotation = section.model_fields[str(part)].annotation
-            assert isinstance(annotation, type)
-            section = annotation
-        return f"{where(at, lines)}unknown key {name}; {_nearest(str(at[-1]), section.model_fields)}"
-    if fault["type"] == "missing":
-        return f"{name}: is missing"
-    message = fault["msg"].removeprefix("Input ")
-    return f"{where(at, lines)}{name}: {fault['input']!r} {message}"
-
-
-def _cross_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
-    """Faults of keys that do not go together."""
-    faults = []
-    data = plain.get("data")
-    if isinstance(data, dict) and (data.get("path") is None) == (data.get("hub") is None):
-        faults.append(f"{where(('data',), lines)}data: give path (a file) or hub (a data set of the Hub), one of them")
-    if isinstance(data, dict) and isinstance(data.get("columns"), dict):
-        faults += _column_faults(data["columns"], lines)
-    template = plain.get("template")
-    wrapper = template.get("profile") if isinstance(template, dict) else None
-    if isinstance(wrapper, str) and "{profile}" not in wrapper:
-        faults.append(f"{where(('template', 'profile'), lines)}template.profile: has no {{profile}} in it")
-    item = template.get("item") if isinstance(template, dict) else None
-    if isinstance(item, str) and "{text}" not in item:
-        faults.append(f"{where(('template', 'item'), lines)}template.item: has no {{text}} in it")
-    return faults
-
-
-def _column_faults(columns: dict[str, Any], lines: Lines) -> list[str]:
-    """Columns of the file that are given two of our names: a record can tell only one of them."""
-    ours_of: dict[str, list[str]] = {}
-    for ours, theirs in columns.items():
-        ours_of.setdefault(str(theirs), []).append(str(ours))
-    return [
-        f"{where(('data', 'columns', ours[-1]), lines)}data.columns: {' and '.join(ours)} are both taken from the "
-        f"column {theirs}; a column has one name, so leave all but one of them out"
-        for theirs, ours in ours_of.items()
-        if len(ours) > 1
-    ]
-
-
-def _third_party_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
-    """Checks `train:` and `lora:` against the fields of the classes that they are passed to."""
-    given = {name: plain[name] for name in ("train", "lora") if isinstance(plain.get(name), dict) and plain[name]}
-    faults = _generation_faults(plain, lines)
-    if not given:
-        return faults
-    from peft import LoraConfig
-
-    from perce_lite.config import PerCEConfig
-
-    for section, target in (("train", PerCEConfig), ("lora", LoraConfig)):
-        values = given.get(section, {})
-        allowed = {one.name for one in dataclasses.fields(target) if one.init}
-        hints = typing.get_type_hints(target)
-        for name, value in values.items():
-            at = where((section, name), lines)
-            if name not in allowed:
-                faults.append(f"{at}unknown key {section}.{name}; {_nearest(str(name), allowed)}")
-            elif (complaint := _type_fault(hints[name], value)) is not None:
-                faults.append(f"{at}{section}.{name}: {value!r} is not {complaint}")
-    return faults
-
-
-def _generation_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
-    """Names in `evaluation.generation` that transformers' GenerationConfig does not have."""
-    evaluation = plain.get("evaluation")
-    given = evaluation.get("generation") if isinstance(evaluation, dict) else None
-    if not isinstance(given, dict) or not given:
-        return []
-    from transformers import GenerationConfig
-
-    allowed = set(vars(GenerationConfig())) - {"max_new_tokens"}
-    return [
-        f"{where(('evaluation', 'generation', name), lines)}unknown key evaluation.generation.{name}; "
-        f"{_nearest(str(name), (one for one in allowed if not one.startswith('_')))}"
-        for name in given
-        if name not in allowed
-    ]
-
-
-def _type_fault(hint: Any, value: Any) -> str | None:
-    """What `value` should have been, or None where it fits `hint`."""
-    plain = typing.get_args(hint) if _is_union(hint) else (hint,)
-    checkable = [one for one in plain if one in (bool, int, float, str, types.NoneType, dict, list)]
-    if len(checkable) < len(plain):  # enums, nested generics and classes: the class itself will tell
-        return None
-    if value is None or (isinstance(value, bool) and bool not in checkable):
-        fits = types.NoneType in checkable if value is None else False
-    else:
-        try:
-            TypeAdapter(hint).validate_python(value, strict=not isinstance(value, int))
-            fits = True
-        except ValidationError:
-            fits = False
-    names = {types.NoneType: "null", str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
-    return None if fits else " or ".join(names.get(one, f"a {one.__name__}") for one in checkable)
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)

@@ -101,9 +101,9 @@ def spread_over_users(rows: Sequence[Row], count: int) -> list[Row]:
 def split_rows(rows: Sequence[Row], split: Split, source: str = "the data", otherwise: str = "row") -> list[Row]:
     """Gives every row a split: the data's own where it has one, else a seeded one.
 
-    Rows of users whom training must not meet become `unseen`: all of them, or by time the test rows alone.
-    `otherwise` is what `by: auto` means where the data has none; "time" holds out the last rows of each user, so that
-    no held-out text stands in a profile that was trained on.
+    By row, a user's split depends on that user's rows alone. Rows of users whom training must not meet become `unseen`:
+    all of them, or by time the test rows alone. `otherwise` is what `by: auto` means where the data has none; "time"
+    holds out the last rows of each user, so that no held-out text stands in a profile that was trained on.
     """
     given = any(row.split for row in rows)
     by = split.by if split.by != "auto" else "given" if given else otherwise
@@ -118,18 +118,41 @@ def split_rows(rows: Sequence[Row], split: Split, source: str = "the data", othe
         by_user[row.user].append(index)
     if by == "time":
         groups = [[[index] for index in reversed(indices)] for indices in by_user.values()]
+    elif by == "row":
+        groups = [[[index] for index in _by_chance(rows, indices, split.seed)] for indices in by_user.values()]
     else:
-        units = [by_user[user] for user in sorted(by_user)] if by == "user" else [[i] for i in range(len(rows))]
-        random.Random(split.seed).shuffle(units)
-        groups = [units]
+        users = [by_user[user] for user in sorted(by_user)]
+        random.Random(split.seed).shuffle(users)
+        groups = [users]
     name_of = {}
     for group in groups:
-        tests, validations = round(split.test * len(group)), round(split.validation * len(group))
+        tests, held_out = _counts(split, len(group))
+        if by == "row" and len(groups) > 1:  # users with a few rows each: chance decides who holds out one more
+            chance = _place(split.seed, rows[group[0][0]].user)
+            tests, held_out = (
+                int(share * len(group) + chance) for share in (split.test, split.test + split.validation)
+            )
         for position, unit in enumerate(group):
-            name = "test" if position < tests else "validation" if position < tests + validations else "train"
+            name = "test" if position < tests else "validation" if position < held_out else "train"
             name_of.update(dict.fromkeys(unit, name))
     named = [replace(row, split=name_of[index]) for index, row in enumerate(rows)]
     return _hold_out_users(named, split, tests_alone=by == "time")
+
+
+def _counts(split: Split, count: int) -> tuple[int, int]:
+    """Of `count` units: how many are test, how many test or validation."""
+    tests = round(split.test * count)
+    return tests, tests + round(split.validation * count)
+
+
+def _by_chance(rows: Sequence[Row], indices: Sequence[int], seed: int) -> list[int]:
+    """One user's rows in an order that depends on their content alone: more rows, of anyone, shuffle nobody's anew."""
+    return sorted(indices, key=lambda index: _place(seed, rows[index].fingerprint()))
+
+
+def _place(seed: int, text: str) -> float:
+    """A number in 0 .. 1 that is as good as random."""
+    return int(digest([seed, text])[:12], 16) / 16**12
 
 
 def _hold_out_users(rows: list[Row], split: Split, tests_alone: bool) -> list[Row]:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from perce_lite.registry import Adapter
+
 PARTS = {"all": "all tokens", "personal": "personal", "others": "others"}
 
 SPLITS = {
@@ -273,3 +275,45 @@ def _side(one: Mapping[str, Any]) -> str:
 def _point(row: str, series: str, one: Mapping[str, Any] | None) -> Point:
     assert one is not None
     return Point(row, series, one["value"], one["low"], one["high"], tuple(one.get("seeds", ())))
+
+
+# fleet
+
+
+def fleet(book: Sequence[Adapter]) -> list[Section]:
+    """The table of a fleet: what others start from, then users, those whom training helped most first."""
+    rows: list[tuple[str, ...]]
+    ordered = sorted(book, key=lambda one: (one.kind == "user", one.kind == "cohort", -(one.gain or 0.0)))
+    rows = [
+        (
+            one.name if one.kind == "user" else one.kind if one.kind == "all" else f"cohort {one.name}",
+            one.state + (" (worse than what it replaces)" if one.gain is not None and one.gain < 0 else ""),
+            str(one.examples),
+            "–" if one.gain is None else f"{one.gain:+.3f}",
+            f"{_loss(one, 'base')} / {_loss(one, 'start')} / {_loss(one, 'own')}",
+            f"{one.bytes / 2**20:.1f}",
+        )
+        for one in ordered
+    ]
+    note = (
+        "Gain: nats a token on held-out rows against what the adapter started from (positive is better); then the loss "
+        "of the base, of what it started from, and of the adapter."
+    )
+    head = ("adapter", "state", "training rows", "gain", "base / start / own", "MiB")
+    return [Section("Adapters", note, head, rows)]
+
+
+def _loss(one: Adapter, who: str) -> str:
+    losses = one.metrics.get("losses", {})
+    judged = losses.get("test") or losses.get("validation")
+    return "–" if judged is None else f"{judged[who]:.3f}"
+
+
+def fleet_sentences(figures: Mapping[str, Any], book: Sequence[Adapter]) -> list[str]:
+    """What a fleet's figures say, in words."""
+    gains = [one.gain for one in book if one.kind == "user" and one.gain is not None]
+    told = [", ".join(f"{count} {state}" for state, count in figures["states"].items() if count) + "."]
+    if gains:
+        better = sum(gain > 0 for gain in gains)
+        told.append(f"Of {len(gains)} users with held-out rows {better} are better served by their own adapter.")
+    return told

@@ -125,7 +125,27 @@ def show_inspection(figures: dict[str, Any], page: Path) -> None:
     console.print(Text.assemble("Page: ", (str(page), "bold")))
 
 
-def show_sections(sentences: Sequence[str], sections: Sequence[Section], page: Path) -> None:
+def show_fleet(figures: dict[str, Any], page: Path) -> None:
+    """The end of `perce-lite fleet`: what was due, what became of it, who is served."""
+    due = ", ".join(f"{count} {kind}" for kind, count in figures["due"].items() if count)
+    console.print(f"Due: {due or 'nothing'}." + (" Nothing was trained (--dry-run)." if figures["dry_run"] else ""))
+    if not figures["dry_run"]:
+        console.print(
+            f"Trained {figures['trained']}, of them held back {figures['held_back']}; failed {figures['failed']}."
+        )
+    console.print(", ".join(f"{count} {state}" for state, count in figures["states"].items()))
+    console.print(Text.assemble("Page: ", (str(page), "bold")))
+
+
+def show_facts(figures: dict[str, Any]) -> None:
+    """Names and values, one a line."""
+    for name, value in figures.items():
+        told = "\n".join(map(str, value)) if isinstance(value, list) and name != "adapter" else value
+        told = " ".join(value) if name == "adapter" and value else told
+        console.print(Text.assemble((f"{name}: ", "bold"), str(told)), soft_wrap=True)
+
+
+def show_sections(sentences: Sequence[str], sections: Sequence[Section], page: Path | None = None) -> None:
     """`perce-lite eval` and `perce-lite compare`: the tables, what they say in words, where the page lies."""
     for section in sections:
         table = Table(title_justify="left", caption_justify="left")
@@ -137,7 +157,8 @@ def show_sections(sentences: Sequence[str], sections: Sequence[Section], page: P
         console.print(table)
     for sentence in sentences:
         console.print(Text(sentence))
-    console.print(Text.assemble("Page: ", (str(page), "bold")))
+    if page is not None:
+        console.print(Text.assemble("Page: ", (str(page), "bold")))
 
 
 def show_store(root: Path, bases: list[dict[str, int | str]]) -> None:

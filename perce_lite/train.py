@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from peft import get_peft_model
 from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_callback import ProgressCallback
 
@@ -15,12 +14,12 @@ from perce_lite import adapters
 from perce_lite.console import progress_bar, say
 from perce_lite.controls import before_and_after, cases
 from perce_lite.data import read_rows
-from perce_lite.errors import DataError, RecipeError, RunError
+from perce_lite.errors import DataError, RunError
 from perce_lite.files import digest, read_json, write_json
 from perce_lite.generate import generate
-from perce_lite.models import Base, fingerprint, load_base
+from perce_lite.models import Base, fingerprint, load_base, with_adapter
 from perce_lite.pairs import PairMaker
-from perce_lite.recipe import Recipe, lora_config, training_config
+from perce_lite.recipe import Recipe, training_config
 from perce_lite.rows import Row, of_split, spread_over_users, to_columns
 from perce_lite.score import store_of
 from perce_lite.trainer import PerCETrainer
@@ -57,6 +56,12 @@ def run_of(recipe: Recipe, rows: Sequence[Row]) -> "Run":
 def fit(recipe: Recipe, base: Base, rows: Sequence[Row], run: "Run", what: str = "Training") -> PerCETrainer:
     """Trains, or goes on from the last whole checkpoint, and saves the adapter; nothing is measured yet."""
     trainer = make_trainer(recipe, base, rows)
+    to_the_end(trainer, recipe, rows, run, what)
+    return trainer
+
+
+def to_the_end(trainer: PerCETrainer, recipe: Recipe, rows: Sequence[Row], run: "Run", what: str = "Training") -> None:
+    """What `fit` does with a trainer."""
     run.claim(fingerprint(trainer.model))
     checkpoint = run.last_checkpoint()
     if not (checkpoint and _take_finished(trainer, checkpoint)):
@@ -64,7 +69,6 @@ def fit(recipe: Recipe, base: Base, rows: Sequence[Row], run: "Run", what: str =
             trainer.train(resume_from_checkpoint=checkpoint)
     bare: dict[str, Any] = {"losses": [], "weights": health(trainer)}
     adapters.save(trainer.model, run.adapter, describe(recipe, trainer, rows, run, bare))  # whatever measuring meets
-    return trainer
 
 
 def _take_finished(trainer: PerCETrainer, checkpoint: str) -> bool:
@@ -145,6 +149,17 @@ class Run:
         for file in (self.figures, self._marker) if known else ():  # the marker last: a kill leaves the rest known
             file.unlink(missing_ok=True)
 
+    def make_way(self) -> None:
+        """Removes the checkpoints of another run in this folder; its adapter stays until the new one replaces it."""
+        if self._known() and read_json(self._marker)["run"] != self.fingerprint:
+            self.drop_checkpoints()
+
+    def drop_checkpoints(self) -> None:
+        """Removes the checkpoints and the marker: the adapter's card says all that is left to say."""
+        for folder in self._checkpoints():
+            shutil.rmtree(folder)
+        self._marker.unlink(missing_ok=True)
+
     @property
     def _marker(self) -> Path:
         return self.folder / "run.json"
@@ -180,18 +195,20 @@ def _has_run(path: Path) -> bool:
     return isinstance(found, dict) and {"run", "base"} <= set(found)
 
 
-def make_trainer(recipe: Recipe, base: Base, rows: Sequence[Row]) -> PerCETrainer:
-    """A trainer over the recipe's training rows; its validation rows are its `eval_dataset`."""
+def make_trainer(recipe: Recipe, base: Base, rows: Sequence[Row], start: Path | None = None) -> PerCETrainer:
+    """A trainer over the recipe's training rows; its validation rows are its `eval_dataset`.
+
+    start: the folder of an adapter whose weights it starts from
+    """
     training, validation = of_split(rows, "train"), of_split(rows, "validation")
     if not training:
         raise DataError("No training rows: every row is held out. Lower split.test and split.validation.")
     config = training_config(recipe)
     set_seed(config.seed)  # LoRA's first matrix is random
     evaluated = validation if config.eval_strategy != "no" else []
-    try:
-        model = get_peft_model(base.model, lora_config(recipe))
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise RecipeError(recipe.source, [f"lora: does not go with {recipe.model}: {error}"]) from error
+    model = with_adapter(base.model, recipe)
+    if start is not None:
+        adapters.start_from(model, start)
     trainer = PerCETrainer(
         model,
         config,

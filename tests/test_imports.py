@@ -11,8 +11,9 @@ HOUSE = """
 errors
 console    files      contrast   profiles   source     metrics
 config
+faults
 recipe
-rows
+rows       registry
 data       models     store      chat
 pairs      adapters
 collator   head
@@ -22,7 +23,11 @@ charts
 report
 inspection
 train      tables     evaluate
-compare
+groups
+compare    inprocess
+fleet      cli_options
+roster
+cli_fleet
 cli
 """
 

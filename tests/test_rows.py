@@ -1,5 +1,7 @@
 """Rows: splits, controls, the choice of a profile, and the way through a TRL data set."""
 
+from dataclasses import replace
+
 import datasets
 import pytest
 from hypothesis import given, settings
@@ -39,6 +41,22 @@ def test_splits_have_the_size_asked_for_and_repeat(by):
     assert (sum(map(len, users)) == 10) is (by == "user")
     if by == "time":
         assert found == ["train"] * 20 + ["validation"] * 10 + ["test"] * 20
+
+
+def test_a_new_row_moves_no_other_users_rows():
+    asked = Split(by="row", validation=0.2, test=0.2, seed=3)
+    before = {row.where: row.split for row in split_rows(ROWS, asked)}
+    more = replace(ROWS[0], where="new", completion=(answer("new"),))
+    after = {row.where: (row.user, row.split) for row in split_rows([more, *ROWS], asked)}
+    moved = {user for where, (user, split) in after.items() if where != "new" and split != before[where]}
+    assert moved <= {more.user}
+
+
+def test_users_with_few_rows_hold_out_their_share_among_them():
+    rows = [Row(f"w{i}", f"u{i // 3}", "p", (user("q"),), (answer(str(i)),)) for i in range(600)]
+    found = [row.split for row in split_rows(rows, Split(by="row", validation=0.1, test=0.1))]
+    assert 40 < found.count("test") < 80
+    assert 40 < found.count("validation") < 80
 
 
 def test_swapped_profiles_are_another_users():

@@ -1,0 +1,127 @@
+"""The commands of a fleet: `perce-lite fleet` and `perce-lite adapters`. Heavy modules are imported inside them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perce_lite.cli_options import Json, RecipePath, Set, write
+
+adapters_app = typer.Typer(help="The adapters of a fleet.", no_args_is_help=True)
+
+FleetPath = Annotated[
+    Path | None, typer.Option("--fleet", file_okay=False, help="The fleet's folder; else the only one under runs/.")
+]
+
+
+def fleet(
+    recipe: RecipePath,
+    only: Annotated[list[str] | None, typer.Option(help="Train this user alone; once for each.")] = None,
+    retrain: Annotated[
+        list[str] | None, typer.Option(help="Train this user, cohort:NAME or all again, though nothing has changed.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is due; train nothing.")] = False,
+    set_: Set = None,
+    json: Json = None,
+) -> None:
+    """Train an adapter for every user (or cohort) who is due, over one base. Goes on where it was."""
+    from perce_lite.recipe import load_recipe
+
+    read = load_recipe(recipe, set_ or [])
+    from perce_lite import sections, tables
+    from perce_lite.fleet import PAGE
+    from perce_lite.fleet import fleet as run
+    from perce_lite.inprocess import OneByOne
+    from perce_lite.registry import opened
+    from perce_lite.report import write_figures
+
+    figures = run(read, OneByOne, only or [], retrain or [], dry_run)
+    write(json, figures)
+    with opened(read.output_dir) as registry:
+        book = registry.all()
+    page = read.output_dir / PAGE
+    made = sections.fleet(book)
+    told = sections.fleet_sentences(figures, book)
+    write_figures("A fleet of adapters", f"{recipe}, {read.model}.", told, made, page)
+    tables.show_fleet(figures, page)
+    if figures["failed"]:
+        raise typer.Exit(3)
+
+
+@adapters_app.command("list")
+def adapters_list(fleet: FleetPath = None, json: Json = None) -> None:
+    """Every adapter of a fleet: state, training rows, gain, size."""
+    from dataclasses import asdict
+
+    from perce_lite import sections, tables
+    from perce_lite.registry import opened
+    from perce_lite.roster import find
+
+    with opened(find(fleet)) as registry:
+        book = registry.all()
+    write(json, {"adapters": [asdict(one) for one in book]})
+    tables.show_sections([], sections.fleet(book))
+
+
+@adapters_app.command("show")
+def adapters_show(
+    name: Annotated[str, typer.Argument(help="A user, cohort:NAME, or all.")],
+    fleet: FleetPath = None,
+    json: Json = None,
+) -> None:
+    """All that the book says of one adapter: lineage, figures, state."""
+    from perce_lite import tables
+    from perce_lite.registry import opened
+    from perce_lite.roster import find, show
+
+    with opened(find(fleet)) as registry:
+        figures = show(registry, name)
+    write(json, figures)
+    tables.show_facts(figures)
+
+
+@adapters_app.command("who")
+def adapters_who(
+    user: Annotated[str, typer.Argument(help="A user.")], fleet: FleetPath = None, json: Json = None
+) -> None:
+    """Which adapter serves a user, and why that one."""
+    from perce_lite import tables
+    from perce_lite.registry import opened
+    from perce_lite.roster import find, who
+
+    with opened(find(fleet)) as registry:
+        figures = who(registry, user)
+    write(json, figures)
+    tables.show_facts(figures)
+
+
+@adapters_app.command("verify")
+def adapters_verify(fleet: FleetPath = None, json: Json = None) -> None:
+    """Whether every adapter that was trained is there and whole."""
+    from perce_lite.console import console
+    from perce_lite.registry import opened
+    from perce_lite.roster import find, verify
+
+    with opened(find(fleet)) as registry:
+        faults, trained = verify(registry), sum(one.trained_run is not None for one in registry.all())
+    write(json, {"faults": faults, "trained": trained})
+    for fault in faults:
+        console.print(fault, markup=False, style="red")
+    console.print(f"{trained - len(faults)} of {trained} adapters are whole.")
+    if faults:
+        raise typer.Exit(2)
+
+
+@adapters_app.command("delete")
+def adapters_delete(
+    user: Annotated[str, typer.Argument(help="A user.")], fleet: FleetPath = None, json: Json = None
+) -> None:
+    """Remove all that was written of a user, and print a receipt."""
+    from dataclasses import asdict
+
+    from perce_lite import tables
+    from perce_lite.roster import delete, find
+
+    receipt = delete(find(fleet), user)
+    write(json, asdict(receipt))
+    tables.show_facts(asdict(receipt))

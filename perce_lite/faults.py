@@ -1,0 +1,128 @@
+"""Faults of a recipe, one sentence each: where, what was given, what is allowed, the nearest valid name."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from perce_lite.source import Lines, where
+
+
+def nearest(name: str, allowed: typing.Iterable[str]) -> str:
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"allowed: {', '.join(allowed)}" if len(allowed) < 30 else f"{len(allowed)} names are allowed, none like it"
+
+
+def pydantic_fault(fault: Any, root: type[BaseModel], lines: Lines) -> str:
+    at = tuple(fault["loc"])
+    name = ".".join(map(str, at))
+    if fault["type"] == "extra_forbidden":
+        section = root
+        for part in at[:-1]:
+            annotation = section.model_fields[str(part)].annotation
+            assert isinstance(annotation, type)
+            section = annotation
+        return f"{where(at, lines)}unknown key {name}; {nearest(str(at[-1]), section.model_fields)}"
+    if fault["type"] == "missing":
+        return f"{name}: is missing"
+    message = fault["msg"].removeprefix("Input ")
+    return f"{where(at, lines)}{name}: {fault['input']!r} {message}"
+
+
+def cross_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
+    """Faults of keys that do not go together."""
+    faults = []
+    data = plain.get("data")
+    if isinstance(data, dict) and (data.get("path") is None) == (data.get("hub") is None):
+        faults.append(f"{where(('data',), lines)}data: give path (a file) or hub (a data set of the Hub), one of them")
+    if isinstance(data, dict) and isinstance(data.get("columns"), dict):
+        faults += _column_faults(data["columns"], lines)
+    template = plain.get("template")
+    wrapper = template.get("profile") if isinstance(template, dict) else None
+    if isinstance(wrapper, str) and "{profile}" not in wrapper:
+        faults.append(f"{where(('template', 'profile'), lines)}template.profile: has no {{profile}} in it")
+    item = template.get("item") if isinstance(template, dict) else None
+    if isinstance(item, str) and "{text}" not in item:
+        faults.append(f"{where(('template', 'item'), lines)}template.item: has no {{text}} in it")
+    return faults
+
+
+def _column_faults(columns: dict[str, Any], lines: Lines) -> list[str]:
+    """Columns of the file that are given two of our names: a record can tell only one of them."""
+    ours_of: dict[str, list[str]] = {}
+    for ours, theirs in columns.items():
+        ours_of.setdefault(str(theirs), []).append(str(ours))
+    return [
+        f"{where(('data', 'columns', ours[-1]), lines)}data.columns: {' and '.join(ours)} are both taken from the "
+        f"column {theirs}; a column has one name, so leave all but one of them out"
+        for theirs, ours in ours_of.items()
+        if len(ours) > 1
+    ]
+
+
+def third_party_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
+    """Checks `train:` and `lora:` against the fields of the classes that they are passed to."""
+    given = {name: plain[name] for name in ("train", "lora") if isinstance(plain.get(name), dict) and plain[name]}
+    faults = _generation_faults(plain, lines)
+    if not given:
+        return faults
+    from peft import LoraConfig
+
+    from perce_lite.config import PerCEConfig
+
+    for section, target in (("train", PerCEConfig), ("lora", LoraConfig)):
+        values = given.get(section, {})
+        allowed = {one.name for one in dataclasses.fields(target) if one.init}
+        hints = typing.get_type_hints(target)
+        for name, value in values.items():
+            at = where((section, name), lines)
+            if name not in allowed:
+                faults.append(f"{at}unknown key {section}.{name}; {nearest(str(name), allowed)}")
+            elif (complaint := _type_fault(hints[name], value)) is not None:
+                faults.append(f"{at}{section}.{name}: {value!r} is not {complaint}")
+    return faults
+
+
+def _generation_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
+    """Names in `evaluation.generation` that transformers' GenerationConfig does not have."""
+    evaluation = plain.get("evaluation")
+    given = evaluation.get("generation") if isinstance(evaluation, dict) else None
+    if not isinstance(given, dict) or not given:
+        return []
+    from transformers import GenerationConfig
+
+    allowed = set(vars(GenerationConfig())) - {"max_new_tokens"}
+    return [
+        f"{where(('evaluation', 'generation', name), lines)}unknown key evaluation.generation.{name}; "
+        f"{nearest(str(name), (one for one in allowed if not one.startswith('_')))}"
+        for name in given
+        if name not in allowed
+    ]
+
+
+def _type_fault(hint: Any, value: Any) -> str | None:
+    """What `value` should have been, or None where it fits `hint`."""
+    plain = typing.get_args(hint) if _is_union(hint) else (hint,)
+    checkable = [one for one in plain if one in (bool, int, float, str, types.NoneType, dict, list)]
+    if len(checkable) < len(plain):  # enums, nested generics and classes: the class itself will tell
+        return None
+    if value is None or (isinstance(value, bool) and bool not in checkable):
+        fits = types.NoneType in checkable if value is None else False
+    else:
+        try:
+            TypeAdapter(hint).validate_python(value, strict=not isinstance(value, int))
+            fits = True
+        except ValidationError:
+            fits = False
+    names = {types.NoneType: "null", str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
+    return None if fits else " or ".join(names.get(one, f"a {one.__name__}") for one in checkable)
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)

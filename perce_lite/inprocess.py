@@ -1,0 +1,127 @@
+"""How a fleet's adapters are trained: one after another, over one base that stays in memory."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from perce_lite.console import no_bars
+from perce_lite.models import Base, load_base, sketch
+from perce_lite.pairs import PairMaker
+from perce_lite.recipe import Recipe
+from perce_lite.rows import Row, of_split
+from perce_lite.score import Job, kept_log_probs, store_of
+from perce_lite.train import Run, health, make_trainer, to_the_end
+from perce_lite.trainer import PerCETrainer
+
+
+@dataclass(frozen=True)
+class Task:
+    """One adapter to train.
+
+    folder: its own; the adapter comes to lie in `folder/adapter`
+    run: fingerprint of what it is trained from
+    start: folder of the adapter it starts from; None: from nothing
+    """
+
+    recipe: Recipe
+    rows: Sequence[Row]
+    folder: Path
+    run: str
+    start: Path | None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a task.
+
+    losses: split -> {base, start, own, tokens}, loss a token with the own profile, nats; a split without rows is absent
+    """
+
+    losses: dict[str, dict[str, float]]
+    weights: dict[str, float]
+    bytes: int
+
+
+class Engine(Protocol):
+    """What a fleet asks of the thing that trains: give it a task, get an adapter."""
+
+    def base(self) -> dict[str, Any]:
+        """The sketch of its base, by which a fleet's folder knows it again."""
+
+    def train(self, task: Task) -> Outcome:
+        """Trains the adapter, or goes on where a stopped one was; raises PerceLiteError where it cannot be."""
+
+
+class OneByOne:
+    """Trains with `PerCETrainer`, one adapter after another, over a base that is loaded once."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._loaded: Base | None = None
+
+    def base(self) -> dict[str, Any]:
+        return sketch(self._base().model)
+
+    def train(self, task: Task) -> Outcome:
+        run = Run(task.folder, task.run)
+        run.make_way()
+        recipe = task.recipe.model_copy(update={"train": {**task.recipe.train, "output_dir": str(task.folder)}})
+        base = self._base()
+        with no_bars(), self._bare(base.model):
+            trainer = make_trainer(recipe, base, task.rows, task.start)
+            before = _losses(trainer, recipe, task.rows, ("base", "start"))
+            to_the_end(trainer, recipe, task.rows, run)
+            after = _losses(trainer, recipe, task.rows, ("own",))
+            weights = health(trainer)
+            trainer.model.unload()
+        run.drop_checkpoints()
+        size = sum(file.stat().st_size for file in run.adapter.iterdir())
+        return Outcome({split: {**before[split], **after[split]} for split in before}, weights, size)
+
+    def _base(self) -> Base:
+        if self._loaded is None:
+            self._loaded = load_base(self._recipe)
+        return self._loaded
+
+    @contextmanager
+    def _bare(self, model: PreTrainedModel) -> Iterator[None]:
+        """Gives the base back as it was: a trainer wraps its forward once more. After a failure it is loaded anew."""
+        before = model.__dict__.get("forward")
+        try:
+            yield
+        except BaseException:
+            self._loaded = None
+            raise
+        model.__dict__.pop("forward", None)
+        if before is not None:
+            model.forward = before
+
+
+def _losses(
+    trainer: PerCETrainer, recipe: Recipe, rows: Sequence[Row], who: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Loss a token on held-out rows by split: of the base (from the store where it has it), of the adapter as it is."""
+    maker = PairMaker(trainer.processing_class, recipe.template, trainer.args.max_length, recipe.profile.max_tokens)
+    found = {}
+    for split in ("validation", "test"):
+        pairs = maker.make([row for row in of_split(rows, split) if row.profile][: recipe.evaluation.max_rows])
+        jobs = [
+            Job(pair.row.user, pair.factual if trainer.args.train_on == "factual" else pair.counterfactual)
+            for pair in pairs
+        ]
+        if not jobs:
+            continue
+        losses = {}
+        for name in who:
+            on = name != "base"
+            store = None if on else store_of(trainer.args.store, trainer.model, trainer.autocast)
+            scored = kept_log_probs(trainer.model, jobs, store, trainer.autocast, split, on).log_probs
+            losses[name] = -float(torch.cat(scored).double().mean())
+            losses["tokens"] = float(sum(one.numel() for one in scored))
+        found[split] = losses
+    return found

@@ -1,0 +1,162 @@
+"""Questions to a fleet's book: who is served by what and why, is it whole, and deleting a user without a trace."""
+
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from perce_lite.adapters import CARD
+from perce_lite.errors import FleetError
+from perce_lite.files import read_json, safe_name
+from perce_lite.fleet import renew
+from perce_lite.groups import EVERYBODY, Key
+from perce_lite.registry import FILE, Adapter, Registry, held
+
+QUOTING = ("fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json")
+"""What commands leave beside a fleet that quotes its users' texts."""
+
+
+def find(given: Path | None) -> Path:
+    """The fleet's folder: the one given, else the only one under runs/.
+
+    Raises:
+        FleetError: none there, or several to choose from.
+    """
+    if given is not None:
+        return given
+    found = sorted(path.parent for path in Path("runs").glob(f"*/{FILE}"))
+    if len(found) == 1:
+        return found[0]
+    told = f"several: {', '.join(map(str, found))}" if found else "none"
+    raise FleetError(f"Which fleet? Under runs/ there are {told}. Give its folder with --fleet.")
+
+
+def who(registry: Registry, user: str) -> dict[str, Any]:
+    """{user, adapter: (kind, name) or None, folder, why}: which adapter serves `user`, and why that one.
+
+    Raises:
+        FleetError: no such user.
+    """
+    known = registry.user(user)
+    if known is None:
+        like = ", ".join(registry.users_like(user))
+        raise FleetError(f"user {user}: the fleet knows no such user" + (f"; it knows {like}" if like else ""))
+    cohort, examples, own = known
+    reasons = []
+    chain: list[Key] = [("user", user)] if own else []
+    chain += [("cohort", cohort)] if cohort is not None else []
+    if not own:
+        reasons.append(f"{examples} training rows are too few for an adapter of their own")
+    for kind, name in [*chain, EVERYBODY]:
+        adapter = registry.get(kind, name)
+        if adapter is None:
+            continue
+        if adapter.state == "in service" or (adapter.state == "due" and _trained(registry, adapter)):
+            until = "" if adapter.state == "in service" else "in service until trained anew: "
+            reasons.append(until + adapter.why)
+            folder = str(registry.folder / adapter.folder / "adapter")
+            return {"user": user, "adapter": [kind, name], "folder": folder, "why": "; ".join(reasons)}
+        reasons.append(f"{_called(adapter)} is {adapter.state}: {adapter.why}")
+    reasons.append("so the base serves them")
+    return {"user": user, "adapter": None, "folder": None, "why": "; ".join(reasons)}
+
+
+def _trained(registry: Registry, adapter: Adapter) -> bool:
+    return (registry.folder / adapter.folder / "adapter" / CARD).is_file()
+
+
+def _called(adapter: Adapter) -> str:
+    return "everybody's" if adapter.kind == "all" else f"{adapter.kind} {adapter.name}'s"
+
+
+def show(registry: Registry, name: str) -> dict[str, Any]:
+    """All that the book says of one adapter: a user's, "cohort:NAME", or "all".
+
+    Raises:
+        FleetError: there is none.
+    """
+    kind, colon, rest = name.partition(":")
+    key = EVERYBODY if name == "all" else ("cohort", rest) if colon and kind == "cohort" else ("user", name)
+    found = registry.get(*key)
+    if found is None:
+        raise FleetError(f"{name}: the fleet has no such adapter; perce-lite adapters who USER says what serves a user")
+    return asdict(found)
+
+
+def verify(registry: Registry) -> list[str]:
+    """What is wrong with the adapters that were trained: files gone or torn, of another training than the book says."""
+    faults = []
+    for adapter in registry.all():
+        if adapter.trained_run is None:
+            continue
+        folder = registry.folder / adapter.folder / "adapter"
+        card = read_json(folder / CARD)
+        fault = None
+        if card is None:
+            fault = f"{folder / CARD} is missing or torn"
+        elif card.get("run") != adapter.trained_run:
+            fault = f"{folder} holds an adapter of another training than the book says"
+        else:
+            try:
+                with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+                    fault = None if list(file.keys()) else f"{folder} holds no weights"
+            except (SafetensorError, OSError) as error:
+                fault = f"{folder / 'adapter_model.safetensors'} cannot be read: {error}"
+        if fault is not None:
+            faults.append(f"{_called(adapter)}: {fault}")
+    return faults
+
+
+@dataclass
+class Receipt:
+    """What a deletion did. `removed` are paths, `bytes` their size; `due` is to be trained again without the user."""
+
+    user: str
+    removed: list[str] = field(default_factory=list)
+    bytes: int = 0
+    due: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+
+def delete(folder: Path, user: str) -> Receipt:
+    """Removes what was written of `user`: adapter, checkpoints, store files, pages that quote texts, rows of the book.
+
+    Raises:
+        FleetError: no such user; a fleet run is on the folder. Then nothing is removed.
+    """
+    if not (folder / FILE).is_file():
+        raise FleetError(f"{folder}: no fleet here ({FILE} is missing). Give its folder with --fleet.")
+    with held(folder) as registry:
+        who(registry, user)  # raises where there is no such user
+        receipt = Receipt(user)
+        _remove(folder / "adapters" / "user" / safe_name(user), receipt)
+        for quoting in QUOTING:
+            _remove(folder / quoting, receipt)
+        store = registry.meta("store")
+        for base in sorted(Path(store).iterdir()) if store and Path(store).is_dir() else []:
+            for file in base.glob(f"*{safe_name(user)}.safetensors*"):
+                _remove(file, receipt)
+        touched = registry.forget(user)
+        for key in touched:
+            renew(registry, key)
+            receipt.due.append("everybody's adapter" if key == EVERYBODY else f"the adapter of {' '.join(key)}")
+        data = registry.meta("data")
+        if data:
+            receipt.left.append(f"{data}: your own data; as long as it holds the user, fleet runs leave them out")
+        if (folder / "compare").is_dir():
+            receipt.left.append(f"{folder / 'compare'}: adapters of a comparison, trained with the user's texts")
+        return receipt
+
+
+def _remove(path: Path, receipt: Receipt) -> None:
+    if not path.exists():
+        return
+    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+    receipt.bytes += sum(file.stat().st_size for file in files)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    receipt.removed.append(str(path))
