@@ -22,7 +22,7 @@ errors = Console(stderr=True, highlight=False)
 """Progress, warnings and errors: standard output stays clean for what was asked for."""
 
 
-def progress_bar() -> Progress:
+def progress_bar(refresh_per_second: float = 10) -> Progress:
     """A progress bar with count, time gone and time left, on standard error."""
     return Progress(
         SpinnerColumn(),
@@ -34,6 +34,7 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=errors,
+        refresh_per_second=refresh_per_second,
     )
 
 

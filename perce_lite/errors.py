@@ -9,6 +9,7 @@ PerceLiteError              the command line prints it as one clean line and exi
 |- DeviceError              a device that was asked for and is absent
 |- AdapterError             a folder that is no adapter, or one of another base
 |- RunError                 an output folder that belongs to another run
+|- BenchError               a measurement that failed, or that there is nothing to measure for
 |- DiskFullError            no space left where something had to be written
 `- NonFiniteLossError       a loss that is not a number; names the rows
 """
@@ -57,6 +58,10 @@ class AdapterError(PerceLiteError):
 
 class RunError(PerceLiteError):
     """An output folder that belongs to another run."""
+
+
+class BenchError(PerceLiteError):
+    """A measurement that failed, or that there is nothing to measure for. Names the arm."""
 
 
 class DiskFullError(PerceLiteError):

@@ -22,7 +22,8 @@ charts
 report
 inspection
 train      tables
-evaluate   compare
+measuring
+evaluate   compare    bench
 cli
 """
 
