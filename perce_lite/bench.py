@@ -80,7 +80,7 @@ def bench(
     names = [name for name in ARMS if name in arms or name == REFERENCE]
     with tempfile.TemporaryDirectory(prefix="perce-lite-bench-") as folder:
         runs = _all_runs(_Measurements(_portable(recipe), load, warmup, Path(folder)), names, repeats)
-    found = summary(names, runs, load.steps, epochs)
+    found = summary(names, runs, epochs)
     return {
         "model": recipe.model,
         "machine": next((one["machine"] for run in runs for one in run.values() if "machine" in one), None),
@@ -292,7 +292,7 @@ def _last_line(said: Path) -> str:
 # The figures
 
 
-def summary(names: Sequence[str], runs: Sequence[dict[str, Any]], steps: int, epochs: int) -> dict[str, Any]:
+def summary(names: Sequence[str], runs: Sequence[dict[str, Any]], epochs: int) -> dict[str, Any]:
     """By arm: `tokens_per_second`, `step_seconds`, `scoring_seconds`, `peak_bytes`, `disk_bytes`, medians over repeats;
     `time`, `memory` and `disk` as ratios to plain SFT, each {median, min, max, runs}; or `out_of_memory` alone.
 
