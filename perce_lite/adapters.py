@@ -76,8 +76,8 @@ def _check(card: dict[str, Any], folder: Path) -> None:
     )
 
 
-def load(base: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftModel:
-    """`base` with the adapter of `folder` on it, float32, in eval mode unless `trainable`.
+def load(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """`base` with the adapter of `folder` on it, frozen, float32, in eval mode.
 
     Raises:
         AdapterError: the folder holds no adapter, or one that was trained on another base.
@@ -90,11 +90,11 @@ def load(base: PreTrainedModel, folder: Path, trainable: bool = False) -> PeftMo
             f"{folder}: this adapter was trained on {card['recipe']['model']} ({_shape(theirs)}), not on the base that "
             f"is loaded ({_shape(ours)}). Load that base, or train an adapter for this one."
         )
-    model: PeftModel = PeftModel.from_pretrained(base, card["folder"], is_trainable=trainable)
+    model: PeftModel = PeftModel.from_pretrained(base, card["folder"])
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.to(torch.float32)
-    return model if trainable else model.eval()
+    return model.eval()
 
 
 @contextmanager
@@ -124,6 +124,17 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
 
 
+def _weighting(about: dict[str, Any]) -> str:
+    """How the adapter's loss was weighted, in words."""
+    estimator, clipped = about["estimator"], f"weights clipped to {about['clip_min']} .. {about['clip_max']}"
+    if estimator == "uniform":
+        return "plain SFT, all response tokens weigh the same (estimator `uniform`, a control)"
+    if estimator == "shuffled":
+        return f"weights shuffled inside each response (estimator `shuffled`, a control; {clipped})"
+    leans = "every response token weighted by how much it leans on the user's profile"
+    return f"{leans} (estimator `{estimator}`, {clipped})"
+
+
 def model_card(about: dict[str, Any]) -> str:
     """The README.md of an adapter, with the front matter that the Hub reads."""
     recipe, data = about["recipe"], about["data"]
@@ -147,8 +158,7 @@ def model_card(about: dict[str, Any]) -> str:
         "",
         f"# A personal LoRA adapter for {Path(name).name}",
         "",
-        "Trained with PerCE Lite: every response token weighted by how much it leans on the user's profile "
-        f"(estimator `{about['estimator']}`, weights clipped to {about['clip_min']} .. {about['clip_max']}). {needs}",
+        f"Trained with PerCE Lite: {_weighting(about)}. {needs}",
         "",
         f"- Data: {data['rows']} rows of {data['users']} users (fingerprint `{data['fingerprint']}`)",
         f"- Base: `{recipe['model']}`, quantization `{recipe['quantization']}`; its licence holds for the adapter too",

@@ -12,6 +12,9 @@ from perce_lite.profiles import Item
 from perce_lite.recipe import Template
 from perce_lite.rows import Message, Profiled
 
+Span = tuple[str, str]
+"""A piece of text and what it is: template, profile, query (what the user says) or response."""
+
 
 class Chat:
     """One tokenizer's chat template, and where a profile goes in it.
@@ -64,8 +67,7 @@ class Chat:
 
     def contexts(self, prompt: list[Message], completion: list[Message], profile: str, where: str) -> list[str]:
         """The rendered text around the scored turns: n + 1 pieces for n turns."""
-        spoken = "".join(one["content"] for one in self._messages([*prompt, *completion], profile, where))
-        mark = next(mark for n in range(10**6) if (mark := f"response{n}slot") not in spoken)
+        mark = self._unspoken("response", [*prompt, *completion], profile, where)
         turns = iter(range(len(completion)))
         marked = [
             {**one, "content": f"{mark}{next(turns)}."} if one["role"] == "assistant" else one for one in completion
@@ -83,6 +85,28 @@ class Chat:
             asked = self._messages([*prompt, *ahead], profile, where)
             pieces[0] = self._render(asked, where, add_generation_prompt=True)
         return pieces
+
+    def segments(self, prompt: list[Message], completion: list[Message], profile: str, where: str) -> list[list[Span]]:
+        """`contexts` in spans that say what each piece is; exact, whatever a query or a profile says.
+
+        The messages are rendered once more with placeholders for the profile and for what the user says. Where a
+        template does more to a text than trimming it, the context around that text is one span of template.
+        """
+        messages = [*prompt, *completion]
+        said = [profile, *(one["content"] for one in messages if one["role"] == "user")]
+        mark = self._unspoken("part", messages, profile, where)
+        turns = itertools.count(1)
+        marked = [{**one, "content": f"{mark}{next(turns)}."} if one["role"] == "user" else one for one in messages]
+        at = len(prompt)
+        outlines = self.contexts(marked[:at], marked[at:], profile and f"{mark}0.", where)
+        texts = self.contexts(prompt, completion, profile, where)
+        pairs = zip(texts, outlines, strict=True)
+        return [_aligned(text, re.split(rf"{mark}(\d+)\.", outline), said) for text, outline in pairs]
+
+    def _unspoken(self, name: str, messages: list[Message], profile: str, where: str) -> str:
+        """A word for placeholders that stands in none of the messages."""
+        spoken = "".join(one["content"] for one in self._messages(messages, profile, where))
+        return next(mark for n in range(10**6) if (mark := f"{name}{n}slot") not in spoken)
 
     def _messages(self, messages: Sequence[Message], profile: str, where: str) -> list[Message]:
         """`messages` with the profile where the template puts it, and the same system message in both passes."""
@@ -155,6 +179,24 @@ def format_profile(profile: Profiled, template: Template) -> str:
         return re.sub(r"\{title\}|\{text\}", lambda match: fields[match[0]], template.item).strip()
 
     return template.separator.join(filter(None, map(shown, profile)))
+
+
+def _aligned(text: str, outline: list[str], said: list[str]) -> list[Span]:
+    """`text` in spans. `outline`: the template's pieces, and between them the number of the text that stands there."""
+    pattern, kinds = "", []
+    for index, piece in enumerate(outline):
+        if index % 2 == 0:
+            words = [piece]
+            kinds.append("template")
+        else:
+            content = said[int(piece)]
+            words = [content, content.strip(), content.lstrip(), content.rstrip()]  # templates trim
+            kinds.append("query" if int(piece) else "profile")
+        pattern += f"({'|'.join(map(re.escape, words))})"
+    match = re.fullmatch(pattern, text)
+    if match is None:
+        return [(text, "template")]
+    return [(piece, kind) for piece, kind in zip(match.groups(), kinds, strict=True) if piece]
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:

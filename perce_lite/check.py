@@ -6,12 +6,9 @@ from typing import Any
 
 from perce_lite.data import read_rows
 from perce_lite.models import load_tokenizer
-from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, Tokens, require
+from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.rows import SPLIT_NAMES, of_split
-
-Span = tuple[str, str]
-"""A piece of text and what it is: template, profile, query or response."""
 
 
 def check(recipe: Recipe) -> dict[str, Any]:
@@ -47,34 +44,9 @@ def shown(maker: PairMaker, pair: Pair) -> dict[str, Any]:
     return {
         "row": pair.row.where,
         "user": pair.row.user,
-        "with_profile": _spans(maker, pair.factual, pair.profile, pair.row.query),
-        "without_profile": _spans(maker, pair.counterfactual, "", pair.row.query),
+        "with_profile": maker.spans(pair, with_profile=True),
+        "without_profile": maker.spans(pair, with_profile=False),
     }
-
-
-def _spans(maker: PairMaker, tokens: Tokens, profile: str, query: str) -> list[Span]:
-    spans: list[Span] = []
-    start = 0
-    scored = [label != IGNORED for label in tokens.labels]
-    for end in range(1, len(scored) + 1):
-        if end == len(scored) or scored[end] != scored[start]:
-            text = maker.tokenizer.decode(tokens.ids[start:end], clean_up_tokenization_spaces=False)
-            spans += [(text, "response")] if scored[start] else _context(text, profile, query)
-            start = end
-    return spans
-
-
-def _context(text: str, profile: str, query: str) -> list[Span]:
-    """Splits a piece of context at the profile and at the query, where they stand in it."""
-    for part, kind in ((profile, "profile"), (query, "query")):
-        before, found, after = text.partition(part) if part else (text, "", "")
-        if found:
-            return [
-                *_context(before, "", query),
-                (found, kind),
-                *_context(after, "", query if kind == "profile" else ""),
-            ]
-    return [(text, "template")] if text else []
 
 
 def _spread(lengths: Sequence[int]) -> dict[str, int]:

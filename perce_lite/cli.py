@@ -248,8 +248,27 @@ def main() -> None:
         sys.exit(2)
     except _Interrupted:
         errors.show_cursor(True)
-        errors.print("Stopped. The same command goes on from the last checkpoint.", style="yellow")
+        errors.print(f"Stopped. {_after_a_stop(sys.argv[1:])}", style="yellow", soft_wrap=True)
         sys.exit(130)
+
+
+_STOPPED = {
+    "train": "The same command goes on from the last checkpoint; what was scored is kept.",
+    "check": "Nothing was written; the same command starts over.",
+    "generate": "Nothing was written; the same command starts over.",
+    "inspect": "What was scored under the base is kept; the same command scores the rest.",
+    "eval": "What was scored and answered is kept; the same command does the rest.",
+    "compare": "Finished trainings are kept; the same command goes on from the last checkpoint.",
+    "bench": "Nothing is kept: measurements are compared within one run; the same command starts over.",
+    "store show": "Nothing was changed.",
+    "store clear": "What is removed stays removed; the same command removes the rest.",
+}
+"""What is true after Ctrl-C, by command."""
+
+
+def _after_a_stop(words: list[str]) -> str:
+    command = " ".join(words[: 2 if words[:1] == ["store"] else 1])
+    return _STOPPED.get(command, "The same command starts over.")
 
 
 class _Interrupted(BaseException):

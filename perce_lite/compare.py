@@ -10,20 +10,23 @@ import torch
 
 from perce_lite import adapters
 from perce_lite.console import say, warn
-from perce_lite.controls import PROFILES, Case, Judge, Sums, score_cases
+from perce_lite.controls import Case, Judge, Sums, score_cases
 from perce_lite.data import read_rows
 from perce_lite.errors import DataError, NonFiniteLossError, RecipeError
-from perce_lite.evaluate import held_out, opened
+from perce_lite.evaluate import held_out
 from perce_lite.files import safe_name
 from perce_lite.models import load_base, load_tokenizer
 from perce_lite.pairs import PairMaker
 from perce_lite.recipe import Recipe, training_config, with_train
-from perce_lite.rows import Row
+from perce_lite.rows import Row, of_split
+from perce_lite.score import store_of
 from perce_lite.train import Run, fit, run_of
 
 ARMS = "uniform,shuffled,base,mixed,bootstrap"
 
 UNTRAINED = "untrained"
+
+_BOTH = ("own", "none")
 
 AGAINST = ("uniform", "shuffled")
 """Estimators that the others are compared with: plain SFT, and the same weights on the wrong tokens."""
@@ -116,7 +119,7 @@ def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: 
     failed = _train(first, rows, 0, total)
     tuning: dict[Training, float] = {}
     if len(rates) > 1:
-        judge, sums = _score(recipe, [one for one in first if one not in failed], rows, found.pop("validation"))
+        judge, sums = _score(recipe, [one for one in first if one not in failed], rows, found.pop("validation"), True)
         tokens = judge.tokens["all"].sum()
         tuning = {one: float(scored[one.arm.judged]["all"].sum() / tokens) for one, scored in sums.items() if one}
     chosen = {arm.name: _best([one for one in first if one.arm == arm], tuning, failed) for arm in arms}
@@ -157,6 +160,10 @@ def _cases(recipe: Recipe, rows: Sequence[Row], tuning: bool) -> dict[str, list[
         raise DataError("No test rows: compare chooses rates on validation and must judge on others. Raise split.test.")
     if not tuning:
         return found
+    if not of_split(rows, "validation"):
+        raise DataError(
+            "No validation rows to choose a rate by: raise split.validation, or give one rate with --rates."
+        )
     return {**found, **held_out(recipe, maker, rows, splits=("validation",))}
 
 
@@ -181,18 +188,21 @@ def _train(trainings: Sequence[Training], rows: Sequence[Row], before: int, tota
 
 
 def _score(
-    recipe: Recipe, trainings: Sequence[Training], rows: Sequence[Row], found: list[Case]
+    recipe: Recipe, trainings: Sequence[Training], rows: Sequence[Row], found: list[Case], tuning: bool = False
 ) -> tuple[Judge, dict[Training | None, Sums]]:
-    """What every training's adapter, and the base (None), loses on `found`."""
+    """What every training's adapter, and the base (None), loses on `found`, with the own profile and with none.
+
+    tuning: with the profile alone that the arm is judged with
+    """
     config, base = training_config(recipe), load_base(recipe)
-    names = [name for name in PROFILES if name in found[0].passes]
     sums: dict[Training | None, Sums] = {}
     judge = None
     for training in (None, *trainings):
         folder = None if training is None else training.run(rows)[1].adapter
+        names = _BOTH if training is None or not tuning else (training.arm.judged,)
         what = UNTRAINED if training is None else f"{training.arm.name}, rate {training.rate:g}, seed {training.seed}"
         with adapters.on(base.model, folder) as model:
-            store = opened(model, config, folder is not None)
+            store = store_of(config.store, model, config.autocast, folder is not None)
             scored = score_cases(model, found, names, store, config.autocast, what, folder is not None)
         judge = judge or Judge(found, scored, config.clip_min)
         sums[training] = judge.sums(scored)

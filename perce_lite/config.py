@@ -120,6 +120,12 @@ VERDICTS: dict[str, Verdict] = {
     ),
     "shuffle_dataset": Verdict("supported", "rows are shuffled once before packing or batching"),
     "pad_to_multiple_of": Verdict("supported", "padding carries no loss"),
+    "pad_token": Verdict("supported", "padding carries no loss; TRL would rather have it set in the tokenizer"),
+    "eos_token": Verdict(
+        "refused",
+        "a turn ends with what the chat template writes, and check and generate know the tokenizer alone; set it there",
+        lambda c: c.eos_token is not None,
+    ),
     "dataset_kwargs": Verdict(
         "refused",
         "skip_prepare_dataset would leave rows without their counterfactual; leave dataset_kwargs out",
@@ -155,6 +161,21 @@ VERDICTS: dict[str, Verdict] = {
     ),
     "router_aux_loss_coef": Verdict("supported", "a mixture's load-balancing loss is added unweighted, as in TRL"),
     "dataloader_drop_last": Verdict("supported", "as in TRL"),
+    "activation_offloading": Verdict(
+        "in part",
+        "activations move from a GPU to the host's memory; a CPU has no other place for them",
+        lambda c: bool(c.activation_offloading) and bool(c.use_cpu),
+    ),
+    "tf32": Verdict(
+        "supported", "scoring and training compute alike, and the store keeps them apart from exact float32"
+    ),
+    "average_tokens_across_devices": Verdict("supported", "there is one device, so true and false are the same"),
+    "accelerator_config": Verdict(
+        "in part",
+        "one device has nothing to split or dispatch batches to; leave split_batches and dispatch_batches out, and "
+        "give what remains as a mapping, not as a file",
+        lambda c: _spreads_batches(c.accelerator_config),
+    ),
     "deepspeed": Verdict("refused", "PerCE Lite trains on one device; leave it out", lambda c: bool(c.deepspeed)),
     "fsdp": Verdict("refused", "PerCE Lite trains on one device; leave it out", lambda c: bool(c.fsdp)),
     "parallelism_config": Verdict(
@@ -166,6 +187,14 @@ VERDICTS: dict[str, Verdict] = {
     ),
 }
 """Every option of `SFTConfig` and `SFTTrainer` that touches the loss, the data or the batch."""
+
+
+def _spreads_batches(given: Any) -> bool:
+    """Whether an `accelerator_config` splits or dispatches batches, or is a file, which nobody has looked into."""
+    if given is None or isinstance(given, str):
+        return given is not None
+    options = given if isinstance(given, dict) else vars(given)
+    return bool(options.get("split_batches") or options.get("dispatch_batches"))
 
 
 @dataclass

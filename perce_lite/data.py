@@ -38,6 +38,11 @@ def read_rows(recipe: Recipe) -> list[Row]:
         raise DataError(f"{data.path or data.hub}: holds no records")
     shape = data.format if data.format != "auto" else _shape(records[0])
     if shape == "documents":
+        if recipe.split.by == "row":
+            raise DataError(
+                "split.by: row does not go with documents: an author's held-out texts would stand in the profiles of "
+                "later ones that are trained on. Use time (the last ones of each author are held out) or user."
+            )
         rows = _from_documents(records, recipe.profile)
     else:
         rows = [from_record(record, where, split, shape, recipe.profile) for where, split, record in records]

@@ -21,8 +21,7 @@ from perce_lite.models import load_base
 from perce_lite.pairs import PairMaker, Tokens
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.rows import Row, of_split, spread_over_users
-from perce_lite.score import Job, kept_log_probs, store_key
-from perce_lite.store import Store
+from perce_lite.score import Job, kept_log_probs, store_key, store_of
 
 BASE = "base"
 
@@ -57,7 +56,7 @@ def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
     for arm, folder in arms.items():
         with adapters.on(base.model, folder) as model:
             on = folder is not None
-            store = opened(model, config, on)
+            store = store_of(config.store, model, config.autocast, on)
             scored[arm] = {
                 split: score_cases(model, some, list(some[0].passes), store, config.autocast, f"{arm}, {split}", on)
                 for split, some in found.items()
@@ -106,11 +105,6 @@ def held_out(
     if not found:
         raise DataError("No held-out rows to judge by: raise split.test, or give the rows a split of their own.")
     return found
-
-
-def opened(model: Any, config: PerCEConfig, adapters_on: bool) -> Store | None:
-    """The store of `model`'s log-probs, adapters on or off; None where the recipe keeps none."""
-    return Store(Path(config.store), store_key(model, config.autocast, adapters_on)) if config.store else None
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path | None]:

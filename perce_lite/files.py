@@ -49,8 +49,8 @@ def disk_full_is_clear(path: Path, advice: str = "Free some space and run the sa
         yield
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # The last is what torch.save makes of it, and does not say so.
-        told = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos")
+        # The last three are what torch.save makes of it; they do not say so.
+        told = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos", "iostream error")
         if full or any(words in str(error) for words in told):
             message = f"The disk is full: {path} could not be written. What was there before is unharmed. {advice}"
             raise DiskFullError(message) from error

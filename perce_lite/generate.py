@@ -17,7 +17,7 @@ from perce_lite.pairs import PairMaker
 from perce_lite.profiles import choose
 from perce_lite.recipe import Recipe
 from perce_lite.rows import Message, Profiled
-from perce_lite.score import frozen
+from perce_lite.score import frozen, in_dtype
 
 
 def generate(
@@ -39,7 +39,7 @@ def generate(
     device = next(model.parameters()).device
     ids = torch.tensor([maker.prompt_ids(prompt, profile)], device=device)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    with frozen(model, adapters=use_adapter), torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+    with frozen(model, adapters=use_adapter), in_dtype(device, autocast):
         out = base_of(model).generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),

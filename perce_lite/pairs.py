@@ -4,6 +4,7 @@ The chat template is rendered with a placeholder for each scored turn; the turns
 prompts, so that both passes score identical ids by construction, end-of-turn token included.
 """
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from perce_lite.chat import Chat
+from perce_lite.chat import Chat, Span
 from perce_lite.errors import DataError, TemplateError
 from perce_lite.recipe import Template
 from perce_lite.rows import Message, Profiled, Row
@@ -125,6 +126,33 @@ class PairMaker(Chat):
 
         units = len(profile.split()) if isinstance(profile, str) else len(profile)
         return _first(profile, _most_that_fit(units, fits))
+
+    def spans(self, pair: Pair, with_profile: bool) -> list[Span]:
+        """The row of `pair` as one pass sees it, decoded from its very ids, in spans that say what each piece is."""
+        tokens = pair.factual if with_profile else pair.counterfactual
+        prompt, completion, _ = self._cleaned(pair.row)
+        contexts = self.segments(prompt, completion, pair.profile if with_profile else "", pair.row.where)
+        responses = [(one["content"].strip(), "response") for one in completion if one["role"] == "assistant"]
+        rendered = contexts[0] + [
+            span for response, after in zip(responses, contexts[1:], strict=True) for span in (response, *after)
+        ]
+        # A tokenizer may normalise: what is decoded has to be found in what was rendered.
+        decoded = [(self._decoded(self.ids(text)), kind) for text, kind in rendered]
+        text, kinds = "".join(part for part, _ in decoded), [kind for part, kind in decoded for _ in part]
+        spans: list[Span] = []
+        at = 0
+        runs = itertools.groupby(zip(tokens.ids, tokens.labels, strict=True), lambda one: one[1] != IGNORED)
+        for scored, run in runs:
+            seen = self._decoded([one for one, _ in run])
+            own = kinds[at : at + len(seen)] if text[at : at + len(seen)] == seen else ["template"] * len(seen)
+            pieces = zip(seen, ["response"] * len(seen) if scored else own, strict=True)
+            grouped = itertools.groupby(pieces, lambda one: one[1])
+            spans += [("".join(letter for letter, _ in letters), kind) for kind, letters in grouped]
+            at += len(seen)
+        return spans
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     # One row
 

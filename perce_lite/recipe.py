@@ -129,17 +129,26 @@ class Recipe(Section):
     @property
     def model_folder(self) -> Path | None:
         """The folder that `model` names, from the recipe's own on or as it stands; None where it names none."""
-        given = Path(self.model).expanduser()
-        places = [Path(self.source).parent / given, given] if self.source else [given]
-        return next((place.absolute() for place in places if place.is_dir()), None)
+        return next((place for place in self._places(self.model) if place.is_dir()), None)
+
+    @property
+    def chat_template_file(self) -> Path | None:
+        """The file that `train.chat_template_path` names, looked for as `model_folder` is; None where it names none."""
+        given = self.train.get("chat_template_path")
+        return None if given is None else next((place for place in self._places(given) if place.is_file()), None)
+
+    def _places(self, given: str) -> list[Path]:
+        """Where a path of the recipe may lie: from its own folder on, else as it stands."""
+        path = Path(given).expanduser()
+        return [one.absolute() for one in ([Path(self.source).parent / path, path] if self.source else [path])]
 
     def fingerprint(self) -> str:
         """Equal for recipes that train the same adapter: where it is written to, or logged, does not count."""
         plain = self.model_dump(mode="json")
         plain["train"] = {name: value for name, value in plain["train"].items() if not _NOT_TRAINED_BY.match(name)}
-        template = plain["train"].get("chat_template_path")
-        if template is not None and Path(template).is_file():  # what it says counts, not where it lies
-            plain["train"]["chat_template_path"] = digest(Path(template).read_bytes().hex())
+        template = self.chat_template_file
+        if template is not None:  # what it says counts, not where it lies
+            plain["train"]["chat_template_path"] = digest(template.read_bytes().hex())
         plain["data"].pop("path")
         plain.pop("evaluation")
         return digest(plain)
@@ -229,8 +238,10 @@ def training_config(recipe: Recipe, **more: Any) -> Any:
     dtype = chosen_dtype(recipe.dtype, device)
     precision = {"bf16": dtype == DTYPES["bfloat16"], "fp16": dtype == DTYPES["float16"]}
     values = {**train_defaults(device.type == "cpu"), **precision, "output_dir": str(recipe.output_dir), **more}
+    template = recipe.chat_template_file
+    given = recipe.train if template is None else {**recipe.train, "chat_template_path": str(template)}
     try:
-        return PerCEConfig(**{**values, **recipe.train})
+        return PerCEConfig(**{**values, **given})
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(recipe.source, [f"train: {fault}" for fault in getattr(error, "faults", [error])]) from error
 
@@ -288,6 +299,8 @@ def _cross_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
     data = plain.get("data")
     if isinstance(data, dict) and (data.get("path") is None) == (data.get("hub") is None):
         faults.append(f"{where(('data',), lines)}data: give path (a file) or hub (a data set of the Hub), one of them")
+    if isinstance(data, dict) and isinstance(data.get("columns"), dict):
+        faults += _column_faults(data["columns"], lines)
     template = plain.get("template")
     wrapper = template.get("profile") if isinstance(template, dict) else None
     if isinstance(wrapper, str) and "{profile}" not in wrapper:
@@ -298,16 +311,29 @@ def _cross_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
     return faults
 
 
+def _column_faults(columns: dict[str, Any], lines: Lines) -> list[str]:
+    """Columns of the file that are given two of our names: a record can tell only one of them."""
+    ours_of: dict[str, list[str]] = {}
+    for ours, theirs in columns.items():
+        ours_of.setdefault(str(theirs), []).append(str(ours))
+    return [
+        f"{where(('data', 'columns', ours[-1]), lines)}data.columns: {' and '.join(ours)} are both taken from the "
+        f"column {theirs}; a column has one name, so leave all but one of them out"
+        for theirs, ours in ours_of.items()
+        if len(ours) > 1
+    ]
+
+
 def _third_party_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
     """Checks `train:` and `lora:` against the fields of the classes that they are passed to."""
     given = {name: plain[name] for name in ("train", "lora") if isinstance(plain.get(name), dict) and plain[name]}
+    faults = _generation_faults(plain, lines)
     if not given:
-        return []
+        return faults
     from peft import LoraConfig
 
     from perce_lite.config import PerCEConfig
 
-    faults = []
     for section, target in (("train", PerCEConfig), ("lora", LoraConfig)):
         values = given.get(section, {})
         allowed = {one.name for one in dataclasses.fields(target) if one.init}
@@ -319,6 +345,23 @@ def _third_party_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
             elif (complaint := _type_fault(hints[name], value)) is not None:
                 faults.append(f"{at}{section}.{name}: {value!r} is not {complaint}")
     return faults
+
+
+def _generation_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
+    """Names in `evaluation.generation` that transformers' GenerationConfig does not have."""
+    evaluation = plain.get("evaluation")
+    given = evaluation.get("generation") if isinstance(evaluation, dict) else None
+    if not isinstance(given, dict) or not given:
+        return []
+    from transformers import GenerationConfig
+
+    allowed = set(vars(GenerationConfig())) - {"max_new_tokens"}
+    return [
+        f"{where(('evaluation', 'generation', name), lines)}unknown key evaluation.generation.{name}; "
+        f"{_nearest(str(name), (one for one in allowed if not one.startswith('_')))}"
+        for name in given
+        if name not in allowed
+    ]
 
 
 def _type_fault(hint: Any, value: Any) -> str | None:

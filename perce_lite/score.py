@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import NamedTuple
 
 import bitsandbytes as bnb
@@ -60,10 +61,14 @@ def frozen(model: torch.nn.Module, adapters: bool) -> Iterator[None]:
             parameter.requires_grad_(mode)
 
 
+def in_dtype(device: torch.device, autocast: torch.dtype | None) -> torch.autocast:
+    """The context in which every forward of ours runs: autocast to a dtype, or None for float32."""
+    return torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+
+
 def batch_log_probs(forward: Callable[..., Tensor], inputs: dict[str, Tensor], autocast: torch.dtype | None) -> Tensor:
     """Log-probs (N,) float32 of a batch's scored tokens, row after row, by `scoring_forward`. Call it in `frozen`."""
-    device = inputs["input_ids"].device
-    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+    with in_dtype(inputs["input_ids"].device, autocast):
         return forward(**inputs, use_cache=False).float()
 
 
@@ -116,13 +121,26 @@ def _batches(sequences: Sequence[Tokens], alone: bool) -> Iterator[list[int]]:
 def store_key(model: torch.nn.Module, autocast: torch.dtype | None, adapters: bool = False) -> str:
     """The store's folder for a base: its weights, quantisation, compute dtype, device kind and what its config says.
 
+    Float32 products that are allowed to be less than that (`tf32: true`) count as well.
     adapters: for the base with its adapters on; what they weigh is then part of the key.
     """
     device = next(model.parameters()).device.type
     config = {name: value for name, value in base_of(model).config.to_dict().items() if name not in _NO_ARITHMETIC}
     four_bit = sorted({str(one.compute_dtype) for one in model.modules() if isinstance(one, bnb.nn.Linear4bit)})
-    on = [adapter_fingerprint(model)] if adapters else []
-    return digest([fingerprint(model), str(autocast), four_bit, device, config, SCORING_VERSION, *on])
+    products = (torch.backends.cuda if device == "cuda" else torch.backends.mkldnn).matmul.fp32_precision
+    more = [] if products in ("none", "ieee") else [products]
+    more += [adapter_fingerprint(model)] if adapters else []
+    return digest([fingerprint(model), str(autocast), four_bit, device, config, SCORING_VERSION, *more])
+
+
+def store_of(
+    folder: str | None, model: torch.nn.Module, autocast: torch.dtype | None, adapters: bool = False
+) -> Store | None:
+    """The store in `folder` for the base of `model`, or for it with its adapters on.
+
+    None where there is no folder, and then nothing is hashed.
+    """
+    return None if not folder else Store(Path(folder), store_key(model, autocast, adapters))
 
 
 _NO_ARITHMETIC = (

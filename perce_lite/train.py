@@ -22,8 +22,7 @@ from perce_lite.models import Base, fingerprint, load_base
 from perce_lite.pairs import PairMaker
 from perce_lite.recipe import Recipe, lora_config, training_config
 from perce_lite.rows import Row, of_split, spread_over_users, to_columns
-from perce_lite.score import store_key
-from perce_lite.store import Store
+from perce_lite.score import store_of
 from perce_lite.trainer import PerCETrainer
 
 
@@ -99,8 +98,7 @@ class Run:
 
         None as well where `evaluation` asks for other figures: they are then measured from the last checkpoint.
         """
-        marker = read_json(self._marker)
-        if (marker is None and self._checkpoints()) or (marker is not None and marker.get("run") != self.fingerprint):
+        if self._known() and read_json(self._marker)["run"] != self.fingerprint:
             self._refuse()
         figures = read_json(self.figures)
         if not self.trained():
@@ -121,10 +119,9 @@ class Run:
         for leftover in self.folder.glob(".adapter.*.tmp"):  # of a run that was killed while it wrote
             shutil.rmtree(leftover)
         mine = {"run": self.fingerprint, "base": base}
-        found = read_json(self._marker)
-        if found is None and not self._checkpoints():
+        if not self._known():
             write_json(self._marker, mine)
-        elif found != mine:
+        elif read_json(self._marker) != mine:
             self._refuse()
 
     def last_checkpoint(self) -> str | None:
@@ -137,10 +134,15 @@ class Run:
         return str(newest)
 
     def forget(self) -> None:
-        """Removes what a run leaves in the folder, and nothing else."""
+        """Removes what a run leaves in the folder, and nothing else.
+
+        Raises:
+            RunError: checkpoints or an adapter of which nothing says that they are of a run of PerCE Lite.
+        """
+        known = self._known()
         for folder in [*self._checkpoints(), self.adapter]:
             shutil.rmtree(folder, ignore_errors=True)
-        for file in (self._marker, self.figures):
+        for file in (self.figures, self._marker) if known else ():  # the marker last: a kill leaves the rest known
             file.unlink(missing_ok=True)
 
     @property
@@ -150,11 +152,32 @@ class Run:
     def _checkpoints(self) -> list[Path]:
         return [one for one in self.folder.glob("checkpoint-*") if one.name.rpartition("-")[2].isdigit()]
 
+    def _known(self) -> bool:
+        """Whether the folder has a run's marker; refuses checkpoints and adapters that may be another program's."""
+        if _has_run(self._marker):
+            return True
+        unknown = self._checkpoints()
+        if self.adapter.exists() and not _has_run(self.adapter / adapters.CARD):
+            unknown.append(self.adapter)
+        if unknown:
+            raise RunError(
+                f"{self.folder} holds {', '.join(one.name for one in unknown)}, but no {self._marker.name} that would "
+                "say that PerCE Lite made them. Nothing was touched. Take another folder with --set "
+                "train.output_dir=FOLDER, or remove them yourself: --restart does not."
+            )
+        return False
+
     def _refuse(self) -> None:
         raise RunError(
             f"{self.folder} holds a run of another recipe, data or base. Nothing was touched. Take another folder with "
             "--set train.output_dir=FOLDER, or --restart to throw the old run away."
         )
+
+
+def _has_run(path: Path) -> bool:
+    """Whether `path` is a file of ours: it names a run and its base."""
+    found = read_json(path)
+    return isinstance(found, dict) and {"run", "base"} <= set(found)
 
 
 def make_trainer(recipe: Recipe, base: Base, rows: Sequence[Row]) -> PerCETrainer:
@@ -205,7 +228,7 @@ def measure(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row]) -> dict[
     """The figures of a finished training: held-out losses, health of the weights, one answer of base and adapter."""
     maker = PairMaker(trainer.processing_class, recipe.template, trainer.args.max_length, recipe.profile.max_tokens)
     held_out = spread_over_users(of_split(rows, "test") or of_split(rows, "validation"), recipe.evaluation.max_rows)
-    store = Store(Path(trainer.args.store), store_key(trainer.model, trainer.autocast)) if trainer.args.store else None
+    store = store_of(trainer.args.store, trainer.model, trainer.autocast)
     losses = before_and_after(trainer.model, cases(maker, held_out), store, trainer.autocast, trainer.args.clip_min)
     sample = None
     for pair in maker.make(held_out)[:1]:

@@ -28,8 +28,7 @@ from perce_lite.models import keep_base_constant
 from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.recipe import Template
 from perce_lite.rows import from_columns
-from perce_lite.score import Job, batch_log_probs, frozen, kept_log_probs, runs, store_key
-from perce_lite.store import Store
+from perce_lite.score import Job, batch_log_probs, frozen, kept_log_probs, runs, store_of
 
 _REFUSED_ARGUMENTS = {
     "data_collator": "the batch carries columns of its own",
@@ -79,6 +78,8 @@ class PerCETrainer(SFTTrainer):
     ) -> None:
         args = args if args is not None else PerCEConfig(output_dir="perce-output")
         _refuse(model, args, train_dataset, {**kwargs, "eval_dataset": eval_dataset})
+        if isinstance(model, str):
+            args.model_init_kwargs = _on_one_device(args)
         self.audits: dict[str, Audit] = {}
         self.pairs: dict[str, list[Pair]] = {}
         self._template, self._max_profile_tokens = template, max_profile_tokens
@@ -93,6 +94,7 @@ class PerCETrainer(SFTTrainer):
         if next(self.model.parameters()).device.type == "cpu":
             project_scored_positions_only(self.model)
         self.weight_scale, self.store_hits, self.scoring_seconds = 1.0, 0.0, 0.0
+        self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the training loop counts
         bootstrap = args.estimator == "bootstrap"
         self._scoring_forward = scoring_forward(self.model) if bootstrap else None
         self.data_collator = PairCollator(
@@ -142,7 +144,7 @@ class PerCETrainer(SFTTrainer):
         pairs = self.pairs["train"]
         users = [pair.row.user for pair in pairs]
         jobs = [Job(user, getattr(pair, term)) for term in needed for user, pair in zip(users, pairs, strict=True)]
-        store = Store(Path(self.args.store), store_key(self.model, self.autocast)) if self.args.store else None
+        store = store_of(self.args.store, self.model, self.autocast)
         scored = kept_log_probs(self.model, jobs, store, self.autocast, "Scoring under the base")
         self.store_hits = scored.hits / len(jobs)
         self.scoring_seconds = time.perf_counter() - started
@@ -192,7 +194,7 @@ class PerCETrainer(SFTTrainer):
             factual = constants.get("factual_log_probs", outputs.log_probs)
             counterfactual = constants.get("counterfactual_log_probs")
             pir = None if counterfactual is None else contrast.pir(factual, counterfactual)
-            self._record(outputs, pir)
+            self._record(outputs, pir, num_items_in_batch)
             if pir is not None:
                 weights = contrast.weights(pir, self.args.clip_min, self.args.clip_max, self.weight_scale)
                 outputs.log_probs = weights * outputs.log_probs
@@ -214,10 +216,15 @@ class PerCETrainer(SFTTrainer):
         mask = labels[:, 1:] != IGNORED
         return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
 
-    def _record(self, outputs: Any, pir: Tensor | None) -> None:
-        """Adds the step's figures to those that TRL averages and logs."""
+    def _record(self, outputs: Any, pir: Tensor | None, window_tokens: Any) -> None:
+        """Adds the step's figures to those that TRL averages and logs; `window_tokens`: of the accumulation window.
+
+        The unweighted loss is scaled so that its mean over a window's batches is the window's mean over tokens.
+        """
         mask = outputs.label_mask
-        figures = {"unweighted_loss": -(outputs.log_probs.detach().sum() / mask.sum().clamp(min=1)).item()}
+        batches = 1 if window_tokens is None else self.current_gradient_accumulation_steps
+        tokens = torch.as_tensor(mask.sum() if window_tokens is None else window_tokens).clamp(min=1)
+        figures = {"unweighted_loss": -(outputs.log_probs.detach().sum() * batches / tokens).item()}
         if pir is not None:
             figures |= contrast.health(pir[mask], self.args.clip_min, self.args.clip_max)
             figures["weight_mean"] *= self.weight_scale
@@ -272,6 +279,10 @@ def _refuse(model: Any, args: PerCEConfig, train_dataset: Any, kwargs: dict[str,
     faults = [f"{name}: {why}" for name, why in _REFUSED_ARGUMENTS.items() if kwargs.get(name) is not None]
     if not isinstance(args, PerCEConfig):
         faults.append(f"args: a PerCEConfig is needed, this is {type(args).__name__}")
+    elif isinstance(model, str):
+        faults += _device_faults((args.model_init_kwargs or {}).get("device_map"))
+    if isinstance(model, torch.nn.Module):
+        faults += _spread_faults(model)
     peft = model.active_peft_config if isinstance(model, PeftModel) else kwargs.get("peft_config")
     if peft is None:
         faults.append("peft_config: the counterfactual is the base with its adapters off, so there must be an adapter")
@@ -287,6 +298,31 @@ def _refuse(model: Any, args: PerCEConfig, train_dataset: Any, kwargs: dict[str,
         faults += _column_faults(train_dataset.column_names)
     if faults:
         raise ConfigError(faults)
+
+
+def _on_one_device(args: PerCEConfig) -> dict[str, Any]:
+    """What TRL loads a model's name with: on the training's own device, where TRL's "auto" takes every card it sees."""
+    given = args.model_init_kwargs or {}
+    return given if args.device.type in ("cpu", "mps") else {"device_map": {"": args.device}, **given}
+
+
+def _device_faults(device_map: Any) -> list[str]:
+    """Why a `device_map` may put a model on several devices, which would train but not as it is scored."""
+    several = device_map in ("auto", "balanced", "balanced_low_0", "sequential")
+    if several or (isinstance(device_map, dict) and len(set(map(str, device_map.values()))) > 1):
+        return [
+            f"model_init_kwargs: device_map {device_map!r} may spread the model over several devices, and PerCE Lite "
+            "trains on one; leave device_map out"
+        ]
+    return []
+
+
+def _spread_faults(model: torch.nn.Module) -> list[str]:
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) < 2:
+        return []
+    where = ", ".join(devices)
+    return [f"model: it lies on {where}, and PerCE Lite trains on one device; load it with device_map={{'': 0}}"]
 
 
 def _lora_faults(lora: LoraConfig) -> list[str]:

@@ -14,7 +14,7 @@ import toys
 from cli_fixtures import TRAIN
 from transformers import AutoTokenizer
 
-import perce_lite.check
+from perce_lite import cli
 from perce_lite.store import Store
 
 pytest_plugins = ["cli_fixtures"]
@@ -206,7 +206,26 @@ def test_the_recipes_own_template_is_used(recipe, run, figures, plain):
     assert (code, err.count("error")) == (0, 0)
 
 
-def test_ctrl_c_says_how_to_go_on(recipe, run, monkeypatch):
-    monkeypatch.setattr(perce_lite.check, "check", lambda read: signal.raise_signal(signal.SIGINT))
-    code, out, err = run("check", recipe())
-    assert (code, out, err) == (130, "", "Stopped. The same command goes on from the last checkpoint.\n")
+STOPPED = {
+    "train": ("perce_lite.train.train", [], "goes on from the last checkpoint; what was scored is kept"),
+    "check": ("perce_lite.check.check", [], "Nothing was written; the same command starts over"),
+    "inspect": ("perce_lite.inspection.inspect", [], "scored under the base is kept; the same command scores the rest"),
+    "generate": ("perce_lite.generate.from_folder", ["--adapter", "x", "--prompt", "x"], "Nothing was written"),
+    "store show": ("perce_lite.store.usage", [], "Nothing was changed."),
+    "store clear": ("perce_lite.store.clear", [], "stays removed; the same command removes the rest"),
+}
+
+
+def test_every_command_says_what_is_true_after_ctrl_c():
+    assert set(STOPPED) == set(cli._STOPPED)
+
+
+@pytest.mark.parametrize("command", STOPPED)
+def test_ctrl_c_says_how_to_go_on(recipe, run, monkeypatch, command):
+    called, words, told = STOPPED[command]
+    monkeypatch.setattr(called, lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+    words = words or ([] if command.startswith("store") else [recipe()])
+    code, out, err = run(*command.split(), *words)
+    assert (code, out, len(err.splitlines())) == (130, "", 1)
+    assert err.startswith("Stopped. ")
+    assert told in err

@@ -39,6 +39,13 @@ def test_generate_finds_the_model_from_another_folder(recipe, run, toy, tmp_path
     assert run("generate", "--adapter", "out", "--prompt", "x", "--no-profile", "--max-new-tokens", "1")[0] == 0
 
 
+def test_a_chat_template_is_found_from_another_folder(recipe, run, plain, tmp_path, monkeypatch):
+    words = ["train", recipe(text=TRAIN), "--set", f"model={tmp_path / plain}"]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run(*words, "--set", "train.chat_template_path=mine.jinja")[0] == 0
+
+
 @pytest.mark.parametrize(("command", "key"), [("check", "user"), ("train", "prompt"), ("train", "user")])
 def test_brackets_in_user_text_are_text(recipe, run, command, key):
     rows = [{**row, key: f"{row[key]} [/INST]"} for row in toys.toy_rows()]

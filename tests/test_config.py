@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from perce_lite import PerCEConfig
 from perce_lite.config import VERDICTS, compute_dtype, pick_device
@@ -29,6 +30,17 @@ REFUSED = {
     "bf16_full_eval": [{"bf16_full_eval": True}],
     "fp16_full_eval": [{"fp16_full_eval": True}],
     "torch_compile": [{"torch_compile": True}],
+    "eos_token": [{"eos_token": "<|im_end|>"}],
+    "activation_offloading": [{"activation_offloading": True, "use_cpu": True}],
+    "accelerator_config": [
+        {"accelerator_config": one}
+        for one in (
+            {"split_batches": True},
+            {"dispatch_batches": True},
+            AcceleratorConfig(split_batches=True),
+            "a.json",
+        )
+    ],
     "deepspeed": [{"deepspeed": {"zero_optimization": {"stage": 2}}}],
     "fsdp": [{"fsdp": True}, {"fsdp": "full_shard"}],
     "parallelism_config": [{"parallelism_config": object()}],
@@ -55,6 +67,9 @@ ALLOWED = [
     {"dataset_num_proc": 1},
     {"dataset_kwargs": {}},
     {"fsdp": ""},
+    {"pad_token": "<|endoftext|>"},
+    {"tf32": False},
+    *({"average_tokens_across_devices": one} for one in (True, False)),
     {"clip_min": 0.0, "clip_max": 0.0},
     {"clip_min": 2.0, "clip_max": 2.0},
     {"clip_min": 0.0, "normalize_weights": "mean"},
@@ -100,6 +115,12 @@ def test_what_stands_beside_it_is_allowed(make, more):
     assert config.assistant_only_loss is False
     kept = {name: value for name, value in more.items() if name not in ("assistant_only_loss", "fsdp")}
     assert {name: getattr(config, name) for name in kept} == kept
+
+
+@pytest.mark.parametrize("given", [None, {}, {"even_batches": False}, AcceleratorConfig(non_blocking=True)], ids=str)
+def test_an_accelerator_config_that_spreads_nothing_is_allowed(make, given):
+    read = make(accelerator_config=given).accelerator_config
+    assert (read.split_batches, bool(read.dispatch_batches)) == (False, False)
 
 
 @pytest.mark.parametrize(

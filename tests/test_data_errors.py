@@ -95,6 +95,11 @@ BAD = {
     ),
     "unknown user": ({"a.jsonl": lines(ROW)}, {"data": {"users": ["bob"]}}, ["data.users", "bob", "a.jsonl"]),
     "no split given": ({"a.jsonl": lines(ROW)}, {"split": {"by": "given"}}, ["split.by", "row, user or time"]),
+    "held-out documents in profiles": (
+        {"a.jsonl": lines(DOCUMENT, DOCUMENT, DOCUMENT)},
+        {"split": {"by": "row"}},
+        ["split.by: row", "documents", "stand in the profiles", "Use time", "or user"],
+    ),
     "no text": (
         {"a.jsonl": lines(DOCUMENT, {"title": "x"})},
         {},

@@ -21,9 +21,9 @@ trainer    generate   controls   check      sections
 charts
 report
 inspection
-train      tables
+train      tables     evaluate
 measuring
-evaluate   compare    bench
+compare    bench
 cli
 """
 

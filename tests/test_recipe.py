@@ -77,6 +77,10 @@ def test_defaults_of_training_and_lora(load):
         ("modle: x", ["line 2", "unknown key modle", "model"]),
         ("profile:\n  select: all\n  topk: 3", ["line 4", "unknown key profile.topk", "top_k"]),
         ("data:\n  path: x\n  colums: {}", ["line 3", "unknown key data.colums", "columns"]),
+        (
+            "data:\n  path: x\n  columns:\n    query: subject\n    text: body\n    title: subject\n",
+            ["line 6", "query and title are both taken from the column subject", "leave all but one"],
+        ),
         ("train:\n  max_length: 3\n  lerning_rate: 1", ["line 4", "unknown key train.lerning_rate", "learning_rate"]),
         ("lora:\n  lora_alfa: 3", ["line 3", "unknown key lora.lora_alfa", "lora_alpha"]),
         ("nothing_like_it: 1", ["line 2", "unknown key nothing_like_it", "allowed: data, device, dtype"]),
@@ -263,3 +267,19 @@ def test_torch_is_not_imported_for_a_recipe(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_chat_template_is_looked_for_beside_the_recipe_first(load, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine.jinja").write_text("of the current folder")
+    monkeypatch.chdir(tmp_path / "here")
+    recipe = load("train: {chat_template_path: mine.jinja}")
+    assert recipe.chat_template_file == tmp_path / "here" / "mine.jinja", "as it stands"
+    first = recipe.fingerprint()
+    (tmp_path / "mine.jinja").write_text("beside the recipe")
+    assert recipe.chat_template_file == tmp_path / "mine.jinja"
+    assert training_config(recipe).chat_template_path == str(tmp_path / "mine.jinja")
+    second = recipe.fingerprint()
+    (tmp_path / "mine.jinja").write_text("of the current folder")
+    assert (second == first, recipe.fingerprint() == first) == (False, True), "what it says counts"
+    assert load("train: {chat_template_path: none.jinja}").chat_template_file is None

@@ -113,3 +113,39 @@ def test_a_folder_belongs_to_one_run(tmp_path):
     assert (tmp_path / "out" / "checkpoint-3").is_dir()
     Run(tmp_path / "out", "another").forget()
     assert [one.name for one in (tmp_path / "out").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("folder", ["checkpoint-3", "adapter"])
+@pytest.mark.parametrize("marker", [None, "[]", '{"note": "mine"}', "{"])
+def test_restart_deletes_nothing_that_may_be_anothers(tmp_path, folder, marker):
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "weights").write_text("of another program")
+    (tmp_path / "figures.json").write_text("[]")
+    if marker is not None:
+        (tmp_path / "run.json").write_text(marker)
+    there = sorted(tmp_path.rglob("*"))
+    with pytest.raises(RunError, match=rf"holds {folder}, but no run\.json.*--set train\.output_dir"):
+        Run(tmp_path, "mine").forget()
+    assert sorted(tmp_path.rglob("*")) == there
+
+
+def test_restart_where_there_is_nothing_and_where_all_is_ours(tmp_path):
+    Run(tmp_path / "absent", "mine").forget()
+    assert not (tmp_path / "absent").exists()
+    write_json(
+        tmp_path / "adapter" / "perce_lite.json", {"run": "older", "base": {}}
+    )  # as it was copied here, without its run.json
+    write_json(tmp_path / "figures.json", {"whose": "unknown"})
+    Run(tmp_path, "mine").forget()
+    assert [one.name for one in tmp_path.iterdir()] == ["figures.json"]
+    write_json(tmp_path / "run.json", {"run": "older", "base": "b"})
+    (tmp_path / "checkpoint-3").mkdir()
+    Run(tmp_path, "mine").forget()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["checkpoint-3", "adapter"])
+def test_a_run_does_not_begin_over_what_may_be_anothers(tmp_path, folder):
+    (tmp_path / folder).mkdir()
+    with pytest.raises(RunError, match=r"no run\.json.*--restart does not"):
+        Run(tmp_path, "mine").claim("base")

@@ -297,3 +297,12 @@ def test_store_key_changes_with_the_config():
     assert keys[0] != keys[1]
     models[0].config.use_cache, models[0].config.pad_token_id = False, 7  # what trainers set
     assert store_key(models[0], None) == keys[0]
+
+
+def test_store_key_changes_with_the_precision_of_float32_products(monkeypatch):
+    model = toys.toy_model("chatml", toys.VOCAB_SIZE)
+    exact = store_key(model, None)
+    monkeypatch.setattr(torch.backends, "fp32_precision", "ieee")
+    assert store_key(model, None) == exact
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")  # as `tf32: true` does
+    assert store_key(model, None) != exact

@@ -47,6 +47,22 @@ def test_every_step_logs_loss_pir_weights_and_hits(toy_trainer, tmp_path):
     assert first == second
 
 
+def test_the_logged_loss_is_the_mean_over_the_tokens_of_a_step(toy_trainer):
+    rows = [
+        {**row, "completion": row["completion"] * (1 + 5 * (number % 2))} for number, row in enumerate(toys.toy_rows())
+    ]
+    options = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 5,
+        "train_sampling_strategy": "sequential",
+    }
+    trainer = toy_trainer(rows=rows, estimator="uniform", max_steps=4, num_train_epochs=2, **options)
+    trainer.train()
+    steps = [log for log in trainer.state.log_history if "unweighted_loss" in log]
+    assert len(steps) == 4, "the last of an epoch is of three rows"
+    assert [log["unweighted_loss"] for log in steps] == pytest.approx([log["loss"] for log in steps], rel=1e-4)
+
+
 def test_training_on_counterfactual_has_no_profile_in_the_batch(toy_trainer):
     trainer = toy_trainer(train_on="counterfactual")
     with_profile = toy_trainer(train_on="factual")
@@ -87,6 +103,7 @@ def test_packing_cuts_nothing_and_keeps_log_probs_in_place(toy_trainer):
         {"completion_only_loss": True},
         {"train_sampling_strategy": "group_by_length"},
         {"pad_to_multiple_of": 64},
+        {"pad_token": "<|im_start|>"},
         {"max_length": None},
         {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
     ],
@@ -220,3 +237,48 @@ def test_dialogues_score_every_assistant_turn(toy_trainer):
     text = trainer.processing_class.decode(labels)
     assert text == "good day<|im_end|>well, thanks<|im_end|>"
     trainer.train()
+
+
+def by_name(folder, **config):
+    return PerCETrainer(
+        str(toys.toy_folder(folder / "toy")),
+        PerCEConfig(str(folder / "out"), bf16=False, report_to="none", **config),
+        train_dataset=datasets.Dataset.from_list(toys.toy_rows(1, 2)),
+        peft_config=LoraConfig(target_modules="all-linear"),
+    )
+
+
+@pytest.mark.parametrize("device_map", ["auto", "balanced", "sequential", {"model": 0, "lm_head": 1}], ids=str)
+def test_a_device_map_over_several_cards_is_refused(tmp_path, device_map):
+    with pytest.raises(ConfigError, match=r"model_init_kwargs: device_map .* leave device_map out"):
+        by_name(tmp_path, model_init_kwargs={"device_map": device_map})
+
+
+def test_a_model_by_name_goes_on_the_trainings_own_card(tmp_path, monkeypatch):
+    asked = []
+
+    def load(name, **kwargs):
+        asked.append(kwargs)
+        raise OSError("seen enough")
+
+    monkeypatch.setattr("trl.trainer.sft_trainer.create_model_from_path", load)
+    monkeypatch.setattr(PerCEConfig, "device", torch.device("cuda", 0))
+    with pytest.raises(OSError, match="seen enough"):
+        by_name(tmp_path, model_init_kwargs={"dtype": "float32"})
+    assert asked[0]["device_map"] == {"": torch.device("cuda", 0)}
+    assert asked[0]["dtype"] == "float32"
+    with pytest.raises(OSError, match="seen enough"):
+        by_name(tmp_path, model_init_kwargs={"device_map": {"": 1}})
+    assert asked[1]["device_map"] == {"": 1}, "one that names one device is kept"
+
+
+def test_a_model_by_name_trains_on_a_cpu(tmp_path):
+    trainer = by_name(tmp_path, max_steps=1, use_cpu=True)
+    assert {p.device.type for p in trainer.model.parameters()} == {"cpu"}
+
+
+def test_a_model_that_lies_on_several_devices_is_refused(toy_trainer):
+    model = toys.toy_model("chatml", toys.VOCAB_SIZE)
+    model.model.norm.to("meta")
+    with pytest.raises(ConfigError, match="model: it lies on cpu, meta, and PerCE Lite trains on one device"):
+        toy_trainer(model=model)

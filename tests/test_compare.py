@@ -1,0 +1,184 @@
+"""`perce-lite compare`: one budget for all, rates by validation alone, paired differences, nothing trained twice."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import toys
+from peft import PeftModel
+from test_inspect import fits_a_phone, full_logits
+
+from perce_lite import compare as comparing
+from perce_lite.compare import Training, arms_of, grid
+from perce_lite.controls import cases
+from perce_lite.data import read_rows
+from perce_lite.errors import NonFiniteLossError, RecipeError
+from perce_lite.pairs import PairMaker
+from perce_lite.recipe import load_recipe
+from perce_lite.rows import of_split, spread_over_users
+
+pytest_plugins = ["cli_fixtures"]
+
+TEXT = """
+train: {max_steps: 3, output_dir: out, store: store, clip_min: 0.05, seed: 3, warmup_steps: 0}
+split: {test: 0.3, validation: 0.2, unseen_users: 0.34}
+evaluation: {max_rows: 20}
+"""
+ARMS = "uniform,shuffled,base,base:train_on=counterfactual,uniform:train_on=counterfactual"
+WORDS = ("--arms", ARMS, "--rates", "0.002,0.02,0.05", "--seeds", "2")
+
+
+@pytest.fixture
+def path(recipe) -> Path:
+    return recipe(toys.toy_rows(users=6, per_user=6), TEXT)
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """What was trained, in order."""
+    done: list[str] = []
+    real = comparing.fit
+
+    def fit(recipe, base, rows, run, what):
+        done.append(what)
+        return real(recipe, base, rows, run, what)
+
+    monkeypatch.setattr(comparing, "fit", fit)
+    return done
+
+
+def loss_by_hand(path: Path, folder: Path, split: str, profile: str) -> torch.Tensor:
+    """Summed loss of each row under the adapter in `folder`, float64, by full logits."""
+    recipe = load_recipe(path)
+    rows = read_rows(recipe)
+    maker = PairMaker(toys.toy_tokenizer("chatml"), recipe.template, 1024)
+    found = cases(maker, spread_over_users(of_split(rows, split), 20), None, of_split(rows, "train"))
+    model = PeftModel.from_pretrained(toys.toy_model("chatml", 600), folder).double().eval()
+    return torch.stack([-full_logits(model, case.passes[profile]).sum() for case in found])
+
+
+def test_rates_come_from_validation_and_differences_are_paired(path, figures, trained):
+    told = figures("compare", path, *WORDS)
+    assert told["seeds"] == [3, 4]
+    assert len(trained) == 5 * (3 + 1)
+    assert trained[0] == "1 of 20: uniform, rate 0.002, seed 3"
+    recipe = load_recipe(path)
+    rows = read_rows(recipe)
+    arms = {arm.name: arm for arm in arms_of(recipe, ARMS)}
+    folder = {
+        (name, rate, seed): Training(arm, rate, seed).run(rows)[1].adapter
+        for name, arm in arms.items()
+        for rate in (0.002, 0.02, 0.05)
+        for seed in (3, 4)
+    }
+    chosen = {}
+    for one in told["arms"]:
+        profile = "none" if "counterfactual" in one["arm"] else "own"
+        assert one["profile"] == profile
+        losses = {}
+        for rate in (0.002, 0.02, 0.05):
+            summed = loss_by_hand(path, folder[one["arm"], rate, 3], "validation", profile)
+            losses[rate] = float(summed.sum())
+        ratios = [one["validation"][f"{rate:g}"] / losses[rate] for rate in losses]
+        assert ratios == pytest.approx([ratios[0]] * 3, rel=1e-4)
+        chosen[one["arm"]] = min(losses, key=losses.get)
+        assert one["rate"] == chosen[one["arm"]]
+    for split in ("test", "unseen"):
+        tokens = told["splits"][split]["tokens"]["all"]
+        pairs = {(one["arm"], one["against"]): one for one in told["splits"][split]["differences"]}
+        assert set(pairs) == {
+            ("shuffled", "uniform"), ("base", "uniform"), ("base", "shuffled"),
+            ("base:train_on=counterfactual", "uniform:train_on=counterfactual"),
+        }  # fmt: skip
+        for (name, against), one in pairs.items():
+            profile = one["profile"]
+            each = [
+                float((loss_by_hand(path, folder[name, chosen[name], seed], split, profile)
+                       - loss_by_hand(path, folder[against, chosen[against], seed], split, profile)).sum()) / tokens
+                for seed in (3, 4)
+            ]  # fmt: skip
+            assert one["all"]["seeds"] == pytest.approx(each, abs=1e-4)
+            assert one["all"]["value"] == pytest.approx(sum(each) / 2, abs=1e-4)
+            assert one["all"]["low"] <= one["all"]["value"] <= one["all"]["high"]
+    assert Path("out/compare.html").is_file()
+
+
+def test_finished_arms_are_not_trained_again(path, figures, trained):
+    words = ("--arms", "uniform,base", "--rates", "0.002,0.02", "--seeds", "2")
+    first = figures("compare", path, *words)
+    assert len(trained) == 6
+    assert figures("compare", path, *words) == first
+    assert len(trained) == 6
+    gone = next(one for one in Path("out/compare").glob("base-*/rate-*") if (one / "adapter").is_dir())
+    shutil.rmtree(gone)
+    assert figures("compare", path, *words) == first, "the same training again gives the same figures"
+    assert len(trained) == 7
+    figures("compare", path, "--arms", "uniform,base,mixed", "--rates", "0.002,0.02", "--seeds", "2")
+    assert len(trained) == 7 + 3
+
+
+def test_one_rate_needs_no_validation(recipe, figures, trained):
+    path = recipe(toys.toy_rows(users=6, per_user=6), TEXT.replace("validation: 0.2", "validation: 0"))
+    told = figures("compare", path, "--arms", "uniform,base", "--rates", "0.01", "--seeds", "1")
+    assert len(trained) == 2
+    assert [one["rate"] for one in told["arms"]] == [0.01, 0.01]
+    assert told["arms"][0]["validation"] == {"0.01": None}
+
+
+def test_an_arm_that_comes_to_no_loss_is_told_and_left_out(path, figures, monkeypatch):
+    real = comparing.fit
+
+    def fit(recipe, base, rows, run, what):
+        if recipe.train["estimator"] == "base" and recipe.train["learning_rate"] > 0.01:
+            raise NonFiniteLossError("The loss is nan")
+        return real(recipe, base, rows, run, what)
+
+    monkeypatch.setattr(comparing, "fit", fit)
+    told = figures("compare", path, "--arms", "uniform,base", "--rates", "0.002,0.02", "--seeds", "1")
+    base = told["arms"][1]
+    assert (base["rate"], base["failed"]) == (0.002, ["rate 0.02, seed 3"])
+    assert base["validation"]["0.02"] is None
+
+
+def test_page_fits_a_phone(path, run, tmp_path):
+    arms = "uniform,base,base:clip_min=0.2:normalize_weights=mean"
+    code, out, err = run("compare", path, "--arms", arms, "--rates", "0.01", "--seeds", "1", "--out", "page.html")
+    assert code == 0, err
+    text = Path("page.html").read_text("utf-8")
+    assert "<script" not in text
+    assert text.count("<svg") == 2
+    assert "base: clip_min=0.2: normalize_weights=mean" in text
+    assert "against uniform" in " ".join(out.split())
+    fits_a_phone(tmp_path, ".wide")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--arms", "uniform,bass"], "'bass' is not one of base, mixed"),
+        (["--arms", "base:clip_mn=0.2"], "did you mean clip_min"),
+        (["--arms", "base,base"], "base: named twice"),
+        (["--arms", "base:clip_min=lots"], "'lots' is not a number"),
+        (["--arms", "mixed:train_on=counterfactual"], "does not go with estimator 'mixed'"),
+        (["--arms", ","], "name some, such as uniform"),
+        (["--rates", "fast"], "write it as 1e-4,3e-4"),
+        (["--rates", "1e-4,1e-4"], "stands there once"),
+        (["--set", "split.test=0"], "must judge on others. Raise split.test"),
+        (["--set", "split.validation=0"], "No validation rows"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_error_before_any_training(path, run, trained, words, expected):
+    code, _, err = run("compare", path, *words)
+    assert code == 2, err
+    assert expected in " ".join(err.split())
+    assert "Traceback" not in err
+    assert trained == []
+
+
+def test_grid_is_around_the_recipes_rate(path):
+    recipe = load_recipe(path, ["train.learning_rate=2e-4"])
+    assert grid(recipe, None) == pytest.approx([1e-4, 2e-4, 4e-4])
+    assert grid(recipe, "1e-4, 3e-4") == [1e-4, 3e-4]
+    with pytest.raises(RecipeError, match="above 0"):
+        grid(recipe, "-1")
