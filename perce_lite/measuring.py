@@ -8,7 +8,6 @@ import gc
 import itertools
 import os
 import platform
-import resource
 import shutil
 import sys
 import threading
@@ -256,6 +255,8 @@ def peak_bytes(device: torch.device) -> int:
     found = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")] if status.is_file() else []
     if found:
         return int(found[0].split()[1]) * 1024
+    import resource  # not on Windows, where a GPU's peak can be read all the same
+
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
 

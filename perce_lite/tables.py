@@ -155,7 +155,7 @@ def show_bench(figures: dict[str, Any]) -> None:
     rows, settings = figures["rows"], figures["settings"]
     told = (
         f"{rows['rows']} rows, {rows['tokens']} tokens, {rows['profile_share']:.0%} of them profile; "
-        f"{settings['steps']} steps of {rows['batch']} rows, {settings['repeats']} repeats"
+        f"steps {settings['steps']} of {rows['batch']} rows, repeats {settings['repeats']}"
     )
     table = Table(title=Text(f"Cost, {told}"), title_justify="left", caption_justify="left", box=None)
     for name in ("arm", "tokens/s", "step, s", "x sft", "peak MiB", "x sft", "disk MiB"):
@@ -173,7 +173,7 @@ def show_bench(figures: dict[str, Any]) -> None:
     epochs = f"scoring and {settings['epochs']} epochs"
     table.caption = Text(f"x sft: median (range over repeats); the time of a cold store: {epochs}.")
     console.print(table)
-    for bar in figures["bars"]:
+    for bar in (one for one in figures["bars"] if one["arm"] in figures["arms"]):
         limit = f"at most {bar['limit']:.2f} x sft"
         if bar["met"] is None:
             got = "" if bar["ratio"] is None else f", here {bar['ratio']:.2f} x"
