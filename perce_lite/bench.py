@@ -6,6 +6,7 @@ That is also why nothing is kept of a bench that was stopped: it must be one run
 """
 
 import difflib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,16 +19,13 @@ from typing import Any
 
 from rich.progress import Progress
 
-from perce_lite.collator import EpochSampler
-from perce_lite.console import progress_bar, say
-from perce_lite.data import read_rows
+from perce_lite.console import progress_bar
 from perce_lite.errors import BenchError
-from perce_lite.files import digest, read_json, write_json
+from perce_lite.files import read_json, write_json
 from perce_lite.measuring import ARMS, Job, recipe_of
-from perce_lite.models import load_tokenizer
-from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.recipe import Recipe, training_config
-from perce_lite.rows import from_columns, of_split, to_columns
+from perce_lite.rows import to_columns
+from perce_lite.workload import Workload, workload
 
 REFERENCE = "sft"
 """The arm that the others are ratios to."""
@@ -111,90 +109,13 @@ def arms_of(spec: str | None) -> list[str]:
     return names
 
 
-# The rows
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The rows that every arm trains on, batch after batch: `steps` times `batch` of them."""
-
-    pairs: list[Pair]
-    batch: int
-
-    @property
-    def steps(self) -> int:
-        return len(self.pairs) // self.batch
-
-    @property
-    def profile_share(self) -> float:
-        """Share of the tokens that is there for the profile alone."""
-        return 1 - self.tokens(profile=False) / self.tokens(profile=True)
-
-    def tokens(self, profile: bool) -> int:
-        """Tokens of all rows, with the profile in the prompt or without."""
-        return sum(len((one.factual if profile else one.counterfactual).ids) for one in self.pairs)
-
-    def digest(self, profile: bool) -> str:
-        """As `measuring.measure` gives it for these rows."""
-        trained = [one.factual if profile else one.counterfactual for one in self.pairs]
-        return digest([[one.ids for one in trained], [one.labels for one in trained]])
-
-    def told(self) -> dict[str, Any]:
-        """For `--json`."""
-        return {
-            "rows": len(self.pairs),
-            "batch": self.batch,
-            "tokens": self.tokens(profile=True),
-            "tokens_without_profile": self.tokens(profile=False),
-            "response_tokens": sum(label != IGNORED for one in self.pairs for label in one.factual.labels),
-            "longest": max(len(one.factual.ids) for one in self.pairs),
-            "profile_share": self.profile_share,
-        }
-
-
-def workload(recipe: Recipe, steps: int) -> Workload:
-    """The first `steps` batches that a training of `recipe` would see, and the one with the longest row in any case.
-
-    Raises:
-        BenchError: there are fewer rows than one batch takes; and what training raises.
-    """
-    config = training_config(recipe)
-    if config.packing:
-        say("packing is left out in every arm: a row is measured as it is.")
-    maker = PairMaker(load_tokenizer(recipe), recipe.template, config.max_length, recipe.profile.max_tokens)
-    audit = Audit()
-    # There and back again, as training does it: a column has one type, so a profile may become a list of one item.
-    records = to_columns(of_split(read_rows(recipe), "train"))
-    pairs = maker.make([from_columns(record, f"row {number}") for number, record in enumerate(records)], audit)
-    require(pairs, audit, "train")
-    lengths = [len(pair.factual.ids) for pair in pairs]
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    if len(pairs) < batch:
-        raise BenchError(
-            f"There are {len(pairs)} training rows, and one step takes {batch}: lower "
-            "train.per_device_train_batch_size or train.gradient_accumulation_steps."
-        )
-    order = list(range(len(pairs)))
-    if config.train_sampling_strategy != "sequential":
-        alike = lengths if config.train_sampling_strategy == "group_by_length" else None
-        seed = config.seed if config.data_seed is None else config.data_seed
-        order = list(EpochSampler(len(pairs), seed, alike, config.per_device_train_batch_size))
-    batches = [order[start : start + batch] for start in range(0, len(order) - batch + 1, batch)]
-    longest = max(order, key=lambda index: lengths[index])
-    taken = batches[:steps]
-    if not any(longest in one for one in taken):  # peak memory is that of the longest row
-        holding = [one for one in batches if longest in one]
-        taken[-1] = holding[0] if holding else [*taken[-1][1:], longest]
-    return Workload([pairs[index] for one in taken for index in one], batch)
+# The measurements
 
 
 def _portable(recipe: Recipe) -> Recipe:
     """The recipe as a process can read it that does not know where its file lies."""
     folder = recipe.model_folder
     return recipe if folder is None else recipe.model_copy(update={"model": str(folder)})
-
-
-# The measurements
 
 
 class _Measurements:
@@ -218,8 +139,9 @@ class _Measurements:
             BenchError: the process failed, or trained on other tokens than it was to.
         """
         job = self.job(arm, fill)
-        for left in (job.result, *(_files(Path(job.store)) if ARMS[arm].cold else ())):
-            Path(left).unlink(missing_ok=True)
+        Path(job.result).unlink(missing_ok=True)
+        if ARMS[arm].cold:
+            shutil.rmtree(job.store, ignore_errors=True)
         write_json(self._scratch / "job.json", asdict(job))
         said = self._scratch / "said.txt"
         with said.open("wb") as file, _child(self._scratch / "job.json", file) as child:
@@ -275,10 +197,6 @@ def _child(job: Path, said: Any) -> Iterator[subprocess.Popen[bytes]]:
         child.wait()
         assert child.stdin is not None
         child.stdin.close()
-
-
-def _files(folder: Path) -> list[Path]:
-    return [file for file in folder.rglob("*") if file.is_file()]
 
 
 def _last_line(said: Path) -> str:

@@ -18,7 +18,7 @@ import pytest
 import torch
 import toys
 
-from perce_lite import bench, measuring
+from perce_lite import bench, measuring, workload
 from perce_lite.errors import BenchError, RecipeError
 from perce_lite.files import read_json
 from perce_lite.recipe import load_recipe
@@ -67,16 +67,16 @@ def test_rows_are_whole_batches_in_the_recipes_order_and_hold_the_longest(recipe
     for strategy in ("random", "sequential", "group_by_length"):
         path = recipe(rows, SMALL + "split: {test: 0, validation: 0}\n")
         read = load_recipe(path, [f"train.train_sampling_strategy={strategy}", "train.gradient_accumulation_steps=2"])
-        load = bench.workload(read, 3)
+        load = workload.workload(read, 3)
         assert (load.steps, len(load.pairs), load.batch) == (3, 12, 4)
         assert len({pair.row.where for pair in load.pairs}) == 12
         assert max(len(pair.factual.ids) for pair in load.pairs) == load.told()["longest"]
         assert any(pair.row.completion[0]["content"].endswith("and so on") for pair in load.pairs)
-        assert bench.workload(read, 99).steps == 4, "as many as there are rows for: 18 // 4"
+        assert workload.workload(read, 99).steps == 4, "as many as there are rows for: 18 // 4"
 
 
 def test_share_of_the_profile(recipe):
-    load = bench.workload(load_recipe(recipe(text=SMALL)), 2)
+    load = workload.workload(load_recipe(recipe(text=SMALL)), 2)
     longer = sum(len(pair.factual.ids) - len(pair.counterfactual.ids) for pair in load.pairs)
     assert load.profile_share == pytest.approx(longer / sum(len(pair.factual.ids) for pair in load.pairs))
     assert 0 < load.profile_share < 1
@@ -85,7 +85,7 @@ def test_share_of_the_profile(recipe):
 def test_rows_for_not_even_one_step(recipe):
     read = load_recipe(recipe(text=SMALL), ["train.per_device_train_batch_size=500"])
     with pytest.raises(BenchError, match=r"training rows, and one step takes 500: lower"):
-        bench.workload(read, 2)
+        workload.workload(read, 2)
 
 
 # All arms
@@ -241,7 +241,7 @@ def test_memory_that_is_short_is_known_by_what_is_raised():
 
 
 def test_other_tokens_are_an_error(recipe, here, monkeypatch):
-    monkeypatch.setattr(bench.Workload, "digest", lambda self, profile: "other")
+    monkeypatch.setattr(workload.Workload, "digest", lambda self, profile: "other")
     with pytest.raises(BenchError, match="sft was trained on other tokens"):
         bench.bench(load_recipe(recipe(text=SMALL)), ["sft"], steps=1, warmup=0, repeats=1)
     assert not scratch_folders(Path.cwd())

@@ -211,6 +211,7 @@ STOPPED = {
     "check": ("perce_lite.check.check", [], "Nothing was written; the same command starts over"),
     "inspect": ("perce_lite.inspection.inspect", [], "scored under the base is kept; the same command scores the rest"),
     "generate": ("perce_lite.generate.from_folder", ["--adapter", "x", "--prompt", "x"], "Nothing was written"),
+    "bench": ("perce_lite.bench.bench", [], "Nothing is kept: measurements are compared within one run"),
     "store show": ("perce_lite.store.usage", [], "Nothing was changed."),
     "store clear": ("perce_lite.store.clear", [], "stays removed; the same command removes the rest"),
 }

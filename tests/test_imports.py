@@ -22,7 +22,7 @@ charts
 report
 inspection
 train      tables     evaluate
-measuring
+measuring  workload
 compare    bench
 cli
 """
