@@ -68,8 +68,9 @@ def bench(
     arms: names of `ARMS`; plain SFT is always measured as well
     steps: optimizer steps a measurement, an epoch over its rows; fewer where there are fewer rows
     warmup: steps ahead of them that do not count
-    epochs: over which a cold store's scoring is spread. Its steps are those of a warm store, so its time is the scoring
-        that was measured and so many epochs of the steps that were measured
+    epochs: over which a cold store's scoring is spread. After scoring its steps are those of a warm store, so its time
+        is the scoring that was measured and so many epochs of the steps that were measured. Scoring comes without a
+        warm-up and with what it pays once a run, so over few rows it looks dearer than it is over many
 
     Raises:
         BenchError: rows for not even one step, or a measurement that failed; and what reading the recipe's rows raises.
@@ -114,8 +115,9 @@ def arms_of(spec: str | None) -> list[str]:
 
 def _portable(recipe: Recipe) -> Recipe:
     """The recipe as a process can read it that does not know where its file lies."""
-    folder = recipe.model_folder
-    return recipe if folder is None else recipe.model_copy(update={"model": str(folder)})
+    folder, template = recipe.model_folder, recipe.chat_template_file
+    train = recipe.train if template is None else {**recipe.train, "chat_template_path": str(template)}
+    return recipe.model_copy(update={"model": recipe.model if folder is None else str(folder), "train": train})
 
 
 class _Measurements:

@@ -17,11 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 import toys
+from trl import SFTTrainer
 
 from perce_lite import bench, measuring, workload
 from perce_lite.errors import BenchError, RecipeError
 from perce_lite.files import read_json
 from perce_lite.recipe import load_recipe
+from perce_lite.trainer import PerCETrainer
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -139,11 +141,54 @@ def test_the_users_own_store_and_output_are_not_touched(recipe, here, tmp_path):
     assert left == {"rows.jsonl", "mine.yaml"}
 
 
+def test_model_and_template_are_found_from_the_recipe_on(recipe, plain, here, tmp_path, monkeypatch):
+    path = recipe(text=SMALL)
+    read = load_recipe(path, [f"model={plain}", "train.chat_template_path=mine.jinja"])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    found = bench.bench(read, ["base"], steps=1, warmup=0, repeats=1)
+    assert found["arms"]["base"]["time"]["median"] > 0
+
+
 def test_what_an_arm_refuses_is_told_before_anything_is_measured(recipe, here):
     read = load_recipe(recipe(text=SMALL), ["train.neftune_noise_alpha=5"])
     with pytest.raises(RecipeError, match="neftune_noise_alpha"):
         bench.bench(read, ["base", "mixed"], steps=1, repeats=1)
     assert not here
+
+
+def test_plain_sft_is_trls_own_and_float32_is_told_apart(recipe):
+    """TRL makes a 4-bit model's adapter bf16; one arm leaves it so, one undoes it, PerCE's are float32."""
+    read = load_recipe(recipe(text=SMALL), ["quantization=nf4"])
+    jobs = bench._Measurements(read, workload.workload(read, 1), 0, Path.cwd())
+    found = {}
+    for name in ("sft", "sft-fp32", "base", "hand-written"):
+        job = jobs.job(name)
+        own = measuring.recipe_of(job)
+        trainer = measuring.make(measuring.ARMS[name], own, measuring.load_base(own), job.rows)
+        found[name] = {str(one.dtype) for one in trainer.model.parameters() if one.requires_grad}, type(trainer)
+    assert found == {
+        "sft": ({"torch.bfloat16"}, SFTTrainer),
+        "sft-fp32": ({"torch.float32"}, SFTTrainer),
+        "base": ({"torch.float32"}, PerCETrainer),
+        "hand-written": ({"torch.bfloat16"}, measuring.HandWrittenTrainer),
+    }
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel's peak cannot be started anew")
+def test_peak_memory_is_that_of_what_came_after_the_start():
+    cpu, size = torch.device("cpu"), 2**28
+    held = bytearray(b"x") * size
+    before = measuring.peak_bytes(cpu)
+    del held
+    assert measuring.reset_peak(cpu) == "training"
+    after = measuring.peak_bytes(cpu)
+    assert after < before - size / 2, "what was there before does not count"
+    held = bytearray(b"x") * size
+    assert measuring.peak_bytes(cpu) > after + size / 2
+    del held
+    assert measuring.peak_bytes(cpu) > after + size / 2, "what is gone again does"
 
 
 # Ratios, from raw numbers
