@@ -144,6 +144,30 @@ def compare(
 
 
 @app.command()
+def bench(
+    recipe: RecipePath,
+    arms: Annotated[str | None, typer.Option(help="Ways to train, such as base,mixed; else all.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps a measurement.")] = 6,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps ahead of them that do not count.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each arm.")] = 3,
+    epochs: Annotated[int, typer.Option(min=1, help="Over which the scoring of a cold store is spread.")] = 3,
+    set_: Set = None,
+    json: Json = None,
+) -> None:
+    """Measure time, memory and disk beside plain SFT on this machine, with the recipe's own rows."""
+    from perce_lite.recipe import load_recipe
+
+    read = load_recipe(recipe, set_ or [])
+    from perce_lite import tables
+    from perce_lite.bench import arms_of
+    from perce_lite.bench import bench as run
+
+    figures = run(read, arms_of(arms), steps, warmup, repeats, epochs)
+    write(json, figures)
+    tables.show_bench(figures)
+
+
+@app.command()
 def generate(
     adapter: Annotated[Path, typer.Option(help="The folder of an adapter, such as runs/quickstart/adapter.")],
     prompt: Annotated[str, typer.Option(help="What to ask.")],
@@ -230,6 +254,7 @@ _STOPPED = {
     "eval": "What was scored and answered is kept; the same command does the rest.",
     "compare": "Finished trainings are kept; the same command goes on from the last checkpoint.",
     "fleet": "Who was trained stays so; the same command goes on.",
+    "bench": "Nothing is kept: measurements are compared within one run; the same command starts over.",
     "store show": "Nothing was changed.",
     "store clear": "What is removed stays removed; the same command removes the rest.",
 }

@@ -38,7 +38,7 @@ def no_bars() -> Iterator[None]:
         _silent.reset(token)
 
 
-def progress_bar() -> Progress:
+def progress_bar(refresh_per_second: float = 10) -> Progress:
     """A progress bar with count, time gone and time left, on standard error."""
     return Progress(
         SpinnerColumn(),
@@ -51,6 +51,7 @@ def progress_bar() -> Progress:
         TextColumn("{task.fields[note]}"),
         console=errors,
         disable=_silent.get(),
+        refresh_per_second=refresh_per_second,
     )
 
 

@@ -2,21 +2,20 @@
 
 import itertools
 import json
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from perce_lite.console import warn
+from perce_lite.documents import Record, age, from_documents, item_of, trained_documents
 from perce_lite.errors import DataError
-from perce_lite.profiles import Item, choose
-from perce_lite.recipe import Profile, Recipe
+from perce_lite.profiles import Item
+from perce_lite.recipe import Recipe
 from perce_lite.rows import (
     SPLIT_NAMES,
     Profiled,
     Row,
-    cohort_name,
     from_record,
     of_split,
     split_name,
@@ -43,7 +42,7 @@ def read_rows(recipe: Recipe) -> list[Row]:
                 "split.by: row does not go with documents: an author's held-out texts would stand in the profiles of "
                 "later ones that are trained on. Use time (the last ones of each author are held out) or user."
             )
-        rows = _from_documents(records, recipe.profile)
+        rows = from_documents(records, recipe.profile)
     else:
         rows = [from_record(record, where, split, shape, recipe.profile) for where, split, record in records]
     if data.users is not None:
@@ -78,7 +77,7 @@ def history(recipe: Recipe, user: str, prompt: str = "") -> Profiled:
     records = list(_records(recipe))
     shape = recipe.data.format if recipe.data.format != "auto" else _shape(records[0])
     if shape == "documents":
-        trained = _trained_documents(records, recipe)
+        trained = trained_documents(records, recipe)
         theirs = [
             record
             for record in records
@@ -86,7 +85,7 @@ def history(recipe: Recipe, user: str, prompt: str = "") -> Profiled:
             and prompt not in (record[2].get("query"), record[2].get("title"))
         ]
         theirs = [record for record in theirs if record[0] in trained] or theirs
-        items = [_item(one) for _, _, one in sorted(theirs, key=_age(theirs))]
+        items = [item_of(one) for _, _, one in sorted(theirs, key=age(theirs))]
     else:
         rows = [from_record(record, where, split, shape, None) for where, split, record in records]
         profiles = [row.profile for row in rows if row.user == user]
@@ -106,16 +105,16 @@ def library(recipe: Recipe) -> dict[str, list[Item]]:
     shape = recipe.data.format if recipe.data.format != "auto" else _shape(records[0])
     texts: dict[str, list[Item]] = defaultdict(list)
     if shape == "documents":
-        trained = _trained_documents(records, recipe)
+        trained = trained_documents(records, recipe)
         for where, _, record in records:
             if where in trained:
-                texts[user_name(record.get("user"))].append(_item(record))
+                texts[user_name(record.get("user"))].append(item_of(record))
         return texts
     for where, split, record in records:
         row = from_record(record, where, split, shape, None)
         items = (Item("", row.profile),) if isinstance(row.profile, str) else row.profile
-        texts[row.user] += [item for item in items if item not in texts[row.user] and item.text.strip()]
-    return texts
+        texts[row.user] += [item for item in items if item.text.strip()]
+    return {user: list(dict.fromkeys(items)) for user, items in texts.items()}
 
 
 def plain_rows(path: Path) -> list[Row]:
@@ -124,8 +123,6 @@ def plain_rows(path: Path) -> list[Row]:
 
 
 # Records: whatever the file holds, one dict each, with where it stands and the split the file says it is of.
-
-Record = tuple[str, str | None, Mapping[str, Any]]
 
 
 def _records(recipe: Recipe) -> Iterator[Record]:
@@ -267,91 +264,3 @@ def _shape(first: Record) -> str:
         f"{where}: the fields {', '.join(sorted(names))} fit no known shape. Rows have user, profile, prompt and "
         "completion (or messages); documents have user, query, text; rename with data.columns: {completion: answer}"
     )
-
-
-def _from_documents(records: Sequence[Record], rule: Profile) -> list[Row]:
-    """Documents by author: the profile of each is made of the same author's earlier ones, never later ones."""
-    by_user: dict[str, list[Record]] = defaultdict(list)
-    for where, split, record in records:
-        if not isinstance(record.get("text"), str):
-            raise DataError(f"{where}: no text; rename yours with data.columns.text=YOUR_COLUMN")
-        if not record.get("query") and not record.get("title"):
-            raise DataError(f"{where}: neither query nor title: nothing to ask for")
-        if rule.earlier_by != "document":
-            _date(record, where, f"profile.earlier_by: {rule.earlier_by} needs one in every document")
-        by_user[user_name(record.get("user"))].append((where, split, record))
-    rows = []
-    for user, documents in by_user.items():
-        documents.sort(key=_age(documents))
-        for index, (where, _, record) in enumerate(documents):
-            said = _said_split(documents[index])
-            earlier = [
-                other[2]
-                for other in documents[:index]
-                if _is_earlier(other[2], record, rule.earlier_by)
-                and (said in ("validation", "test") or _said_split(other) not in ("validation", "test"))
-            ]
-            items = [_item(other) for other in earlier]
-            query = str(record.get("query") or record.get("title"))
-            chosen = choose(items, str(record.get("title") or query), rule.select, rule.top_k)
-            prompt = ({"role": "user", "content": query},)
-            completion = ({"role": "assistant", "content": record["text"]},)
-            named = (cohort_name(record), bool(record.get("user_held_out")))
-            rows.append(Row(where, user, tuple(chosen), prompt, completion, said, *named))
-    return rows
-
-
-def _trained_documents(records: Sequence[Record], recipe: Recipe) -> set[str]:
-    """Where the documents of the training split stand."""
-    rows = split_rows(_from_documents(records, recipe.profile), recipe.split, "the data", "time")
-    return {row.where for row in rows if row.split == "train"}
-
-
-def _item(document: Mapping[str, Any]) -> Item:
-    return Item(str(document.get("title") or ""), document["text"])
-
-
-def _said_split(document: Record) -> str | None:
-    where, split, record = document
-    return split_name(record.get("split") or record.get("temporal_split") or split, where)
-
-
-def _age(documents: Sequence[Record]) -> Callable[[Record], tuple[float, ...]]:
-    """What sorts an author's documents oldest first: idx where all have one, else the date, else as they stand.
-
-    Raises:
-        DataError: an idx that is no number, or a date that is not year-month-day.
-    """
-    if all(record.get("idx") is not None for _, _, record in documents):
-        return lambda one: (_number(one[2]["idx"], one[0]),)
-    if all(record.get("date") is not None for _, _, record in documents):
-        return lambda one: _date(one[2], one[0], "without idx, an author's documents are ordered by it")
-    for where, _, record in documents:
-        if record.get("idx") is not None or record.get("date") is not None:
-            raise DataError(
-                f"{where}: has an idx or a date, other documents of this author have none; give it to all or to none"
-            )
-    return lambda one: ()
-
-
-def _number(idx: Any, where: str) -> float:
-    try:
-        return float(idx)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: idx is {idx!r}; the order of an author's documents is a number") from error
-
-
-def _date(record: Mapping[str, Any], where: str, why: str) -> tuple[float, ...]:
-    """(year, month, day, ...) of a date such as 2024-05-31, 2024-05 or 2024, with a time or without."""
-    numbers = re.findall(r"\d+", str(record.get("date")))
-    if not numbers or len(numbers[0]) != 4:
-        raise DataError(f"{where}: date is {record.get('date')!r}; write it as 2024-05-31 ({why})")
-    return tuple(float(number) for number in numbers)
-
-
-def _is_earlier(other: Mapping[str, Any], record: Mapping[str, Any], by: str) -> bool:
-    """Whether `other`, which stands ahead of `record`, is older by the whole unit `by` as well."""
-    if by == "document":
-        return True
-    length = {"year": 1, "month": 2}[by]
-    return _date(other, "", "")[:length] < _date(record, "", "")[:length]

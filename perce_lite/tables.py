@@ -169,3 +169,44 @@ def show_store(root: Path, bases: list[dict[str, int | str]]) -> None:
     for one in bases:
         table.add_row(str(one["base"]), str(one["users"]), str(one["entries"]), f"{int(one['bytes']) / 2**20:.2f}")
     console.print(table if bases else Text(f"The store {root} is empty."))
+
+
+def show_bench(figures: dict[str, Any]) -> None:
+    """`perce-lite bench`: the arms beside plain SFT, one line a bar, the machine."""
+    rows, settings = figures["rows"], figures["settings"]
+    told = (
+        f"{rows['rows']} rows, {rows['tokens']} tokens, {rows['profile_share']:.0%} of them profile; "
+        f"steps {settings['steps']} of {rows['batch']} rows, repeats {settings['repeats']}"
+    )
+    table = Table(title=Text(f"Cost, {told}"), title_justify="left", caption_justify="left", box=None)
+    for name in ("arm", "tokens/s", "step, s", "x sft", "peak MiB", "x sft", "disk MiB"):
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for name, one in figures["arms"].items():
+        if "out_of_memory" in one:
+            table.add_row(name, Text("out of memory", style="red"))
+            continue
+        table.add_row(
+            name,
+            *(f"{one['tokens_per_second']:.0f}", f"{one['step_seconds']:.3f}", _with_range(one["time"])),
+            *(f"{one['peak_bytes'] / 2**20:.0f}", "-" if one["memory"] is None else f"{one['memory']['median']:.2f}"),
+            f"{one['disk_bytes'] / 2**20:.2f}",
+        )
+    epochs = f"scoring and {settings['epochs']} epochs"
+    table.caption = Text(f"x sft: median (range over repeats); the time of a cold store: {epochs}.")
+    console.print(table)
+    for bar in (one for one in figures["bars"] if one["arm"] in figures["arms"]):
+        limit = f"at most {bar['limit']:.2f} x sft"
+        if bar["met"] is None:
+            got = "" if bar["ratio"] is None else f", here {bar['ratio']:.2f} x"
+            console.print(Text(f"not judged  {bar['bar']}, {limit}{got}: {bar['why']}", style="dim"))
+        else:
+            word, style = ("met", "green") if bar["met"] else ("not met", "red")
+            console.print(Text.assemble((f"{word:10}", style), f"  {bar['bar']}, {limit}: {bar['ratio']:.3f} x"))
+    machine = figures["machine"]
+    if machine is not None:
+        cores = f"{machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}"
+        console.print(Text(f"{machine['name']}, {cores}, model {figures['model']}"))
+
+
+def _with_range(spread: dict[str, Any] | None) -> str:
+    return "-" if spread is None else f"{spread['median']:.2f} ({spread['min']:.2f}-{spread['max']:.2f})"

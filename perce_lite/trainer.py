@@ -5,6 +5,7 @@ TRL's accumulation, metrics, evaluation, logging and resume stay as they are. Th
 set, scored once before training with the adapters off; only `bootstrap` runs a second forward, ahead of the first.
 """
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ class PerCETrainer(SFTTrainer):
         self.autocast = args.autocast
         if next(self.model.parameters()).device.type == "cpu":
             project_scored_positions_only(self.model)
-        self.weight_scale, self.store_hits = 1.0, 0.0
+        self.weight_scale, self.store_hits, self.scoring_seconds = 1.0, 0.0, 0.0
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the training loop counts
         bootstrap = args.estimator == "bootstrap"
         self._scoring_forward = scoring_forward(self.model) if bootstrap else None
@@ -139,12 +140,14 @@ class PerCETrainer(SFTTrainer):
         needed = ("factual", "counterfactual") if normalized else columns
         if not needed:
             return dataset
+        started = time.perf_counter()
         pairs = self.pairs["train"]
         users = [pair.row.user for pair in pairs]
         jobs = [Job(user, getattr(pair, term)) for term in needed for user, pair in zip(users, pairs, strict=True)]
         store = store_of(self.args.store, self.model, self.autocast)
         scored = kept_log_probs(self.model, jobs, store, self.autocast, "Scoring under the base")
         self.store_hits = scored.hits / len(jobs)
+        self.scoring_seconds = time.perf_counter() - started
         terms = {term: scored.log_probs[i * len(pairs) : (i + 1) * len(pairs)] for i, term in enumerate(needed)}
         if normalized:
             pirs = [contrast.pir(*both) for both in zip(terms["factual"], terms["counterfactual"], strict=True)]

@@ -14,6 +14,7 @@ config
 faults
 recipe
 rows       registry
+documents
 data       models     store      chat
 pairs      adapters
 collator   head
@@ -23,8 +24,8 @@ charts
 report
 inspection
 train      tables     evaluate
-groups
-compare    inprocess
+groups     measuring  workload
+compare    bench      inprocess
 fleet      cli_options
 roster
 cli_fleet
