@@ -60,8 +60,10 @@ def fleet(
         groups = {group.key: group for group in planned.groups}
         due = {kind: sum(1 for _ in registry.due(kind, _wanted(kind, only))) for kind in KINDS}
         need = _disk(recipe, sum(due.values()))
-        registry.set_meta("store", training_config(recipe).store or "")
-        registry.set_meta("data", str(recipe.data_path or recipe.data.hub))
+        known = {"store": training_config(recipe).store or "", "data": str(recipe.data_path or recipe.data.hub)}
+        known |= {"group_by": recipe.fleet.group_by, "min_examples": str(recipe.fleet.min_examples)}
+        for key, value in known.items():
+            registry.set_meta(key, value)
         figures: dict[str, Any] = {"folder": str(recipe.output_dir), "due": due, "bytes_needed": need}
         if dry_run or not sum(due.values()):
             return {**figures, "dry_run": dry_run, **_told(registry, Tally())}
@@ -229,7 +231,7 @@ def _verdict(recipe: Recipe, adapter: Adapter, outcome: Outcome) -> tuple[str, s
     if judged is None:
         return "in service", "trained; no validation rows to judge it by"
     gain = judged["start"] - judged["own"]
-    if gain < gate or gain <= 0:
+    if gain <= gate:
         return (
             "held back",
             f"{gain:+.3f} nats a token on validation rows against what it replaces; gate {gate:g}",

@@ -47,8 +47,9 @@ def who(registry: Registry, user: str) -> dict[str, Any]:
     reasons = []
     chain: list[Key] = [("user", user)] if own else []
     chain += [("cohort", cohort)] if cohort is not None else []
-    if not own:
-        reasons.append(f"{examples} training rows are too few for an adapter of their own")
+    if not own and registry.meta("group_by") == "user":
+        least = registry.meta("min_examples")
+        reasons.append(f"{examples} training rows are too few for an adapter of their own (fleet.min_examples {least})")
     for kind, name in [*chain, EVERYBODY]:
         adapter = registry.get(kind, name)
         if adapter is None:
