@@ -17,6 +17,7 @@ data       models     store      chat
 pairs      adapters
 collator   head
 score
+terms
 trainer    generate   controls   check      sections
 charts
 report
