@@ -18,7 +18,7 @@ pairs      adapters
 collator   head
 score
 terms
-trainer    generate   controls   check      sections
+trainer    slots      generate   controls   check      sections
 charts
 report
 inspection
