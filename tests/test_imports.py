@@ -19,7 +19,7 @@ collator   head
 score
 terms
 trainer    slots      generate   controls   check      sections
-charts
+charts     engine
 report
 inspection
 train      tables     evaluate
