@@ -22,9 +22,9 @@ from perce_lite.config import PerCEConfig
 from perce_lite.errors import ConfigError, DataError, PerceLiteError
 from perce_lite.head import scoring_forward, training_forward
 from perce_lite.pairs import IGNORED, Pair
-from perce_lite.score import batch_log_probs, frozen, in_dtype, padded
+from perce_lite.score import batch_log_probs, frozen, in_dtype, padded, store_of
 from perce_lite.slots import attach
-from perce_lite.terms import Constants, constants, not_finite, steps_of, trained, windows
+from perce_lite.terms import Constants, constants, needed_terms, not_finite, steps_of, trained, windows
 
 _RUN = ("epoch", "loss", "unweighted_loss", "grad_norm", "learning_rate")
 """Figures of a step that do not speak of its weights."""
@@ -186,6 +186,8 @@ class SlotEngine:
         self.model = attach(base, lora, slots, dtype)
         self.device = next(base.parameters()).device
         self.collator = PairCollator(pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)
+        # One hash of the base for all users.
+        self.store = store_of(args.store, base, args.autocast) if needed_terms(args) else None
         self.forward = training_forward(base)
         self.scoring_forward = scoring_forward(base)
 
@@ -229,7 +231,7 @@ class SlotEngine:
         if not job.pairs:
             raise DataError(f"No rows of user {job.user} can be trained on")
         seed = self.args.seed if job.seed is None else job.seed
-        found = constants(self.model.base, job.pairs, self.args, seed)
+        found = constants(self.model.base, job.pairs, self.args, seed, self.store)
         self.model.load_slot(slot, self.model.fresh(seed) if job.adapter is None else job.adapter)
         return _Training(slot, job, found, self.model.parameters_of(slot), self.args)
 

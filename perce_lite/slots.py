@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,11 @@ class SlotModel:
     layers: Mapping[str, SlotLoRA]
     route: Route
     slots: int
+
+    @cached_property
+    def provenance(self) -> dict[str, Any]:
+        """What the card of each adapter says of base and packages; the base is hashed once for all of them."""
+        return {"base": {**sketch(self.base), "fingerprint": fingerprint(self.base)}, "versions": versions()}
 
     def fresh(self, seed: int) -> dict[str, Tensor]:
         """The adapter that `get_peft_model` makes after `set_seed(seed)`, by PEFT's names."""
@@ -287,9 +293,8 @@ def save_slot(model: SlotModel, state: Mapping[str, Tensor], folder: Path, about
     """
     if not all(torch.isfinite(tensor).all() for tensor in state.values()):
         raise NonFiniteLossError(f"The adapter's weights are not finite, so {folder} was not written. Lower the rate.")
-    known = {"base": {**sketch(model.base), "fingerprint": fingerprint(model.base)}, "versions": versions()}
     with folder_written_aside(folder) as aside:
         save_file(dict(state), aside / "adapter_model.safetensors", metadata={"format": "pt"})
         model.config.save_pretrained(str(aside))
-        write_json(aside / CARD, {**about, **known})
+        write_json(aside / CARD, {**about, **model.provenance})
         write_text(aside / "README.md", model_card(about))

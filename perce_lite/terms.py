@@ -17,6 +17,7 @@ from perce_lite.errors import DataError, NonFiniteLossError
 from perce_lite.pairs import IGNORED, Pair, Tokens
 from perce_lite.rows import Row
 from perce_lite.score import Job, kept_log_probs, runs, store_of
+from perce_lite.store import Store
 
 _CONSTANT_TERMS: dict[str, tuple[str, ...]] = {
     "base": ("factual", "counterfactual"),
@@ -47,15 +48,23 @@ def trained(pair: Pair, args: PerCEConfig) -> Tokens:
     return pair.factual if args.train_on == "factual" else pair.counterfactual
 
 
-def constants(model: torch.nn.Module, pairs: Sequence[Pair], args: PerCEConfig, seed: int) -> Constants:
+def needed_terms(args: PerCEConfig) -> tuple[str, ...]:
+    """Which passes of a row have to be scored under the base before training: `factual`, `counterfactual`."""
+    normalized = args.normalize_weights == "mean" and args.estimator != "uniform"
+    return ("factual", "counterfactual") if normalized else _CONSTANT_TERMS[args.estimator]
+
+
+def constants(
+    model: torch.nn.Module, pairs: Sequence[Pair], args: PerCEConfig, seed: int, store: Store | None = None
+) -> Constants:
     """One scoring pass of `pairs` with the adapters off, or store hits; `seed` is that of the `shuffled` control.
+
+    store: of this base, where it is at hand; else it is found by hashing the base, if `args.store` names a folder
 
     Raises:
         DataError: weights are to be normalised and all of them are 0.
     """
-    columns = _CONSTANT_TERMS[args.estimator]
-    normalized = args.normalize_weights == "mean" and args.estimator != "uniform"
-    needed = ("factual", "counterfactual") if normalized else columns
+    needed = needed_terms(args)
     if not needed:
         return Constants({})
     jobs = [
@@ -63,7 +72,8 @@ def constants(model: torch.nn.Module, pairs: Sequence[Pair], args: PerCEConfig, 
         for term in needed
         for pair in pairs
     ]
-    store = store_of(args.store, model, args.autocast)
+    if store is None:
+        store = store_of(args.store, model, args.autocast)
     scored = kept_log_probs(model, jobs, store, args.autocast, "Scoring under the base")
     terms = {term: scored.log_probs[i * len(pairs) : (i + 1) * len(pairs)] for i, term in enumerate(needed)}
     laid_out = {
@@ -71,8 +81,9 @@ def constants(model: torch.nn.Module, pairs: Sequence[Pair], args: PerCEConfig, 
             _column(trained(pair, args).labels, values, args, seed, row)
             for row, (pair, values) in enumerate(zip(pairs, terms[term], strict=True))
         ]
-        for term in columns
+        for term in _CONSTANT_TERMS[args.estimator]
     }
+    normalized = args.normalize_weights == "mean"
     return Constants(laid_out, _scale(terms, args) if normalized else 1.0, scored.hits / len(jobs))
 
 
