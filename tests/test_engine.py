@@ -15,6 +15,7 @@ from perce_lite.engine import SlotEngine, UserJob
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.pairs import PairMaker
 from perce_lite.rows import from_columns
+from perce_lite.slots import SlotModel
 from perce_lite.terms import steps_of
 
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
@@ -256,6 +257,28 @@ def test_a_failure_midway_leaves_others_bit_identical_where_the_slot_is_refilled
     for key, tensor in calm["second"].adapter.items():
         tolerance = 1e-9 if dtype == torch.float64 else 1e-3
         torch.testing.assert_close(shaken["second"].adapter[key], tensor, rtol=0, atol=tolerance)
+
+
+def test_a_gradient_that_is_not_finite_drops_its_user_before_the_step(tmp_path, monkeypatch):
+    hand = SlotModel.hand_gradients
+    calls = []
+
+    def spoiled(self, slot, parameters):
+        hand(self, slot, parameters)
+        calls.append(slot)
+        if slot == 0 and calls.count(0) == 2:
+            parameters[0].grad[0, 0] = math.inf
+
+    args = config(tmp_path, gradient_accumulation_steps=2)
+    jobs = [UserJob("bad", pairs_of(0)), UserJob("mine", pairs_of(1))]
+    calm = run(engine(args, 2), jobs)["mine"]
+    monkeypatch.setattr(SlotModel, "hand_gradients", spoiled)
+    results = run(engine(args, 2), jobs)
+    assert isinstance(results["bad"].error, NonFiniteLossError)
+    assert "The gradient's norm is inf at step 2" in str(results["bad"].error)
+    assert results["bad"].steps == 1
+    assert results["mine"].log[:2] == calm.log[:2]
+    assert results["mine"].error is None
 
 
 def test_slots_are_refilled_until_all_users_are_done(tmp_path, exact):
