@@ -31,9 +31,18 @@ def scoring_forward(model: torch.nn.Module) -> Callable[..., Tensor]:
     It takes what the model takes, `labels` (B, T) included, and never builds full logits. The model's own forward stays
     as it was: training keeps the head that TRL gave it.
     """
-    base = base_of(model)
+    return _forward_beside(base_of(model), cast_lm_head_to_fp32=True)
+
+
+def training_forward(model: torch.nn.Module) -> Callable[..., Tensor]:
+    """As `scoring_forward`, with the head in the dtype that TRL trains in: for a training loop that is not TRL's."""
+    return _forward_beside(base_of(model), cast_lm_head_to_fp32=False)
+
+
+def _forward_beside(base: PreTrainedModel, cast_lm_head_to_fp32: bool) -> Callable[..., Tensor]:
+    """A fused forward of `base` that leaves the one it has in place."""
     own = base.__dict__.get("forward")
-    add_fused_lm_head(base, cast_lm_head_to_fp32=True)
+    add_fused_lm_head(base, cast_lm_head_to_fp32=cast_lm_head_to_fp32)
     fused = base.__dict__.pop("forward").__func__
     if own is not None:
         base.forward = own

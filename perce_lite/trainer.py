@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer, pack_dataset
 
 from perce_lite import contrast
-from perce_lite.collator import LOG_PROB_COLUMNS, EpochSampler, PairCollator
+from perce_lite.collator import LOG_PROB_COLUMNS, PairCollator
 from perce_lite.config import PerCEConfig
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.files import disk_full_is_clear
@@ -28,7 +28,8 @@ from perce_lite.models import keep_base_constant
 from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.recipe import Template
 from perce_lite.rows import from_columns
-from perce_lite.score import Job, batch_log_probs, frozen, kept_log_probs, runs, store_of
+from perce_lite.score import batch_log_probs, frozen
+from perce_lite.terms import constants, not_finite, train_sampler, trained
 
 _REFUSED_ARGUMENTS = {
     "data_collator": "the batch carries columns of its own",
@@ -37,15 +38,6 @@ _REFUSED_ARGUMENTS = {
     "preprocess_logits_for_metrics": "it needs full logits",
     "formatting_func": "a formatted text has no profile to drop; give prompt, completion and profile columns",
 }
-
-_CONSTANT_TERMS: dict[str, tuple[str, ...]] = {
-    "base": ("factual", "counterfactual"),
-    "shuffled": ("factual", "counterfactual"),
-    "mixed": ("counterfactual",),
-    "bootstrap": (),
-    "uniform": (),
-}
-"""Terms of the PIR that do not change while the adapter learns: columns of the data set."""
 
 
 class PerCETrainer(SFTTrainer):
@@ -93,7 +85,7 @@ class PerCETrainer(SFTTrainer):
         self.autocast = args.autocast
         if next(self.model.parameters()).device.type == "cpu":
             project_scored_positions_only(self.model)
-        self.weight_scale, self.store_hits, self.scoring_seconds = 1.0, 0.0, 0.0
+        self.scoring_seconds = 0.0
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the training loop counts
         bootstrap = args.estimator == "bootstrap"
         self._scoring_forward = scoring_forward(self.model) if bootstrap else None
@@ -127,49 +119,21 @@ class PerCETrainer(SFTTrainer):
         audit = self.audits[dataset_name] = Audit()
         pairs = self.pairs[dataset_name] = maker.make(rows, audit)
         require(pairs, audit, dataset_name)
-        trained = [pair.factual if args.train_on == "factual" else pair.counterfactual for pair in pairs]
-        columns = {"input_ids": [tokens.ids for tokens in trained], "labels": [tokens.labels for tokens in trained]}
+        passes = [trained(pair, args) for pair in pairs]
+        columns = {"input_ids": [tokens.ids for tokens in passes], "labels": [tokens.labels for tokens in passes]}
         if training:
-            columns["row"] = [[index] * len(tokens.ids) for index, tokens in enumerate(trained)]
+            columns["row"] = [[index] * len(tokens.ids) for index, tokens in enumerate(passes)]
         return datasets.Dataset.from_dict(columns)
 
     def _with_log_probs(self, dataset: datasets.Dataset) -> datasets.Dataset:
         """Adds what the estimator takes as a constant of the data: one scoring pass, adapters off, or store hits."""
-        columns = _CONSTANT_TERMS[self.args.estimator]
-        normalized = self.args.normalize_weights == "mean" and self.args.estimator != "uniform"
-        needed = ("factual", "counterfactual") if normalized else columns
-        if not needed:
-            return dataset
         started = time.perf_counter()
-        pairs = self.pairs["train"]
-        users = [pair.row.user for pair in pairs]
-        jobs = [Job(user, getattr(pair, term)) for term in needed for user, pair in zip(users, pairs, strict=True)]
-        store = store_of(self.args.store, self.model, self.autocast)
-        scored = kept_log_probs(self.model, jobs, store, self.autocast, "Scoring under the base")
-        self.store_hits = scored.hits / len(jobs)
+        found = constants(self.model, self.pairs["train"], self.args, self.args.seed)
         self.scoring_seconds = time.perf_counter() - started
-        terms = {term: scored.log_probs[i * len(pairs) : (i + 1) * len(pairs)] for i, term in enumerate(needed)}
-        if normalized:
-            pirs = [contrast.pir(*both) for both in zip(terms["factual"], terms["counterfactual"], strict=True)]
-            mean = contrast.mean_weight(pirs, self.args.clip_min, self.args.clip_max)
-            if mean <= 0:
-                raise DataError(
-                    "normalize_weights: no token leans on its profile, so all weights are 0; raise clip_min"
-                )
-            self.weight_scale = 1 / mean
-        for term in columns:
-            column = [self._column(index, values) for index, values in enumerate(terms[term])]
-            dataset = dataset.add_column(f"{term}_log_probs", column)
+        self.weight_scale, self.store_hits = found.scale, found.hits
+        for name, column in found.columns.items():
+            dataset = dataset.add_column(name, column)
         return dataset
-
-    def _column(self, index: int, values: Tensor) -> list[float]:
-        """A row's log-probs (R,) laid out on its labels (T,), zero elsewhere."""
-        pair = self.pairs["train"][index]
-        labels = (pair.factual if self.args.train_on == "factual" else pair.counterfactual).labels
-        if self.args.estimator == "shuffled":  # both terms in the same order: the weights permute, the labels do not
-            values = values[contrast.permutation(runs(labels), self.args.seed, index)]
-        scored = iter(values.tolist())
-        return [0.0 if label == IGNORED else next(scored) for label in labels]
 
     def _ordered(self, dataset: datasets.Dataset) -> datasets.Dataset:
         """Shuffled once and packed, where asked for."""
@@ -205,7 +169,8 @@ class PerCETrainer(SFTTrainer):
         )
         loss = result[0] if return_outputs else result
         if model.training and not torch.isfinite(loss):
-            raise NonFiniteLossError(self._named(loss, rows))
+            named = [self.pairs["train"][index].row for index in rows.unique().tolist() if index >= 0]  # -1: padding
+            raise not_finite(f"The loss is {loss.item()}", self.state.global_step + 1, named)
         return result
 
     def _without_profile(self, twin: dict[str, Any], labels: Tensor) -> Tensor:
@@ -232,14 +197,6 @@ class PerCETrainer(SFTTrainer):
         for name, value in figures.items():
             self._metrics["train"][name].append(value)
 
-    def _named(self, loss: Tensor, rows: Tensor) -> str:
-        names = [self.pairs["train"][index].row for index in rows.unique().tolist() if index >= 0]  # -1: padding
-        told = "; ".join(f"{row.where} (user {row.user})" for row in names)
-        return (
-            f"The loss is {loss.item()} at step {self.state.global_step + 1}, in these rows: {told}. Nothing of this "
-            "step was kept. Lower train.learning_rate, or look at the rows with `perce-lite check`."
-        )
-
     # What TRL asks its subclasses for
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -249,14 +206,7 @@ class PerCETrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler[int] | None:
         """As TRL's, with an order that a resumed run meets again."""
         dataset = train_dataset if train_dataset is not None else self.train_dataset
-        strategy = self.args.train_sampling_strategy
-        if strategy == "sequential":
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        if strategy == "random":
-            return EpochSampler(len(dataset), seed)
-        lengths = [len(ids) for ids in dataset["input_ids"]]
-        return EpochSampler(len(dataset), seed, lengths, self.args.train_batch_size)
+        return train_sampler(self.args, dataset["input_ids"], self.args.seed)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As TRL's; it draws no random number of training's, so that a resumed run meets the same ones."""

@@ -19,8 +19,9 @@ data       models     store      chat
 pairs      adapters
 collator   head
 score
-trainer    generate   controls   check      sections
-charts
+terms
+trainer    slots      generate   controls   check      sections
+charts     engine
 report
 inspection
 train      tables     evaluate
