@@ -31,11 +31,11 @@ def fleet(
     from perce_lite import sections, tables
     from perce_lite.fleet import PAGE
     from perce_lite.fleet import fleet as run
-    from perce_lite.inprocess import OneByOne
     from perce_lite.registry import opened
     from perce_lite.report import write_figures
+    from perce_lite.slotted import engine_for
 
-    figures = run(read, OneByOne, only or [], retrain or [], dry_run)
+    figures = run(read, engine_for, only or [], retrain or [], dry_run)
     write(json, figures)
     with opened(read.output_dir) as registry:
         book = registry.all()

@@ -2,19 +2,18 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from perce_lite.console import progress_bar, say, warn
 from perce_lite.data import read_rows
-from perce_lite.errors import DataError, FleetError, NonFiniteLossError, TemplateError
+from perce_lite.errors import FleetError, PerceLiteError
 from perce_lite.groups import EVERYBODY, Group, Key, Plan, plan, run_fingerprint
 from perce_lite.inprocess import Engine, Outcome, Task
 from perce_lite.models import adapter_bytes, same_base
 from perce_lite.recipe import Recipe, training_config, with_train
 from perce_lite.registry import KINDS, Adapter, Registry, held
-from perce_lite.rows import Row
 
 PAGE = "fleet.html"
 
@@ -185,35 +184,49 @@ def _train(
 ) -> Tally:
     """One pass over what is due: everybody, cohorts, users."""
     tally = Tally()
+    at_work: dict[Key, Adapter] = {}
     with progress_bar() as bar:
-        task = bar.add_task("Adapters", total=total, note="")
-        for kind in KINDS[::-1]:
+        progress = bar.add_task("Adapters", total=total, note="")
+
+        def tell(note: str) -> None:
+            failures = f", {tally.failed} failed" if tally.failed else ""
+            bar.update(progress, advance=1, note=f"{note}{failures}")
+
+        def tasks(kind: str) -> Iterator[Task]:
             for adapter in registry.due(kind, _wanted(kind, only)):
-                group = groups.get((adapter.kind, adapter.name))
+                key = (adapter.kind, adapter.name)
+                group = groups.get(key)
                 if group is None:  # of a user who is no longer in the data
                     continue
-                note = _one(registry, adapter, group, stages[group.key], engine, tally)
-                failures = f", {tally.failed} failed" if tally.failed else ""
-                bar.update(task, advance=1, note=f"{note}{failures}")
+                parent = None if group.parent is None else registry.get(*group.parent)
+                if group.parent is not None and (parent is None or parent.trained_run is None):
+                    why = f"{' '.join(group.parent)}, which it starts from, was not trained"
+                    _failed(registry, adapter, why, tally)
+                    tell("")
+                    continue
+                start = None if parent is None else registry.folder / parent.folder / "adapter"
+                at_work[key] = adapter
+                yield Task(key, stages[key], group.rows, registry.folder / group.folder, adapter.run, start)
+
+        def done(task: Task, outcome: Outcome | PerceLiteError) -> None:
+            tell(_note(registry, at_work.pop(task.key), task.recipe, outcome, tally))
+
+        for kind in KINDS[::-1]:
+            engine.run(tasks(kind), done)
     return tally
 
 
-def _one(registry: Registry, adapter: Adapter, group: Group, recipe: Recipe, engine: Engine, tally: Tally) -> str:
-    """Trains one and writes down what came of it; gives the note beside the bar."""
-    parent = None if group.parent is None else registry.get(*group.parent)
-    if group.parent is not None and (parent is None or parent.trained_run is None):
-        registry.failed(adapter, f"{' '.join(group.parent)}, which it starts from, was not trained")
-        tally.failed += 1
-        return "failed"
-    start = None if parent is None else registry.folder / parent.folder / "adapter"
-    rows: list[Row] = group.rows
-    try:
-        outcome = engine.train(Task(recipe, rows, registry.folder / group.folder, adapter.run, start))
-    except (DataError, TemplateError, NonFiniteLossError) as error:
-        registry.failed(adapter, str(error))
-        warn(f"{adapter.kind} {adapter.name}: left out. {error}")
-        tally.failed += 1
-        return "failed"
+def _failed(registry: Registry, adapter: Adapter, why: str, tally: Tally) -> None:
+    registry.failed(adapter, why)
+    warn(f"{adapter.kind} {adapter.name}: left out. {why}")
+    tally.failed += 1
+
+
+def _note(registry: Registry, adapter: Adapter, recipe: Recipe, outcome: Outcome | PerceLiteError, tally: Tally) -> str:
+    """Writes down what came of one; gives what is said of it beside the bar."""
+    if isinstance(outcome, PerceLiteError):
+        _failed(registry, adapter, str(outcome), tally)
+        return ""
     state, why = _verdict(recipe, adapter, outcome)
     test = outcome.losses.get("test") or outcome.losses.get("validation")
     gain = None if test is None else test["start"] - test["own"]

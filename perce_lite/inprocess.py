@@ -1,20 +1,25 @@
-"""How a fleet's adapters are trained: one after another, over one base that stays in memory."""
+"""How a fleet's adapters are trained in this process: one after another, or many users at once in slots."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from perce_lite.config import PerCEConfig
 from perce_lite.console import no_bars
+from perce_lite.errors import DataError, NonFiniteLossError, PerceLiteError, TemplateError
+from perce_lite.groups import Key
 from perce_lite.models import Base, load_base, sketch
 from perce_lite.pairs import PairMaker
 from perce_lite.recipe import Recipe
 from perce_lite.rows import Row, of_split
 from perce_lite.score import Job, kept_log_probs, store_of
+from perce_lite.terms import trained
 from perce_lite.train import Run, health, make_trainer, to_the_end
 from perce_lite.trainer import PerCETrainer
 
@@ -23,11 +28,13 @@ from perce_lite.trainer import PerCETrainer
 class Task:
     """One adapter to train.
 
+    key: (kind, name) in the fleet's book
     folder: its own; the adapter comes to lie in `folder/adapter`
     run: fingerprint of what it is trained from
     start: folder of the adapter it starts from; None: from nothing
     """
 
+    key: Key
     recipe: Recipe
     rows: Sequence[Row]
     folder: Path
@@ -47,14 +54,24 @@ class Outcome:
     bytes: int
 
 
+Done = Callable[[Task, Outcome | PerceLiteError], None]
+
+
 class Engine(Protocol):
-    """What a fleet asks of the thing that trains: give it a task, get an adapter."""
+    """What a fleet asks of the thing that trains: give it tasks, get adapters."""
 
     def base(self) -> dict[str, Any]:
         """The sketch of its base, by which a fleet's folder knows it again."""
 
-    def train(self, task: Task) -> Outcome:
-        """Trains the adapter, or goes on where a stopped one was; raises PerceLiteError where it cannot be."""
+    def run(self, tasks: Iterator[Task], done: Done) -> None:
+        """Trains each, calling `done` as it ends, with the error where it cannot be trained; reads on as it has room.
+
+        An error that is not the user's own (no disk space) is raised.
+        """
+
+
+USERS_OWN = (DataError, TemplateError, NonFiniteLossError)
+"""Errors of one user's rows: the others go on."""
 
 
 class OneByOne:
@@ -67,7 +84,16 @@ class OneByOne:
     def base(self) -> dict[str, Any]:
         return sketch(self._base().model)
 
-    def train(self, task: Task) -> Outcome:
+    def run(self, tasks: Iterator[Task], done: Done) -> None:
+        for task in tasks:
+            outcome: Outcome | PerceLiteError
+            try:
+                outcome = self._train(task)
+            except USERS_OWN as error:
+                outcome = error
+            done(task, outcome)
+
+    def _train(self, task: Task) -> Outcome:
         run = Run(task.folder, task.run)
         run.make_way()
         recipe = task.recipe.model_copy(update={"train": {**task.recipe.train, "output_dir": str(task.folder)}})
@@ -107,21 +133,27 @@ def _losses(
 ) -> dict[str, dict[str, float]]:
     """Loss a token on held-out rows by split: of the base (from the store where it has it), of the adapter as it is."""
     maker = PairMaker(trainer.processing_class, recipe.template, trainer.args.max_length, recipe.profile.max_tokens)
-    found = {}
-    for split in ("validation", "test"):
-        pairs = maker.make([row for row in of_split(rows, split) if row.profile][: recipe.evaluation.max_rows])
-        jobs = [
-            Job(pair.row.user, pair.factual if trainer.args.train_on == "factual" else pair.counterfactual)
-            for pair in pairs
-        ]
-        if not jobs:
-            continue
-        losses = {}
+    found: dict[str, dict[str, float]] = {}
+    for split, jobs in held_out_jobs(maker, recipe, trainer.args, rows).items():
+        found[split] = {}
         for name in who:
             on = name != "base"
             store = None if on else store_of(trainer.args.store, trainer.model, trainer.autocast)
             scored = kept_log_probs(trainer.model, jobs, store, trainer.autocast, split, on).log_probs
-            losses[name] = -float(torch.cat(scored).double().mean())
-            losses["tokens"] = float(sum(one.numel() for one in scored))
-        found[split] = losses
+            found[split] |= loss_of(name, scored)
     return found
+
+
+def held_out_jobs(maker: PairMaker, recipe: Recipe, args: PerCEConfig, rows: Sequence[Row]) -> dict[str, list[Job]]:
+    """What to score of a user's held-out rows, by split, as the adapter will be used."""
+    found = {}
+    for split in ("validation", "test"):
+        pairs = maker.make([row for row in of_split(rows, split) if row.profile][: recipe.evaluation.max_rows])
+        if pairs:
+            found[split] = [Job(pair.row.user, trained(pair, args)) for pair in pairs]
+    return found
+
+
+def loss_of(name: str, scored: Sequence[Tensor]) -> dict[str, float]:
+    """{name: loss a token, nats, "tokens": their number} of log-probs (R,) a row."""
+    return {name: -float(torch.cat(list(scored)).double().mean()), "tokens": float(sum(map(len, scored)))}

@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -127,17 +128,26 @@ def load_base(recipe: Recipe) -> Base:
     return Base(model.eval().requires_grad_(False), tokenizer)
 
 
+def config_of(recipe: Recipe) -> PretrainedConfig:
+    """The model's configuration; no weights are read.
+
+    Raises:
+        ModelError: as `load_base`.
+    """
+    try:
+        return AutoConfig.from_pretrained(_folder(recipe))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_not_there(recipe, error)) from error
+
+
 def adapter_bytes(recipe: Recipe) -> int:
     """Size of one adapter of the recipe, float32; no weights are read.
 
     Raises:
         ModelError: as `load_base`; RecipeError: a `lora` section that does not go with the model.
     """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(_folder(recipe)))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_not_there(recipe, error)) from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(recipe))
     adapted = with_adapter(model, recipe)
     return 4 * sum(one.numel() for name, one in adapted.named_parameters() if ".lora_" in name)
 

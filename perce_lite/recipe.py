@@ -8,7 +8,7 @@ import difflib
 import re
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
@@ -102,6 +102,9 @@ class Fleet(Section):
     init_from: Literal["auto", "cohort", "all", "none"] = Field(
         "auto",
         description="what it starts from; auto: the cohort's adapter where the data names cohorts, else everybody's",
+    )
+    slots: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="users trained at once over one forward; auto: what fits the memory; 1: one by one"
     )
     train: dict[str, Any] = Field(
         {}, description="fields of train: that differ for the adapters that start from another"

@@ -37,7 +37,7 @@ _ADAPTER = "default"  # peft's own name for a model's only adapter
 class Route:
     """Which slot each row of the batch in flight belongs to; all layers of a model read the same one.
 
-    size: rows of the batch; None where no route is open, and then every row sees the bare base
+    size: rows of the batch, 0 for any number; None where no route is open, and then every row sees the bare base
     slots: (G,) the slots that take part, one a group of rows
     whole: whether these are all slots there are, in their order
     active: (N,) the rows that have a slot, group after group of N / G; None: all of them
@@ -81,6 +81,17 @@ class Route:
         finally:
             self._close()
 
+    @contextmanager
+    def everything_to(self, slot: int) -> Iterator[None]:
+        """Every row of every batch belongs to `slot`: to score with one adapter on."""
+        if self.size is not None:
+            raise RuntimeError("A route is open already: its backward is not done")
+        self.size, self.slots = 0, torch.tensor([slot], device=self._device)
+        try:
+            yield
+        finally:
+            self._close()
+
 
 class SlotLoRA(nn.Module):
     """A frozen linear (4-bit or not) with K adapters: `lora_A` (K, r, in), `lora_B` (K, out, r).
@@ -105,7 +116,7 @@ class SlotLoRA(nn.Module):
         route = self.route
         if route.slots is None:
             return y
-        if x.dim() < 3 or x.shape[0] != route.size:
+        if x.dim() < 3 or (route.size and x.shape[0] != route.size):
             raise ConfigError(
                 [
                     f"lora: a target layer is given {tuple(x.shape)} where the batch has {route.size} rows: it sees "

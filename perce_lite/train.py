@@ -11,6 +11,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerState, set_see
 from transformers.trainer_callback import ProgressCallback
 
 from perce_lite import adapters
+from perce_lite.config import PerCEConfig
 from perce_lite.console import progress_bar, say
 from perce_lite.controls import before_and_after, cases
 from perce_lite.data import read_rows
@@ -44,7 +45,7 @@ def train(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     trainer = fit(recipe, load_base(recipe), rows, run)
     figures = {**measure(recipe, trainer, rows), "evaluation": recipe.evaluation.model_dump()}
     write_json(run.figures, figures)
-    adapters.save(trainer.model, run.adapter, describe(recipe, trainer, rows, run, figures))
+    adapters.save(trainer.model, run.adapter, described(recipe, trainer, rows, run, figures))
     return {**figures, "adapter": str(run.adapter)}
 
 
@@ -68,7 +69,7 @@ def to_the_end(trainer: PerCETrainer, recipe: Recipe, rows: Sequence[Row], run: 
         with ShowProgress(trainer, what).bar:
             trainer.train(resume_from_checkpoint=checkpoint)
     bare: dict[str, Any] = {"losses": [], "weights": health(trainer)}
-    adapters.save(trainer.model, run.adapter, describe(recipe, trainer, rows, run, bare))  # whatever measuring meets
+    adapters.save(trainer.model, run.adapter, described(recipe, trainer, rows, run, bare))  # whatever measuring meets
 
 
 def _take_finished(trainer: PerCETrainer, checkpoint: str) -> bool:
@@ -270,10 +271,25 @@ def health(trainer: PerCETrainer) -> dict[str, float]:
     return {**figures, "store_hits": trainer.store_hits}
 
 
-def describe(
+def described(
     recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row], run: Run, figures: dict[str, Any]
 ) -> dict[str, Any]:
-    """What `perce_lite.json` says of the run."""
+    """`describe` of what a trainer did."""
+    template, kept = trainer.processing_class.chat_template, len(trainer.pairs["train"])
+    return describe(recipe, trainer.args, template, rows, kept, trainer.state.global_step, run.fingerprint, figures)
+
+
+def describe(
+    recipe: Recipe,
+    args: PerCEConfig,
+    chat_template: str,
+    rows: Sequence[Row],
+    kept: int,
+    steps: int,
+    run: str,
+    figures: dict[str, Any],
+) -> dict[str, Any]:
+    """What `perce_lite.json` says of a run: `kept` training rows, `steps` optimizer steps, its losses and weights."""
     trained = of_split(rows, "train")
     plain = recipe.model_dump(mode="json")
     if recipe.data.path:  # the adapter does not lie beside the recipe
@@ -281,20 +297,20 @@ def describe(
     if recipe.model_folder is not None:
         plain["model"] = str(recipe.model_folder)
     return {
-        "run": run.fingerprint,
+        "run": run,
         "recipe": plain,
         "recipe_fingerprint": recipe.fingerprint(),
-        "estimator": trainer.args.estimator,
-        "train_on": trainer.args.train_on,
-        "clip_min": trainer.args.clip_min,
-        "clip_max": trainer.args.clip_max,
+        "estimator": args.estimator,
+        "train_on": args.train_on,
+        "clip_min": args.clip_min,
+        "clip_max": args.clip_max,
         "data": {
             "fingerprint": digest([row.fingerprint() for row in rows]),
-            "rows": len(trainer.pairs["train"]),
+            "rows": kept,
             "users": len({row.user for row in trained}),
         },
-        "steps": trainer.state.global_step,
-        "chat_template": trainer.processing_class.chat_template,
+        "steps": steps,
+        "chat_template": chat_template,
         "metrics": {
             "losses": [{key: value for key, value in one.items() if key != "per_row"} for one in figures["losses"]],
             "weights": figures["weights"],

@@ -23,6 +23,7 @@ from perce_lite.pairs import PairMaker
 from perce_lite.recipe import load_recipe
 from perce_lite.registry import FILE, held, opened
 from perce_lite.rows import Row
+from perce_lite.slotted import Slotted, engine_for
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -50,6 +51,13 @@ class Clock:
 
     def base(self):
         return {"shape": ["toy", 1, 1, 1, True], "embedding": [1.0]}
+
+    def run(self, tasks, done):
+        for task in tasks:
+            try:
+                done(task, self.train(task))
+            except NonFiniteLossError as error:
+                done(task, error)
 
     def train(self, task):
         name = task.folder.name
@@ -102,7 +110,7 @@ def test_cohorts_come_before_their_users(recipe):
 
 def test_a_failing_user_is_left_out_and_the_fleet_goes_on(run, recipe, figures, monkeypatch):
     path, engine = recipe(rows_of(3), TEXT), Clock(fails=("user1",))
-    monkeypatch.setattr("perce_lite.inprocess.OneByOne", engine)
+    monkeypatch.setattr("perce_lite.slotted.engine_for", engine)
     code, out, err = run("fleet", path)
     assert code == 3
     assert "user user1: left out. The loss is nan" in err
@@ -117,7 +125,7 @@ def test_a_failing_user_is_left_out_and_the_fleet_goes_on(run, recipe, figures, 
 
 def test_an_adapter_that_is_worse_is_held_back(recipe, run, figures, monkeypatch):
     path, engine = recipe(rows_of(2), TEXT.replace("gate: null", "gate: 0.0")), Clock(gain=-0.2)
-    monkeypatch.setattr("perce_lite.inprocess.OneByOne", engine)
+    monkeypatch.setattr("perce_lite.slotted.engine_for", engine)
     told = figures("fleet", path)
     assert told["held_back"] == 2
     assert told["states"]["in service"] == 1
@@ -167,6 +175,49 @@ def test_order_does_not_matter_for_a_user(recipe, tmp_path):
     [later] = Path("first").rglob("user2-*/adapter/adapter_model.safetensors")
     one, other = load_file(alone), load_file(later)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_slots_train_what_one_by_one_trains(recipe):
+    """Three users in two slots, one of them refilled: the book and the adapters are those of one after another."""
+    text = TEXT.replace("gate: null", "gate: null, slots: 2") + "lora: {r: 4}\n"
+    path = recipe(rows_of(3), text.replace("learning_rate: 0.05", "learning_rate: 0.05, adam_epsilon: 1e-5"))
+    engine = engine_for(load_recipe(path))
+    assert isinstance(engine, Slotted)
+    assert fleet(load_recipe(path), engine_for)["trained"] == 4
+    shutil.move("out", "slots")
+    fleet(load_recipe(path), OneByOne)
+    for user in ("user0", "user1", "user2"):
+        [one], [other] = (
+            list(Path(name).rglob(f"{user}-*/adapter/adapter_model.safetensors")) for name in ("slots", "out")
+        )
+        one, other = load_file(one), load_file(other)
+        far = {name: float((one[name] - other[name]).abs().max()) for name in one | other}
+        assert max(far.values()) < 5e-4, (user, far)  # three steps of 0.05; Adam makes more of rounding
+    with opened(Path("slots")) as one, opened(Path("out")) as other:
+        for mine, theirs in zip(one.all(), other.all(), strict=True):
+            assert (mine.name, mine.state, mine.trained_run) == (theirs.name, theirs.state, theirs.run)
+            assert mine.gain == pytest.approx(theirs.gain, abs=1e-3)
+            for split, losses in mine.metrics["losses"].items():
+                assert losses == pytest.approx(theirs.metrics["losses"][split], abs=1e-3)
+
+
+def test_a_user_that_fails_in_a_slot_is_left_out(recipe, figures):
+    rows = [{**row, "completion": ""} if row["user"] == "user1" else row for row in rows_of(3)]
+    path = recipe(rows, TEXT.replace("gate: null", "gate: null, slots: 2"))
+    told = fleet(load_recipe(path), engine_for)
+    assert (told["trained"], told["failed"]) == (3, 1)
+    why = figures("adapters", "who", "user1", "--fleet", "out")
+    assert why["adapter"] == ["all", "all"]
+    assert "empty response" in why["why"]
+
+
+def test_what_slots_cannot_do_is_done_one_by_one(recipe, run):
+    path = recipe(rows_of(2), TEXT + "lora: {lora_dropout: 0.1}\n")
+    code, _, err = run("fleet", path, "--set", "fleet.slots=auto")
+    assert code == 0, err
+    code, _, err = run("fleet", path, "--set", "fleet.slots=2", "--retrain", "user0")
+    assert code == 2
+    assert "lora_dropout" in err
 
 
 def test_a_stopped_fleet_goes_on(recipe):
@@ -272,7 +323,7 @@ def test_odd_names_are_names_and_never_paths(recipe, run, monkeypatch):
     rows = rows_of(5)
     rows = [{**row, "user": odd[int(row["user"][4:])]} for row in rows]
     path, engine = recipe(rows, TEXT), Clock()
-    monkeypatch.setattr("perce_lite.inprocess.OneByOne", engine)
+    monkeypatch.setattr("perce_lite.slotted.engine_for", engine)
     code, _, err = run("fleet", path)
     assert code == 0
     assert "differ only in case or Unicode form" in " ".join(err.split())

@@ -27,7 +27,7 @@ inspection
 train      tables     evaluate
 groups     measuring  workload
 compare    bench      inprocess
-fleet      cli_options
+fleet      slotted    cli_options
 roster
 cli_fleet
 cli
