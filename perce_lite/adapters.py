@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -133,6 +134,13 @@ def on(base: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedModel |
         yield model
     finally:
         model.unload()
+
+
+def strip(base: PreTrainedModel) -> None:
+    """Takes every LoRA layer off `base`, whatever put it there."""
+    for path, layer in [(path, one) for path, one in base.named_modules() if isinstance(one, LoraLayer)]:
+        base.set_submodule(path, layer.get_base_layer())
+    base.__dict__.pop("peft_config", None)
 
 
 def _shape(sketched: dict[str, Any]) -> str:

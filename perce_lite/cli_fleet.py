@@ -31,14 +31,12 @@ def fleet(
     from perce_lite import sections, tables
     from perce_lite.fleet import PAGE
     from perce_lite.fleet import fleet as run
-    from perce_lite.registry import opened
     from perce_lite.report import write_figures
     from perce_lite.slotted import engine_for
 
     figures = run(read, engine_for, only or [], retrain or [], dry_run)
+    book = figures.pop("book")
     write(json, figures)
-    with opened(read.output_dir) as registry:
-        book = registry.all()
     page = read.output_dir / PAGE
     made = sections.fleet(book)
     told = sections.fleet_sentences(figures, book)
@@ -59,7 +57,7 @@ def adapters_list(fleet: FleetPath = None, json: Json = None) -> None:
 
     with opened(find(fleet)) as registry:
         book = registry.all()
-    write(json, {"adapters": [asdict(one) for one in book]})
+    write(json, {"adapters": [{"state": one.state, **asdict(one)} for one in book]})
     tables.show_sections([], sections.fleet(book))
 
 

@@ -2,18 +2,20 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from perce_lite.console import progress_bar, say, warn
 from perce_lite.data import read_rows
 from perce_lite.errors import FleetError, PerceLiteError
-from perce_lite.groups import EVERYBODY, Group, Key, Plan, plan, run_fingerprint
+from perce_lite.groups import Group, Key, Plan, key_of, plan, run_fingerprint
 from perce_lite.inprocess import Engine, Outcome, Task
-from perce_lite.models import adapter_bytes, same_base
-from perce_lite.recipe import Recipe, training_config, with_train
-from perce_lite.registry import KINDS, Adapter, Registry, held
+from perce_lite.models import adapter_bytes, same_base, source_fingerprint
+from perce_lite.recipe import Recipe, training_config
+from perce_lite.registry import KINDS, Adapter, Registry, held, imagined
 
 PAGE = "fleet.html"
 
@@ -37,92 +39,107 @@ def fleet(
     """Trains every adapter that is due, those that others start from first, and gives what `perce-lite fleet` shows.
 
     engine: makes the thing that trains, where there is something to train
-    only: users to train now; the others wait
+    only: users to train now, with what they start from; the others wait
     retrain: users to train again, though nothing has changed; "cohort:NAME" or "all" for what others start from
+    dry_run: nothing is trained, and the book stays as it was
 
     Raises:
         FleetError: another run is on this folder, it is of another base, or a name is not known.
         DataError: as `groups.plan`; DiskFullError: no space left. One user's failure is written down, and others go on.
     """
-    rows = read_rows(recipe)
+    # Every row of a user counts: with max_rows, one user's new rows would push out another's.
+    rows = read_rows(recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_rows": None})}))
+    with _book(recipe, dry_run) as registry:
+        for name in retrain:
+            registry.readmit(name)
+        gone = {user for user in {row.user for row in rows} if registry.was_deleted(user)}
+        if gone:
+            say(f"{len(gone)} users who were deleted are left out, though the data has them; --retrain takes one in")
+        planned = plan([row for row in rows if row.user not in gone], recipe)
+        keys = [key_of(name) for name in retrain]
+        _know(planned, [*(("user", name) for name in only), *keys])
+        work = Work.of(recipe, planned, only)
+        for key in keys:
+            registry.ask(*key, "asked for")
+        _enrol(registry, planned, work.recipes)
+        _judge_again(registry, recipe)
+        _remember(registry, recipe)
+        due = {kind: sum(1 for _ in registry.due(kind, work.wanted(kind))) for kind in KINDS}
+        figures = {"folder": str(recipe.output_dir), "due": due, "bytes_needed": _disk(recipe, sum(due.values()))}
+        tally = Tally()
+        if sum(due.values()) and not dry_run:
+            working = engine(recipe)
+            _same_base(registry, working, recipe)
+            _train(registry, work, working, sum(due.values()), tally)
+        told = {"trained": tally.trained, "held_back": tally.held_back, "failed": tally.failed}
+        book = {"states": registry.counts(), "book": registry.all()}
+        return {**figures, "dry_run": dry_run, **told, **book}
+
+
+@contextmanager
+def _book(recipe: Recipe, dry_run: bool) -> Iterator[Registry]:
     with held(recipe.output_dir) as registry:
-        _readmit(registry, retrain)
-        left_out = {user for user in {row.user for row in rows} if registry.was_deleted(user)}
-        if left_out:
-            say(
-                f"{len(left_out)} users who were deleted are left out, though the data has them; --retrain takes one in"
-            )
-        planned = plan([row for row in rows if row.user not in left_out], recipe)
-        _know(planned, [*only, *(name for name in retrain if _key(name)[0] == "user")])
-        stages = {key: _stage(recipe, group) for group in planned.groups for key in [group.key]}
-        _enrol(registry, planned, stages, retrain)
+        if not dry_run:
+            yield registry
+            return
+        with imagined(registry) as copy:
+            yield copy
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to train from: each group, its recipe, and the names that are asked for by kind."""
+
+    groups: dict[Key, Group]
+    recipes: dict[Key, Recipe]
+    only: dict[str, set[str]] | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, planned: Plan, only: Sequence[str]) -> "Work":
+        """`fleet.train` counts for groups that start from another."""
+        later = recipe.model_copy(update={"train": {**recipe.train, **recipe.fleet.train}})
+        training_config(later)  # its faults, before anything is trained
         groups = {group.key: group for group in planned.groups}
-        due = {kind: sum(1 for _ in registry.due(kind, _wanted(kind, only))) for kind in KINDS}
-        need = _disk(recipe, sum(due.values()))
-        known = {"store": training_config(recipe).store or "", "data": str(recipe.data_path or recipe.data.hub)}
-        known |= {"group_by": recipe.fleet.group_by, "min_examples": str(recipe.fleet.min_examples)}
-        for key, value in known.items():
-            registry.set_meta(key, value)
-        figures: dict[str, Any] = {"folder": str(recipe.output_dir), "due": due, "bytes_needed": need}
-        if dry_run or not sum(due.values()):
-            return {**figures, "dry_run": dry_run, **_told(registry, Tally())}
-        working = engine(recipe)
-        _same_base(registry, working, recipe)
-        tally = _train(registry, groups, stages, working, only, sum(due.values()))
-        (recipe.output_dir / PAGE).unlink(missing_ok=True)
-        return {**figures, "dry_run": False, **_told(registry, tally)}
+        recipes = {key: recipe if group.parent is None else later for key, group in groups.items()}
+        if not only:
+            return cls(groups, recipes, None)
+        wanted: dict[str, set[str]] = {kind: set() for kind in KINDS}
+        for user in only:
+            key: Key | None = ("user", user)
+            while key is not None:
+                wanted[key[0]].add(key[1])
+                key = groups[key].parent
+        return cls(groups, recipes, wanted)
+
+    def wanted(self, kind: str) -> set[str] | None:
+        """Names to train of this kind; None: every one."""
+        return None if self.only is None else self.only[kind]
 
 
-def _key(name: str) -> Key:
-    """ "cohort:press", "all" or a user."""
-    if name == "all":
-        return EVERYBODY
-    kind, colon, rest = name.partition(":")
-    return ("cohort", rest) if colon and kind == "cohort" else ("user", name)
-
-
-def _wanted(kind: str, only: Sequence[str]) -> set[str] | None:
-    """Names to train of this kind; None: every one."""
-    return set(only) if only and kind == "user" else None
-
-
-def _readmit(registry: Registry, names: Sequence[str]) -> None:
-    for name in names:
-        registry.readmit(name)
-
-
-def _know(planned: Plan, names: Sequence[str]) -> None:
-    """Raises FleetError where a name is of no user in the data, or of one without an adapter of their own."""
-    known = {user: own for user, _, _, own in planned.users}
-    for name in names:
-        if name not in known:
-            some = ", ".join(list(known)[:10])
-            raise FleetError(f"user {name}: not in the data; users: {some}{' ...' if len(known) > 10 else ''}")
-        if not known[name]:
+def _know(planned: Plan, keys: Sequence[Key]) -> None:
+    """Raises FleetError where a key is of no group: a user who is not in the data, or gets no adapter of their own."""
+    users = {user: own for user, _, _, own in planned.users}
+    groups = {group.key for group in planned.groups}
+    for kind, name in keys:
+        if kind != "user" and (kind, name) not in groups:
+            raise FleetError(f"{kind} {name}: this fleet has no such adapter")
+        if kind == "user" and name not in users:
+            some = ", ".join(list(users)[:10])
+            raise FleetError(f"user {name}: not in the data; users: {some}{' ...' if len(users) > 10 else ''}")
+        if kind == "user" and not users[name]:
             raise FleetError(f"user {name} gets no adapter of their own (fleet.min_examples, fleet.group_by)")
 
 
-def _stage(recipe: Recipe, group: Group) -> Recipe:
-    """The recipe of one group: `fleet.train` counts for those that start from another."""
-    if group.parent is None:
-        return recipe
-    return with_train(recipe, "fleet.train", [f"{name}={value}" for name, value in recipe.fleet.train.items()])
-
-
-def _enrol(registry: Registry, planned: Plan, stages: dict[Key, Recipe], retrain: Sequence[str]) -> None:
-    """Writes users and adapters into the book; what has changed becomes due."""
-    for name in retrain:
-        kind, plain = _key(name)
-        if kind == "user":
-            registry.make_due(kind, plain, "asked for")
-        else:
-            renew(registry, (kind, plain))
+def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> None:
+    """Writes users and adapters into the book; what would be trained from something else than it was is due by that."""
     runs: dict[Key, str] = {}
     records = []
+    sources: dict[int, str] = {}
     for group in planned.groups:
-        generation = registry.meta(f"generation {':'.join(group.key)}") or "0"
+        recipe = recipes[group.key]
+        source = sources.setdefault(id(recipe), f"{recipe.fleet_fingerprint()} {source_fingerprint(recipe)}")
         parent = None if group.parent is None else runs[group.parent]
-        runs[group.key] = run_fingerprint(group, stages[group.key], generation, parent)
+        runs[group.key] = run_fingerprint(group, source, registry.generation(*group.key), parent)
         kind, name = group.key
         above = group.parent or (None, None)
         records.append(
@@ -134,10 +151,24 @@ def _enrol(registry: Registry, planned: Plan, stages: dict[Key, Recipe], retrain
     registry.enrol(planned.users, records)
 
 
-def renew(registry: Registry, key: Key) -> None:
-    """A cohort's adapter, and all that start from it, are to be trained again."""
-    name = f"generation {':'.join(key)}"
-    registry.set_meta(name, str(int(registry.meta(name) or 0) + 1))
+def _judge_again(registry: Registry, recipe: Recipe) -> None:
+    """Where the gate was moved, those who were trained are judged by the new one."""
+    gate = json.dumps(recipe.fleet.gate)
+    if registry.meta("gate") not in (None, gate):
+        for adapter in registry.all():
+            if adapter.verdict is not None:
+                registry.judged(adapter, *verdict(recipe, adapter.kind, adapter.metrics["losses"]))
+    registry.set_meta("gate", gate)
+
+
+def _remember(registry: Registry, recipe: Recipe) -> None:
+    """What `adapters who` and `adapters delete` need to know of the recipe."""
+    store = training_config(recipe).store
+    stores = set(json.loads(registry.meta("stores") or "[]")) | ({str(Path(store).absolute())} if store else set())
+    registry.set_meta("stores", json.dumps(sorted(stores)))
+    registry.set_meta("data", str(recipe.data_path or recipe.data.hub))
+    registry.set_meta("group_by", recipe.fleet.group_by)
+    registry.set_meta("min_examples", str(recipe.fleet.min_examples))
 
 
 def _disk(recipe: Recipe, count: int) -> int:
@@ -174,16 +205,8 @@ def _same_base(registry: Registry, engine: Engine, recipe: Recipe) -> None:
         )
 
 
-def _train(
-    registry: Registry,
-    groups: dict[Key, Group],
-    stages: dict[Key, Recipe],
-    engine: Engine,
-    only: Sequence[str],
-    total: int,
-) -> Tally:
+def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Tally) -> None:
     """One pass over what is due: everybody, cohorts, users."""
-    tally = Tally()
     at_work: dict[Key, Adapter] = {}
     with progress_bar() as bar:
         progress = bar.add_task("Adapters", total=total, note="")
@@ -193,27 +216,24 @@ def _train(
             bar.update(progress, advance=1, note=f"{note}{failures}")
 
         def tasks(kind: str) -> Iterator[Task]:
-            for adapter in registry.due(kind, _wanted(kind, only)):
-                key = (adapter.kind, adapter.name)
-                group = groups.get(key)
-                if group is None:  # of a user who is no longer in the data
-                    continue
+            for adapter in registry.due(kind, work.wanted(kind)):
+                group = work.groups[adapter.key]
                 parent = None if group.parent is None else registry.get(*group.parent)
-                if group.parent is not None and (parent is None or parent.trained_run is None):
-                    why = f"{' '.join(group.parent)}, which it starts from, was not trained"
-                    _failed(registry, adapter, why, tally)
+                if parent is not None and parent.due:
+                    _failed(registry, adapter, f"{' '.join(parent.key)}, which it starts from, was not trained", tally)
                     tell("")
                     continue
                 start = None if parent is None else registry.folder / parent.folder / "adapter"
-                at_work[key] = adapter
-                yield Task(key, stages[key], group.rows, registry.folder / group.folder, adapter.run, start)
+                at_work[adapter.key] = adapter
+                registry.starts(adapter, {row.user for row in group.rows})
+                folder = registry.folder / group.folder
+                yield Task(adapter.key, work.recipes[adapter.key], group.rows, folder, adapter.run, start)
 
         def done(task: Task, outcome: Outcome | PerceLiteError) -> None:
             tell(_note(registry, at_work.pop(task.key), task.recipe, outcome, tally))
 
-        for kind in KINDS[::-1]:
+        for kind in reversed(KINDS):
             engine.run(tasks(kind), done)
-    return tally
 
 
 def _failed(registry: Registry, adapter: Adapter, why: str, tally: Tally) -> None:
@@ -227,36 +247,23 @@ def _note(registry: Registry, adapter: Adapter, recipe: Recipe, outcome: Outcome
     if isinstance(outcome, PerceLiteError):
         _failed(registry, adapter, str(outcome), tally)
         return ""
-    state, why = _verdict(recipe, adapter, outcome)
+    found, why = verdict(recipe, adapter.kind, outcome.losses)
     test = outcome.losses.get("test") or outcome.losses.get("validation")
     gain = None if test is None else test["start"] - test["own"]
-    registry.done(adapter, state, why, outcome.bytes, gain, {"losses": outcome.losses, "weights": outcome.weights})
+    registry.done(adapter, found, why, outcome.bytes, gain, {"losses": outcome.losses, "weights": outcome.weights})
     tally.trained += 1
-    tally.held_back += state == "held back"
+    tally.held_back += found == "held back"
     return "" if test is None else f"loss {test['own']:.3f}"
 
 
-def _verdict(recipe: Recipe, adapter: Adapter, outcome: Outcome) -> tuple[str, str]:
-    """Whether a user's adapter goes into service: it must beat what it would replace, on validation rows."""
-    gate, judged = recipe.fleet.gate, outcome.losses.get("validation")
-    if adapter.kind != "user" or gate is None:
+def verdict(recipe: Recipe, kind: str, losses: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
+    """Whether an adapter goes into service, and why: a user's must beat what it would replace, on validation rows."""
+    gate, judged = recipe.fleet.gate, losses.get("validation")
+    if kind != "user" or gate is None:
         return "in service", "trained"
     if judged is None:
         return "in service", "trained; no validation rows to judge it by"
     gain = judged["start"] - judged["own"]
-    if gain <= gate:
-        return (
-            "held back",
-            f"{gain:+.3f} nats a token on validation rows against what it replaces; gate {gate:g}",
-        )
-    return "in service", f"trained; {gain:+.3f} nats a token on validation rows"
-
-
-def _told(registry: Registry, tally: Tally) -> dict[str, Any]:
-    """What a run shows at its end."""
-    return {
-        "trained": tally.trained,
-        "held_back": tally.held_back,
-        "failed": tally.failed,
-        "states": registry.counts(),
-    }
+    if gain > gate:  # not so where it is no number
+        return "in service", f"trained; {gain:+.3f} nats a token on validation rows"
+    return "held back", f"{gain:+.3f} nats a token on validation rows against what it replaces; gate {gate:g}"

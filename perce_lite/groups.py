@@ -85,13 +85,23 @@ def plan(rows: Sequence[Row], recipe: Recipe) -> Plan:
     return Plan(groups, [(user, cohorts[user], examples[user], user in own) for user in sorted(by_user)])
 
 
-def run_fingerprint(group: Group, recipe: Recipe, generation: str, parent: str | None) -> str:
+def key_of(name: str) -> Key:
+    """What a name on the command line means: "cohort:press", "all", or a user."""
+    if name == EVERYBODY[1]:
+        return EVERYBODY
+    kind, colon, rest = name.partition(":")
+    return ("cohort", rest) if colon and kind == "cohort" else ("user", name)
+
+
+def run_fingerprint(group: Group, source: str, generation: str, parent: str | None) -> str:
     """What a group's adapter is to be trained from; equal as long as it need not be trained again.
+
+    source: of recipe and base
 
     A user's adapter depends on the user's rows, the recipe and its parent. A cohort's does not depend on the rows: new
     texts of one user retrain that one user. Its `generation` changes where it is asked for, or a user was deleted.
     """
-    content: list[Any] = [recipe.fingerprint(), group.key, generation, parent]
+    content: list[Any] = [source, group.key, generation, parent]
     if group.key[0] == "user":
         content.append([row.fingerprint() for row in group.rows])
     return digest(content)

@@ -10,14 +10,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from perce_lite import adapters
 from perce_lite.config import PerCEConfig
 from perce_lite.console import no_bars
-from perce_lite.errors import DataError, NonFiniteLossError, PerceLiteError, TemplateError
+from perce_lite.errors import (
+    AdapterError,
+    ConfigError,
+    DeviceError,
+    DiskFullError,
+    ModelError,
+    PerceLiteError,
+    RecipeError,
+)
+from perce_lite.files import digest
 from perce_lite.groups import Key
-from perce_lite.models import Base, load_base, sketch
+from perce_lite.models import Base, fingerprint, load_base, sketch
 from perce_lite.pairs import PairMaker
 from perce_lite.recipe import Recipe
-from perce_lite.rows import Row, of_split
+from perce_lite.rows import Row, of_split, spread_over_users
 from perce_lite.score import Job, kept_log_probs, store_of
 from perce_lite.terms import trained
 from perce_lite.train import Run, health, make_trainer, to_the_end
@@ -70,8 +80,8 @@ class Engine(Protocol):
         """
 
 
-USERS_OWN = (DataError, TemplateError, NonFiniteLossError)
-"""Errors of one user's rows: the others go on."""
+EVERYBODYS = (DiskFullError, DeviceError, ModelError, RecipeError, ConfigError)
+"""Errors that the next user would meet as well; after any other, the others go on."""
 
 
 class OneByOne:
@@ -89,22 +99,29 @@ class OneByOne:
             outcome: Outcome | PerceLiteError
             try:
                 outcome = self._train(task)
-            except USERS_OWN as error:
+            except EVERYBODYS:
+                raise
+            except PerceLiteError as error:
                 outcome = error
+            except torch.OutOfMemoryError as error:
+                outcome = AdapterError(
+                    f"Out of memory: lower train.per_device_train_batch_size or max_length ({error})"
+                )
             done(task, outcome)
 
     def _train(self, task: Task) -> Outcome:
-        run = Run(task.folder, task.run)
-        run.make_way()
+        # A cohort's run does not name its rows, but what is half trained must go on with the very same ones.
+        begun = digest([task.run, [row.fingerprint() for row in task.rows]])
+        run = Run(task.folder, begun, task.run)
         recipe = task.recipe.model_copy(update={"train": {**task.recipe.train, "output_dir": str(task.folder)}})
         base = self._base()
+        run.make_way(fingerprint(base.model))
         with no_bars(), self._bare(base.model):
             trainer = make_trainer(recipe, base, task.rows, task.start)
             before = _losses(trainer, recipe, task.rows, ("base", "start"))
             to_the_end(trainer, recipe, task.rows, run)
             after = _losses(trainer, recipe, task.rows, ("own",))
             weights = health(trainer)
-            trainer.model.unload()
         run.drop_checkpoints()
         size = sum(file.stat().st_size for file in run.adapter.iterdir())
         return Outcome({split: {**before[split], **after[split]} for split in before}, weights, size)
@@ -116,16 +133,15 @@ class OneByOne:
 
     @contextmanager
     def _bare(self, model: PreTrainedModel) -> Iterator[None]:
-        """Gives the base back as it was: a trainer wraps its forward once more. After a failure it is loaded anew."""
+        """Gives the base back as it was: a trainer puts layers into it and wraps its forward once more."""
         before = model.__dict__.get("forward")
         try:
             yield
-        except BaseException:
-            self._loaded = None
-            raise
-        model.__dict__.pop("forward", None)
-        if before is not None:
-            model.forward = before
+        finally:
+            adapters.strip(model)
+            model.__dict__.pop("forward", None)
+            if before is not None:
+                model.forward = before
 
 
 def _losses(
@@ -148,7 +164,9 @@ def held_out_jobs(maker: PairMaker, recipe: Recipe, args: PerCEConfig, rows: Seq
     """What to score of a user's held-out rows, by split, as the adapter will be used."""
     found = {}
     for split in ("validation", "test"):
-        pairs = maker.make([row for row in of_split(rows, split) if row.profile][: recipe.evaluation.max_rows])
+        pairs = maker.make(
+            spread_over_users([row for row in of_split(rows, split) if row.profile], recipe.evaluation.max_rows)
+        )
         if pairs:
             found[split] = [Job(pair.row.user, trained(pair, args)) for pair in pairs]
     return found

@@ -128,6 +128,24 @@ def load_base(recipe: Recipe) -> Base:
     return Base(model.eval().requires_grad_(False), tokenizer)
 
 
+def source_fingerprint(recipe: Recipe) -> str:
+    """A hash by which a changed base is noticed without loading it: names, sizes and samples of its weights' files.
+
+    Of a Hub id it is the id alone.
+    """
+    folder = Path(_folder(recipe))
+    state = xxhash.xxh3_128()
+    state.update(f"{recipe.model if recipe.model_folder is None else ''} {recipe.quantization}".encode())
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        size = file.stat().st_size
+        state.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            for part in range(64):
+                opened.seek(max(0, size - 4096) * part // 63)
+                state.update(opened.read(4096))
+    return str(state.hexdigest())
+
+
 def config_of(recipe: Recipe) -> PretrainedConfig:
     """The model's configuration; no weights are read.
 

@@ -162,6 +162,11 @@ class Recipe(Section):
         path = Path(given).expanduser()
         return [one.absolute() for one in ([Path(self.source).parent / path, path] if self.source else [path])]
 
+    def fleet_fingerprint(self) -> str:
+        """As `fingerprint`, without which users there are and how many rows: a fleet looks at each user's own."""
+        every = self.data.model_copy(update={"users": None, "max_rows": None})
+        return self.model_copy(update={"data": every}).fingerprint()
+
     def fingerprint(self) -> str:
         """Equal for recipes that train the same adapter: where it is written to, or logged, does not count."""
         plain = self.model_dump(mode="json")

@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from perce_lite.errors import FleetError
+from perce_lite.errors import DiskFullError, FleetError
 
 VERSION = 1
 """Of the tables below; raised when they change."""
@@ -20,23 +20,25 @@ VERSION = 1
 FILE = "fleet.sqlite"
 
 STATES = ("due", "in service", "held back", "failed")
-"""due: to be trained; held back: trained, but worse than what it would replace."""
+"""due: to be trained; held back: trained, but worse than what it would replace; failed: due, and it did not work."""
 
 KINDS = ("user", "cohort", "all")
 
 _TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE adapters (
-  kind TEXT NOT NULL, name TEXT NOT NULL, state TEXT NOT NULL, why TEXT NOT NULL, folder TEXT NOT NULL,
-  parent_kind TEXT, parent_name TEXT, run TEXT NOT NULL, trained_run TEXT, examples INTEGER NOT NULL,
-  bytes INTEGER NOT NULL DEFAULT 0, gain REAL, metrics TEXT NOT NULL DEFAULT '{}', updated TEXT NOT NULL,
+  kind TEXT NOT NULL, name TEXT NOT NULL, folder TEXT NOT NULL, parent_kind TEXT, parent_name TEXT,
+  present INTEGER NOT NULL, run TEXT NOT NULL, trained_run TEXT, asked INTEGER NOT NULL DEFAULT 0, failed_run TEXT,
+  verdict TEXT, why TEXT NOT NULL, examples INTEGER NOT NULL, bytes INTEGER NOT NULL DEFAULT 0, gain REAL,
+  metrics TEXT NOT NULL DEFAULT '{}', updated TEXT NOT NULL,
+  due INTEGER GENERATED ALWAYS AS (asked OR trained_run IS NOT run) STORED,
   PRIMARY KEY (kind, name)
 ) WITHOUT ROWID;
-CREATE INDEX adapters_by_state ON adapters (state, kind, name);
+CREATE INDEX adapters_due ON adapters (due, present, kind, name);
 CREATE TABLE users (
-  user TEXT PRIMARY KEY, cohort TEXT, examples INTEGER NOT NULL, own INTEGER NOT NULL, losses TEXT NOT NULL DEFAULT '{}'
+  user TEXT PRIMARY KEY, cohort TEXT, examples INTEGER NOT NULL, own INTEGER NOT NULL
 ) WITHOUT ROWID;
-CREATE INDEX users_by_cohort ON users (cohort);
+CREATE TABLE seen (user TEXT, kind TEXT, name TEXT, PRIMARY KEY (user, kind, name)) WITHOUT ROWID;
 CREATE TABLE deleted (user_hash TEXT PRIMARY KEY) WITHOUT ROWID;
 """
 
@@ -45,24 +47,42 @@ CREATE TABLE deleted (user_hash TEXT PRIMARY KEY) WITHOUT ROWID;
 class Adapter:
     """One row of the book.
 
+    present: whether its group stands in the data of the last run
     run: fingerprint of what it should be trained from; trained_run: of what it was trained from
+    asked: to be trained again though nothing has changed; failed_run: what it could not be trained from
+    verdict: of its last training, "in service" or "held back"; None: it was never trained
     gain: nats a token on test rows by which it is better than its parent (or the base); None where none are held out
     """
 
     kind: str
     name: str
-    state: str
-    why: str
     folder: str
     parent_kind: str | None
     parent_name: str | None
+    present: int
     run: str
     trained_run: str | None
+    asked: int
+    failed_run: str | None
+    verdict: str | None
+    why: str
     examples: int
     bytes: int
     gain: float | None
     metrics: dict[str, Any]
     updated: str
+    due: int
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.kind, self.name
+
+    @property
+    def state(self) -> str:
+        """One of STATES."""
+        if not self.due:
+            return self.verdict or "due"
+        return "failed" if self.failed_run == self.run else "due"
 
 
 class Registry:
@@ -70,6 +90,10 @@ class Registry:
 
     def __init__(self, folder: Path, connection: sqlite3.Connection) -> None:
         self.folder, self._db = folder, connection
+
+    def copy_to(self, other: sqlite3.Connection) -> None:
+        """Copies the whole book."""
+        self._db.backup(other)
 
     # Meta
 
@@ -86,7 +110,7 @@ class Registry:
     def enrol(self, users: Iterable[tuple[str, str | None, int, bool]], adapters: Iterable[Mapping[str, Any]]) -> None:
         """Takes in users (name, cohort, training rows, whether they get one of their own) and adapters to be had.
 
-        An adapter whose `run` is as it was trained keeps its state; one whose `run` is new becomes due.
+        What was trained from something else than `run` is due by that.
         """
         with self._db:
             self._db.executemany(
@@ -94,22 +118,24 @@ class Registry:
                 "cohort = excluded.cohort, examples = excluded.examples, own = excluded.own",
                 users,
             )
+            self._db.execute("UPDATE adapters SET present = 0")
             self._db.executemany(
-                "INSERT INTO adapters (kind, name, state, why, folder, parent_kind, parent_name, run, examples, "
-                "updated) VALUES (:kind, :name, 'due', 'new', :folder, :parent_kind, :parent_name, :run, :examples, "
-                ":now) "
-                "ON CONFLICT (kind, name) DO UPDATE SET parent_kind = excluded.parent_kind, "
-                "parent_name = excluded.parent_name, examples = excluded.examples, run = excluded.run, "
-                "why = CASE WHEN trained_run IS NULL OR trained_run IS excluded.run THEN why "
-                "ELSE 'data, recipe or parent changed' END, "
-                "state = CASE WHEN trained_run IS excluded.run THEN state ELSE 'due' END",
+                "INSERT INTO adapters (kind, name, folder, parent_kind, parent_name, present, run, why, examples, "
+                "updated) VALUES (:kind, :name, :folder, :parent_kind, :parent_name, 1, :run, 'new', :examples, :now) "
+                "ON CONFLICT (kind, name) DO UPDATE SET parent_kind = excluded.parent_kind, parent_name = "
+                "excluded.parent_name, present = 1, examples = excluded.examples, run = excluded.run",
                 ({**one, "now": _now()} for one in adapters),
             )
 
-    def due(self, kind: str, only: set[str] | None = None, after: str = "") -> Iterator[Adapter]:
+    def due(self, kind: str, only: set[str] | None = None) -> Iterator[Adapter]:
         """Adapters of `kind` to be trained, by name; a page at a time, so that ten thousand need no more memory."""
+        after: str | None = None
         while True:
-            page = self._select("WHERE state = 'due' AND kind = ? AND name > ? ORDER BY name LIMIT 200", (kind, after))
+            clause = "WHERE due = 1 AND present = 1 AND kind = ? AND name > ? ORDER BY name LIMIT 200"
+            if after is None:
+                page = self._select(clause.replace("name > ?", "name >= ?"), (kind, ""))
+            else:
+                page = self._select(clause, (kind, after))
             yield from (one for one in page if only is None or one.name in only)
             if len(page) < 200:
                 return
@@ -125,8 +151,12 @@ class Registry:
 
     def counts(self) -> dict[str, int]:
         """Adapters by state."""
-        found = dict(self._db.execute("SELECT state, count(*) FROM adapters GROUP BY state"))
-        return {state: int(found.get(state, 0)) for state in STATES}
+        found = self._db.execute(
+            "SELECT CASE WHEN due AND failed_run IS run THEN 'failed' WHEN due THEN 'due' ELSE verdict END, count(*) "
+            "FROM adapters GROUP BY 1"
+        )
+        counted = {str(state): int(count) for state, count in found}
+        return {state: counted.get(state, 0) for state in STATES}
 
     def user(self, name: str) -> tuple[str | None, int, bool] | None:
         """(cohort, training rows, whether they get an adapter of their own)."""
@@ -142,46 +172,69 @@ class Registry:
 
     # What became of them
 
-    def done(self, adapter: Adapter, state: str, why: str, size: int, gain: float | None, metrics: Any) -> None:
+    def done(self, adapter: Adapter, verdict: str, why: str, size: int, gain: float | None, metrics: Any) -> None:
         """Writes down a training that came to its end."""
         with self._db:
             self._db.execute(
-                "UPDATE adapters SET state = ?, why = ?, bytes = ?, gain = ?, metrics = ?, trained_run = ?, updated = ?"
-                " WHERE kind = ? AND name = ?",
-                (state, why, size, gain, json.dumps(metrics), adapter.run, _now(), adapter.kind, adapter.name),
+                "UPDATE adapters SET verdict = ?, why = ?, bytes = ?, gain = ?, metrics = ?, trained_run = ?, "
+                "asked = 0, failed_run = NULL, updated = ? WHERE kind = ? AND name = ?",
+                (verdict, why, size, gain, json.dumps(metrics), adapter.run, _now(), *adapter.key),
             )
+
+    def starts(self, adapter: Adapter, users: Iterable[str]) -> None:
+        """Writes down, ahead of its training, whose texts an adapter sees; `forget` looks there."""
+        with self._db:
+            self._db.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?, ?)", ((one, *adapter.key) for one in users))
 
     def failed(self, adapter: Adapter, why: str) -> None:
+        """Writes down a training that did not work; what was there before stays in service."""
         with self._db:
             self._db.execute(
-                "UPDATE adapters SET state = 'failed', why = ?, updated = ? WHERE kind = ? AND name = ?",
-                (why, _now(), adapter.kind, adapter.name),
+                "UPDATE adapters SET failed_run = run, why = ?, updated = ? WHERE kind = ? AND name = ?",
+                (why, _now(), *adapter.key),
             )
 
-    def make_due(self, kind: str, name: str, why: str) -> bool:
-        """Whether there is such an adapter; it is to be trained again."""
+    def judged(self, adapter: Adapter, verdict: str, why: str) -> None:
+        """Another verdict over a training of before: the gate was moved."""
         with self._db:
-            changed = self._db.execute(
-                "UPDATE adapters SET state = 'due', why = ?, trained_run = NULL WHERE kind = ? AND name = ?",
-                (why, kind, name),
+            self._db.execute(
+                "UPDATE adapters SET verdict = ?, why = ? WHERE kind = ? AND name = ?", (verdict, why, *adapter.key)
             )
-        return changed.rowcount > 0
+
+    def ask(self, kind: str, name: str, why: str) -> None:
+        """It is to be trained again, and where others start from it, they too."""
+        with self._db:
+            self._ask(kind, name, why)
+
+    def _ask(self, kind: str, name: str, why: str) -> None:
+        self._db.execute("UPDATE adapters SET asked = 1, why = ? WHERE kind = ? AND name = ?", (why, kind, name))
+        if kind != "user":
+            self._db.execute(
+                "INSERT INTO meta VALUES (?, '1') ON CONFLICT (key) DO UPDATE SET value = CAST(value AS INTEGER) + 1",
+                (f"generation {kind}:{name}",),
+            )
+
+    def generation(self, kind: str, name: str) -> str:
+        """Changes each time that an adapter which others start from is asked for again."""
+        return self.meta(f"generation {kind}:{name}") or "0"
 
     def forget(self, user: str) -> list[tuple[str, str]]:
         """Removes every row of `user` and marks what had seen their texts as due; gives (kind, name) of those.
 
-        What stays is a hash of the name, so that the next run leaves the user out. The file is vacuumed.
+        What stays is a hash of the name, so that the next run leaves the user out. All or nothing; then the file is
+        vacuumed.
         """
-        known = self.user(user)
-        touched = [("all", "all")] + ([("cohort", known[0])] if known and known[0] is not None else [])
         with self._db:
-            self._db.execute("DELETE FROM users WHERE user = ?", (user,))
-            self._db.execute("DELETE FROM adapters WHERE kind = 'user' AND name = ?", (user,))
+            found = self._db.execute("SELECT kind, name FROM seen WHERE user = ? AND kind != 'user'", (user,))
+            touched = [(str(kind), str(name)) for kind, name in found.fetchall()]
+            for kind, name in touched:
+                self._ask(kind, name, "a user who was deleted is in it")
             self._db.execute("INSERT OR IGNORE INTO deleted VALUES (?)", (_hash(user),))
-        due = [one for one in touched if self.make_due(*one, "a user who was deleted is in it")]
+            self._db.execute("DELETE FROM seen WHERE user = ?", (user,))
+            self._db.execute("DELETE FROM adapters WHERE kind = 'user' AND name = ?", (user,))
+            self._db.execute("DELETE FROM users WHERE user = ?", (user,))
         self._db.execute("VACUUM")
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        return due
+        return touched
 
     def was_deleted(self, user: str) -> bool:
         return self._db.execute("SELECT 1 FROM deleted WHERE user_hash = ?", (_hash(user),)).fetchone() is not None
@@ -201,12 +254,12 @@ def opened(folder: Path, create: bool = False) -> Iterator[Registry]:
     """The fleet's book, to read or to write one thing.
 
     Raises:
-        FleetError: no fleet there, or one of a newer version.
+        FleetError: no fleet there, or one of a newer version; DiskFullError: no space left.
     """
     path = folder / FILE
     if not create and not path.is_file():
         raise FleetError(f"{folder}: no fleet here ({FILE} is missing). Give the output folder of `perce-lite fleet`.")
-    folder.mkdir(parents=True, exist_ok=True)
+    _folder(folder)
     connection = sqlite3.connect(path, timeout=30)
     connection.row_factory = sqlite3.Row
     try:
@@ -220,6 +273,12 @@ def opened(folder: Path, create: bool = False) -> Iterator[Registry]:
             connection.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
         connection.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten, not only let go
         yield Registry(folder, connection)
+    except UnicodeEncodeError as error:
+        raise FleetError(f"{error.object!a}: a name must be text that UTF-8 can hold") from error
+    except sqlite3.OperationalError as error:
+        if "full" in str(error):
+            raise DiskFullError(f"The disk is full: {path} could not be written. What it held is unharmed.") from error
+        raise FleetError(f"{path} cannot be used: {error}. Nothing was changed.") from error
     except sqlite3.DatabaseError as error:
         raise FleetError(f"{path} is not a fleet's book, or is damaged: {error}. Nothing was changed.") from error
     finally:
@@ -233,15 +292,33 @@ def held(folder: Path) -> Iterator[Registry]:
     Raises:
         FleetError: another run is on it; and as `opened`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    _folder(folder)
     lock = FileLock(folder / "fleet.lock")
     try:
         with lock.acquire(timeout=0), opened(folder, create=True) as registry:
             yield registry
     except Timeout as error:
-        raise FleetError(
-            f"{folder}: another fleet run is on it. Wait for it or stop it; nothing was touched."
-        ) from error
+        message = f"{folder}: another fleet run is on it. Wait for it or stop it; nothing was touched."
+        raise FleetError(message) from error
+
+
+@contextmanager
+def imagined(registry: Registry) -> Iterator[Registry]:
+    """A copy of the book in memory: what a dry run writes is gone with it."""
+    copy = sqlite3.connect(":memory:")
+    copy.row_factory = sqlite3.Row
+    registry.copy_to(copy)
+    try:
+        yield Registry(registry.folder, copy)
+    finally:
+        copy.close()
+
+
+def _folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise FleetError(f"{folder}: is a file; train.output_dir must be a folder") from error
 
 
 def _hash(user: str) -> str:

@@ -1,5 +1,6 @@
 """Questions to a fleet's book: who is served by what and why, is it whole, and deleting a user without a trace."""
 
+import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 from perce_lite.adapters import CARD
 from perce_lite.errors import FleetError
 from perce_lite.files import read_json, safe_name
-from perce_lite.fleet import renew
-from perce_lite.groups import EVERYBODY, Key
+from perce_lite.groups import EVERYBODY, Key, key_of
 from perce_lite.registry import FILE, Adapter, Registry, held
 
 QUOTING = ("fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json")
@@ -50,22 +50,24 @@ def who(registry: Registry, user: str) -> dict[str, Any]:
     if not own and registry.meta("group_by") == "user":
         least = registry.meta("min_examples")
         reasons.append(f"{examples} training rows are too few for an adapter of their own (fleet.min_examples {least})")
-    for kind, name in [*chain, EVERYBODY]:
-        adapter = registry.get(kind, name)
+    for key in [*chain, EVERYBODY]:
+        adapter = registry.get(*key)
         if adapter is None:
             continue
-        if adapter.state == "in service" or (adapter.state == "due" and _trained(registry, adapter)):
-            until = "" if adapter.state == "in service" else "in service until trained anew: "
-            reasons.append(until + adapter.why)
-            folder = str(registry.folder / adapter.folder / "adapter")
-            return {"user": user, "adapter": [kind, name], "folder": folder, "why": "; ".join(reasons)}
-        reasons.append(f"{_called(adapter)} is {adapter.state}: {adapter.why}")
+        folder = registry.folder / adapter.folder / "adapter"
+        if adapter.verdict == "in service" and _is_of(folder, adapter):
+            reasons.append(adapter.why if not adapter.due else f"in service until trained anew: {adapter.why}")
+            return {"user": user, "adapter": list(key), "folder": str(folder), "why": "; ".join(reasons)}
+        state = adapter.verdict if adapter.verdict == "held back" else adapter.state
+        reasons.append(f"{_called(adapter)} is {state}: {adapter.why}")
     reasons.append("so the base serves them")
     return {"user": user, "adapter": None, "folder": None, "why": "; ".join(reasons)}
 
 
-def _trained(registry: Registry, adapter: Adapter) -> bool:
-    return (registry.folder / adapter.folder / "adapter" / CARD).is_file()
+def _is_of(folder: Path, adapter: Adapter) -> bool:
+    """Whether `folder` holds what the book says was trained and judged, not what a killed run left after it."""
+    card = read_json(folder / CARD)
+    return card is not None and card.get("run") == adapter.trained_run
 
 
 def _called(adapter: Adapter) -> str:
@@ -78,12 +80,10 @@ def show(registry: Registry, name: str) -> dict[str, Any]:
     Raises:
         FleetError: there is none.
     """
-    kind, colon, rest = name.partition(":")
-    key = EVERYBODY if name == "all" else ("cohort", rest) if colon and kind == "cohort" else ("user", name)
-    found = registry.get(*key)
+    found = registry.get(*key_of(name))
     if found is None:
         raise FleetError(f"{name}: the fleet has no such adapter; perce-lite adapters who USER says what serves a user")
-    return asdict(found)
+    return {"state": found.state, **asdict(found)}
 
 
 def verify(registry: Registry) -> list[str]:
@@ -130,24 +130,25 @@ def delete(folder: Path, user: str) -> Receipt:
     if not (folder / FILE).is_file():
         raise FleetError(f"{folder}: no fleet here ({FILE} is missing). Give its folder with --fleet.")
     with held(folder) as registry:
-        who(registry, user)  # raises where there is no such user
+        if registry.user(user) is None and not registry.was_deleted(user):
+            who(registry, user)  # raises: there is no such user
         receipt = Receipt(user)
         _remove(folder / "adapters" / "user" / safe_name(user), receipt)
         for quoting in QUOTING:
-            _remove(folder / quoting, receipt)
-        store = registry.meta("store")
-        for base in sorted(Path(store).iterdir()) if store and Path(store).is_dir() else []:
-            for file in base.glob(f"*{safe_name(user)}.safetensors*"):
+            for file in (folder / quoting, *folder.glob(f".{quoting}.*.tmp")):
                 _remove(file, receipt)
-        touched = registry.forget(user)
-        for key in touched:
-            renew(registry, key)
+        for store in json.loads(registry.meta("stores") or "[]"):
+            for base in sorted(Path(store).iterdir()) if Path(store).is_dir() else []:
+                for file in base.glob(f"*{safe_name(user)}.safetensors*"):
+                    _remove(file, receipt)
+        for key in registry.forget(user):
             receipt.due.append("everybody's adapter" if key == EVERYBODY else f"the adapter of {' '.join(key)}")
         data = registry.meta("data")
         if data:
             receipt.left.append(f"{data}: your own data; as long as it holds the user, fleet runs leave them out")
-        if (folder / "compare").is_dir():
-            receipt.left.append(f"{folder / 'compare'}: adapters of a comparison, trained with the user's texts")
+        for name in ("compare", "adapter"):
+            if (folder / name).is_dir():
+                receipt.left.append(f"{folder / name}: not of the fleet, but it may be trained with the user's texts")
         return receipt
 
 

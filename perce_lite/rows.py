@@ -101,7 +101,7 @@ def spread_over_users(rows: Sequence[Row], count: int) -> list[Row]:
 def split_rows(rows: Sequence[Row], split: Split, source: str = "the data", otherwise: str = "row") -> list[Row]:
     """Gives every row a split: the data's own where it has one, else a seeded one.
 
-    By row, a user's split depends on that user's rows alone. Rows of users whom training must not meet become `unseen`:
+    By row, a row's split depends on that row alone. Rows of users whom training must not meet become `unseen`:
     all of them, or by time the test rows alone. `otherwise` is what `by: auto` means where the data has none; "time"
     holds out the last rows of each user, so that no held-out text stands in a profile that was trained on.
     """
@@ -116,38 +116,40 @@ def split_rows(rows: Sequence[Row], split: Split, source: str = "the data", othe
     by_user: dict[str, list[int]] = defaultdict(list)
     for index, row in enumerate(rows):
         by_user[row.user].append(index)
+    if by == "row":
+        return _hold_out_users(_each_by_its_own(rows, split), split, tests_alone=False)
     if by == "time":
         groups = [[[index] for index in reversed(indices)] for indices in by_user.values()]
-    elif by == "row":
-        groups = [[[index] for index in _by_chance(rows, indices, split.seed)] for indices in by_user.values()]
     else:
         users = [by_user[user] for user in sorted(by_user)]
         random.Random(split.seed).shuffle(users)
         groups = [users]
     name_of = {}
     for group in groups:
-        tests, held_out = _counts(split, len(group))
-        if by == "row" and len(groups) > 1:  # users with a few rows each: chance decides who holds out one more
-            chance = _place(split.seed, rows[group[0][0]].user)
-            tests, held_out = (
-                int(share * len(group) + chance) for share in (split.test, split.test + split.validation)
-            )
+        tests, validations = round(split.test * len(group)), round(split.validation * len(group))
         for position, unit in enumerate(group):
-            name = "test" if position < tests else "validation" if position < held_out else "train"
+            name = "test" if position < tests else "validation" if position < tests + validations else "train"
             name_of.update(dict.fromkeys(unit, name))
     named = [replace(row, split=name_of[index]) for index, row in enumerate(rows)]
     return _hold_out_users(named, split, tests_alone=by == "time")
 
 
-def _counts(split: Split, count: int) -> tuple[int, int]:
-    """Of `count` units: how many are test, how many test or validation."""
-    tests = round(split.test * count)
-    return tests, tests + round(split.validation * count)
+def _each_by_its_own(rows: Sequence[Row], split: Split) -> list[Row]:
+    """Every row by a number made of its content: a new row moves no other one from held out to trained, or back.
 
-
-def _by_chance(rows: Sequence[Row], indices: Sequence[int], seed: int) -> list[int]:
-    """One user's rows in an order that depends on their content alone: more rows, of anyone, shuffle nobody's anew."""
-    return sorted(indices, key=lambda index: _place(seed, rows[index].fingerprint()))
+    The shares come out about as asked for. Where chance leaves none for a share, the row nearest to it is taken.
+    """
+    places = [_place(split.seed, row.fingerprint()) for row in rows]
+    names = [
+        "test" if place < split.test else "validation" if place < split.test + split.validation else "train"
+        for place in places
+    ]
+    nearest = sorted(range(len(rows)), key=places.__getitem__)
+    for name, share in (("test", split.test), ("validation", split.validation)):
+        left = [index for index in nearest if names[index] == "train"]
+        if share and name not in names and len(left) > 1:
+            names[left[0]] = name
+    return [replace(row, split=name) for row, name in zip(rows, names, strict=True)]
 
 
 def _place(seed: int, text: str) -> float:

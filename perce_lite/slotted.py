@@ -14,7 +14,7 @@ from perce_lite.config import PerCEConfig
 from perce_lite.console import no_bars, say
 from perce_lite.engine import Result, SlotEngine, UserJob
 from perce_lite.errors import ConfigError, PerceLiteError
-from perce_lite.inprocess import USERS_OWN, Done, Engine, OneByOne, Outcome, Task, held_out_jobs, loss_of
+from perce_lite.inprocess import EVERYBODYS, Done, Engine, OneByOne, Outcome, Task, held_out_jobs, loss_of
 from perce_lite.models import adapter_bytes, config_of
 from perce_lite.pairs import Audit, Pair, PairMaker, require
 from perce_lite.recipe import Recipe, lora_config, training_config
@@ -80,11 +80,14 @@ class Slotted(OneByOne):
             try:
                 made = maker.make(of_split(task.rows, "train"), audit)
                 require(made, audit, "training")
-            except USERS_OWN as error:
+                start = None if task.start is None else _weights(task.start)
+            except EVERYBODYS:
+                raise
+            except PerceLiteError as error:
                 done(task, error)
                 continue
             pairs[task.key[1]] = made
-            yield UserJob(task.key[1], made, adapter=None if task.start is None else _weights(task.start))
+            yield UserJob(task.key[1], made, adapter=start)
 
     def _finished(
         self,

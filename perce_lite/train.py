@@ -88,6 +88,12 @@ class Run:
 
     folder: Path
     fingerprint: str
+    called: str | None = None
+
+    @property
+    def in_card(self) -> str:
+        """What the adapter's card names the run: its fingerprint, unless it is `called` something else."""
+        return self.called or self.fingerprint
 
     @property
     def adapter(self) -> Path:
@@ -115,7 +121,7 @@ class Run:
     def trained(self) -> bool:
         """Whether this run's adapter is there, whole; refuses a folder with another's."""
         card = read_json(self.adapter / adapters.CARD)
-        if card is not None and card.get("run") != self.fingerprint:
+        if card is not None and card.get("run") != self.in_card:
             self._refuse()
         return card is not None
 
@@ -150,10 +156,15 @@ class Run:
         for file in (self.figures, self._marker) if known else ():  # the marker last: a kill leaves the rest known
             file.unlink(missing_ok=True)
 
-    def make_way(self) -> None:
-        """Removes the checkpoints of another run in this folder; its adapter stays until the new one replaces it."""
-        if self._known() and read_json(self._marker)["run"] != self.fingerprint:
+    def make_way(self, base: str) -> None:
+        """Removes checkpoints of another run, or over another base; the adapter stays until a new one replaces it.
+
+        For a folder that is known to be ours: a fleet's own.
+        """
+        if read_json(self._marker) != {"run": self.fingerprint, "base": base}:
             self.drop_checkpoints()
+        if self.adapter.is_dir() and not _has_run(self.adapter / adapters.CARD):  # torn: nobody can load it
+            shutil.rmtree(self.adapter)
 
     def drop_checkpoints(self) -> None:
         """Removes the checkpoints and the marker: the adapter's card says all that is left to say."""
@@ -186,7 +197,7 @@ class Run:
     def _refuse(self) -> None:
         raise RunError(
             f"{self.folder} holds a run of another recipe, data or base. Nothing was touched. Take another folder with "
-            "--set train.output_dir=FOLDER, or --restart to throw the old run away."
+            "--set train.output_dir=FOLDER, or throw the old run away: perce-lite train --restart, or rm -r."
         )
 
 
@@ -276,7 +287,7 @@ def described(
 ) -> dict[str, Any]:
     """`describe` of what a trainer did."""
     template, kept = trainer.processing_class.chat_template, len(trainer.pairs["train"])
-    return describe(recipe, trainer.args, template, rows, kept, trainer.state.global_step, run.fingerprint, figures)
+    return describe(recipe, trainer.args, template, rows, kept, trainer.state.global_step, run.in_card, figures)
 
 
 def describe(

@@ -1,79 +1,26 @@
-"""Fleets: who is due, two stages, failures, the gate, deletion without a trace, and growth that is linear."""
+"""Fleets: who is due, two stages, failures, the gate, slots, and stopping at any moment."""
 
-import json
 import shutil
-import struct
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 import toys
-from filelock import FileLock
+from fleet_fixtures import TEXT, Clock, names, rows_of
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_inspect import full_logits
 
 from perce_lite import fleet as fleets
-from perce_lite.errors import FleetError, NonFiniteLossError
 from perce_lite.fleet import fleet
-from perce_lite.groups import plan
-from perce_lite.inprocess import OneByOne, Outcome
+from perce_lite.inprocess import OneByOne
 from perce_lite.pairs import PairMaker
 from perce_lite.recipe import load_recipe
-from perce_lite.registry import FILE, held, opened
-from perce_lite.rows import Row
+from perce_lite.registry import opened
 from perce_lite.slotted import Slotted, engine_for
+from perce_lite.trainer import PerCETrainer
 
 pytest_plugins = ["cli_fixtures"]
-
-TEXT = """
-train: {max_steps: 3, learning_rate: 0.05, output_dir: out, store: store, clip_min: 0.05, warmup_steps: 0}
-split: {test: 0.2, validation: 0.2}
-fleet: {min_examples: 4, gate: null}
-"""
-
-
-def rows_of(users: int, per_user: int = 8, cohorts: int = 0) -> list[dict]:
-    rows = toys.toy_rows(users=users, per_user=per_user)
-    return [{**row, "cohort": f"c{int(row['user'][4:]) % cohorts}"} for row in rows] if cohorts else rows
-
-
-class Clock:
-    """An engine that trains nothing: it counts, and fails for whom it is told to."""
-
-    def __init__(self, fails: tuple[str, ...] = (), gain: float = 0.1) -> None:
-        self.trained: list[str] = []
-        self.fails, self.gain = fails, gain
-
-    def __call__(self, recipe):
-        return self
-
-    def base(self):
-        return {"shape": ["toy", 1, 1, 1, True], "embedding": [1.0]}
-
-    def run(self, tasks, done):
-        for task in tasks:
-            try:
-                done(task, self.train(task))
-            except NonFiniteLossError as error:
-                done(task, error)
-
-    def train(self, task):
-        name = task.folder.name
-        self.trained.append(name)
-        if any(name.startswith(f"{fail}-") for fail in self.fails):
-            raise NonFiniteLossError("The loss is nan")
-        (task.folder / "adapter").mkdir(parents=True, exist_ok=True)
-        (task.folder / "adapter/perce_lite.json").write_text(json.dumps({"run": task.run}))
-        losses = {"base": 3.0, "start": 2.5, "own": 2.5 - self.gain, "tokens": 10.0}
-        return Outcome({"validation": losses, "test": losses}, {}, 100)
-
-
-def names(engine: Clock) -> list[str]:
-    done = [name.rpartition("-")[0] for name in engine.trained]
-    engine.trained.clear()
-    return done
 
 
 def test_who_is_due(recipe):
@@ -84,7 +31,7 @@ def test_who_is_due(recipe):
     assert names(engine) == ["all", "user0", "user1", "user2"], "user3 has too few rows"
     assert fleet(load_recipe(path), engine)["trained"] == 0
     # new text of one user retrains that one user
-    more = {**rows[0], "prompt": "Something new?"}
+    more = {**rows[2], "prompt": "Something new?"}
     fleet(load_recipe(recipe([*rows, more], TEXT)), engine)
     assert names(engine) == ["user0"]
     fleet(load_recipe(path), engine, retrain=["user2"])
@@ -236,159 +183,121 @@ def test_a_stopped_fleet_goes_on(recipe):
     assert names(engine) == ["user1", "user2"]
 
 
-def test_deleting_leaves_no_trace(recipe, run, figures, tmp_path):
-    """Everything the tool wrote is searched for the user's texts, their token ids and their name."""
-    secret = "zanzibar quokka marmalade"
-    rows = rows_of(3, cohorts=1)
-    for row in rows:
-        if row["user"] == "user1":
-            row |= {"user": "Sée Crét/user", "completion": f"{secret} {row['completion']}"}
-    path = recipe(rows, TEXT)
-    assert run("fleet", path)[0] == 0
-    assert run("inspect", path)[0] == 0
-    [adapter] = [one.parent for one in Path("out/adapters/cohort").rglob("adapter_config.json")]
-    assert run("eval", path, "--adapter", adapter, "--set", "evaluation.max_new_tokens=2")[0] == 0
-    data, kept = Path("rows.jsonl"), {"rows.jsonl", "mine.yaml"}
-    assert traces(tmp_path, secret, kept)
-    code, out, err = run("adapters", "delete", "Sée Crét/user", "--fleet", "out")
-    assert code == 0, err
-    assert "the adapter of cohort c0" in out
-    assert str(data.absolute()) in out.replace("\n", "")
-    assert traces(tmp_path, secret, kept) == []
-    assert traces(tmp_path, "Crét/user", kept) == []
-    assert run("adapters", "who", "Sée Crét/user", "--fleet", "out")[0] == 2
-    told = figures("fleet", path, "--dry-run")
-    assert told["due"] == {"user": 2, "cohort": 1, "all": 0}, "what had seen the texts, and its children"
-    assert run("fleet", path)[0] == 0
-    assert traces(tmp_path, secret, kept) == [], "the user stays out though the data has them"
+def test_what_is_half_trained_does_not_go_on_with_other_rows(recipe, monkeypatch):
+    """Everybody's adapter is stopped after a checkpoint; with another set of rows it starts anew."""
+    text = TEXT.replace("max_steps: 3", "max_steps: 4, save_steps: 2")
+    path = recipe(rows_of(3), text)
+
+    class Stopped(BaseException):
+        pass
+
+    def stops(trainer, *args, **kwargs):
+        real(trainer, *args, **kwargs)
+        raise Stopped
+
+    def stopped(path):
+        with monkeypatch.context() as patch:
+            patch.setattr(PerCETrainer, "_save_checkpoint", stops)
+            with pytest.raises(Stopped):
+                fleet(load_recipe(path), OneByOne)
+
+    real, resumed = PerCETrainer._save_checkpoint, []
+    monkeypatch.setattr("perce_lite.train.say", resumed.append)
+    stopped(path)
+    assert list(Path("out").rglob("checkpoint-2"))
+    fleet(load_recipe(recipe(rows_of(2), text)), OneByOne)
+    assert resumed == []
+    shutil.rmtree("out")
+    stopped(path)
+    fleet(load_recipe(path), OneByOne)
+    assert len(resumed) == 1, "with the very same rows it goes on"
 
 
-def traces(folder: Path, text: str, kept: set[str]) -> list[str]:
-    """Files that hold `text`, as UTF-8, as JSON escapes, or as runs of its token ids in any usual width."""
-    tokenizer = toys.toy_tokenizer("chatml")
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    needles = [text.encode(), json.dumps(text)[1:-1].encode(), text.encode("utf-16-le")]
-    needles += [struct.pack(f"<{len(ids)}{width}", *ids) for width in "iqHf"]
-    needles += [sep.join(map(str, ids)).encode() for sep in (", ", ",", "\n")]
-    files = [one for one in folder.rglob("*") if one.is_file() and one.name not in kept and "figures" not in one.parts]
-    return [str(one) for one in files if any(needle in one.read_bytes() for needle in needles)]
-
-
-def test_a_second_fleet_on_the_folder_stops(recipe, run):
-    path = recipe(rows_of(2), TEXT)
-    Path("out").mkdir()
-    with FileLock("out/fleet.lock"):
-        code, _, err = run("fleet", path)
-    assert code == 2
-    assert "another fleet run is on it" in " ".join(err.split())
-
-
-def test_folders_that_cannot_be_used(recipe, tmp_path):
-    path, engine = recipe(rows_of(2), TEXT), Clock()
+def test_a_dry_run_changes_nothing(recipe):
+    path, engine = recipe(rows_of(3), TEXT), Clock()
     fleet(load_recipe(path), engine)
-    other = Clock()
-    other.base = lambda: {"shape": ["toy", 2, 1, 1, True], "embedding": [1.0]}
-    with pytest.raises(FleetError, match="another base"):
-        fleet(load_recipe(path), other, retrain=["all"])
-    import sqlite3
+    with opened(Path("out")) as book:
+        before = book.all()
+    for changes, retrain in ((["lora.r=4"], []), ([], ["user1"]), ([], ["all"])):
+        assert sum(fleet(load_recipe(path, changes), engine, retrain=retrain, dry_run=True)["due"].values()) > 0
+    with opened(Path("out")) as book:
+        assert book.all() == before
+    engine.trained.clear()
+    assert fleet(load_recipe(path), engine)["trained"] == 0
 
-    with sqlite3.connect(Path("out") / FILE) as book:
-        book.execute("PRAGMA user_version = 9")
-    with pytest.raises(FleetError, match="newer version"):
+
+def test_what_is_not_judged_or_held_back_is_not_served(recipe, figures):
+    path = recipe(rows_of(2), TEXT.replace("gate: null", "gate: 0.0"))
+    fleet(load_recipe(path), Clock(gain=-0.2))
+    more = {**rows_of(2)[2], "prompt": "Something new?"}
+    path = recipe([*rows_of(2), more], TEXT.replace("gate: null", "gate: 0.0"))
+
+    def killed(task):
+        Clock().train(task)  # the adapter lies there, the book does not know
+        raise KeyboardInterrupt
+
+    engine = Clock()
+    engine.train = killed
+    with pytest.raises(KeyboardInterrupt):
         fleet(load_recipe(path), engine)
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / FILE).write_text("not a database" * 100)
-    with pytest.raises(FleetError, match="damaged"), opened(tmp_path / "broken"):
-        pass
-    with pytest.raises(FleetError, match="no fleet here"), opened(tmp_path / "nowhere"):
-        pass
+    assert figures("adapters", "who", "user0", "--fleet", "out")["adapter"] == ["all", "all"]
+    # the gate is moved: those who were held back are judged anew, from the figures of before
+    fleet(load_recipe(path, ["fleet.gate=-1.0"]), Clock(), only=["user0"])
+    assert figures("adapters", "who", "user1", "--fleet", "out")["adapter"] == ["user", "user1"]
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (lambda rows: [{**row, "cohort": f"c{n % 2}"} for n, row in enumerate(rows)], "is in two cohorts: c0"),
-        (lambda rows: [{**row, "user": f"u{n}"} for n, row in enumerate(rows)], "nobody has 4 training rows"),
-    ],
-)
-def test_data_that_makes_no_fleet(recipe, run, change, expected):
-    text = TEXT.replace("gate: null", "gate: null, init_from: none")
-    code, _, err = run("fleet", recipe(change(rows_of(2)), text))
-    assert code == 2
-    assert expected in " ".join(err.split())
+@pytest.mark.parametrize("gain", [float("nan"), 0.0, -0.1])
+def test_a_gain_that_is_none_is_held_back(recipe, gain):
+    told = fleet(load_recipe(recipe(rows_of(2), TEXT.replace("gate: null", "gate: 0.0"))), Clock(gain=gain))
+    assert told["held_back"] == 2
 
 
-def test_odd_names_are_names_and_never_paths(recipe, run, monkeypatch):
-    odd = ["../../etc", "a\x07b\nc", "x" * 300, "Ann", "ann"]
-    rows = rows_of(5)
-    rows = [{**row, "user": odd[int(row["user"][4:])]} for row in rows]
-    path, engine = recipe(rows, TEXT), Clock()
-    monkeypatch.setattr("perce_lite.slotted.engine_for", engine)
-    code, _, err = run("fleet", path)
-    assert code == 0
-    assert "differ only in case or Unicode form" in " ".join(err.split())
-    assert len(set(engine.trained)) == 6
-    assert all(one.resolve().is_relative_to(Path("out").resolve()) for one in Path("out").rglob("*"))
-    for name in odd:
-        assert run("adapters", "who", "--fleet", "out", "--json", "who.json", "--", name)[0] == 0
-        assert json.loads(Path("who.json").read_text("utf-8"))["adapter"] == ["user", name]
-        assert run("adapters", "show", "--fleet", "out", "--", name)[0] == 0
-    assert run("adapters", "list", "--fleet", "out")[0] == 0
+def test_children_wait_for_a_parent_whose_retraining_failed(recipe):
+    path = recipe(rows_of(2), TEXT)
+    fleet(load_recipe(path), Clock())
+    told = fleet(load_recipe(path), Clock(fails=("all",)), retrain=["all"])
+    assert (told["trained"], told["failed"]) == (0, 3)
+    engine = Clock()
+    fleet(load_recipe(path), engine)
+    assert names(engine) == ["all", "user0", "user1"]
 
 
-def test_ten_thousand_users_grow_linearly(tmp_path, recipe, monkeypatch):
-    """Work is counted, not timed: statements of the book and pages read stay proportional to the users."""
-    counts = {}
-    for users in (1000, 10_000):
-        read = load_recipe(recipe(rows_of(1), TEXT), [f"train.output_dir=fleet{users}", "fleet.min_examples=1"])
-        message = ({"role": "user", "content": "Hi"},)
-        rows = [Row(f"r{n}", f"user{n}", "a text", message, message, "train") for n in range(users)]
-        monkeypatch.setattr(fleets, "read_rows", lambda recipe, rows=rows: rows)
-        engine, statements = Quick(), []
-        with held(Path(f"fleet{users}")) as registry:
-            registry._db.set_trace_callback(statements.append)
-            planned = plan(rows, read)
-            stages = {group.key: read for group in planned.groups}
-            fleets._enrol(registry, planned, stages, ())
-            groups = {group.key: group for group in planned.groups}
-            tally = fleets._train(registry, groups, stages, engine, (), users + 1)
-            assert tally.trained == users + 1
-            assert sum(registry.counts().values()) == users + 1
-            assert len(registry.all()) == users + 1
-        counts[users] = len(statements)
-        plans = []
-        with opened(Path(f"fleet{users}")) as registry:
-            for query in (
-                "SELECT * FROM adapters WHERE kind = 'user' AND name = 'user5'",
-                "SELECT * FROM users WHERE user = 'user5'",
-                "SELECT * FROM adapters WHERE state = 'due' AND kind = 'user' AND name > 'x' ORDER BY name",
-            ):
-                plans += [str(one[3]) for one in registry._db.execute(f"EXPLAIN QUERY PLAN {query}")]
-        assert all(one.startswith("SEARCH") for one in plans), plans
-    assert counts[10_000] < 10.5 * counts[1000]
+def test_rows_that_are_put_back_need_no_training(recipe):
+    path = recipe(rows_of(2), TEXT)
+    fleet(load_recipe(path), Clock())
+    more = {**rows_of(2)[2], "prompt": "Something new?"}
+    assert fleet(load_recipe(recipe([*rows_of(2), more], TEXT)), Clock(fails=("user0",)))["states"]["failed"] == 1
+    told = fleet(load_recipe(recipe(rows_of(2), TEXT)), Clock())
+    assert (told["trained"], told["states"]["in service"]) == (0, 3)
 
 
-class Quick(Clock):
-    def train(self, task):
-        return Outcome({}, {}, 100)
+def test_other_users_and_their_number_retrain_nobody(recipe):
+    engine = Clock()
+    fleet(load_recipe(recipe(rows_of(3), TEXT), ["data.users=[user0, user1]", "data.max_rows=40"]), engine)
+    assert names(engine) == ["all", "user0", "user1"]
+    fleet(load_recipe(recipe(rows_of(3), TEXT), ["data.users=[user0, user1, user2]", "data.max_rows=40"]), engine)
+    assert names(engine) == ["user2"]
+    told = fleet(load_recipe(recipe(rows_of(3), TEXT), ["data.users=[user0]", "lora.r=4"]), engine)
+    assert told["due"] == {"user": 1, "cohort": 0, "all": 1}, "users who are not in the data are not due"
 
 
-def test_two_writers_wait_for_each_other(recipe):
-    """Reading the book while a fleet writes it: neither fails."""
-    fleet(load_recipe(recipe(rows_of(2), TEXT)), Clock())
-    faults = []
+def test_changed_weights_of_the_base_are_noticed(recipe, toy):
+    shutil.copytree(toy, "mine")
+    path, engine = recipe(rows_of(2), TEXT), Clock()
+    fleet(load_recipe(path, ["model=mine"]), engine)
+    file = Path("mine/model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    names(engine)
+    fleet(load_recipe(path, ["model=mine"]), engine)
+    assert names(engine) == ["all", "user0", "user1"]
 
-    def read():
-        try:
-            for _ in range(30):
-                with opened(Path("out")) as registry:
-                    registry.all()
-        except FleetError as error:
-            faults.append(error)
 
-    reader = threading.Thread(target=read)
-    reader.start()
-    for _ in range(10):
-        fleet(load_recipe("mine.yaml"), Clock(), retrain=["user0"])
-    reader.join()
-    assert faults == []
+def test_one_adapter_that_is_gone_stops_nobody_else(recipe):
+    rows = rows_of(4, cohorts=2)
+    fleet(load_recipe(recipe(rows, TEXT)), OneByOne)
+    [gone] = Path("out/adapters/cohort").glob("c0-*")
+    shutil.rmtree(gone)
+    told = fleet(load_recipe("mine.yaml"), OneByOne, retrain=["user0", "user1"])
+    assert (told["trained"], told["failed"]) == (1, 1)
