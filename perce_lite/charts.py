@@ -36,7 +36,7 @@ def forest(points: Sequence[Point], unit: str) -> str:
             colour, marker = _SERIES[number % len(_SERIES)], _MARKERS[number % len(_MARKERS)]
             if point.low is not None and point.high is not None:
                 axes.plot([point.low, point.high], [y, y], color=colour, linewidth=1.6)
-            axes.plot(point.value, y, marker, color=colour, markersize=5, label=point.series)
+            axes.plot(point.value, y, marker, color=colour, markersize=5, label=_plain(point.series))
             if len(point.dots) > 1:
                 axes.plot(point.dots, [y] * len(point.dots), "o", color=colour, markersize=2.2, alpha=0.55)
         low, high = axes.get_xlim()
@@ -64,7 +64,12 @@ def forest(points: Sequence[Point], unit: str) -> str:
 
 def _wrapped(text: str, width: int = 22) -> str:
     """Broken after a comma or a colon where it is long."""
-    return text if len(text) <= width else re.sub(r"([,:]) ", r"\1\n", text)
+    return _plain(text) if len(text) <= width else _plain(re.sub(r"([,:]) ", r"\1\n", text))
+
+
+def _plain(text: str) -> str:
+    """As it stands: matplotlib reads $ as mathematics, and leaves a label out that begins with _."""
+    return re.sub(r"^_", "\u200b_", text.replace("$", r"\$"))
 
 
 def _inlined(svg: str) -> str:

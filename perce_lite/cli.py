@@ -115,8 +115,8 @@ def evaluate(
 def compare(
     recipe: RecipePath,
     arms: Annotated[
-        str, typer.Option(help="Estimators; with other fields of PerCEConfig as base:clip_min=0.2.")
-    ] = "uniform,shuffled,base,mixed,bootstrap",
+        str | None, typer.Option(help="Estimators, else all; with other fields of PerCEConfig as base:clip_min=0.2.")
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings of each arm at its best rate.")] = 3,
     rates: Annotated[
         str | None, typer.Option(help="Rates to choose from by validation; else half, once and twice the recipe's.")
@@ -130,11 +130,11 @@ def compare(
 
     read = load_recipe(recipe, set_ or [])
     from perce_lite import sections, tables
-    from perce_lite.compare import arms_of, grid
+    from perce_lite.compare import ARMS, arms_of, grid
     from perce_lite.compare import compare as run
     from perce_lite.report import write_figures
 
-    figures = run(read, arms_of(read, arms), grid(read, rates), seeds)
+    figures = run(read, arms_of(read, arms or ARMS), grid(read, rates), seeds)
     page = out or read.output_dir / "compare.html"
     told, made = sections.comparison_sentences(figures), sections.comparison(figures)
     lead = f"{recipe}, {figures['model']}; {len(figures['arms'])} arms, {seeds} seeds."

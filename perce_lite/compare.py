@@ -23,6 +23,7 @@ from perce_lite.score import store_of
 from perce_lite.train import Run, fit, run_of
 
 ARMS = "uniform,shuffled,base,mixed,bootstrap"
+"""What is compared where nothing else is asked for."""
 
 UNTRAINED = "untrained"
 
@@ -112,6 +113,7 @@ def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: 
         DataError: no validation rows to choose a rate by, or none to judge by; and what training raises.
     """
     rows = read_rows(recipe)
+    trained = {row.user for row in of_split(rows, "train")}
     found = _cases(recipe, rows, tuning=len(rates) > 1)
     seed = training_config(recipe).seed
     total = len(arms) * (len(rates) + seeds - 1)
@@ -147,8 +149,15 @@ def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: 
         "seeds": [seed + more for more in range(seeds)],
         "clip_min": training_config(recipe).clip_min,
         "arms": told,
-        "splits": {name: _figures(arms, *_score(recipe, done, rows, some)) for name, some in found.items()},
+        "splits": {
+            name: {**_figures(arms, *_score(recipe, done, rows, some)), "trained_users": len(_users(some) & trained)}
+            for name, some in found.items()
+        },
     }
+
+
+def _users(found: Sequence[Case]) -> set[str]:
+    return {case.pair.row.user for case in found}
 
 
 def _cases(recipe: Recipe, rows: Sequence[Row], tuning: bool) -> dict[str, list[Case]]:
@@ -178,6 +187,7 @@ def _train(trainings: Sequence[Training], rows: Sequence[Row], before: int, tota
             continue
         try:
             fit(recipe, load_base(recipe), rows, run, told)
+            run.drop_checkpoints()
         except NonFiniteLossError as error:
             warn(f"{told}: left out. {error}")
             failed.add(training)
@@ -231,9 +241,11 @@ def _figures(arms: Sequence[Arm], judge: Judge, sums: dict[Training | None, Sums
             comparable = arm.estimator != "uniform" and other.estimator in AGAINST and other.judged == arm.judged
             if other == arm or arm.name not in means or other.name not in means or not comparable:
                 continue
-            mine, theirs = means[arm.name][arm.judged], means[other.name][arm.judged]
             pairs = [(one, two) for one in by_arm[arm.name] for two in by_arm[other.name] if one.seed == two.seed]
+            if not pairs:
+                continue
             each = [judge.figures(sums[one][arm.judged], sums[two][arm.judged]) for one, two in pairs]
+            mine, theirs = (_mean([sums[one] for one in some])[arm.judged] for some in zip(*pairs, strict=True))
             told = {
                 part: None if one is None else {**one, "seeds": [figures[part]["value"] for figures in each]}
                 for part, one in judge.figures(mine, theirs).items()

@@ -42,13 +42,13 @@ def progress_bar(refresh_per_second: float = 10) -> Progress:
     """A progress bar with count, time gone and time left, on standard error."""
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=errors,
         disable=_silent.get(),
         refresh_per_second=refresh_per_second,

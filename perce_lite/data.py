@@ -103,8 +103,10 @@ def library(recipe: Recipe) -> dict[str, list[Item]]:
     """Every user's texts that training may show: documents of the training split, or the items of all profiles."""
     records = list(_records(recipe))
     shape = recipe.data.format if recipe.data.format != "auto" else _shape(records[0])
+    users = recipe.data.users
     texts: dict[str, list[Item]] = defaultdict(list)
     if shape == "documents":
+        records = [one for one in records if users is None or user_name(one[2].get("user")) in users]
         trained = trained_documents(records, recipe)
         for where, _, record in records:
             if where in trained:
@@ -113,13 +115,14 @@ def library(recipe: Recipe) -> dict[str, list[Item]]:
     for where, split, record in records:
         row = from_record(record, where, split, shape, None)
         items = (Item("", row.profile),) if isinstance(row.profile, str) else row.profile
-        texts[row.user] += [item for item in items if item.text.strip()]
+        if users is None or row.user in users:
+            texts[row.user] += [item for item in items if item.text.strip()]
     return {user: list(dict.fromkeys(items)) for user, items in texts.items()}
 
 
 def plain_rows(path: Path) -> list[Row]:
     """The rows of a file that needs no profiles: prompt and completion, or messages."""
-    return [from_record(record, where, split, "rows", None) for where, split, record in _from_path(path)]
+    return [from_record(record, where, split, "rows", None) for where, split, record in _objects(_from_path(path))]
 
 
 # Records: whatever the file holds, one dict each, with where it stands and the split the file says it is of.
@@ -128,12 +131,18 @@ def plain_rows(path: Path) -> list[Row]:
 def _records(recipe: Recipe) -> Iterator[Record]:
     path, renamed = recipe.data_path, {theirs: ours for ours, theirs in recipe.data.columns.items()}
     found = _from_hub(recipe) if path is None else _from_path(path)
+    for where, split, record in _objects(found):
+        taken = {ours: record[theirs] for theirs, ours in renamed.items() if theirs in record}
+        kept = {name: value for name, value in record.items() if name not in renamed and name not in renamed.values()}
+        yield where, split, {**kept, **taken}
+
+
+def _objects(found: Iterator[Record]) -> Iterator[Record]:
+    """`found`, each an object with named fields, its texts mended."""
     for where, split, record in found:
         if not isinstance(record, Mapping):
             raise DataError(f"{where}: a record is an object with named fields, this is {type(record).__name__}")
-        taken = {ours: record[theirs] for theirs, ours in renamed.items() if theirs in record}
-        kept = {name: value for name, value in record.items() if name not in renamed and name not in renamed.values()}
-        yield where, split, _mended({**kept, **taken})
+        yield where, split, _mended(record)
 
 
 def _mended(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from perce_lite.errors import DataError
 from perce_lite.profiles import Item, choose
 from perce_lite.recipe import Profile, Recipe
-from perce_lite.rows import Row, cohort_name, split_name, split_rows, user_name
+from perce_lite.rows import Row, cohort_name, is_held_out, split_name, split_rows, user_name
 
 Record = tuple[str, str | None, Mapping[str, Any]]
 """Where a record stands, the split its file says it is of, and what it says."""
@@ -41,7 +41,7 @@ def from_documents(records: Sequence[Record], rule: Profile) -> list[Row]:
             chosen = choose(items, str(record.get("title") or query), rule.select, rule.top_k)
             prompt = ({"role": "user", "content": query},)
             completion = ({"role": "assistant", "content": record["text"]},)
-            named = (cohort_name(record), bool(record.get("user_held_out")))
+            named = (cohort_name(record), is_held_out(record))
             rows.append(Row(where, user, tuple(chosen), prompt, completion, said, *named))
     return rows
 

@@ -40,8 +40,9 @@ def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
     Raises:
         AdapterError: a folder that holds no adapter of this base, or two of one name; DataError: no held-out rows.
     """
-    arms: dict[str, Path | None] = {BASE: None, **_named(folders)}
+    arms: dict[str, Path | None] = {BASE: None, **_named(folders, recipe)}
     rows = read_rows(recipe)
+    trained = {row.user for row in of_split(rows, "train")}
     config = training_config(recipe)
     base = load_base(recipe)
     maker = PairMaker(base.tokenizer, recipe.template, config.max_length, recipe.profile.max_tokens)
@@ -69,7 +70,7 @@ def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
         "arms": {arm: None if folder is None else str(folder) for arm, folder in arms.items()},
         "clip_min": config.clip_min,
         "splits": {
-            name: _split(some, {arm: one[name] for arm, one in scored.items()}, config.clip_min)
+            name: _split(some, trained, {arm: one[name] for arm, one in scored.items()}, config.clip_min)
             for name, some in found.items()
         },
         "texts": _texts(texts, list(arms)),
@@ -107,18 +108,25 @@ def held_out(
     return found
 
 
-def _named(folders: Sequence[Path]) -> dict[str, Path | None]:
+def _named(folders: Sequence[Path], recipe: Recipe) -> dict[str, Path | None]:
     """What each adapter is called: its folder as given, without the `adapter` at its end."""
     if not folders:
         raise AdapterError("No adapter was given: --adapter FOLDER, once for each.")
     named: dict[str, Path | None] = {}
     for folder in folders:
-        adapters.about(folder)  # all faults before any scoring
+        card = adapters.about(folder)  # all faults before any scoring
+        if _split_of(card["recipe"]) != _split_of(recipe.model_dump(mode="json")):
+            warn(f"{folder} was trained with another split of the data: rows it is judged on may be rows it has seen")
         name = str(folder.parent if folder.name == "adapter" else folder)
         if name in named or name == BASE:
             raise AdapterError(f"{folder}: two arms would be called {name}; give each adapter once.")
         named[name] = folder
     return named
+
+
+def _split_of(plain: dict[str, Any]) -> Any:
+    """What decides which rows are held out, but for where the data lie."""
+    return plain["split"], plain["data"]["format"], plain["data"]["columns"]
 
 
 def _general(recipe: Recipe, maker: PairMaker) -> list[Tokens]:
@@ -138,7 +146,9 @@ def _general(recipe: Recipe, maker: PairMaker) -> list[Tokens]:
 # Figures
 
 
-def _split(found: list[Case], scored: dict[str, dict[str, list[Tensor]]], clip_min: float) -> dict[str, Any]:
+def _split(
+    found: list[Case], trained: set[str], scored: dict[str, dict[str, list[Tensor]]], clip_min: float
+) -> dict[str, Any]:
     """Losses of every arm under every control, what changed against the base, what the own profile is worth."""
     judge = Judge(found, scored[BASE], clip_min)
     sums = {arm: judge.sums(by_profile) for arm, by_profile in scored.items()}
@@ -161,6 +171,7 @@ def _split(found: list[Case], scored: dict[str, dict[str, list[Tensor]]], clip_m
     return {
         "rows": len(found),
         "users": judge.bootstrap.users,
+        "trained_users": len({case.pair.row.user for case in found} & trained),
         "tokens": {part: int(count.sum()) for part, count in judge.tokens.items()},
         "losses": table,
         "worth": worth,

@@ -11,9 +11,10 @@ from typing import Any
 from perce_lite.console import progress_bar, say, warn
 from perce_lite.data import read_rows
 from perce_lite.errors import FleetError, PerceLiteError
+from perce_lite.footprint import adapter_bytes, source_fingerprint
 from perce_lite.groups import Group, Key, Plan, key_of, plan, run_fingerprint
 from perce_lite.inprocess import Engine, Outcome, Task
-from perce_lite.models import adapter_bytes, same_base, source_fingerprint
+from perce_lite.models import same_base
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.registry import KINDS, Adapter, Registry, held, imagined
 

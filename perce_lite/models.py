@@ -19,11 +19,9 @@ from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -75,9 +73,9 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         ModelError: as `load_base`; TemplateError: no such template file.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_folder(recipe))
+        tokenizer = AutoTokenizer.from_pretrained(model_source(recipe))
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_not_there(recipe, error)) from error
+        raise ModelError(not_there(recipe, error)) from error
     given = recipe.train.get("chat_template_path")
     if given is not None:
         file = recipe.chat_template_file
@@ -102,7 +100,7 @@ def load_base(recipe: Recipe) -> Base:
     """
     device = pick_device(recipe.device)
     dtype = chosen_dtype(recipe.dtype, device)
-    folder = _folder(recipe)
+    folder = model_source(recipe)
     tokenizer = load_tokenizer(recipe)
     quantization = (
         BitsAndBytesConfig(
@@ -123,51 +121,9 @@ def load_base(recipe: Recipe) -> Base:
     except (torch.OutOfMemoryError, ImportError) as error:
         raise ModelError(f"model: {recipe.model} could not be loaded here: {_first_line(error)}") from error
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        raise ModelError(_not_there(recipe, error)) from error
+        raise ModelError(not_there(recipe, error)) from error
     keep_base_constant(model)
     return Base(model.eval().requires_grad_(False), tokenizer)
-
-
-def source_fingerprint(recipe: Recipe) -> str:
-    """A hash by which a changed base is noticed without loading it: names, sizes and samples of its weights' files.
-
-    Of a Hub id it is the id alone.
-    """
-    folder = Path(_folder(recipe))
-    state = xxhash.xxh3_128()
-    state.update(f"{recipe.model if recipe.model_folder is None else ''} {recipe.quantization}".encode())
-    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
-        size = file.stat().st_size
-        state.update(f"{file.name} {size}".encode())
-        with file.open("rb") as opened:
-            for part in range(64):
-                opened.seek(max(0, size - 4096) * part // 63)
-                state.update(opened.read(4096))
-    return str(state.hexdigest())
-
-
-def config_of(recipe: Recipe) -> PretrainedConfig:
-    """The model's configuration; no weights are read.
-
-    Raises:
-        ModelError: as `load_base`.
-    """
-    try:
-        return AutoConfig.from_pretrained(_folder(recipe))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_not_there(recipe, error)) from error
-
-
-def adapter_bytes(recipe: Recipe) -> int:
-    """Size of one adapter of the recipe, float32; no weights are read.
-
-    Raises:
-        ModelError: as `load_base`; RecipeError: a `lora` section that does not go with the model.
-    """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of(recipe))
-    adapted = with_adapter(model, recipe)
-    return 4 * sum(one.numel() for name, one in adapted.named_parameters() if ".lora_" in name)
 
 
 def with_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
@@ -182,7 +138,7 @@ def with_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
         raise RecipeError(recipe.source, [f"lora: does not go with {recipe.model}: {error}"]) from error
 
 
-def _folder(recipe: Recipe) -> str:
+def model_source(recipe: Recipe) -> str:
     """What transformers loads: the built-in model's folder, the recipe's own one, or a Hub id."""
     if recipe.model in BUILT_IN:
         return str(built_in_folder(recipe.model))
@@ -284,10 +240,10 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _not_there(recipe: Recipe, error: Exception) -> str:
+def not_there(recipe: Recipe, error: Exception) -> str:
     name = recipe.model
     if name in BUILT_IN:
-        again = f"rm -r {shlex.quote(_folder(recipe))}"
+        again = f"rm -r {shlex.quote(model_source(recipe))}"
         return f"model: {name} cannot be loaded: {_first_line(error)} Its folder is made anew after: {again}"
     if recipe.model_folder is not None:
         return f"model: {name} is a folder, but holds no language model with a tokenizer: {_first_line(error)}"

@@ -50,6 +50,11 @@ def cohort_name(record: Mapping[str, Any]) -> str | None:
     return None if record.get("cohort") is None else str(record["cohort"])
 
 
+def is_held_out(record: Mapping[str, Any]) -> bool:
+    """Whether the record's user is to be held out of training: `user_held_out` is true, 1, or says so."""
+    return str(record.get("user_held_out")).strip().lower() in ("true", "1", "yes")
+
+
 @dataclass(frozen=True)
 class Row:
     """One example.
@@ -223,7 +228,7 @@ def from_record(record: Mapping[str, Any], where: str, split: str | None, shape:
         completion=completion,
         split=split_name(record.get("split"), where) or split,
         cohort=cohort_name(record),
-        unseen_user=bool(record.get("user_held_out")),
+        unseen_user=is_held_out(record),
     )
     if rule is None or isinstance(row.profile, str):
         return row

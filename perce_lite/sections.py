@@ -4,15 +4,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from perce_lite.metrics import FEW_USERS
 from perce_lite.registry import Adapter
 
 PARTS = {"all": "all tokens", "personal": "personal", "others": "others"}
-
-SPLITS = {
-    "test": "held-out texts of users in training",
-    "validation": "validation texts of users in training (there is no test split)",
-    "unseen": "texts of users whom training never met",
-}
 
 METRICS = {"rouge1": "ROUGE-1", "rougeL": "ROUGE-L", "chrf": "chrF", "meteor": "METEOR"}
 
@@ -59,6 +54,18 @@ def named(arm: str) -> str:
     return arm.replace(":", ": ")
 
 
+def _held_out(name: str, split: Mapping[str, Any]) -> str:
+    """How many texts of how many users, and whether training knew them."""
+    instead = " (there is no test split)" if name == "validation" else ""
+    known = f"{split['users']} users, {split['trained_users']} of them in training"
+    return f"{split['rows']} held-out texts{instead} of {known}"
+
+
+def _caution(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    few = [name for name, split in splits.items() if split["users"] < FEW_USERS]
+    return [f"{', '.join(few)}: with so few users the intervals are too narrow: take them as a hint."] if few else []
+
+
 # eval
 
 
@@ -68,8 +75,8 @@ def evaluation(figures: Mapping[str, Any]) -> list[Section]:
     for name, split in figures["splits"].items():
         tokens = split["tokens"]
         counted = (
-            f"{split['rows']} {SPLITS[name]} ({split['users']} users), {tokens['all']} response tokens; personal are "
-            f"the {tokens['personal']} whose PIR under the base is above {figures['clip_min']:g}"
+            f"{_held_out(name, split)}, {tokens['all']} response tokens; personal are the {tokens['personal']} whose "
+            f"PIR under the base is above {figures['clip_min']:g}"
         )
         made += [_losses(name, counted, split), _changes(name, split), _worth(name, split)]
     return [*made, *_texts(figures["texts"]), *_general(figures["general"])]
@@ -155,7 +162,7 @@ def evaluation_sentences(figures: Mapping[str, Any]) -> list[str]:
         for one in figures["general"]:
             if one["arm"] == arm:
                 told.append(f"{arm}: general text {_improved(one['change'])}.")
-    return told
+    return told + _caution(figures["splits"])
 
 
 def _improved(change: Mapping[str, Any] | None) -> str:
@@ -195,7 +202,7 @@ def comparison(figures: Mapping[str, Any]) -> list[Section]:
     made = [chosen]
     for name, split in figures["splits"].items():
         tokens = split["tokens"]
-        note = f"{split['rows']} {SPLITS[name]} ({split['users']} users), {tokens['all']} tokens, {tokens['personal']} "
+        note = f"{_held_out(name, split)}, {tokens['all']} tokens, {tokens['personal']} "
         made.append(_compared(name, f"{note}of them personal", split["losses"]))
         for against in dict.fromkeys(one["against"] for one in split["differences"]):
             mine = [one for one in split["differences"] if one["against"] == against]
@@ -263,7 +270,7 @@ def comparison_sentences(figures: Mapping[str, Any]) -> list[str]:
     edges = [one["arm"] for one in figures["arms"] if one["at_edge"]]
     if edges:
         told.append(f"The best rate lies at the edge of the grid for {', '.join(edges)}: widen --rates.")
-    return told
+    return told + _caution(figures["splits"])
 
 
 def _side(one: Mapping[str, Any]) -> str:

@@ -14,8 +14,8 @@ from perce_lite.config import PerCEConfig
 from perce_lite.console import no_bars, say
 from perce_lite.engine import Result, SlotEngine, UserJob
 from perce_lite.errors import ConfigError, PerceLiteError
+from perce_lite.footprint import adapter_bytes, config_of
 from perce_lite.inprocess import EVERYBODYS, Done, Engine, OneByOne, Outcome, Task, held_out_jobs, loss_of
-from perce_lite.models import adapter_bytes, config_of
 from perce_lite.pairs import Audit, Pair, PairMaker, require
 from perce_lite.recipe import Recipe, lora_config, training_config
 from perce_lite.rows import of_split

@@ -16,7 +16,7 @@ recipe
 rows       registry
 documents
 data       models     store      chat
-pairs      adapters
+pairs      adapters   footprint
 collator   head
 score
 terms

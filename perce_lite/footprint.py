@@ -1,0 +1,53 @@
+"""What a recipe's model and adapters are, without loading any weights."""
+
+from pathlib import Path
+
+import torch
+import xxhash
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from perce_lite.errors import ModelError
+from perce_lite.models import model_source, not_there, with_adapter
+from perce_lite.recipe import Recipe
+
+
+def config_of(recipe: Recipe) -> PretrainedConfig:
+    """The model's configuration; no weights are read.
+
+    Raises:
+        ModelError: as `load_base`.
+    """
+    try:
+        return AutoConfig.from_pretrained(model_source(recipe))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(not_there(recipe, error)) from error
+
+
+def source_fingerprint(recipe: Recipe) -> str:
+    """A hash by which a changed base is noticed without loading it: names, sizes and samples of its weights' files.
+
+    Of a Hub id it is the id alone.
+    """
+    folder = Path(model_source(recipe))
+    state = xxhash.xxh3_128()
+    state.update(f"{recipe.model if recipe.model_folder is None else ''} {recipe.quantization}".encode())
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
+        size = file.stat().st_size
+        state.update(f"{file.name} {size}".encode())
+        with file.open("rb") as opened:
+            for part in range(64):
+                opened.seek(max(0, size - 4096) * part // 63)
+                state.update(opened.read(4096))
+    return str(state.hexdigest())
+
+
+def adapter_bytes(recipe: Recipe) -> int:
+    """Size of one adapter of the recipe, float32; no weights are read.
+
+    Raises:
+        ModelError: as `load_base`; RecipeError: a `lora` section that does not go with the model.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config_of(recipe))
+    adapted = with_adapter(model, recipe)
+    return 4 * sum(one.numel() for name, one in adapted.named_parameters() if ".lora_" in name)
