@@ -13,7 +13,7 @@ console    files      contrast   profiles   source     metrics
 config
 faults
 recipe
-rows       registry
+rows       registry   children
 documents
 data       models     store      chat
 pairs      adapters
