@@ -343,12 +343,20 @@ def until(condition, what: str, seconds: float = 120):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the table of processes from /proc")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_no_child_and_no_folder_outlives_the_parent(recipe, how):
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (signal.SIGINT, ["--arms", "uniform"]),
+        (signal.SIGKILL, ["--arms", "uniform"]),
+        pytest.param(signal.SIGINT, ["--fleet"], marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, ["--fleet"], marks=pytest.mark.slow),
+    ],
+)
+def test_no_child_and_no_folder_outlives_the_parent(recipe, how, words):
     """Ctrl-C (a signal to the command alone, the harder case) and a kill, with a measurement in progress."""
     path = recipe(text=SMALL)
     parent = subprocess.Popen(
-        [sys.executable, "-c", "from perce_lite.cli import main; main()", "bench", str(path), "--arms", "uniform"],
+        [sys.executable, "-c", "from perce_lite.cli import main; main()", "bench", str(path), *words],
         env={**os.environ, "TMPDIR": str(Path.cwd()), "PYTHONPATH": os.pathsep.join(sys.path)},
         stderr=subprocess.PIPE,
     )
