@@ -8,20 +8,17 @@ That is also why nothing is kept of a bench that was stopped: it must be one run
 import difflib
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.progress import Progress
 
+from perce_lite import children
 from perce_lite.console import progress_bar
 from perce_lite.errors import BenchError
-from perce_lite.files import read_json, write_json
 from perce_lite.measuring import ARMS, Job, recipe_of
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.rows import to_columns
@@ -78,7 +75,7 @@ def bench(
     load = workload(recipe, steps)
     names = [name for name in ARMS if name in arms or name == REFERENCE]
     with tempfile.TemporaryDirectory(prefix="perce-lite-bench-") as folder:
-        runs = _all_runs(_Measurements(_portable(recipe), load, warmup, Path(folder)), names, repeats)
+        runs = _all_runs(_Measurements(portable(recipe), load, warmup, Path(folder)), names, repeats)
     found = summary(names, runs, epochs)
     return {
         "model": recipe.model,
@@ -113,7 +110,7 @@ def arms_of(spec: str | None) -> list[str]:
 # The measurements
 
 
-def _portable(recipe: Recipe) -> Recipe:
+def portable(recipe: Recipe) -> Recipe:
     """The recipe as a process can read it that does not know where its file lies."""
     folder, template = recipe.model_folder, recipe.chat_template_file
     train = recipe.train if template is None else {**recipe.train, "chat_template_path": str(template)}
@@ -141,21 +138,12 @@ class _Measurements:
             BenchError: the process failed, or trained on other tokens than it was to.
         """
         job = self.job(arm, fill)
-        Path(job.result).unlink(missing_ok=True)
         if ARMS[arm].cold:
             shutil.rmtree(job.store, ignore_errors=True)
-        write_json(self._scratch / "job.json", asdict(job))
-        said = self._scratch / "said.txt"
-        with said.open("wb") as file, _child(self._scratch / "job.json", file) as child:
-            code = child.wait()
-        found = read_json(Path(job.result))
-        if code == -9:
-            return {"out_of_memory": "the process was killed with signal 9, as the system does when memory is short"}
-        if code or found is None:
-            raise BenchError(f"The measurement of {arm} failed: {_last_line(said)}")
+        found = children.run("measuring", asdict(job), arm, self._scratch)
         if "digest" in found and found["digest"] != self._load.digest(ARMS[arm].sees_profile):
             raise BenchError(f"{arm} was trained on other tokens than the rows hold, so its figures mean nothing.")
-        return dict(found)
+        return found
 
 
 def _all_runs(measurements: _Measurements, names: Sequence[str], repeats: int) -> list[dict[str, Any]]:
@@ -167,14 +155,14 @@ def _all_runs(measurements: _Measurements, names: Sequence[str], repeats: int) -
     with progress_bar(refresh_per_second=1) as bar:  # the machine's cores belong to what is measured
         task = bar.add_task("Measuring", total=len(warm) + repeats * len(names), note="")
         for name in warm.values():
-            _note(bar, task, f"filling the store of {name}")
+            note(bar, task, f"filling the store of {name}")
             measurements.run(name, fill=True)
             bar.advance(task)
         for repeat in range(repeats):
             shift = repeat * len(names) // repeats
             found: dict[str, Any] = {}
             for name in [*names[shift:], *names[:shift]]:
-                _note(bar, task, f"{name}, repeat {repeat + 1} of {repeats}")
+                note(bar, task, f"{name}, repeat {repeat + 1} of {repeats}")
                 failed = next((run[name] for run in runs if "out_of_memory" in run[name]), None)
                 found[name] = measurements.run(name) if failed is None else failed
                 bar.advance(task)
@@ -182,31 +170,10 @@ def _all_runs(measurements: _Measurements, names: Sequence[str], repeats: int) -
     return runs
 
 
-def _note(bar: Progress, task: Any, text: str) -> None:
+def note(bar: Progress, task: Any, text: str) -> None:
+    """Says beside the bar what is measured now; the bar itself is drawn seldom."""
     bar.update(task, note=text)
     bar.refresh()
-
-
-@contextmanager
-def _child(job: Path, said: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """The process of one job. It ends with the block, whatever ends that, and with this process, even one killed."""
-    command = [sys.executable, "-m", "perce_lite.measuring", str(job)]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said)
-    try:
-        yield child
-    finally:
-        child.kill()
-        child.wait()
-        assert child.stdin is not None
-        child.stdin.close()
-
-
-def _last_line(said: Path) -> str:
-    """The last thing that a process said, without the name of our own exception."""
-    lines = [line.strip() for line in said.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    last = lines[-1] if lines else "it said nothing"
-    name, _, rest = last.partition(": ")
-    return rest if name.startswith("perce_lite.errors.") and rest else last
 
 
 # The figures
@@ -230,14 +197,14 @@ def summary(names: Sequence[str], runs: Sequence[dict[str, Any]], epochs: int) -
         comparable = not any("out_of_memory" in one for one in plain)
         pairs = list(zip(mine, plain, strict=True)) if comparable else []
         found[name] = {
-            "tokens_per_second": _median(_tokens_per_second(one, epochs, cold) for one in mine),
-            "step_seconds": _median(statistics.median(one["step_seconds"]) for one in mine),
-            "scoring_seconds": _median(one["scoring_seconds"] for one in mine),
-            "peak_bytes": _median(one["peak_bytes"] for one in mine),
-            "disk_bytes": _median(map(_disk, mine)),
-            "time": _spread([_time_ratio(one, other, epochs, cold) for one, other in pairs]),
-            "memory": _spread([one["peak_bytes"] / other["peak_bytes"] for one, other in pairs]),
-            "disk": _spread([_disk(one) / _disk(other) for one, other in pairs]),
+            "tokens_per_second": median(_tokens_per_second(one, epochs, cold) for one in mine),
+            "step_seconds": median(statistics.median(one["step_seconds"]) for one in mine),
+            "scoring_seconds": median(one["scoring_seconds"] for one in mine),
+            "peak_bytes": median(one["peak_bytes"] for one in mine),
+            "disk_bytes": median(map(_disk, mine)),
+            "time": spread([_time_ratio(one, other, epochs, cold) for one, other in pairs]),
+            "memory": spread([one["peak_bytes"] / other["peak_bytes"] for one, other in pairs]),
+            "disk": spread([_disk(one) / _disk(other) for one, other in pairs]),
         }
     return found
 
@@ -257,11 +224,13 @@ def _disk(one: dict[str, Any]) -> int:
     return int(one["adapter_bytes"] + one["store_bytes"])
 
 
-def _median(values: Any) -> float:
+def median(values: Any) -> float:
+    """Of repeats."""
     return float(statistics.median(values))
 
 
-def _spread(values: list[float]) -> dict[str, Any] | None:
+def spread(values: list[float]) -> dict[str, Any] | None:
+    """{median, min, max, runs} of repeats; None of none."""
     if not values:
         return None
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "runs": values}

@@ -151,14 +151,29 @@ def bench(
     warmup: Annotated[int, typer.Option(min=0, help="Steps ahead of them that do not count.")] = 1,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements of each arm.")] = 3,
     epochs: Annotated[int, typer.Option(min=1, help="Over which the scoring of a cold store is spread.")] = 3,
+    fleet: Annotated[bool, typer.Option("--fleet", help="Many users: one by one beside several at once.")] = False,
+    lengths: Annotated[str | None, typer.Option(help="With --fleet: tokens a row; else 32,64,96.")] = None,
+    slots: Annotated[str | None, typer.Option(help="With --fleet: users at once; else 1,2,4,8,16.")] = None,
     set_: Set = None,
     json: Json = None,
 ) -> None:
-    """Measure time, memory and disk beside plain SFT on this machine, with the recipe's own rows."""
+    """Measure time, memory and disk beside plain SFT on this machine, with the recipe's own rows; or many users."""
+    given = {"--lengths": lengths, "--slots": slots} if not fleet else {"--arms": arms}
+    wrong = [name for name, value in given.items() if value is not None]
+    if wrong:
+        raise typer.BadParameter(f"{wrong[0]} goes {'without' if fleet else 'with'} --fleet")
     from perce_lite.recipe import load_recipe
 
     read = load_recipe(recipe, set_ or [])
     from perce_lite import tables
+
+    if fleet:
+        from perce_lite.fleetbench import fleet_bench, lengths_of, slots_of
+
+        figures = fleet_bench(read, lengths_of(lengths), slots_of(slots), steps, warmup, repeats)
+        write(json, figures)
+        tables.show_fleet_bench(figures)
+        return
     from perce_lite.bench import arms_of
     from perce_lite.bench import bench as run
 

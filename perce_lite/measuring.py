@@ -1,16 +1,13 @@
 """One measurement of `perce-lite bench`: one arm trains a few steps in a process of its own.
 
-`python -m perce_lite.measuring JOB.json`; a process each, so that peak memory is the arm's own and nothing of the arm
-before is left in an allocator or a cache. Standard input is a pipe that the parent holds: when it ends, so does this.
+`python -m perce_lite.measuring JOB.json`; see `perce_lite.children`.
 """
 
 import gc
 import itertools
 import os
 import platform
-import shutil
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,10 +21,10 @@ from torch.nn.functional import log_softmax
 from transformers import TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
+from perce_lite import children
 from perce_lite.collator import PairCollator
 from perce_lite.console import quiet
-from perce_lite.errors import PerceLiteError
-from perce_lite.files import digest, read_json, write_json
+from perce_lite.files import digest, read_json
 from perce_lite.models import Base, load_base
 from perce_lite.pairs import IGNORED, PairMaker, Tokens
 from perce_lite.recipe import Recipe, lora_config, training_config
@@ -74,6 +71,22 @@ ARMS: dict[str, Arm] = {
 }
 """`sft` is TRL's own trainer, `sft-fp32` the same with its adapter in float32, as PerCE keeps it; `hand-written` is
 what one writes without this package. `shuffled` is left out: it costs what `base` costs."""
+
+
+STILL = {
+    "logging_strategy": "no",
+    "logging_first_step": False,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "report_to": "none",
+    "push_to_hub": False,
+    "train_sampling_strategy": "sequential",
+    "shuffle_dataset": False,
+    "packing": False,
+    "train_on": "factual",
+}
+"""Options under which a training only trains, its rows in their order."""
 
 
 @dataclass(frozen=True)
@@ -181,24 +194,13 @@ def measure(job: Job) -> dict[str, Any]:
 def recipe_of(job: Job) -> Recipe:
     """The job's recipe with the arm's options, rows in their order, and nothing logged, saved or evaluated."""
     arm = ARMS[job.arm]
-    still = {
+    own = {
         "max_steps": job.warmup + job.steps,
-        "logging_strategy": "no",
-        "logging_first_step": False,
-        "save_strategy": "no",
-        "eval_strategy": "no",
-        "eval_on_start": False,
-        "report_to": "none",
-        "push_to_hub": False,
-        "train_sampling_strategy": "sequential",
-        "shuffle_dataset": False,
-        "packing": False,
-        "train_on": "factual",
         "output_dir": str(Path(job.scratch) / "out"),
         "store": job.store if arm.store is not None else None,
     }
     recipe = Recipe.model_validate(job.recipe)
-    return recipe.model_copy(update={"train": {**recipe.train, **still, **arm.options}})
+    return recipe.model_copy(update={"train": {**recipe.train, **STILL, **own, **arm.options}})
 
 
 def make(arm: Arm, recipe: Recipe, base: Base, records: Sequence[dict[str, Any]]) -> Any:
@@ -281,43 +283,16 @@ def _bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
-def _end_with_parent(scratch: Path) -> None:
-    """Ends this process, and removes `scratch`, when standard input does: the parent is gone, killed perhaps."""
-
-    def wait() -> None:
-        while os.read(0, 1):  # not sys.stdin: its lock would outlive this thread
-            pass
-        shutil.rmtree(scratch, ignore_errors=True)
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether `error`, or what it came from, says that there is no memory left."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    words = ("can't allocate memory", "not enough memory")  # of torch's allocator on a CPU, a plain RuntimeError
-    told = isinstance(error, RuntimeError) and any(one in str(error) for one in words)
-    return told or (error.__cause__ is not None and out_of_memory(error.__cause__))
-
-
 def carry_out(job: Job) -> None:
     """Measures `job` and writes its result, also where there is too little memory for it."""
-    try:
-        found = measure(job)
-    except (MemoryError, RuntimeError, PerceLiteError) as error:
-        if not out_of_memory(error):
-            raise
-        found = {"out_of_memory": (str(error).strip().splitlines() or ["no memory left"])[0]}
-    write_json(Path(job.result), found)
+    children.carry_out(lambda: measure(job), Path(job.result))
 
 
 def main() -> None:
     """Carries out the job whose file the first argument names."""
     quiet()
     job = Job(**read_json(Path(sys.argv[1])))
-    _end_with_parent(Path(job.scratch))
+    children.end_with_parent(Path(job.scratch))
     carry_out(job)
 
 

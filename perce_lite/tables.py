@@ -195,13 +195,44 @@ def show_bench(figures: dict[str, Any]) -> None:
     table.caption = Text(f"x sft: median (range over repeats); the time of a cold store: {epochs}.")
     console.print(table)
     for bar in (one for one in figures["bars"] if one["arm"] in figures["arms"]):
-        limit = f"at most {bar['limit']:.2f} x sft"
-        if bar["met"] is None:
-            got = "" if bar["ratio"] is None else f", here {bar['ratio']:.2f} x"
-            console.print(Text(f"not judged  {bar['bar']}, {limit}{got}: {bar['why']}", style="dim"))
-        else:
-            word, style = ("met", "green") if bar["met"] else ("not met", "red")
-            console.print(Text.assemble((f"{word:10}", style), f"  {bar['bar']}, {limit}: {bar['ratio']:.3f} x"))
+        _show_bar(bar, f"{bar['bar']}, at most {bar['limit']:.2f} x sft")
+    _show_machine(figures)
+
+
+def show_fleet_bench(figures: dict[str, Any]) -> None:
+    """`perce-lite bench --fleet`: a table a length, one line a bar, the machine."""
+    settings = figures["settings"]
+    for length, arms in figures["lengths"].items():
+        told = f"rows of {length} tokens, steps {settings['steps']}, rank {settings['rank']}"
+        repeats = f"repeats {settings['repeats']}"
+        table = Table(title=Text(f"Many users, {told}, {repeats}"), title_justify="left", box=None)
+        for name in ("arm", "users/h", "x one-by-one", "peak MiB", "x one-by-one"):
+            table.add_column(name, justify="left" if name == "arm" else "right")
+        for name, one in arms.items():
+            if "out_of_memory" in one:
+                table.add_row(name, Text("out of memory", style="red"))
+                continue
+            users, peak = f"{one['users_per_hour']:.0f}", f"{one['peak_bytes'] / 2**20:.0f}"
+            table.add_row(name, users, _with_range(one["speed"]), peak, _with_range(one["memory"]))
+        console.print(table)
+    for bar in figures["bars"]:
+        word, unit = ("at least", "users an hour") if bar["of"] == "speed" else ("at most", "memory")
+        limit = f"{word} {bar['limit']:.1f} x the {unit} of {bar['to']}"
+        _show_bar(bar, f"{bar['arm']} at {bar['length']} tokens, {limit}")
+    _show_machine(figures)
+
+
+def _show_bar(bar: dict[str, Any], told: str) -> None:
+    """One bar: met, not met or not judged, and what was measured."""
+    if bar["met"] is None:
+        got = "" if bar["ratio"] is None else f", here {bar['ratio']:.2f} x"
+        console.print(Text(f"not judged  {told}{got}: {bar['why']}", style="dim"))
+    else:
+        word, style = ("met", "green") if bar["met"] else ("not met", "red")
+        console.print(Text.assemble((f"{word:10}", style), f"  {told}: {bar['ratio']:.3f} x"))
+
+
+def _show_machine(figures: dict[str, Any]) -> None:
     machine = figures["machine"]
     if machine is not None:
         cores = f"{machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}"

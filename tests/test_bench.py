@@ -19,7 +19,7 @@ import torch
 import toys
 from trl import SFTTrainer
 
-from perce_lite import bench, measuring, workload
+from perce_lite import bench, children, measuring, workload
 from perce_lite.errors import BenchError, RecipeError
 from perce_lite.files import read_json
 from perce_lite.recipe import load_recipe
@@ -46,12 +46,13 @@ def here(monkeypatch, tmp_path):
     jobs = []
 
     @contextmanager
-    def child(path, said):
+    def child(module, path, said):
+        assert module == "measuring"
         jobs.append(measuring.Job(**read_json(path)))
         measuring.carry_out(jobs[-1])
         yield InThisProcess()
 
-    monkeypatch.setattr(bench, "_child", child)
+    monkeypatch.setattr(children, "_child", child)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return jobs
 
@@ -281,8 +282,8 @@ def test_memory_that_is_short_is_known_by_what_is_raised():
     wrapped = ValueError("could not be loaded")
     wrapped.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
     on_cpu = RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried")
-    assert all(map(measuring.out_of_memory, (MemoryError(), wrapped, on_cpu)))
-    assert not measuring.out_of_memory(RuntimeError("shapes do not match"))
+    assert all(map(children.out_of_memory, (MemoryError(), wrapped, on_cpu)))
+    assert not children.out_of_memory(RuntimeError("shapes do not match"))
 
 
 def test_other_tokens_are_an_error(recipe, here, monkeypatch):
@@ -319,7 +320,7 @@ def test_a_child_that_fails_is_one_clear_error(recipe, run, monkeypatch, tmp_pat
     assert not scratch_folders(Path.cwd())
 
 
-def children(pid: int) -> list[int]:
+def processes_of(pid: int) -> list[int]:
     """Processes whose parent `pid` is."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -342,17 +343,25 @@ def until(condition, what: str, seconds: float = 120):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the table of processes from /proc")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_no_child_and_no_folder_outlives_the_parent(recipe, how):
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (signal.SIGINT, ["--arms", "uniform"]),
+        (signal.SIGKILL, ["--arms", "uniform"]),
+        pytest.param(signal.SIGINT, ["--fleet"], marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, ["--fleet"], marks=pytest.mark.slow),
+    ],
+)
+def test_no_child_and_no_folder_outlives_the_parent(recipe, how, words):
     """Ctrl-C (a signal to the command alone, the harder case) and a kill, with a measurement in progress."""
     path = recipe(text=SMALL)
     parent = subprocess.Popen(
-        [sys.executable, "-c", "from perce_lite.cli import main; main()", "bench", str(path), "--arms", "uniform"],
+        [sys.executable, "-c", "from perce_lite.cli import main; main()", "bench", str(path), *words],
         env={**os.environ, "TMPDIR": str(Path.cwd()), "PYTHONPATH": os.pathsep.join(sys.path)},
         stderr=subprocess.PIPE,
     )
     try:
-        [child] = until(lambda: children(parent.pid), "a measurement")
+        [child] = until(lambda: processes_of(parent.pid), "a measurement")
         until(lambda: threads_of(child) > 1 or parent.poll() is not None, "its watch over the parent")
         parent.send_signal(how)
         _, err = parent.communicate(timeout=60)

@@ -13,7 +13,7 @@ console    files      contrast   profiles   source     metrics
 config
 faults
 recipe
-rows       registry
+rows       registry   children
 documents
 data       models     store      chat
 pairs      adapters   footprint
@@ -25,9 +25,11 @@ charts     engine
 report
 inspection
 train      tables     evaluate
-groups     measuring  workload
+groups     measuring  workload   exactrows
 compare    bench      inprocess
 fleet      slotted    cli_options
+fleetmeasuring
+fleetbench
 roster
 cli_fleet
 cli
