@@ -244,6 +244,9 @@ def test_bars():
     assert bars["mixed", "time"]["why"] == "not measured"
     assert bars["counterfactual", "time"]["met"] is None
     assert "here 50%" in bars["counterfactual", "time"]["why"]
+    assert all(one["met"] is None for one in bench.judged(found, 0.66, 3, on_cpu=False))
+    loaded = {(one["arm"], one["of"]): one["met"] for one in bench.judged(found, 0.66, 3, loading_counts=True)}
+    assert (loaded["base", "time"], loaded["base", "memory"]) == (True, None)
     bars = {(one["arm"], one["of"]): one for one in bench.judged(found, 0.66, 3)}
     assert bars["counterfactual", "time"]["met"] is True
 
