@@ -152,7 +152,7 @@ def _each_by_its_own(rows: Sequence[Row], split: Split) -> list[Row]:
     nearest = sorted(range(len(rows)), key=places.__getitem__)
     for name, share in (("test", split.test), ("validation", split.validation)):
         left = [index for index in nearest if names[index] == "train"]
-        if share and name not in names and len(left) > 1:
+        if share * len(rows) >= 0.5 and name not in names and left:
             names[left[0]] = name
     return [replace(row, split=name) for row, name in zip(rows, names, strict=True)]
 

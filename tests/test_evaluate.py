@@ -21,7 +21,7 @@ pytest_plugins = ["cli_fixtures"]
 
 TEXT = """
 train: {max_steps: 3, learning_rate: 0.05, output_dir: out, store: store, clip_min: 0.05}
-split: {test: 0.3, unseen_users: 0.34}
+split: {test: 0.4, unseen_users: 0.34}
 evaluation: {max_rows: 20, max_new_tokens: 3, generated_rows: 2}
 """
 

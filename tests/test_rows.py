@@ -54,7 +54,7 @@ def test_new_rows_move_no_other_row():
 
 def test_few_rows_still_hold_out_one():
     rows = ROWS[:6]
-    found = [row.split for row in split_rows(rows, Split(by="row", validation=0.01, test=0.01))]
+    found = [row.split for row in split_rows(rows, Split(by="row", validation=0.1, test=0.1, seed=5))]
     assert sorted(found) == ["test", *["train"] * 4, "validation"]
 
 
