@@ -21,10 +21,10 @@ collator   head
 score
 terms
 trainer    slots      generate   controls   check      sections
-charts     engine
+charts     engine     proof
 report
 inspection
-train      tables     evaluate
+train      tables     evaluate   export
 groups     measuring  workload   exactrows
 compare    bench      inprocess
 fleet      slotted    cli_options
