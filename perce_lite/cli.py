@@ -215,10 +215,13 @@ def generate(
 @app.command()
 def export(
     adapter: Annotated[Path | None, typer.Argument(help="The folder of an adapter.")] = None,
-    to: Annotated[str | None, typer.Option(help="peft or merged.")] = None,
+    to: Annotated[str | None, typer.Option(help="peft, merged or gguf-lora.")] = None,
     out: Annotated[Path | None, typer.Option(file_okay=False, help="Else <adapter>-<target>, beside it.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export there.")] = False,
     verify: Annotated[Path | None, typer.Option(help="Repeat the proof of this export instead.")] = None,
+    base_gguf: Annotated[
+        Path | None, typer.Option(help="gguf-lora: the base as a GGUF file, for a llama.cpp to prove the adapter on.")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Take an adapter to other programs; it is loaded again and shown to do what it did in training."""
@@ -227,9 +230,9 @@ def export(
     from perce_lite import export as exports
 
     if verify is not None:
-        figures = exports.verify(verify)
+        figures = exports.verify(verify, base_gguf)
     elif adapter is not None and to is not None:
-        figures = exports.export(adapter, to, out, force)
+        figures = exports.export(adapter, to, out, force, base_gguf)
     write(json, figures)
     exports.show(figures)
 

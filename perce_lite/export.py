@@ -10,13 +10,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from perce_lite import adapters
+from perce_lite import adapters, gguf_lora, llamacpp
 from perce_lite.console import console
 from perce_lite.errors import ExportError
 from perce_lite.files import folder_written_aside, read_json, write_json, write_text
 from perce_lite.models import BUILT_IN, load_base, model_source, sketch
 from perce_lite.proof import (
+    OTHER_PROGRAM,
     PROOF,
+    ROUNDED,
+    TIGHT,
     Proof,
     check_not_idle,
     expected,
@@ -34,17 +37,19 @@ from perce_lite.recipe import Recipe
 Card = Mapping[str, Any]
 
 
-def export(folder: Path, target: str, out: Path | None, force: bool) -> dict[str, Any]:
+def export(folder: Path, target: str, out: Path | None, force: bool, base_gguf: Path | None = None) -> dict[str, Any]:
     """Exports the adapter in `folder`; gives what `--json` writes. What lies at `out` in the end was proven.
 
     out: where to; None: beside the adapter, `<adapter>-<target>`
     force: replace an earlier export there
+    base_gguf: for gguf-lora, the base as a GGUF file, for a llama.cpp to run the adapter on
 
     Raises:
         ExportError: no such target, one that cannot take this adapter, a folder in the way, or a proof that fails.
         AdapterError: no adapter, or one of another base; DiskFullError: no space left, and nothing was written.
     """
     writer = _writer(target)
+    _check_gguf(target, base_gguf)
     card = adapters.about(folder)
     source = Path(card["folder"])
     preflight(card, target)
@@ -53,15 +58,15 @@ def export(folder: Path, target: str, out: Path | None, force: bool) -> dict[str
     with folder_written_aside(place) as aside:
         figures = writer(source, card, aside)
         try:
-            figures |= {"proof": verify(aside)["proof"]}
+            figures |= {"proof": verify(aside, base_gguf)["proof"]}
         except ExportError as error:
             told = str(error).replace(str(aside), str(place))
             raise ExportError(f"The proof failed, so nothing was kept. {told}") from error
     return {"target": target, "adapter": str(source), "folder": str(place), **figures}
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """Repeats the proof of an export from its files.
+def verify(folder: Path, base_gguf: Path | None = None) -> dict[str, Any]:
+    """Repeats the proof of an export from its files; `base_gguf` as in `export`.
 
     Raises:
         ExportError: no export, or its proof fails; each fault has a message of its own.
@@ -70,7 +75,8 @@ def verify(folder: Path) -> dict[str, Any]:
     if proof.target not in _VERIFIERS:
         raise ExportError(f"{folder / PROOF}: target {proof.target} is not one of {', '.join(_VERIFIERS)}")
     effect = gap(proof.adapter, proof.base)
-    found = _VERIFIERS[proof.target](folder, proof)
+    _check_gguf(proof.target, base_gguf)
+    found = _VERIFIERS[proof.target](folder, proof, base_gguf)
     return {
         "target": proof.target,
         "folder": str(folder),
@@ -81,10 +87,17 @@ def verify(folder: Path) -> dict[str, Any]:
 def show(figures: Mapping[str, Any]) -> None:
     """What `perce-lite export` prints at its end."""
     proof = figures["proof"]
-    told = f"{proof['off_adapter']:.5f} nats off at the most, {proof['tolerance']:.5f} allowed"
-    console.print(
-        f"Proven over {proof['tokens']} tokens: {told}; the adapter changes them by up to {proof['effect']:.3f}."
-    )
+    if "not_done" in proof:
+        console.print(f"Read back and whole, but not proven: {proof['not_done']}.", style="yellow")
+    elif "off_shift" in proof:
+        told = (
+            f"{proof['off_shift']:.3f} nats a token off what it moves in training, which is {proof['mean_shift']:.3f}"
+        )
+        console.print(f"Proven loosely, on a quantised base, over {proof['tokens']} tokens: {told}.")
+    else:
+        told = f"{proof['off_adapter']:.5f} nats off at the most, {proof['tolerance']:.5f} allowed"
+        effect = f"the adapter changes them by up to {proof['effect']:.3f}"
+        console.print(f"Proven over {proof['tokens']} tokens: {told}; {effect}.")
     if "drift" in figures:
         console.print(_drift(figures["drift"]))
     console.print(f"Export: {figures['folder']}", markup=False, soft_wrap=True)
@@ -109,7 +122,7 @@ def preflight(card: Card, target: str) -> None:
     if not isinstance(config, dict):
         raise ExportError(f"{card['folder']}: its adapter_config.json cannot be read")
     tied = bool(card["base"]["shape"][-1])
-    faults = []
+    faults = _gguf_faults(card, config) if target == "gguf-lora" else []
     if target != "peft" and tied and (heads := _vocabulary_modules(config)):
         faults.append(
             f"it has LoRA on {', '.join(heads)}, but this base has one matrix for its input and its head, which would "
@@ -117,6 +130,34 @@ def preflight(card: Card, target: str) -> None:
         )
     if faults:
         raise ExportError(f"{card['folder']}: {target} cannot take this adapter: {'; '.join(faults)}.")
+
+
+def _gguf_faults(card: Card, config: Card) -> list[str]:
+    """Why llama.cpp cannot take an adapter."""
+    faults = []
+    kind = card["base"]["shape"][0]
+    if kind not in gguf_lora.ARCHITECTURES:
+        faults.append(f"its base is a {kind}, and the converter knows {', '.join(gguf_lora.ARCHITECTURES)}")
+    if config.get("use_dora"):
+        faults.append("it was trained with DoRA (use_dora), which llama.cpp does not know; --to merged takes it")
+    if config.get("modules_to_save"):
+        saved = ", ".join(config["modules_to_save"])
+        faults.append(f"it holds whole layers (modules_to_save: {saved}), and an adapter GGUF holds LoRA alone")
+    if config.get("lora_bias"):
+        faults.append("it was trained with lora_bias, which llama.cpp does not know")
+    if "embed_tokens" in _vocabulary_modules(config):
+        faults.append("it has LoRA on embed_tokens, which is not converted")
+    return faults
+
+
+def _check_gguf(target: str, base_gguf: Path | None) -> None:
+    """Raises ExportError where --base-gguf cannot be used; nothing is loaded yet."""
+    if base_gguf is None:
+        return
+    if target != "gguf-lora":
+        raise ExportError(f"--base-gguf goes with gguf-lora, not with {target}.")
+    llamacpp.need_llamacpp()
+    llamacpp.read_base(base_gguf)
 
 
 def _vocabulary_modules(config: Card) -> list[str]:
@@ -147,7 +188,7 @@ def _write_peft(source: Path, card: Card, aside: Path) -> dict[str, Any]:
     check_not_idle(tensors_of(source), source)
     recipe = on_cpu(card, quantised=True)
     model, tokenizer = _loaded(recipe, card, source)
-    proof = record(model, tokenizer, recipe, "peft", rounded=False)
+    proof = record(model, tokenizer, recipe, "peft", TIGHT)
     for name in ("adapter_model.safetensors", "adapter_config.json", adapters.CARD):
         shutil.copyfile(source / name, aside / name)
     tokenizer.save_pretrained(aside)
@@ -164,7 +205,7 @@ def _write_merged(source: Path, card: Card, aside: Path) -> dict[str, Any]:
     recipe = on_cpu(card, quantised=False)
     kept = _kept_dtype(recipe)
     model, tokenizer = _loaded(recipe, card, source)
-    proof = record(model, tokenizer, recipe, "merged", rounded=kept != torch.float32)
+    proof = record(model, tokenizer, recipe, "merged", TIGHT if kept == torch.float32 else ROUNDED)
     merged = model.merge_and_unload(safe_merge=True).to(kept)
     merged.config.dtype = kept
     merged.save_pretrained(aside)
@@ -177,6 +218,19 @@ def _write_merged(source: Path, card: Card, aside: Path) -> dict[str, Any]:
     write_text(aside / "README.md", _merged_card(card, kept, drift))
     _write_licence(recipe, aside)
     return {"dtype": str(kept).removeprefix("torch."), "drift": drift}
+
+
+def _write_gguf_lora(source: Path, card: Card, aside: Path) -> dict[str, Any]:
+    check_not_idle(tensors_of(source), source)
+    recipe = on_cpu(card, quantised=False)
+    model, tokenizer = _loaded(recipe, card, source)
+    proof = record(model, tokenizer, recipe, "gguf-lora", OTHER_PROGRAM)
+    proof.fingerprints, proof.heads = gguf_lora.write(aside / gguf_lora.FILE, model)
+    write_json(aside / PROOF, proof.model_dump(mode="json"))
+    use = f"## Use\n\n    llama-server --model BASE.gguf --lora {gguf_lora.FILE}\n"
+    write_text(aside / "README.md", f"{adapters.model_card(dict(card))}\n{use}")
+    _write_licence(recipe, aside)
+    return {}
 
 
 def _loaded(recipe: Recipe, card: Card, source: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
@@ -252,5 +306,13 @@ def _write_licence(recipe: Recipe, aside: Path) -> None:
         shutil.copyfile(path, aside / f"BASE_{path.name}")
 
 
-_WRITERS: dict[str, Callable[[Path, Card, Path], dict[str, Any]]] = {"peft": _write_peft, "merged": _write_merged}
-_VERIFIERS: dict[str, Callable[[Path, Proof], dict[str, float]]] = {"peft": verify_peft, "merged": verify_merged}
+_WRITERS: dict[str, Callable[[Path, Card, Path], dict[str, Any]]] = {
+    "peft": _write_peft,
+    "merged": _write_merged,
+    "gguf-lora": _write_gguf_lora,
+}
+_VERIFIERS: dict[str, Callable[[Path, Proof, Path | None], dict[str, Any]]] = {
+    "peft": lambda folder, proof, _: verify_peft(folder, proof),
+    "merged": lambda folder, proof, _: verify_merged(folder, proof),
+    "gguf-lora": gguf_lora.verify,
+}

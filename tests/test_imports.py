@@ -9,7 +9,7 @@ import perce_lite
 
 HOUSE = """
 errors
-console    files      contrast   profiles   source     metrics
+console    files      contrast   profiles   source     metrics    llamacpp
 config
 faults
 recipe
@@ -22,7 +22,7 @@ score
 terms
 trainer    slots      generate   controls   check      sections
 charts     engine     proof
-report
+report     gguf_lora
 inspection
 train      tables     evaluate   export
 groups     measuring  workload   exactrows
