@@ -227,6 +227,8 @@ def export(
     """Take an adapter to other programs; it is loaded again and shown to do what it did in training."""
     if (adapter is None) == (verify is None) or (adapter is None) != (to is None):
         raise typer.BadParameter("give an adapter and --to TARGET, or --verify FOLDER alone")
+    if verify is not None and (out is not None or force):
+        raise typer.BadParameter("--out and --force have no part in --verify, which writes nothing")
     from perce_lite import export as exports
 
     if verify is not None:

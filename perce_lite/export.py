@@ -1,5 +1,6 @@
 """A trained adapter for other programs: written aside, loaded again, proven, and only then given its name."""
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from perce_lite import adapters, gguf_lora, llamacpp
 from perce_lite.console import console
 from perce_lite.errors import ExportError
 from perce_lite.files import folder_written_aside, read_json, write_json, write_text
-from perce_lite.models import BUILT_IN, load_base, model_source, sketch
+from perce_lite.models import BUILT_IN, load_base, model_source
 from perce_lite.proof import (
     OTHER_PROGRAM,
     PROOF,
@@ -28,6 +29,7 @@ from perce_lite.proof import (
     on_cpu,
     read_proof,
     record,
+    sketched,
     tensors_of,
     verify_merged,
     verify_peft,
@@ -156,8 +158,8 @@ def _check_gguf(target: str, base_gguf: Path | None) -> None:
         return
     if target != "gguf-lora":
         raise ExportError(f"--base-gguf goes with gguf-lora, not with {target}.")
-    llamacpp.need_llamacpp()
     llamacpp.read_base(base_gguf)
+    llamacpp.need_llamacpp()
 
 
 def _vocabulary_modules(config: Card) -> list[str]:
@@ -169,6 +171,9 @@ def _vocabulary_modules(config: Card) -> list[str]:
 
 def _check_free(place: Path, force: bool) -> None:
     """Raises ExportError where something stands at `place` that may not be replaced."""
+    standing = next(one for one in place.absolute().parents if one.exists())
+    if standing.is_dir() and not os.access(standing, os.W_OK):
+        raise ExportError(f"{place}: nothing may be written in {standing}. Give another --out.")
     if file := next((one for one in place.parents if one.exists() and not one.is_dir()), None):
         raise ExportError(f"{place}: cannot be a folder, for {file} is a file. Give another --out.")
     if not place.exists() and not place.is_symlink():
@@ -210,7 +215,7 @@ def _write_merged(source: Path, card: Card, aside: Path) -> dict[str, Any]:
     merged.config.dtype = kept
     merged.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    proof.sketch = sketch(merged)
+    proof.sketch = sketched(merged)
     proof.fingerprints = {name: fingerprint(tensor) for name, tensor in tensors_of(aside)}
     del model, merged  # the base as trained is loaded next
     drift = _measured_drift(source, card, proof)
@@ -288,7 +293,7 @@ def _write_licence(recipe: Recipe, aside: Path) -> None:
     source = Path(model_source(recipe))
     texts = [path for name in ("LICENSE", "LICENSE.txt", "LICENSE.md") if (path := source / name).is_file()]
     card = source / "README.md"
-    front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8"), re.S) if card.is_file() else None
+    front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", errors="replace"), re.S) if card.is_file() else None
     named = re.search(r"^license: *(\S+)", front[1], re.M) if front else None
     if recipe.model in BUILT_IN:
         known = BUILT_IN[recipe.model].licence

@@ -178,16 +178,18 @@ def _check_vocabulary(known: llamacpp.GgufBase, proof: Proof) -> None:
 
 def _check_model(known: llamacpp.GgufBase, proof: Proof) -> None:
     """Raises ExportError where the GGUF model is of another architecture, size or embedding."""
-    kind, layers, width = proof.sketch["shape"][:3]
+    kind, layers, width = proof.sketch.shape[:3]
     ours = (gguf.MODEL_ARCH_NAMES[ARCHITECTURES[kind]], layers, width)
     theirs = (known.architecture, known.layers, known.width)
     if ours != theirs:
         told = (f"{name}, {count} layers of {size}" for name, count, size in (theirs, ours))
         raise ExportError(f"{known.path}: another base: {', not '.join(told)}.")
     if known.exact:
-        same = same_base({"shape": [], "embedding": known.embedding}, {**proof.sketch, "shape": []})
+        same = same_base(
+            {"shape": [], "embedding": known.embedding}, {"shape": [], "embedding": proof.sketch.embedding}
+        )
     else:
-        same = float(np.corrcoef(known.embedding, proof.sketch["embedding"])[0, 1]) > 0.9
+        same = float(np.corrcoef(known.embedding, proof.sketch.embedding)[0, 1]) > 0.9
     if not same:
         raise ExportError(f"{known.path}: another base: its embedding is not that of {proof.model}.")
 

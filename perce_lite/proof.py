@@ -7,21 +7,21 @@ on every machine.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import xxhash
 from peft import PeftModel
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from perce_lite import adapters
 from perce_lite.chat import Chat
 from perce_lite.errors import AdapterError, ExportError, ModelError
 from perce_lite.files import read_json
-from perce_lite.models import keep_base_constant, load_base, same_base, sketch
+from perce_lite.models import load_base, same_base, sketch
 from perce_lite.pairs import IGNORED, Tokens
 from perce_lite.recipe import Recipe, Template
 from perce_lite.score import log_probs
@@ -49,6 +49,15 @@ _SCORED = 32  # tokens of the answer; llama.cpp is asked token by token
 _MEASURABLE = 1e-4  # nats: less than this is the noise of float32
 
 
+class Sketch(BaseModel):
+    """What `models.sketch` gives: a model's type, layers, width, vocabulary and tied head; values of its embedding."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    shape: tuple[str, int, int, int, bool]
+    embedding: list[float] = Field(min_length=64, max_length=64)
+
+
 class Proof(BaseModel):
     """What `proof.json` says. Log-probs are nats, one for each of the last tokens of `ids`, in order.
 
@@ -60,9 +69,9 @@ class Proof(BaseModel):
     heads: GGUF: heads by the kind of tensor whose rows llama.cpp wants permuted
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    version: int = 1
+    version: Literal[1] = 1
     target: str
     model: str
     quantization: str
@@ -73,8 +82,8 @@ class Proof(BaseModel):
     pieces: list[str]
     adapter: list[float]
     base: list[float]
-    tolerance: float
-    sketch: dict[str, Any]
+    tolerance: float = Field(gt=0, le=ROUNDED)
+    sketch: Sketch
     fingerprints: dict[str, str] = {}
     heads: dict[str, int] = {}
 
@@ -135,8 +144,14 @@ def record(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe,
         adapter=adapter,
         base=base,
         tolerance=min(allowed, effect / 4),
-        sketch=sketch(model.get_base_model()),
+        sketch=sketched(model.get_base_model()),
     )
+
+
+def sketched(model: PreTrainedModel) -> Sketch:
+    """`models.sketch` of `model`."""
+    found = sketch(model)
+    return Sketch(shape=tuple(found["shape"]), embedding=found["embedding"])
 
 
 def fixed_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[int]:
@@ -240,9 +255,9 @@ def check_tokenizer(folder: Path, proof: Proof) -> None:
         )
 
 
-def check_base(found: dict[str, Any], proof: Proof, where: str) -> None:
+def check_base(found: Sketch, proof: Proof, where: str) -> None:
     """Raises ExportError where the sketch `found` is of another base than the proof's."""
-    if not same_base(found, proof.sketch):
+    if not same_base(found.model_dump(), proof.sketch.model_dump()):
         raise ExportError(
             f"{where}: another base: its embedding is not that of {proof.model}, which the adapter is for."
         )
@@ -265,15 +280,17 @@ def verify_peft(folder: Path, proof: Proof) -> dict[str, float]:
         base = load_base(recipe).model
     except (AdapterError, ModelError) as error:
         raise ExportError(f"{folder}: its base cannot be loaded, so nothing is proven: {error}") from error
-    check_base(sketch(base), proof, recipe.model)
-    keep_base_constant(base)
+    check_base(sketched(base), proof, recipe.model)
     bare = gap(plain_log_probs(base, proof.ids, len(proof.base)), proof.base)
     if bare > proof.tolerance:
         raise ExportError(
             f"{recipe.model}: another base: alone it is {bare:.4f} nats off the one that the adapter was trained on; "
             f"{proof.tolerance:.4f} are allowed."
         )
-    model = PeftModel.from_pretrained(base, folder)
+    try:
+        model = PeftModel.from_pretrained(base, folder)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ExportError(f"{folder}: peft cannot load it: {error}. Export again.") from error
     off = does_as_recorded(proof, plain_log_probs(model, proof.ids, len(proof.adapter)), str(folder))
     return {"off_adapter": off, "off_base": bare}
 
@@ -289,7 +306,7 @@ def verify_merged(folder: Path, proof: Proof) -> dict[str, float]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         raise ExportError(f"{folder}: transformers cannot load it: {error}. Export again.") from error
-    check_base(sketch(model), proof, str(folder))
+    check_base(sketched(model), proof, str(folder))
     got = plain_log_probs(model, proof.ids, len(proof.adapter))
     if gap(got, proof.base) <= proof.tolerance:
         does_as_recorded(proof, got, str(folder))  # says that the base speaks, which is more than that a hash is wrong

@@ -129,6 +129,15 @@ def test_a_torn_file_fails(exported):
         exports.verify(exported)
 
 
+def test_another_scale_or_no_config_fails(peft):
+    change_json(peft / "adapter_config.json", lora_alpha=5)
+    with pytest.raises(ExportError, match="nats off what the adapter did in training"):
+        exports.verify(peft)
+    (peft / "adapter_config.json").write_text("{}")
+    with pytest.raises(ExportError, match="peft cannot load it"):
+        exports.verify(peft)
+
+
 def test_a_swapped_tokenizer_fails(exported):
     toys.toy_tokenizer("qwen3").save_pretrained(exported)
     with pytest.raises(ExportError, match="a swapped tokenizer"):
@@ -156,9 +165,12 @@ def test_a_merged_model_of_another_base_fails(adapter, tmp_path):
 
 
 def test_a_damaged_proof_is_one_clear_error(peft):
-    change_json(peft / PROOF, tolerance="much")
-    with pytest.raises(ExportError, match="damaged, or of another version of PerCE Lite: tolerance"):
-        exports.verify(peft)
+    whole = (peft / PROOF).read_text()
+    for name, value in {"tolerance": 9.0, "version": 2, "sketch": {}, "base": [None], "ids": [1]}.items():
+        (peft / PROOF).write_text(whole)
+        change_json(peft / PROOF, **{name: value})
+        with pytest.raises(ExportError, match=f"damaged.*{name}"):
+            exports.verify(peft)
     (peft / PROOF).write_text("{")
     with pytest.raises(ExportError, match=r"no readable proof\.json"):
         exports.verify(peft)
@@ -197,7 +209,7 @@ def test_a_folder_that_is_no_adapter_or_of_another_base(adapter, tmp_path):
             exports.export(mine, target, None, force=False)
 
 
-def test_a_folder_in_the_way(adapter, tmp_path):
+def test_a_folder_in_the_way(adapter, tmp_path, monkeypatch):
     out = tmp_path / "out"
     exports.export(adapter, "peft", out, force=False)
     with pytest.raises(ExportError, match="Give --force to replace it"):
@@ -209,6 +221,9 @@ def test_a_folder_in_the_way(adapter, tmp_path):
     (tmp_path / "mine" / "diary.txt").touch()
     with pytest.raises(ExportError, match="is no export, so it is never replaced"):
         exports.export(adapter, "peft", tmp_path / "mine", force=True)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ExportError, match="nothing may be written in"):
+        exports.export(adapter, "peft", tmp_path / "elsewhere", force=True)
     with pytest.raises(ExportError, match=r"diary\.txt is a file"):
         exports.export(adapter, "peft", tmp_path / "mine" / "diary.txt" / "out", force=True)
 
@@ -222,11 +237,12 @@ def test_a_full_disk_leaves_nothing_half_written(adapter, small_disk, target):
     assert [one.name for one in small_disk.iterdir()] == ["filler"]
 
 
-def test_one_matrix_for_input_and_head_is_refused_before_any_work(tmp_path, monkeypatch):
+@pytest.mark.parametrize("target", ["merged", "gguf-lora"])
+def test_one_matrix_for_input_and_head_is_refused_before_any_work(tmp_path, monkeypatch, target):
     tied = adapter_for(toy_base(tmp_path / "toy"), tmp_path / "run", target_modules=["q_proj", "lm_head"])
     monkeypatch.setattr(exports, "load_base", None)
-    with pytest.raises(ExportError, match="merged cannot take this adapter: it has LoRA on lm_head"):
-        exports.export(tied, "merged", None, force=False)
+    with pytest.raises(ExportError, match=f"{target} cannot take this adapter: it has LoRA on lm_head"):
+        exports.export(tied, target, None, force=False)
 
 
 def test_the_command(adapter, tmp_path, run, monkeypatch):
@@ -242,3 +258,14 @@ def test_the_command(adapter, tmp_path, run, monkeypatch):
     assert "--to vllm: there is no such target. There is: peft, merged" in err
     assert run("export", mine)[0] == 2
     assert run("export", mine, "--to", "peft", "--verify", "mine-peft")[0] == 2
+    assert run("export", "--verify", "mine-peft", "--force")[0] == 2
+
+
+def test_what_training_left_is_exported(recipe, run, figures):
+    mine = recipe(text="train: {max_steps: 2, learning_rate: 0.05, output_dir: out}\nevaluation: {max_rows: 4}\n")
+    assert run("train", mine)[0] == 0
+    for target in ("peft", "merged", "gguf-lora"):
+        told = figures("export", "out", "--to", target)
+        assert told["folder"] == f"out/adapter-{target}"
+        assert told["proof"]["effect"] > 0.01
+        assert run("export", "--verify", told["folder"])[0] == 0

@@ -48,13 +48,13 @@ def exported(made, tmp_path) -> tuple[Path, Path]:
     return Path(exports.export(adapter, "gguf-lora", tmp_path / "out", False, base)["folder"]), base
 
 
-def rewrite(path: Path, change) -> None:
+def rewrite(path: Path, change, architecture: str = "llama", alpha: float = 8.0) -> None:
     """The adapter GGUF at `path` once more, every tensor through `change(name, tensor)`."""
     tensors = gguf_lora.read(path)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 8.0)
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for name, tensor in tensors.items():
         writer.add_tensor(name, change(name, tensor).contiguous().numpy())
     writer.write_header_to_file()
@@ -173,6 +173,16 @@ def test_a_corrupted_tensor_fails(exported):
     path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(ExportError, match="a damaged file"):
         exports.verify(folder)
+
+
+def test_what_llama_cpp_refuses_or_scales_otherwise_fails(exported):
+    folder, base = exported
+    rewrite(folder / "adapter.gguf", lambda name, one: one, alpha=5.0)
+    with pytest.raises(ExportError, match="nats off what the adapter did in training"):
+        exports.verify(folder, base)
+    rewrite(folder / "adapter.gguf", lambda name, one: one, architecture="qwen2")
+    with pytest.raises(ExportError, match=r"llama\.cpp cannot load"):
+        exports.verify(folder, base)
 
 
 @pytest.mark.parametrize(("kind", "seed", "told"), [("llama", 5, "its embedding"), ("qwen3", 0, "qwen3, 2 layers")])
