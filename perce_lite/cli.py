@@ -212,6 +212,33 @@ def generate(
     write(json, figures)
 
 
+@app.command()
+def export(
+    adapter: Annotated[Path | None, typer.Argument(help="The folder of an adapter.")] = None,
+    to: Annotated[str | None, typer.Option(help="peft, merged or gguf-lora.")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Else <adapter>-<target>, beside it.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export there.")] = False,
+    verify: Annotated[Path | None, typer.Option(help="Repeat the proof of this export instead.")] = None,
+    base_gguf: Annotated[
+        Path | None, typer.Option(help="gguf-lora: the base as a GGUF file, for a llama.cpp to prove the adapter on.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Take an adapter to other programs; it is loaded again and shown to do what it did in training."""
+    if (adapter is None) == (verify is None) or (adapter is None) != (to is None):
+        raise typer.BadParameter("give an adapter and --to TARGET, or --verify FOLDER alone")
+    if verify is not None and (out is not None or force):
+        raise typer.BadParameter("--out and --force have no part in --verify, which writes nothing")
+    from perce_lite import export as exports
+
+    if verify is not None:
+        figures = exports.verify(verify, base_gguf)
+    elif adapter is not None and to is not None:
+        figures = exports.export(adapter, to, out, force, base_gguf)
+    write(json, figures)
+    exports.show(figures)
+
+
 @store_app.command("show")
 def store_show(path: StorePath = None, json: Json = None) -> None:
     """Entries and size, by base."""
@@ -269,6 +296,7 @@ _STOPPED = {
     "eval": "What was scored and answered is kept; the same command does the rest.",
     "compare": "Finished trainings are kept; the same command goes on from the last checkpoint.",
     "fleet": "Who was trained stays so; the same command goes on.",
+    "export": "Nothing half-written stays; the same command starts over.",
     "bench": "Nothing is kept: measurements are compared within one run; the same command starts over.",
     "store show": "Nothing was changed.",
     "store clear": "What is removed stays removed; the same command removes the rest.",

@@ -10,6 +10,7 @@ PerceLiteError              the command line prints it as one clean line and exi
 |- AdapterError             a folder that is no adapter, or one of another base
 |- RunError                 an output folder that belongs to another run
 |- FleetError               a fleet folder that cannot be used, or a user it does not know
+|- ExportError              an export that cannot be made, or whose proof fails
 |- BenchError               a measurement that failed, or that there is nothing to measure for
 |- DiskFullError            no space left where something had to be written
 `- NonFiniteLossError       a loss that is not a number; names the rows
@@ -63,6 +64,10 @@ class RunError(PerceLiteError):
 
 class FleetError(PerceLiteError):
     """A fleet folder that cannot be used, or a user or an adapter that the fleet does not know."""
+
+
+class ExportError(PerceLiteError):
+    """An export that its target cannot take, that has no place to go, or whose proof fails. Says which and why."""
 
 
 class BenchError(PerceLiteError):

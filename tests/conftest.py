@@ -1,6 +1,8 @@
 """Shared by all tests: two threads, a cache folder of their own, no model hub."""
 
 import os
+import shutil
+import subprocess
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -23,6 +25,8 @@ datasets.utils.logging.disable_progress_bar()
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Real text for the tests that need it; they skip where it is absent."""
+
+SMALL_DISK = 48 * 2**20
 
 
 @pytest.fixture(autouse=True)
@@ -79,3 +83,18 @@ def toy_trainer(tmp_path: Path) -> Callable[..., PerCETrainer]:
         )
 
     return make
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of `SMALL_DISK` bytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK}", "perce-lite-test", str(folder)]
+    if shutil.which("mount") is None:
+        pytest.skip("there is no mount here")
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small file system cannot be mounted: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

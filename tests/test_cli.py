@@ -214,6 +214,7 @@ STOPPED = {
     "eval": ("perce_lite.evaluate.evaluate", ["--adapter", "x"], "What was scored and answered is kept"),
     "compare": ("perce_lite.compare.compare", [], "Finished trainings are kept"),
     "fleet": ("perce_lite.fleet.fleet", [], "Who was trained stays so"),
+    "export": ("perce_lite.export.export", ["x", "--to", "peft"], "Nothing half-written stays"),
     "bench": ("perce_lite.bench.bench", [], "Nothing is kept: measurements are compared within one run"),
     "store show": ("perce_lite.store.usage", [], "Nothing was changed."),
     "store clear": ("perce_lite.store.clear", [], "stays removed; the same command removes the rest"),
@@ -228,7 +229,7 @@ def test_every_command_says_what_is_true_after_ctrl_c():
 def test_ctrl_c_says_how_to_go_on(recipe, run, monkeypatch, command):
     called, words, told = STOPPED[command]
     monkeypatch.setattr(called, lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
-    words = [*([] if command.split()[0] in ("store", "generate") else [recipe()]), *words]
+    words = [*([] if command.split()[0] in ("store", "generate", "export") else [recipe()]), *words]
     code, out, err = run(*command.split(), *words)
     assert (code, out, len(err.splitlines())) == (130, "", 1)
     assert err.startswith("Stopped. ")

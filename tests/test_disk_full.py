@@ -1,7 +1,6 @@
 """A disk that fills up while a checkpoint is written: one clear error, and earlier checkpoints stay whole."""
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,23 +9,6 @@ from transformers import TrainerCallback
 
 from perce_lite.errors import DiskFullError
 from perce_lite.train import Run
-
-SIZE = 48 * 2**20
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of `SIZE` bytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "perce-lite-test", str(folder)]
-    if shutil.which("mount") is None:
-        pytest.skip("there is no mount here")
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted: {done.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 class Filler(TrainerCallback):

@@ -9,7 +9,7 @@ import perce_lite
 
 HOUSE = """
 errors
-console    files      contrast   profiles   source     metrics
+console    files      contrast   profiles   source     metrics    llamacpp
 config
 faults
 recipe
@@ -21,10 +21,10 @@ collator   head
 score
 terms
 trainer    slots      generate   controls   check      sections
-charts     engine
-report
+charts     engine     proof
+report     gguf_lora
 inspection
-train      tables     evaluate
+train      tables     evaluate   export
 groups     measuring  workload   exactrows
 compare    bench      inprocess
 fleet      slotted    cli_options

@@ -1,0 +1,133 @@
+"""A real llama.cpp, in this process: log-probs of given ids under a GGUF model, with an adapter GGUF on it or not."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from perce_lite.errors import ExportError
+
+_EXACT = {gguf.GGMLQuantizationType.F32}
+_CERTAIN = 1e4  # a bias of a logit that leaves no other token a chance
+
+
+@dataclass(frozen=True)
+class GgufBase:
+    """What is known of a GGUF model without running it.
+
+    tokens: the vocabulary's spelling of each id
+    embedding: 64 values of the embedding, those of `models.sketch`
+    exact: every weight is float32
+    """
+
+    path: Path
+    architecture: str
+    layers: int
+    width: int
+    tokens: list[str]
+    embedding: list[float]
+    exact: bool
+
+
+def read_base(path: Path) -> GgufBase:
+    """Reads the facts of a GGUF model.
+
+    Raises:
+        ExportError: there is no such file, or it is no GGUF model.
+    """
+    if not path.is_file():
+        raise ExportError(f"--base-gguf {path}: there is no such file. Give the base as a GGUF file.")
+    try:
+        reader = gguf.GGUFReader(path)
+        architecture = str(_value(reader, "general.architecture"))
+        layers, width = (int(_value(reader, f"{architecture}.{key}")) for key in ("block_count", "embedding_length"))
+        tokens = [str(one) for one in _value(reader, "tokenizer.ggml.tokens")]
+        [embedding] = [one for one in reader.tensors if one.name == "token_embd.weight"]
+    except (ValueError, KeyError, IndexError) as error:
+        raise ExportError(f"--base-gguf {path}: no GGUF file of a language model: {error}") from error
+    rows = np.linspace(0, int(embedding.shape[1]) - 1, 64).astype(int)
+    columns = np.linspace(0, width - 1, 64).astype(int)
+    whole = gguf.quants.dequantize(embedding.data[rows], embedding.tensor_type)  # (64, width)
+    exact = all(one.tensor_type in _EXACT for one in reader.tensors)
+    return GgufBase(path, architecture, layers, width, tokens, whole[range(64), columns].tolist(), exact)
+
+
+def _value(reader: gguf.GGUFReader, key: str) -> Any:
+    """The value of a key.
+
+    Raises:
+        KeyError: the file has no such key.
+    """
+    field = reader.get_field(key)
+    if field is None:
+        raise KeyError(key)
+    return field.contents()
+
+
+def need_llamacpp() -> None:
+    """Raises ExportError where xllamacpp is not installed."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise ExportError("The proof needs llama.cpp, which is not installed: pip install 'perce-lite[export]'")
+
+
+def log_probs(
+    base: GgufBase, lora: Path | None, ids: Sequence[int], scored: int, scales: Sequence[float] = (1.0,)
+) -> list[list[float]]:
+    """Log-probs of the last `scored` tokens of `ids`, once for each scale of the adapter.
+
+    The server's own interface gives no log-probs of a prompt, so each token is asked for behind those ahead of it.
+
+    Raises:
+        ExportError: xllamacpp is not installed, or llama.cpp cannot load the files.
+    """
+    need_llamacpp()
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(base.path)
+    if lora is not None:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
+    params.n_ctx = max(256, 2 * len(ids))
+    params.n_parallel, params.n_gpu_layers, params.cache_ram_mib = 1, 0, 0
+    params.warmup = params.fit_params = False
+    params.verbosity = -1
+    # By default keys and values are kept in half precision.
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise ExportError(f"llama.cpp cannot load {lora or base.path} on {base.path}: {error}") from error
+    start = len(ids) - scored
+    return [
+        [_next(server, base, ids[:at], ids[at], None if lora is None else scale) for at in range(start, len(ids))]
+        for scale in scales
+    ]
+
+
+def _next(server: Any, base: GgufBase, ahead: Sequence[int], wanted: int, scale: float | None) -> float:
+    """Log-prob of `wanted` behind the ids `ahead`.
+
+    The answer is made to be `wanted`: the server tells the log-prob of the token that it chose as the model gave it,
+    ahead of any bias, and tells nothing of a token that ends the answer.
+    """
+    asked = {
+        "prompt": list(ahead),
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "logit_bias": [[wanted, _CERTAIN]],
+        "logprobs": 1,
+        "cache_prompt": True,
+        **({} if scale is None else {"lora": [{"id": 0, "scale": scale}]}),
+    }
+    answer = server.handle_completions(asked)
+    if "choices" not in answer:
+        raise ExportError(f"llama.cpp cannot answer with {base.path}: {answer}")
+    told = answer["choices"][0]["logprobs"]
+    if told is None or told["content"][0]["id"] != wanted:
+        raise ExportError(f"llama.cpp gives no log-prob of token {wanted} with {base.path}")
+    return float(told["content"][0]["logprob"])
