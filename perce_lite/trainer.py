@@ -282,6 +282,10 @@ def _lora_faults(lora: LoraConfig) -> list[str]:
         faults.append(f"lora: bias {lora.bias!r} trains the base's own biases; use 'none'")
     if str(lora.init_lora_weights).lower().startswith(("pissa", "olora", "loftq", "corda", "lora_ga")):
         faults.append(f"lora: init_lora_weights {lora.init_lora_weights!r} rewrites the base's weights; use true")
+    for name in ("target_modules", "modules_to_save"):
+        given = vars(lora)[name]
+        if any("lm_head" in one for one in ([given] if isinstance(given, str) else given or ())):
+            faults.append(f"lora: {name}: the fused head reads lm_head's own weight and would never meet its adapter")
     return faults
 
 
