@@ -5,7 +5,6 @@ a ratio compares an arm with the plain SFT of its own repeat, so that what slows
 That is also why nothing is kept of a bench that was stopped: it must be one run.
 """
 
-import difflib
 import shutil
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ from rich.progress import Progress
 from perce_lite import children
 from perce_lite.console import progress_bar
 from perce_lite.errors import BenchError
+from perce_lite.faults import nearest
 from perce_lite.measuring import ARMS, Job, recipe_of
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.rows import to_columns
@@ -102,9 +102,7 @@ def arms_of(spec: str | None) -> list[str]:
     names = [name.strip() for name in spec.split(",") if name.strip()]
     for name in names:
         if name not in ARMS:
-            near = difflib.get_close_matches(name, ARMS, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise BenchError(f"--arms: {name!r} is no arm; {hint}Arms are {', '.join(ARMS)}.")
+            raise BenchError(f"--arms: {name!r} is no arm; {nearest(name, ARMS)} Arms are {', '.join(ARMS)}.")
     if not names:
         raise BenchError(f"--arms: name some of {', '.join(ARMS)}.")
     return names

@@ -19,7 +19,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
     """
     rows = read_rows(recipe)
     config = training_config(recipe)
-    maker = PairMaker(load_tokenizer(recipe), recipe.template, config.max_length, recipe.profile.max_tokens)
+    maker = PairMaker.of(recipe, load_tokenizer(recipe), config.max_length)
     splits, example = {}, None
     for name in SPLIT_NAMES:
         audit = Audit()

@@ -12,12 +12,26 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
+from perce_lite.console import quiet
 from perce_lite.errors import BenchError, PerceLiteError
 from perce_lite.files import read_json, write_json
+
+
+class Placed(Protocol):
+    """What every job names: a folder for all that it writes, and the file that its figures go to."""
+
+    @property
+    def scratch(self) -> str: ...
+
+    @property
+    def result(self) -> str: ...
+
+
+Kind = TypeVar("Kind", bound=Placed)
 
 
 def run(module: str, job: dict[str, Any], what: str, scratch: Path) -> dict[str, Any]:
@@ -79,15 +93,23 @@ def end_with_parent(scratch: Path) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def carry_out(measure: Callable[[], dict[str, Any]], result: Path) -> None:
-    """Writes what `measure` finds to `result`, also where there is too little memory for it."""
+def main(job_of: Callable[..., Kind], measure: Callable[[Kind], dict[str, Any]]) -> None:
+    """What such a process does: `measure` the job whose file its first argument names."""
+    quiet()
+    job = job_of(**read_json(Path(sys.argv[1])))
+    end_with_parent(Path(job.scratch))
+    carry_out(job, measure)
+
+
+def carry_out(job: Kind, measure: Callable[[Kind], dict[str, Any]]) -> None:
+    """Writes what `measure` finds to `job.result`, also where there is too little memory for it."""
     try:
-        found = measure()
+        found = measure(job)
     except (MemoryError, RuntimeError, PerceLiteError) as error:
         if not out_of_memory(error):
             raise
         found = {"out_of_memory": (str(error).strip().splitlines() or ["no memory left"])[0]}
-    write_json(result, found)
+    write_json(Path(job.result), found)
 
 
 def out_of_memory(error: BaseException) -> bool:

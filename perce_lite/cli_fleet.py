@@ -1,7 +1,8 @@
 """The commands of a fleet: `perce-lite fleet` and `perce-lite adapters`. Heavy modules are imported inside them."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,10 +38,10 @@ def fleet(
     figures = run(read, engine_for, only or [], retrain or [], dry_run)
     book = figures.pop("book")
     write(json, figures)
-    page = read.output_dir / PAGE
-    made = sections.fleet(book)
-    told = sections.fleet_sentences(figures, book)
-    write_figures("A fleet of adapters", f"{recipe}, {read.model}.", told, made, page)
+    page = None if dry_run else read.output_dir / PAGE
+    if page is not None:
+        told = sections.fleet_sentences(figures, book)
+        write_figures("A fleet of adapters", f"{recipe}, {read.model}.", told, sections.fleet(book), page)
     tables.show_fleet(figures, page)
     if figures["failed"]:
         raise typer.Exit(3)
@@ -68,14 +69,9 @@ def adapters_show(
     json: Json = None,
 ) -> None:
     """All that the book says of one adapter: lineage, figures, state."""
-    from perce_lite import tables
-    from perce_lite.registry import opened
-    from perce_lite.roster import find, show
+    from perce_lite.roster import show
 
-    with opened(find(fleet)) as registry:
-        figures = show(registry, name)
-    write(json, figures)
-    tables.show_facts(figures)
+    _answer(show, name, fleet, json)
 
 
 @adapters_app.command("who")
@@ -83,12 +79,19 @@ def adapters_who(
     user: Annotated[str, typer.Argument(help="A user.")], fleet: FleetPath = None, json: Json = None
 ) -> None:
     """Which adapter serves a user, and why that one."""
+    from perce_lite.roster import who
+
+    _answer(who, user, fleet, json)
+
+
+def _answer(ask: Callable[[Any, str], dict[str, Any]], name: str, fleet: Path | None, json: Path | None) -> None:
+    """What `ask` says of `name`, from the book of `fleet`."""
     from perce_lite import tables
     from perce_lite.registry import opened
-    from perce_lite.roster import find, who
+    from perce_lite.roster import find
 
     with opened(find(fleet)) as registry:
-        figures = who(registry, user)
+        figures = ask(registry, name)
     write(json, figures)
     tables.show_facts(figures)
 

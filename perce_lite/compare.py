@@ -121,7 +121,8 @@ def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: 
     failed = _train(first, rows, 0, total)
     tuning: dict[Training, float] = {}
     if len(rates) > 1:
-        judge, sums = _score(recipe, [one for one in first if one not in failed], rows, found.pop("validation"), True)
+        only = {"validation": found.pop("validation")}
+        judge, sums = _score(recipe, [one for one in first if one not in failed], rows, only, True)["validation"]
         tokens = judge.tokens["all"].sum()
         tuning = {one: float(scored[one.arm.judged]["all"].sum() / tokens) for one, scored in sums.items() if one}
     chosen = {arm.name: _best([one for one in first if one.arm == arm], tuning, failed) for arm in arms}
@@ -150,20 +151,16 @@ def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: 
         "clip_min": training_config(recipe).clip_min,
         "arms": told,
         "splits": {
-            name: {**_figures(arms, *_score(recipe, done, rows, some)), "trained_users": len(_users(some) & trained)}
-            for name, some in found.items()
+            name: {**judge.told(trained), **_figures(arms, judge, sums)}
+            for name, (judge, sums) in _score(recipe, done, rows, found, False).items()
         },
     }
-
-
-def _users(found: Sequence[Case]) -> set[str]:
-    return {case.pair.row.user for case in found}
 
 
 def _cases(recipe: Recipe, rows: Sequence[Row], tuning: bool) -> dict[str, list[Case]]:
     """Held-out cases: test and unseen to judge by, validation to choose rates by."""
     config = training_config(recipe)
-    maker = PairMaker(load_tokenizer(recipe), recipe.template, config.max_length, recipe.profile.max_tokens)
+    maker = PairMaker.of(recipe, load_tokenizer(recipe), config.max_length)
     found = held_out(recipe, maker, rows)
     if "validation" in found:
         raise DataError("No test rows: compare chooses rates on validation and must judge on others. Raise split.test.")
@@ -198,26 +195,28 @@ def _train(trainings: Sequence[Training], rows: Sequence[Row], before: int, tota
 
 
 def _score(
-    recipe: Recipe, trainings: Sequence[Training], rows: Sequence[Row], found: list[Case], tuning: bool = False
-) -> tuple[Judge, dict[Training | None, Sums]]:
-    """What every training's adapter, and the base (None), loses on `found`, with the own profile and with none.
+    recipe: Recipe, trainings: Sequence[Training], rows: Sequence[Row], found: dict[str, list[Case]], tuning: bool
+) -> dict[str, tuple[Judge, dict[Training | None, Sums]]]:
+    """By split: what every training's adapter, and the base (None), loses, with the own profile and with none.
 
     tuning: with the profile alone that the arm is judged with
     """
     config, base = training_config(recipe), load_base(recipe)
-    sums: dict[Training | None, Sums] = {}
-    judge = None
+    judged: dict[str, tuple[Judge, dict[Training | None, Sums]]] = {}
     for training in (None, *trainings):
         folder = None if training is None else training.run(rows)[1].adapter
         names = _BOTH if training is None or not tuning else (training.arm.judged,)
         what = UNTRAINED if training is None else f"{training.arm.name}, rate {training.rate:g}, seed {training.seed}"
         with adapters.on(base.model, folder) as model:
             store = store_of(config.store, model, config.autocast, folder is not None)
-            scored = score_cases(model, found, names, store, config.autocast, what, folder is not None)
-        judge = judge or Judge(found, scored, config.clip_min)
-        sums[training] = judge.sums(scored)
-    assert judge is not None
-    return judge, sums
+            for split, some in found.items():
+                told = f"{what}, {split}"
+                scored = score_cases(model, some, names, store, config.autocast, told, folder is not None)
+                if training is None:
+                    judged[split] = Judge(some, scored, config.clip_min), {}
+                judge, sums = judged[split]
+                sums[training] = judge.sums(scored)
+    return judged
 
 
 def _best(trainings: Sequence[Training], tuning: dict[Training, float], failed: set[Training]) -> Training | None:
@@ -251,13 +250,7 @@ def _figures(arms: Sequence[Arm], judge: Judge, sums: dict[Training | None, Sums
                 for part, one in judge.figures(mine, theirs).items()
             }
             differences.append({"arm": arm.name, "against": other.name, "profile": arm.judged, **told})
-    return {
-        "rows": judge.bootstrap.rows,
-        "users": judge.bootstrap.users,
-        "tokens": {part: int(count.sum()) for part, count in judge.tokens.items()},
-        "losses": table,
-        "differences": differences,
-    }
+    return {"losses": table, "differences": differences}
 
 
 def _mean(some: Sequence[Sums]) -> Sums:

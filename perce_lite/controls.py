@@ -1,6 +1,6 @@
 """Held-out rows under their controls: own profile, none, a random other user's, the best topical match of others."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +15,6 @@ from perce_lite.profiles import Item, bm25
 from perce_lite.rows import Row, swap_profiles
 from perce_lite.score import Job, kept_log_probs
 from perce_lite.store import Store
-
-PROFILES = ("own", "none", "other user's", "topical match")
-"""The controls, in the order of the tables."""
 
 PARTS = ("all", "personal", "others")
 """Tokens of a response: all of them, those whose PIR under the base is above the lower clip, and the rest."""
@@ -124,9 +121,19 @@ class Judge:
     """
 
     def __init__(self, found: Sequence[Case], base: Mapping[str, Sequence[Tensor]], clip_min: float) -> None:
-        self.bootstrap = Bootstrap([case.pair.row.user for case in found])
+        users = [case.pair.row.user for case in found]
+        self.bootstrap, self.users = Bootstrap(users), set(users)
         self.masks = masks(base, clip_min)
         self.tokens = {part: sizes(mask) for part, mask in self.masks.items()}
+
+    def told(self, trained: Collection[str]) -> dict[str, Any]:
+        """Rows, users, how many of these are in `trained`, and tokens of each part."""
+        return {
+            "rows": self.bootstrap.rows,
+            "users": len(self.users),
+            "trained_users": len(self.users & set(trained)),
+            "tokens": {part: int(count.sum()) for part, count in self.tokens.items()},
+        }
 
     def sums(self, scored: Mapping[str, Sequence[Tensor]]) -> Sums:
         """Of log-probs by profile."""

@@ -20,7 +20,7 @@ from perce_lite import contrast
 from perce_lite.collator import PairCollator
 from perce_lite.config import PerCEConfig
 from perce_lite.errors import ConfigError, DataError, PerceLiteError
-from perce_lite.head import scoring_forward, training_forward
+from perce_lite.head import never_met, scoring_forward, training_forward
 from perce_lite.pairs import IGNORED, Pair
 from perce_lite.score import batch_log_probs, frozen, in_dtype, padded, store_of
 from perce_lite.slots import attach
@@ -179,7 +179,7 @@ class SlotEngine:
         slots: int,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        faults = _faults(base, args)
+        faults = _faults(base, args) + never_met(lora)
         if faults:
             raise ConfigError(faults)
         self.args = args

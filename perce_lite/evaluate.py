@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, set_seed
 
@@ -21,7 +22,8 @@ from perce_lite.models import load_base
 from perce_lite.pairs import PairMaker, Tokens
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.rows import Row, of_split, spread_over_users
-from perce_lite.score import Job, kept_log_probs, store_key, store_of
+from perce_lite.score import Job, kept_log_probs, store_key
+from perce_lite.store import Store
 
 BASE = "base"
 
@@ -45,7 +47,7 @@ def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
     trained = {row.user for row in of_split(rows, "train")}
     config = training_config(recipe)
     base = load_base(recipe)
-    maker = PairMaker(base.tokenizer, recipe.template, config.max_length, recipe.profile.max_tokens)
+    maker = PairMaker.of(recipe, base.tokenizer, config.max_length)
     topics = Topics(library(recipe), recipe.profile.top_k)
     found = held_out(recipe, maker, rows, topics)
     general = _general(recipe, maker)
@@ -57,14 +59,15 @@ def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
     for arm, folder in arms.items():
         with adapters.on(base.model, folder) as model:
             on = folder is not None
-            store = store_of(config.store, model, config.autocast, on)
+            key = store_key(model, config.autocast, on)
+            store = Store(Path(config.store), key) if config.store else None
             scored[arm] = {
                 split: score_cases(model, some, list(some[0].passes), store, config.autocast, f"{arm}, {split}", on)
                 for split, some in found.items()
             }
             jobs = [Job("general", tokens) for tokens in general]
             plain[arm] = kept_log_probs(model, jobs, store, config.autocast, f"{arm}, general", on).log_probs
-            texts += kept.of(model, answered, arm, on)
+            texts += kept.of(model, answered, arm, on, key)
     return {
         "model": recipe.model,
         "arms": {arm: None if folder is None else str(folder) for arm, folder in arms.items()},
@@ -169,10 +172,7 @@ def _split(
         if name != "own"
     ]
     return {
-        "rows": len(found),
-        "users": judge.bootstrap.users,
-        "trained_users": len({case.pair.row.user for case in found} & trained),
-        "tokens": {part: int(count.sum()) for part, count in judge.tokens.items()},
+        **judge.told(trained),
         "losses": table,
         "worth": worth,
     }
@@ -182,7 +182,7 @@ def _changes(plain: dict[str, list[Tensor]]) -> list[dict[str, Any]]:
     """Loss a token of each arm on the general text, and the change against the base."""
     if not plain[BASE]:
         return []
-    every = [values == values for values in plain[BASE]]
+    every = [torch.ones_like(values, dtype=torch.bool) for values in plain[BASE]]
     counts = sizes(every)
     bootstrap = Bootstrap([str(number) for number in range(len(every))])  # rows of nobody: each its own group
     totals = {arm: losses(values, every) for arm, values in plain.items()}
@@ -239,9 +239,11 @@ class Answers:
         if self.options.generated_rows and not has_meteor():
             say("METEOR is left out: nltk has no WordNet here (python -m nltk.downloader wordnet)")
 
-    def of(self, model: PreTrainedModel, found: Sequence[Case], arm: str, on: bool) -> list[dict[str, Any]]:
-        """One arm's answers to the queries of `found`, with the own profile and with none, and their scores."""
-        key = store_key(model, self.config.autocast, on) if found else ""
+    def of(self, model: PreTrainedModel, found: Sequence[Case], arm: str, on: bool, key: str) -> list[dict[str, Any]]:
+        """One arm's answers to the queries of `found`, with the own profile and with none, and their scores.
+
+        key: `store_key` of the model, adapters on or off
+        """
         answers = []
         with progress_bar() as bar:
             task = bar.add_task(f"{arm}, answers", total=len(found) * len(_WITH_TEXTS), note="")

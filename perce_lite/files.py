@@ -108,6 +108,12 @@ def folder_written_aside(path: Path) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def bytes_of(path: Path) -> int:
+    """Size of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
+    return sum(one.stat().st_size for one in files)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `text` to `path` in UTF-8, whole or not at all."""
     with written_aside(path) as aside:

@@ -3,18 +3,14 @@
 `python -m perce_lite.fleetmeasuring JOB.json`; see `perce_lite.children`.
 """
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from perce_lite import children
 from perce_lite.config import pick_device
-from perce_lite.console import quiet
 from perce_lite.errors import PerceLiteError
-from perce_lite.files import read_json
 from perce_lite.groups import Group
 from perce_lite.inprocess import OneByOne, Outcome, Task
 from perce_lite.measuring import machine, peak_bytes, reset_peak
@@ -98,23 +94,10 @@ def fill(recipe: Recipe, rows: list[Row]) -> dict[str, Any]:
     """Scores `rows` under the base into the recipe's store; `scored`: how many there were."""
     base = load_base(recipe)
     args = training_config(recipe)
-    maker = PairMaker(base.tokenizer, recipe.template, args.max_length, recipe.profile.max_tokens)
+    maker = PairMaker.of(recipe, base.tokenizer, args.max_length)
     constants(base.model, maker.make(rows), args, args.seed)
     return {"scored": len(rows)}
 
 
-def carry_out(job: FleetJob) -> None:
-    """Measures `job` and writes its result, also where there is too little memory for it."""
-    children.carry_out(lambda: measure(job), Path(job.result))
-
-
-def main() -> None:
-    """Carries out the job whose file the first argument names."""
-    quiet()
-    job = FleetJob(**read_json(Path(sys.argv[1])))
-    children.end_with_parent(Path(job.scratch))
-    carry_out(job)
-
-
 if __name__ == "__main__":
-    main()
+    children.main(FleetJob, measure)

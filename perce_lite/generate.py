@@ -93,7 +93,7 @@ def from_folder(
     base = load_base(recipe)
     model = adapters.load(base.model, folder)
     base.tokenizer.chat_template = card["chat_template"]
-    maker = PairMaker(base.tokenizer, recipe.template, recipe.train.get("max_length", 1024), recipe.profile.max_tokens)
+    maker = PairMaker.of(recipe, base.tokenizer, recipe.train.get("max_length", 1024))
     dtype = chosen_dtype(recipe.dtype, pick_device(recipe.device))
     autocast = None if dtype == torch.float32 else dtype
     message = [{"role": "user", "content": prompt}]

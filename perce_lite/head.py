@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
@@ -23,6 +23,16 @@ _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top
 def base_of(model: torch.nn.Module) -> PreTrainedModel:
     """The model under peft's wrapper, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def never_met(lora: LoraConfig) -> list[str]:
+    """Faults of a `LoraConfig` that puts an adapter where the fused head does not look: on the head itself."""
+    faults = []
+    for name in ("target_modules", "modules_to_save"):
+        given = vars(lora)[name]
+        if any("lm_head" in one for one in ([given] if isinstance(given, str) else given or ())):
+            faults.append(f"lora: {name}: the fused head reads lm_head's own weight and would never meet its adapter")
+    return faults
 
 
 def scoring_forward(model: torch.nn.Module) -> Callable[..., Tensor]:

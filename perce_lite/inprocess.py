@@ -22,7 +22,7 @@ from perce_lite.errors import (
     PerceLiteError,
     RecipeError,
 )
-from perce_lite.files import digest
+from perce_lite.files import bytes_of, digest
 from perce_lite.groups import Key
 from perce_lite.models import Base, fingerprint, load_base, sketch
 from perce_lite.pairs import PairMaker
@@ -123,8 +123,8 @@ class OneByOne:
             after = _losses(trainer, recipe, task.rows, ("own",))
             weights = health(trainer)
         run.drop_checkpoints()
-        size = sum(file.stat().st_size for file in run.adapter.iterdir())
-        return Outcome({split: {**before[split], **after[split]} for split in before}, weights, size)
+        losses = {split: {**before[split], **after[split]} for split in before}
+        return Outcome(losses, weights, bytes_of(run.adapter))
 
     def _base(self) -> Base:
         if self._loaded is None:
@@ -148,14 +148,14 @@ def _losses(
     trainer: PerCETrainer, recipe: Recipe, rows: Sequence[Row], who: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """Loss a token on held-out rows by split: of the base (from the store where it has it), of the adapter as it is."""
-    maker = PairMaker(trainer.processing_class, recipe.template, trainer.args.max_length, recipe.profile.max_tokens)
+    maker = PairMaker.of(recipe, trainer.processing_class, trainer.args.max_length)
     found: dict[str, dict[str, float]] = {}
+    base = store_of(trainer.args.store, trainer.model, trainer.autocast) if "base" in who else None
     for split, jobs in held_out_jobs(maker, recipe, trainer.args, rows).items():
         found[split] = {}
         for name in who:
             on = name != "base"
-            store = None if on else store_of(trainer.args.store, trainer.model, trainer.autocast)
-            scored = kept_log_probs(trainer.model, jobs, store, trainer.autocast, split, on).log_probs
+            scored = kept_log_probs(trainer.model, jobs, None if on else base, trainer.autocast, split, on).log_probs
             found[split] |= loss_of(name, scored)
     return found
 

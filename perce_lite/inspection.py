@@ -70,7 +70,7 @@ def inspect(recipe: Recipe, adapter: Path | None, rows: int, user: str | None, t
         raise DataError(f"--user {user}: no training row of this user has a profile; users: {known}")
     config = training_config(recipe)
     base = load_base(recipe)
-    maker = PairMaker(base.tokenizer, recipe.template, config.max_length, recipe.profile.max_tokens)
+    maker = PairMaker.of(recipe, base.tokenizer, config.max_length)
     audit = Audit()
     pairs = maker.make(spread_over_users(picked, rows), audit)
     require(pairs, audit, "training")

@@ -23,8 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 from perce_lite import children
 from perce_lite.collator import PairCollator
-from perce_lite.console import quiet
-from perce_lite.files import digest, read_json
+from perce_lite.files import bytes_of, digest
 from perce_lite.models import Base, load_base
 from perce_lite.pairs import IGNORED, PairMaker, Tokens
 from perce_lite.recipe import Recipe, lora_config, training_config
@@ -209,7 +208,7 @@ def make(arm: Arm, recipe: Recipe, base: Base, records: Sequence[dict[str, Any]]
     if arm.kind == "perce":
         return make_trainer(recipe, base, rows)
     config: SFTConfig = training_config(recipe)
-    pairs = PairMaker(base.tokenizer, recipe.template, config.max_length, recipe.profile.max_tokens).make(rows)
+    pairs = PairMaker.of(recipe, base.tokenizer, config.max_length).make(rows)
     columns = {"input_ids": [one.factual.ids for one in pairs], "labels": [one.factual.labels for one in pairs]}
     set_seed(config.seed)
     shared = {"processing_class": base.tokenizer, "peft_config": lora_config(recipe)}
@@ -280,21 +279,8 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-
-
-def carry_out(job: Job) -> None:
-    """Measures `job` and writes its result, also where there is too little memory for it."""
-    children.carry_out(lambda: measure(job), Path(job.result))
-
-
-def main() -> None:
-    """Carries out the job whose file the first argument names."""
-    quiet()
-    job = Job(**read_json(Path(sys.argv[1])))
-    children.end_with_parent(Path(job.scratch))
-    carry_out(job)
+    return sum(map(bytes_of, folder.rglob("*.safetensors")))
 
 
 if __name__ == "__main__":
-    main()
+    children.main(Job, measure)

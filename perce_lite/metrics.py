@@ -23,14 +23,6 @@ class Interval(NamedTuple):
     low: float | None
     high: float | None
 
-    @property
-    def is_above(self) -> bool:
-        return self.low is not None and self.low > 0
-
-    @property
-    def is_below(self) -> bool:
-        return self.high is not None and self.high < 0
-
 
 class Bootstrap:
     """One set of draws over rows, grouped by user, for every figure of these rows: figures stay paired.

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from perce_lite.chat import Chat, Span
 from perce_lite.errors import DataError, TemplateError
-from perce_lite.recipe import Template
+from perce_lite.recipe import Recipe, Template
 from perce_lite.rows import Message, Profiled, Row
 
 IGNORED = -100
@@ -95,6 +95,11 @@ class PairMaker(Chat):
         super().__init__(tokenizer, template)
         self.max_length = max_length
         self.max_profile_tokens = max_profile_tokens
+
+    @classmethod
+    def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> "PairMaker":
+        """As the recipe's training makes them; `max_length` is that of its `PerCEConfig`."""
+        return cls(tokenizer, recipe.template, max_length, recipe.profile.max_tokens)
 
     def make(self, rows: Sequence[Row], audit: Audit | None = None) -> list[Pair]:
         """The pairs of `rows`, in order; `audit` counts those that are dropped, by user and reason.

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from perce_lite.adapters import CARD
 from perce_lite.errors import FleetError
-from perce_lite.files import read_json, safe_name
+from perce_lite.files import bytes_of, read_json, safe_name
 from perce_lite.groups import EVERYBODY, Key, key_of
 from perce_lite.registry import FILE, Adapter, Registry, held
 
@@ -39,11 +39,7 @@ def who(registry: Registry, user: str) -> dict[str, Any]:
     Raises:
         FleetError: no such user.
     """
-    known = registry.user(user)
-    if known is None:
-        like = ", ".join(registry.users_like(user))
-        raise FleetError(f"user {user}: the fleet knows no such user" + (f"; it knows {like}" if like else ""))
-    cohort, examples, own = known
+    cohort, examples, own = _known(registry, user)
     reasons = []
     chain: list[Key] = [("user", user)] if own else []
     chain += [("cohort", cohort)] if cohort is not None else []
@@ -62,6 +58,15 @@ def who(registry: Registry, user: str) -> dict[str, Any]:
         reasons.append(f"{_called(adapter)} is {state}: {adapter.why}")
     reasons.append("so the base serves them")
     return {"user": user, "adapter": None, "folder": None, "why": "; ".join(reasons)}
+
+
+def _known(registry: Registry, user: str) -> tuple[str | None, int, bool]:
+    """What the book says of `user`; raises FleetError where it knows no such user."""
+    known = registry.user(user)
+    if known is None:
+        like = ", ".join(registry.users_like(user))
+        raise FleetError(f"user {user}: the fleet knows no such user" + (f"; it knows {like}" if like else ""))
+    return known
 
 
 def _is_of(folder: Path, adapter: Adapter) -> bool:
@@ -130,8 +135,8 @@ def delete(folder: Path, user: str) -> Receipt:
     if not (folder / FILE).is_file():
         raise FleetError(f"{folder}: no fleet here ({FILE} is missing). Give its folder with --fleet.")
     with held(folder) as registry:
-        if registry.user(user) is None and not registry.was_deleted(user):
-            who(registry, user)  # raises: there is no such user
+        if not registry.was_deleted(user):
+            _known(registry, user)
         receipt = Receipt(user)
         _remove(folder / "adapters" / "user" / safe_name(user), receipt)
         for quoting in QUOTING:
@@ -155,8 +160,7 @@ def delete(folder: Path, user: str) -> Receipt:
 def _remove(path: Path, receipt: Receipt) -> None:
     if not path.exists():
         return
-    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
-    receipt.bytes += sum(file.stat().st_size for file in files)
+    receipt.bytes += bytes_of(path)
     if path.is_dir():
         shutil.rmtree(path)
     else:

@@ -1,6 +1,6 @@
 """Figures of `eval` and `compare` as tables and sentences: written once, shown by the terminal and by the page."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,7 +155,7 @@ def evaluation_sentences(figures: Mapping[str, Any]) -> list[str]:
     for arm in list(figures["arms"])[1:]:
         for name, split in figures["splits"].items():
             own = next(one["change"] for one in split["losses"] if one["arm"] == arm and one["profile"] == "own")
-            told.append(f"{arm}, {name}: with the own profile {_better(own, _improved)}.")
+            told.append(f"{arm}, {name}: with the own profile {_better(own)}.")
             match = [one for one in split["worth"] if one["arm"] == arm and one["over"] == "topical match"]
             for one in match:
                 told.append(f"{arm}, {name}: its own profile against the best topical match of others {_topic(one)}.")
@@ -175,8 +175,8 @@ def _improved(change: Mapping[str, Any] | None) -> str:
     return f"cannot be told from the base's, {signed(change)}"
 
 
-def _better(change: Mapping[str, Any], say: Callable[[Any], str]) -> str:
-    return f"the loss over all tokens {say(change['all'])}, over personal tokens {say(change['personal'])}"
+def _better(change: Mapping[str, Any]) -> str:
+    return f"the loss over all tokens {_improved(change['all'])}, over personal tokens {_improved(change['personal'])}"
 
 
 def _topic(worth: Mapping[str, Any]) -> str:

@@ -13,7 +13,8 @@ from perce_lite.adapters import about
 from perce_lite.config import PerCEConfig
 from perce_lite.console import no_bars, say
 from perce_lite.engine import Result, SlotEngine, UserJob
-from perce_lite.errors import ConfigError, PerceLiteError
+from perce_lite.errors import ConfigError, NonFiniteLossError, PerceLiteError
+from perce_lite.files import bytes_of
 from perce_lite.footprint import adapter_bytes, config_of
 from perce_lite.inprocess import EVERYBODYS, Done, Engine, OneByOne, Outcome, Task, held_out_jobs, loss_of
 from perce_lite.pairs import Audit, Pair, PairMaker, require
@@ -21,6 +22,7 @@ from perce_lite.recipe import Recipe, lora_config, training_config
 from perce_lite.rows import of_split
 from perce_lite.score import Job, kept_log_probs, store_of
 from perce_lite.slots import SlotModel, save_slot
+from perce_lite.store import Store
 from perce_lite.train import describe
 
 _ROUNDS = 4  # users a slot between two looks at the book: what a kill can cost
@@ -50,7 +52,7 @@ class Slotted(OneByOne):
         """Trains the tasks, all of one recipe, then measures and saves each; False where slots cannot."""
         recipe, base = tasks[0].recipe, self._base()
         args = training_config(recipe)
-        maker = PairMaker(base.tokenizer, recipe.template, args.max_length, recipe.profile.max_tokens)
+        maker = PairMaker.of(recipe, base.tokenizer, args.max_length)
         count = min(self._slots, len(tasks))
         try:
             engine = SlotEngine(base.model, base.tokenizer, args, lora_config(recipe), count)
@@ -64,10 +66,11 @@ class Slotted(OneByOne):
             pairs: dict[str, list[Pair]] = {}
             with no_bars():
                 engine.run(self._jobs(tasks, maker, pairs, done), lambda result: results.update({result.user: result}))
+                store = engine.store or store_of(args.store, base.model, args.autocast)
                 for task in tasks:
                     result = results.get(task.key[1])
                     if result is not None:
-                        done(task, result.error or self._finished(engine.model, args, maker, task, result, pairs))
+                        done(task, self._finished(engine, store, maker, task, result, len(pairs[result.user])))
         finally:
             engine.model.detach()
         return True
@@ -90,34 +93,37 @@ class Slotted(OneByOne):
             yield UserJob(task.key[1], made, adapter=start)
 
     def _finished(
-        self,
-        model: SlotModel,
-        args: PerCEConfig,
-        maker: PairMaker,
-        task: Task,
-        result: Result,
-        pairs: dict[str, list[Pair]],
+        self, engine: SlotEngine, store: Store | None, maker: PairMaker, task: Task, result: Result, kept: int
     ) -> Outcome | PerceLiteError:
-        """Measures a user's held-out rows under the base, what it started from, and its own adapter; saves that."""
+        """Measures a user's held-out rows under the base, what it started from, and its own adapter; saves that.
+
+        store: of the bare base; kept: the user's training rows
+        """
+        if result.error is not None:
+            return result.error
+        args, model = engine.args, engine.model
         jobs = held_out_jobs(maker, task.recipe, args, task.rows)
         losses: dict[str, dict[str, float]] = {split: {} for split in jobs}
         start = model.fresh(args.seed) if task.start is None else _weights(task.start)
         for name, state in (("base", None), ("start", start), ("own", result.adapter)):
             for split, some in jobs.items():
-                losses[split] |= loss_of(name, _scored(model, args, some, state))
-        template, kept = maker.tokenizer.chat_template, len(pairs[result.user])
+                losses[split] |= loss_of(name, _scored(model, args, store, some, state))
         figures = {"losses": [], "weights": result.weights}
+        template = maker.tokenizer.chat_template
         told = describe(task.recipe, args, template, task.rows, kept, result.steps, task.run, figures)
         folder = task.folder / "adapter"
-        save_slot(model, result.adapter, folder, told)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        return Outcome(losses, {**result.weights, "store_hits": result.store_hits}, size)
+        try:
+            save_slot(model, result.adapter, folder, told)
+        except NonFiniteLossError as error:
+            return error
+        return Outcome(losses, {**result.weights, "store_hits": result.store_hits}, bytes_of(folder))
 
 
-def _scored(model: SlotModel, args: PerCEConfig, jobs: Sequence[Job], state: dict[str, Tensor] | None) -> list[Tensor]:
-    """Log-probs of `jobs` under the bare base (from the store where it has them), or with `state` in the first slot."""
+def _scored(
+    model: SlotModel, args: PerCEConfig, store: Store | None, jobs: Sequence[Job], state: dict[str, Tensor] | None
+) -> list[Tensor]:
+    """Log-probs of `jobs` under the bare base (from `store` where it has them), or with `state` in the first slot."""
     if state is None:
-        store = store_of(args.store, model.base, args.autocast)
         return kept_log_probs(model.base, jobs, store, args.autocast, "base").log_probs
     model.load_slot(0, state)
     with model.route.everything_to(0):

@@ -125,7 +125,7 @@ def show_inspection(figures: dict[str, Any], page: Path) -> None:
     console.print(Text.assemble("Page: ", (str(page), "bold")))
 
 
-def show_fleet(figures: dict[str, Any], page: Path) -> None:
+def show_fleet(figures: dict[str, Any], page: Path | None) -> None:
     """The end of `perce-lite fleet`: what was due, what became of it, who is served."""
     due = ", ".join(f"{count} {kind}" for kind, count in figures["due"].items() if count)
     console.print(f"Due: {due or 'nothing'}." + (" Nothing was trained (--dry-run)." if figures["dry_run"] else ""))
@@ -134,7 +134,8 @@ def show_fleet(figures: dict[str, Any], page: Path) -> None:
             f"Trained {figures['trained']}, of them held back {figures['held_back']}; failed {figures['failed']}."
         )
     console.print(", ".join(f"{count} {state}" for state, count in figures["states"].items()))
-    console.print(Text.assemble("Page: ", (str(page), "bold")))
+    if page is not None:
+        console.print(Text.assemble("Page: ", (str(page), "bold")))
 
 
 def show_facts(figures: dict[str, Any]) -> None:

@@ -255,7 +255,7 @@ class ShowProgress(TrainerCallback):
 
 def measure(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row]) -> dict[str, Any]:
     """The figures of a finished training: held-out losses, health of the weights, one answer of base and adapter."""
-    maker = PairMaker(trainer.processing_class, recipe.template, trainer.args.max_length, recipe.profile.max_tokens)
+    maker = PairMaker.of(recipe, trainer.processing_class, trainer.args.max_length)
     held_out = spread_over_users(of_split(rows, "test") or of_split(rows, "validation"), recipe.evaluation.max_rows)
     store = store_of(trainer.args.store, trainer.model, trainer.autocast)
     losses = before_and_after(trainer.model, cases(maker, held_out), store, trainer.autocast, trainer.args.clip_min)

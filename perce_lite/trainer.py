@@ -23,7 +23,7 @@ from perce_lite.collator import LOG_PROB_COLUMNS, PairCollator
 from perce_lite.config import PerCEConfig
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.files import disk_full_is_clear
-from perce_lite.head import project_scored_positions_only, scoring_forward
+from perce_lite.head import never_met, project_scored_positions_only, scoring_forward
 from perce_lite.models import keep_base_constant
 from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.recipe import Template
@@ -282,11 +282,7 @@ def _lora_faults(lora: LoraConfig) -> list[str]:
         faults.append(f"lora: bias {lora.bias!r} trains the base's own biases; use 'none'")
     if str(lora.init_lora_weights).lower().startswith(("pissa", "olora", "loftq", "corda", "lora_ga")):
         faults.append(f"lora: init_lora_weights {lora.init_lora_weights!r} rewrites the base's weights; use true")
-    for name in ("target_modules", "modules_to_save"):
-        given = vars(lora)[name]
-        if any("lm_head" in one for one in ([given] if isinstance(given, str) else given or ())):
-            faults.append(f"lora: {name}: the fused head reads lm_head's own weight and would never meet its adapter")
-    return faults
+    return faults + never_met(lora)
 
 
 def _column_faults(names: Sequence[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-from perce_lite.collator import EpochSampler
 from perce_lite.console import say
 from perce_lite.data import read_rows
 from perce_lite.errors import BenchError
@@ -12,6 +11,7 @@ from perce_lite.models import load_tokenizer
 from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.rows import from_columns, of_split, to_columns
+from perce_lite.terms import train_sampler
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def workload(recipe: Recipe, steps: int) -> Workload:
     config = training_config(recipe)
     if config.packing:
         say("packing is left out in every arm: a row is measured as it is.")
-    maker = PairMaker(load_tokenizer(recipe), recipe.template, config.max_length, recipe.profile.max_tokens)
+    maker = PairMaker.of(recipe, load_tokenizer(recipe), config.max_length)
     audit = Audit()
     # There and back again, as training does it: a column has one type, so a profile may become a list of one item.
     records = to_columns(of_split(read_rows(recipe), "train"))
@@ -74,11 +74,7 @@ def workload(recipe: Recipe, steps: int) -> Workload:
             f"There are {len(pairs)} training rows, and one step takes {batch}: lower "
             "train.per_device_train_batch_size or train.gradient_accumulation_steps."
         )
-    order = list(range(len(pairs)))
-    if config.train_sampling_strategy != "sequential":
-        alike = lengths if config.train_sampling_strategy == "group_by_length" else None
-        seed = config.seed if config.data_seed is None else config.data_seed
-        order = list(EpochSampler(len(pairs), seed, alike, config.per_device_train_batch_size))
+    order = list(train_sampler(config, [pair.factual.ids for pair in pairs], config.seed))
     batches = [order[start : start + batch] for start in range(0, len(order) - batch + 1, batch)]
     longest = max(order, key=lambda index: lengths[index])
     taken = batches[:steps]

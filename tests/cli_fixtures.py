@@ -4,13 +4,16 @@ import json
 import shutil
 import signal
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 import toys
 
-from perce_lite import cli
+from perce_lite import children, cli
+from perce_lite.files import read_json
 
 TRAIN = "train: {max_steps: 1, output_dir: out}\nevaluation: {max_rows: 4, max_new_tokens: 2}\n"
 
@@ -77,3 +80,31 @@ def figures(run, tmp_path):
         return json.loads(path.read_text("utf-8"))
 
     return call
+
+
+class Ended:
+    """Stands for a child process that has carried out its job."""
+
+    def wait(self) -> int:
+        return 0
+
+
+@pytest.fixture
+def in_this_process(monkeypatch, tmp_path):
+    """Makes `children` carry out the jobs of a room (its `measure` as it is then) here; gives them as they come."""
+
+    def make(room, kind):
+        jobs = []
+
+        @contextmanager
+        def child(module, path, said):
+            assert module == room.__name__.rpartition(".")[2]
+            jobs.append(kind(**read_json(path)))
+            children.carry_out(jobs[-1], room.measure)
+            yield Ended()
+
+        monkeypatch.setattr(children, "_child", child)
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        return jobs
+
+    return make

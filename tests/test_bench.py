@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,6 @@ from trl import SFTTrainer
 
 from perce_lite import bench, children, measuring, workload
 from perce_lite.errors import BenchError, RecipeError
-from perce_lite.files import read_json
 from perce_lite.recipe import load_recipe
 from perce_lite.trainer import PerCETrainer
 
@@ -30,31 +28,10 @@ pytest_plugins = ["cli_fixtures"]
 SMALL = "train: {output_dir: out, per_device_train_batch_size: 2, max_length: 400}\n"
 
 
-class InThisProcess:
-    """Stands for a child process: it carries out the job here, and is done."""
-
-    def __init__(self, code: int = 0) -> None:
-        self.code = code
-
-    def wait(self) -> int:
-        return self.code
-
-
 @pytest.fixture
-def here(monkeypatch, tmp_path):
+def here(in_this_process):
     """Measurements in this process; gives the jobs as they come."""
-    jobs = []
-
-    @contextmanager
-    def child(module, path, said):
-        assert module == "measuring"
-        jobs.append(measuring.Job(**read_json(path)))
-        measuring.carry_out(jobs[-1])
-        yield InThisProcess()
-
-    monkeypatch.setattr(children, "_child", child)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return jobs
+    return in_this_process(measuring, measuring.Job)
 
 
 def scratch_folders(place: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from test_inspect import EVIL, fits_a_phone, full_logits
 
 from perce_lite import cli, evaluate
-from perce_lite.controls import PROFILES, Topics, cases
+from perce_lite.controls import Topics, cases
 from perce_lite.data import library, read_rows
 from perce_lite.pairs import PairMaker
 from perce_lite.profiles import Item
@@ -18,6 +18,8 @@ from perce_lite.recipe import load_recipe
 from perce_lite.rows import Row, of_split, spread_over_users
 
 pytest_plugins = ["cli_fixtures"]
+
+PROFILES = ("own", "none", "other user's", "topical match")
 
 TEXT = """
 train: {max_steps: 3, learning_rate: 0.05, output_dir: out, store: store, clip_min: 0.05}

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_inspect import full_logits
 
 from perce_lite import fleet as fleets
+from perce_lite import slotted
 from perce_lite.fleet import fleet
 from perce_lite.inprocess import OneByOne
 from perce_lite.pairs import PairMaker
@@ -139,13 +140,13 @@ def test_slots_train_what_one_by_one_trains(recipe):
         )
         one, other = load_file(one), load_file(other)
         far = {name: float((one[name] - other[name]).abs().max()) for name in one | other}
-        assert max(far.values()) < 5e-4, (user, far)  # three steps of 0.01; Adam makes more of rounding
+        assert max(far.values()) < 2e-5, (user, far)
     with opened(Path("slots")) as one, opened(Path("out")) as other:
         for mine, theirs in zip(one.all(), other.all(), strict=True):
             assert (mine.name, mine.state, mine.trained_run) == (theirs.name, theirs.state, theirs.run)
-            assert mine.gain == pytest.approx(theirs.gain, abs=2e-3)
+            assert mine.gain == pytest.approx(theirs.gain, abs=1e-4)
             for split, losses in mine.metrics["losses"].items():
-                assert losses == pytest.approx(theirs.metrics["losses"][split], abs=2e-3)
+                assert losses == pytest.approx(theirs.metrics["losses"][split], abs=1e-4)
 
 
 def test_a_user_that_fails_in_a_slot_is_left_out(recipe, figures):
@@ -165,6 +166,27 @@ def test_what_slots_cannot_do_is_done_one_by_one(recipe, run):
     code, _, err = run("fleet", path, "--set", "fleet.slots=2", "--retrain", "user0")
     assert code == 2
     assert "lora_dropout" in err
+
+
+def test_lora_on_the_head_is_refused_in_slots_too(recipe, run):
+    path = recipe(rows_of(2), TEXT.replace("gate: null", "gate: null, init_from: none"))
+    code, _, err = run("fleet", path, "--set", "fleet.slots=2", "--set", "lora.target_modules=[q_proj, lm_head]")
+    assert code == 2
+    assert "fused head" in err
+
+
+def test_a_slot_whose_weights_are_no_numbers_is_one_users_failure(recipe, monkeypatch):
+    path = recipe(rows_of(2), TEXT.replace("gate: null", "gate: null, init_from: none, slots: 2"))
+    real = slotted.save_slot
+
+    def save(model, state, folder, about):
+        if "user0" in str(folder):
+            state = {name: tensor * float("nan") for name, tensor in state.items()}
+        real(model, state, folder, about)
+
+    monkeypatch.setattr(slotted, "save_slot", save)
+    told = fleet(load_recipe(path), engine_for)
+    assert (told["trained"], told["failed"]) == (1, 1)
 
 
 def test_a_stopped_fleet_goes_on(recipe):
@@ -213,7 +235,7 @@ def test_what_is_half_trained_does_not_go_on_with_other_rows(recipe, monkeypatch
     assert len(resumed) == 1, "with the very same rows it goes on"
 
 
-def test_a_dry_run_changes_nothing(recipe):
+def test_a_dry_run_changes_nothing(recipe, run):
     path, engine = recipe(rows_of(3), TEXT), Clock()
     fleet(load_recipe(path), engine)
     with opened(Path("out")) as book:
@@ -222,6 +244,8 @@ def test_a_dry_run_changes_nothing(recipe):
         assert sum(fleet(load_recipe(path, changes), engine, retrain=retrain, dry_run=True)["due"].values()) > 0
     with opened(Path("out")) as book:
         assert book.all() == before
+    code, out, _ = run("fleet", path, "--dry-run")
+    assert (code, "Page" in out, Path("out/fleet.html").exists()) == (0, False, False)
     engine.trained.clear()
     assert fleet(load_recipe(path), engine)["trained"] == 0
 

@@ -5,12 +5,12 @@ The measurements run in this process, by the very function that a child runs; no
 
 import json
 import statistics
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import toys
+from cli_fixtures import Ended
 
 from perce_lite import children, exactrows, fleetbench, fleetmeasuring, pairs
 from perce_lite.errors import BenchError, DataError
@@ -22,28 +22,10 @@ from perce_lite.slotted import Slotted
 pytest_plugins = ["cli_fixtures"]
 
 
-class Ended:
-    """Stands for a child process that has carried out its job."""
-
-    def wait(self) -> int:
-        return 0
-
-
 @pytest.fixture
-def here(monkeypatch, tmp_path):
+def here(in_this_process):
     """Measurements in this process; gives the jobs as they come."""
-    jobs = []
-
-    @contextmanager
-    def child(module, path, said):
-        assert module == "fleetmeasuring"
-        jobs.append(fleetmeasuring.FleetJob(**read_json(path)))
-        fleetmeasuring.carry_out(jobs[-1])
-        yield Ended()
-
-    monkeypatch.setattr(children, "_child", child)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return jobs
+    return in_this_process(fleetmeasuring, fleetmeasuring.FleetJob)
 
 
 def measurements(recipe, steps=2):

@@ -29,12 +29,11 @@ def splits(read: list[Row]) -> list[str | None]:
     return [row.split for row in read]
 
 
-@pytest.mark.parametrize("by", ["row", "user", "time"])
+@pytest.mark.parametrize("by", ["user", "time"])
 def test_splits_have_the_size_asked_for_and_repeat(by):
     asked = Split(by=by, validation=0.2, test=0.4, seed=3)
     found = splits(split_rows(ROWS, asked))
-    counts = [found.count(name) for name in ("train", "validation", "test")]
-    assert counts == pytest.approx([20, 10, 20], abs=9 if by == "row" else 0)
+    assert [found.count(name) for name in ("train", "validation", "test")] == [20, 10, 20]
     assert splits(split_rows(ROWS, asked)) == found
     if by != "time":
         assert splits(split_rows(ROWS, asked.model_copy(update={"seed": 4}))) != found
@@ -42,6 +41,16 @@ def test_splits_have_the_size_asked_for_and_repeat(by):
     assert (sum(map(len, users)) == 10) is (by == "user")
     if by == "time":
         assert found == ["train"] * 20 + ["validation"] * 10 + ["test"] * 20
+
+
+def test_rows_are_split_each_by_itself_in_about_the_shares_asked_for():
+    rows = [Row(f"w{i}", f"u{i % 10}", "p", (user("q"),), (answer(str(i)),)) for i in range(5000)]
+    asked = Split(by="row", validation=0.2, test=0.4, seed=3)
+    found = [row.split for row in split_rows(rows, asked)]
+    for name, share in (("train", 0.4), ("validation", 0.2), ("test", 0.4)):
+        assert found.count(name) == pytest.approx(5000 * share, abs=3 * (5000 * share * (1 - share)) ** 0.5)
+    assert [row.split for row in split_rows(rows, asked)] == found
+    assert [row.split for row in split_rows(rows, asked.model_copy(update={"seed": 4}))] != found
 
 
 def test_new_rows_move_no_other_row():
