@@ -230,13 +230,14 @@ def export(
     if verify is not None and (out is not None or force):
         raise typer.BadParameter("--out and --force have no part in --verify, which writes nothing")
     from perce_lite import export as exports
+    from perce_lite import tables
 
     if verify is not None:
         figures = exports.verify(verify, base_gguf)
     elif adapter is not None and to is not None:
         figures = exports.export(adapter, to, out, force, base_gguf)
     write(json, figures)
-    exports.show(figures)
+    tables.show_export(figures)
 
 
 @store_app.command("show")
@@ -295,7 +296,7 @@ _STOPPED = {
     "inspect": "What was scored under the base is kept; the same command scores the rest.",
     "eval": "What was scored and answered is kept; the same command does the rest.",
     "compare": "Finished trainings are kept; the same command goes on from the last checkpoint.",
-    "fleet": "Who was trained stays so; the same command goes on.",
+    "fleet": "Whom the book has as trained stay so; the same command trains the rest.",
     "export": "Nothing half-written stays; the same command starts over.",
     "bench": "Nothing is kept: measurements are compared within one run; the same command starts over.",
     "store show": "Nothing was changed.",

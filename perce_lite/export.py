@@ -12,7 +12,6 @@ from peft import PeftModel
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from perce_lite import adapters, gguf_lora, llamacpp
-from perce_lite.console import console
 from perce_lite.errors import ExportError
 from perce_lite.files import folder_written_aside, read_json, write_json, write_text
 from perce_lite.models import BUILT_IN, load_base, model_source
@@ -35,6 +34,7 @@ from perce_lite.proof import (
     verify_peft,
 )
 from perce_lite.recipe import Recipe
+from perce_lite.sections import drifted
 
 Card = Mapping[str, Any]
 
@@ -84,25 +84,6 @@ def verify(folder: Path, base_gguf: Path | None = None) -> dict[str, Any]:
         "folder": str(folder),
         "proof": {**found, "tolerance": proof.tolerance, "effect": effect, "tokens": len(proof.adapter)},
     }
-
-
-def show(figures: Mapping[str, Any]) -> None:
-    """What `perce-lite export` prints at its end."""
-    proof = figures["proof"]
-    if "not_done" in proof:
-        console.print(f"Read back and whole, but not proven: {proof['not_done']}.", style="yellow")
-    elif "off_shift" in proof:
-        told = (
-            f"{proof['off_shift']:.3f} nats a token off what it moves in training, which is {proof['mean_shift']:.3f}"
-        )
-        console.print(f"Proven loosely, on a quantised base, over {proof['tokens']} tokens: {told}.")
-    else:
-        told = f"{proof['off_adapter']:.5f} nats off at the most, {proof['tolerance']:.5f} allowed"
-        effect = f"the adapter changes them by up to {proof['effect']:.3f}"
-        console.print(f"Proven over {proof['tokens']} tokens: {told}; {effect}.")
-    if "drift" in figures:
-        console.print(_drift(figures["drift"]))
-    console.print(f"Export: {figures['folder']}", markup=False, soft_wrap=True)
 
 
 # Before any work
@@ -271,21 +252,12 @@ def _measured_drift(source: Path, card: Card, proof: Proof) -> dict[str, Any]:
     return {"quantization": trained.quantization, "mean": mean, "max": max(differences)}
 
 
-def _drift(drift: Card) -> str:
-    if drift["quantization"] == "none":
-        return "The base was whole in training, so merging changes nothing but rounding."
-    return (
-        f"Trained on the base in {drift['quantization']}, merged into its original weights: a fixed text's log-probs "
-        f"moved by {drift['mean']:.3f} nats a token, {drift['max']:.3f} at the most."
-    )
-
-
 def _merged_card(card: Card, kept: torch.dtype, drift: Card) -> str:
     """The model card: what the adapter's own says, and what merging did."""
     text = adapters.model_card(dict(card)).replace("library_name: peft", "library_name: transformers", 1)
     text = text.replace("# A personal LoRA adapter for", "# With a personal LoRA adapter merged in:", 1)
     dtype = str(kept).removeprefix("torch.")
-    return f"{text}\n## Merged\n\nThe adapter is merged into the original weights, kept in {dtype}. {_drift(drift)}\n"
+    return f"{text}\n## Merged\n\nThe adapter is merged into the original weights, kept in {dtype}. {drifted(drift)}\n"
 
 
 def _write_licence(recipe: Recipe, aside: Path) -> None:

@@ -284,9 +284,14 @@ def _hash(state: xxhash.xxh3_128, name: str, parameter: nn.Parameter) -> None:
     if quant_state is not None:
         tensors |= {f"{name}.{key}": value for key, value in quant_state.as_dict(packed=True).items()}
     for key, tensor in tensors.items():
-        flat = tensor.detach().cpu().contiguous()
-        state.update(f"{key} {flat.dtype} {tuple(flat.shape)}".encode())
-        state.update(flat.view(-1).view(torch.uint8).numpy().data)
+        hash_tensor(state, key, tensor)
+
+
+def hash_tensor(state: xxhash.xxh3_128, name: str, tensor: torch.Tensor) -> None:
+    """Adds a tensor's name, dtype, shape and bytes to `state`."""
+    flat = tensor.detach().cpu().contiguous()
+    state.update(f"{name} {flat.dtype} {tuple(flat.shape)}".encode())
+    state.update(flat.view(-1).view(torch.uint8).numpy().data)
 
 
 def _frozen(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -21,7 +21,7 @@ from perce_lite import adapters
 from perce_lite.chat import Chat
 from perce_lite.errors import AdapterError, ExportError, ModelError
 from perce_lite.files import read_json
-from perce_lite.models import load_base, same_base, sketch
+from perce_lite.models import hash_tensor, load_base, same_base, sketch
 from perce_lite.pairs import IGNORED, Tokens
 from perce_lite.recipe import Recipe, Template
 from perce_lite.score import log_probs
@@ -205,9 +205,8 @@ def does_as_recorded(proof: Proof, got: Sequence[float], where: str) -> float:
 
 def fingerprint(tensor: Tensor) -> str:
     """Hash of a tensor's dtype, shape and bytes."""
-    flat = tensor.detach().cpu().contiguous()
-    state = xxhash.xxh3_128(f"{flat.dtype} {tuple(flat.shape)}".encode())
-    state.update(flat.view(-1).view(torch.uint8).numpy().data)
+    state = xxhash.xxh3_128()
+    hash_tensor(state, "", tensor)
     return str(state.hexdigest())
 
 

@@ -324,3 +324,16 @@ def fleet_sentences(figures: Mapping[str, Any], book: Sequence[Adapter]) -> list
         better = sum(gain > 0 for gain in gains)
         told.append(f"Of {len(gains)} users with held-out rows {better} are better served by their own adapter.")
     return told
+
+
+# export
+
+
+def drifted(drift: Mapping[str, Any]) -> str:
+    """What merging did to the log-probs of a fixed text."""
+    if drift["quantization"] == "none":
+        return "The base was whole in training, so merging changes nothing but rounding."
+    return (
+        f"Trained on the base in {drift['quantization']}, merged into its original weights: a fixed text's log-probs "
+        f"moved by {drift['mean']:.3f} nats a token, {drift['max']:.3f} at the most."
+    )

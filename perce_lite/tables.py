@@ -11,7 +11,7 @@ from rich.text import Text
 
 from perce_lite.console import console
 from perce_lite.report import HEALTH, words
-from perce_lite.sections import Section
+from perce_lite.sections import Section, drifted
 
 _STYLES = {"template": "dim", "profile": "cyan", "query": "yellow", "response": "bold green"}
 
@@ -242,3 +242,22 @@ def _show_machine(figures: dict[str, Any]) -> None:
 
 def _with_range(spread: dict[str, Any] | None) -> str:
     return "-" if spread is None else f"{spread['median']:.2f} ({spread['min']:.2f}-{spread['max']:.2f})"
+
+
+def show_export(figures: dict[str, Any]) -> None:
+    """The end of `perce-lite export`: what was proven, how closely, and where it lies."""
+    proof = figures["proof"]
+    if "not_done" in proof:
+        console.print(f"Read back and whole, but not proven: {proof['not_done']}.", style="yellow")
+    elif "off_shift" in proof:
+        told = (
+            f"{proof['off_shift']:.3f} nats a token off what it moves in training, which is {proof['mean_shift']:.3f}"
+        )
+        console.print(f"Proven loosely, on a quantised base, over {proof['tokens']} tokens: {told}.")
+    else:
+        told = f"{proof['off_adapter']:.5f} nats off at the most, {proof['tolerance']:.5f} allowed"
+        effect = f"the adapter changes them by up to {proof['effect']:.3f}"
+        console.print(f"Proven over {proof['tokens']} tokens: {told}; {effect}.")
+    if "drift" in figures:
+        console.print(drifted(figures["drift"]))
+    console.print(f"Export: {figures['folder']}", markup=False, soft_wrap=True)

@@ -213,7 +213,7 @@ STOPPED = {
     "generate": ("perce_lite.generate.from_folder", ["--adapter", "x", "--prompt", "x"], "Nothing was written"),
     "eval": ("perce_lite.evaluate.evaluate", ["--adapter", "x"], "What was scored and answered is kept"),
     "compare": ("perce_lite.compare.compare", [], "Finished trainings are kept"),
-    "fleet": ("perce_lite.fleet.fleet", [], "Who was trained stays so"),
+    "fleet": ("perce_lite.fleet.fleet", [], "Whom the book has as trained stay so"),
     "export": ("perce_lite.export.export", ["x", "--to", "peft"], "Nothing half-written stays"),
     "bench": ("perce_lite.bench.bench", [], "Nothing is kept: measurements are compared within one run"),
     "store show": ("perce_lite.store.usage", [], "Nothing was changed."),
