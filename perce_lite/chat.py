@@ -103,6 +103,35 @@ class Chat:
         pairs = zip(texts, outlines, strict=True)
         return [_aligned(text, re.split(rf"{mark}(\d+)\.", outline), said) for text, outline in pairs]
 
+    def wakes_at(self, context: str, prompt: list[Message], completion: list[Message], profile: str, where: str) -> int:
+        """Where in `context` (all that stands before the first response) an adapter wakes: letters ahead of it.
+
+        That is where the first user message begins, its header included, where the profile stands in the system
+        message; where it stands in the user message itself, right behind it.
+
+        Raises:
+            TemplateError: the template puts the profile behind the query, or behind a response.
+        """
+        messages = self._messages([*prompt, *completion], profile, where)
+        lead = list(itertools.takewhile(lambda one: one["role"] == "system", messages))
+        if lead and self._position == "system":
+            try:
+                head = self._render(lead, where)
+            except TemplateError:  # there are templates that want a user's message
+                head = ""
+            if head and context.startswith(head):
+                return len(head)
+        if not profile:
+            return 0
+        spans = self.segments(prompt, completion, profile, where)[0]
+        kinds = [kind for _, kind in spans]
+        if "profile" not in kinds or "query" in kinds[: kinds.index("profile")]:
+            raise TemplateError(
+                f"{where}: profile_pass: frozen needs the profile ahead of every query and response, and this chat "
+                "template puts it elsewhere. Try template.position: user, or profile_pass: full."
+            )
+        return sum(len(text) for text, _ in spans[: kinds.index("profile") + 1])
+
     def _unspoken(self, name: str, messages: list[Message], profile: str, where: str) -> str:
         """A word for placeholders that stands in none of the messages."""
         spoken = "".join(one["content"] for one in self._messages(messages, profile, where))

@@ -9,8 +9,6 @@ import torch
 from torch.utils.data import Sampler
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from perce_lite.pairs import Tokens
-
 LOG_PROB_COLUMNS = ("factual_log_probs", "counterfactual_log_probs")
 """Columns (T,) of a row: nats at scored positions, zero elsewhere."""
 
@@ -34,11 +32,13 @@ class PairCollator(DataCollatorForLanguageModeling):
     Packed rows (those with `seq_lengths`) are laid end to end into one row without an attention mask, position ids
     starting anew at each: the only form in which transformers keeps them apart without FlashAttention.
 
+    `prefix` (B, T), where the rows have it, is the number of each token's prefix (see `perce_lite.prefix`), -1 in padding.
+
     counterfactuals: where given (`bootstrap`), the batch also holds `counterfactual`, the same rows without the
-        profile, in the same order and form
+        profile, in the same order and form: `input_ids`, `labels` and, as above, `prefix` of each row, (T,)
     """
 
-    counterfactuals: Sequence[Tokens] | None = None
+    counterfactuals: Sequence[dict[str, list[int]]] | None = None
     _plain: DataCollatorForLanguageModeling = field(init=False, repr=False)
     _packed: DataCollatorForLanguageModeling = field(init=False, repr=False)
 
@@ -54,6 +54,7 @@ class PairCollator(DataCollatorForLanguageModeling):
         length = batch["input_ids"].shape[1]
         for name, padding, dtype in (
             ("row", -1, torch.long),
+            ("prefix", -1, torch.long),
             *((name, 0.0, torch.float32) for name in LOG_PROB_COLUMNS),
         ):
             if name not in examples[0]:
@@ -72,13 +73,12 @@ class PairCollator(DataCollatorForLanguageModeling):
         twins = [[self.counterfactuals[index] for index in indices] for indices in rows]
         collated = [
             {
-                "input_ids": [token for twin in row for token in twin.ids],
-                "labels": [label for twin in row for label in twin.labels],
-                **({"seq_lengths": [len(twin.ids) for twin in row]} if packed else {}),
+                **{name: [value for twin in row for value in twin[name]] for name in row[0]},
+                **({"seq_lengths": [len(twin["input_ids"]) for twin in row]} if packed else {}),
             }
             for row in twins
         ]
-        return dict((self._packed if packed else self._plain)(collated))
+        return self.torch_call(collated)
 
 
 class EpochSampler(Sampler[int]):

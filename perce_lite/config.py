@@ -1,4 +1,4 @@
-"""`PerCEConfig`: TRL's `SFTConfig`, six fields of our own, and a verdict on every option that touches the loss."""
+"""`PerCEConfig`: TRL's `SFTConfig`, seven fields of our own, and a verdict on every option that touches the loss."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from trl import SFTConfig
 
-from perce_lite.contrast import Estimator, Normalization, TrainOn
+from perce_lite.contrast import Estimator, Normalization, ProfilePass, TrainOn
 from perce_lite.errors import ConfigError, DeviceError
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -221,6 +221,12 @@ class PerCEConfig(SFTConfig):
         default="factual",
         metadata={"help": "factual: loss with the profile in the prompt; counterfactual: without, same weights."},
     )
+    profile_pass: str = field(
+        default="full",
+        metadata={
+            "help": "full: the adapter reads the profile; frozen: it wakes behind it, and the bare base reads the profile."
+        },
+    )
     store: str | None = field(
         default=None, metadata={"help": "Folder that keeps log-probs under the frozen base between runs; None: memory."}
     )
@@ -252,12 +258,13 @@ class PerCEConfig(SFTConfig):
 
 
 def _own_faults(config: PerCEConfig) -> list[str]:
-    """Faults of the six fields, of how they go together, and of numbers that cannot be trained with."""
+    """Faults of the seven fields, of how they go together, and of numbers that cannot be trained with."""
     faults = []
     choices: dict[str, tuple[Any, ...]] = {
         "estimator": get_args(Estimator),
         "normalize_weights": get_args(Normalization),
         "train_on": get_args(TrainOn),
+        "profile_pass": get_args(ProfilePass),
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
@@ -272,6 +279,10 @@ def _own_faults(config: PerCEConfig) -> list[str]:
         faults.append(
             f"train_on: 'counterfactual' does not go with estimator {config.estimator!r}, whose factual term is the "
             "training forward; use base, shuffled or uniform"
+        )
+    if config.profile_pass == "frozen" and config.train_on == "counterfactual":
+        faults.append(
+            "profile_pass: 'frozen' does not go with train_on 'counterfactual', whose training forward has no profile"
         )
     positive = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
     faults += [

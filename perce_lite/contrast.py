@@ -13,6 +13,7 @@ from torch import Tensor
 Estimator = Literal["base", "mixed", "bootstrap", "uniform", "shuffled"]
 Normalization = Literal["none", "mean"]
 TrainOn = Literal["factual", "counterfactual"]
+ProfilePass = Literal["full", "frozen"]
 
 
 def pir(factual_log_probs: Tensor, counterfactual_log_probs: Tensor) -> Tensor:

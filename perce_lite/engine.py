@@ -22,9 +22,13 @@ from perce_lite.config import PerCEConfig
 from perce_lite.errors import ConfigError, DataError, PerceLiteError
 from perce_lite.head import never_met, scoring_forward, training_forward
 from perce_lite.pairs import IGNORED, Pair
-from perce_lite.score import batch_log_probs, frozen, in_dtype, padded, store_of
+from perce_lite.prefix import Prefixes, look_ahead
+from perce_lite.score import batch_log_probs, behind, frozen, in_dtype, inputs_of, read_prefix, store_of
 from perce_lite.slots import attach
 from perce_lite.terms import Constants, constants, needed_terms, not_finite, steps_of, trained, windows
+
+_GIVEN = ("input_ids", "labels", "attention_mask", "position_ids", "ahead")
+"""What a forward takes of a batch."""
 
 _RUN = ("epoch", "loss", "unweighted_loss", "grad_norm", "learning_rate")
 """Figures of a step that do not speak of its weights."""
@@ -80,16 +84,23 @@ class Result:
 class _Training:
     """One user in one slot: rows, place in their order, optimizer, schedule, figures."""
 
-    def __init__(self, slot: int, job: UserJob, found: Constants, parameters: list[Tensor], args: PerCEConfig) -> None:
+    def __init__(
+        self,
+        slot: int,
+        job: UserJob,
+        found: Constants,
+        parameters: list[Tensor],
+        args: PerCEConfig,
+        prefixes: Prefixes,
+    ) -> None:
         seed = args.seed if job.seed is None else job.seed
         self.slot, self.job, self.found, self.parameters, self.args = slot, job, found, parameters, args
-        passes = [trained(pair, args) for pair in job.pairs]
         self.features: list[dict[str, Any]] = [
-            {"input_ids": one.ids, "labels": one.labels, **{name: found.columns[name][row] for name in found.columns}}
-            for row, one in enumerate(passes)
+            {**prefixes.features(trained(pair, args)), **{name: found.columns[name][row] for name in found.columns}}
+            for row, pair in enumerate(job.pairs)
         ]
-        self.windows = windows(args, [one.ids for one in passes], seed)
-        self.total = job.steps if job.steps is not None else steps_of(args, len(passes))
+        self.windows = windows(args, [one["input_ids"] for one in self.features], seed)
+        self.total = job.steps if job.steps is not None else steps_of(args, len(self.features))
         # The trainer's own optimizer and schedule, over this slot's tensors alone; peft's matrices all decay.
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
         self.optimizer = kind([{"params": parameters, "weight_decay": args.weight_decay}], **options)
@@ -190,6 +201,9 @@ class SlotEngine:
         self.store = store_of(args.store, base, args.autocast) if needed_terms(args) else None
         self.forward = training_forward(base)
         self.scoring_forward = scoring_forward(base)
+        self.prefixes = Prefixes(lambda ids: read_prefix(base, ids, args.autocast))
+        if args.profile_pass == "frozen":
+            look_ahead(base, self.prefixes)
 
     def run(self, jobs: Iterable[UserJob], done: Callable[[Result], None]) -> None:
         """Trains all `jobs`, calling `done` for each as it ends, failed or not; `jobs` is read as slots come free."""
@@ -233,7 +247,7 @@ class SlotEngine:
         seed = self.args.seed if job.seed is None else job.seed
         found = constants(self.model.base, job.pairs, self.args, seed, self.store)
         self.model.load_slot(slot, self.model.fresh(seed) if job.adapter is None else job.adapter)
-        return _Training(slot, job, found, self.model.parameters_of(slot), self.args)
+        return _Training(slot, job, found, self.model.parameters_of(slot), self.args, self.prefixes)
 
     def _result(self, training: _Training, error: PerceLiteError | None) -> Result:
         adapter = {} if error is not None else self.model.read_slot(training.slot)
@@ -245,9 +259,12 @@ class SlotEngine:
         taken = [(training, row) for training in trainings for row in training.take()]
         batch = self.collator([training.features[row] for training, row in taken])
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        if "prefix" in batch:  # read ahead of the route, by the bare base
+            batch = behind(batch, batch.pop("prefix"), self.prefixes)
+        twins = self._without_profile(taken) if self.args.estimator == "bootstrap" else None
         with self.model.route.of([training.slot for training, _ in taken]):
-            if self.args.estimator == "bootstrap":
-                batch["counterfactual"] = self._without_profile(taken)
+            if twins is not None:
+                batch["counterfactual"] = self._scored(twins)
             losses = self._losses(trainings, batch)
             torch.stack([one.scaler.scale(loss) for one, loss in zip(trainings, losses, strict=True)]).sum().backward()
         errors: dict[int, PerceLiteError] = {}
@@ -261,10 +278,10 @@ class SlotEngine:
                 due.append(training)
         return errors | self._update(due)
 
-    def _losses(self, trainings: Sequence[_Training], batch: dict[str, Tensor]) -> list[Tensor]:
+    def _losses(self, trainings: Sequence[_Training], batch: dict[str, Any]) -> list[Tensor]:
         """Each user's weighted loss, nats a token of that user's accumulation window."""
         scored = batch["labels"][:, 1:] != IGNORED
-        given = {name: batch[name] for name in ("input_ids", "labels", "attention_mask")}
+        given = {name: batch[name] for name in _GIVEN if name in batch}
         with in_dtype(self.device, self.args.autocast):
             flat = self.forward(**given, use_cache=False)  # (N,), row after row
         constant = {name: batch[name][:, 1:][scored] for name in trainings[0].found.columns}
@@ -290,13 +307,16 @@ class SlotEngine:
             weighted = weights * log_probs
         return -weighted.sum() / training.tokens
 
-    def _without_profile(self, taken: Sequence[tuple[_Training, int]]) -> Tensor:
-        """Log-probs (N,) of the same rows under the same slots, without the profile."""
+    def _without_profile(self, taken: Sequence[tuple[_Training, int]]) -> dict[str, Any]:
+        """Inputs of a forward of the same rows without the profile."""
         twins = [training.job.pairs[row].counterfactual for training, row in taken]
+        slept = self.prefixes if self.args.profile_pass == "frozen" else None
+        return inputs_of(twins, self.collator.pad_token_id, self.device, slept)
+
+    def _scored(self, inputs: dict[str, Any]) -> Tensor:
+        """Log-probs (N,) of a batch under the slots that are routed to."""
         with frozen(self.model.base, adapters=True):
-            return batch_log_probs(
-                self.scoring_forward, padded(twins, self.collator.pad_token_id, self.device), self.args.autocast
-            )
+            return batch_log_probs(self.scoring_forward, inputs, self.args.autocast)
 
     def _update(self, due: Sequence[_Training]) -> dict[int, PerceLiteError]:
         """Clips and steps each user on its own; a user whose gradient is not finite does not step."""

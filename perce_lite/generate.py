@@ -17,7 +17,7 @@ from perce_lite.pairs import PairMaker
 from perce_lite.profiles import choose
 from perce_lite.recipe import Recipe
 from perce_lite.rows import Message, Profiled
-from perce_lite.score import frozen, in_dtype
+from perce_lite.score import frozen, in_dtype, read_prefix
 
 
 def generate(
@@ -37,7 +37,10 @@ def generate(
     """
     tokenizer: PreTrainedTokenizerBase = maker.tokenizer
     device = next(model.parameters()).device
-    ids = torch.tensor([maker.prompt_ids(prompt, profile)], device=device)
+    asked = maker.prompt(prompt, profile)
+    ids = torch.tensor([asked.ids], device=device)
+    if use_adapter and asked.prefix:  # the bare base reads it; what generation is left with is query and answer
+        options["past_key_values"] = read_prefix(model, asked.ahead, autocast)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     with frozen(model, adapters=use_adapter), in_dtype(device, autocast):
         out = base_of(model).generate(

@@ -25,7 +25,7 @@ from perce_lite import children
 from perce_lite.collator import PairCollator
 from perce_lite.files import bytes_of, digest
 from perce_lite.models import Base, load_base
-from perce_lite.pairs import IGNORED, PairMaker, Tokens
+from perce_lite.pairs import PairMaker
 from perce_lite.recipe import Recipe, lora_config, training_config
 from perce_lite.rows import from_columns
 from perce_lite.train import make_trainer
@@ -214,7 +214,7 @@ def make(arm: Arm, recipe: Recipe, base: Base, records: Sequence[dict[str, Any]]
     shared = {"processing_class": base.tokenizer, "peft_config": lora_config(recipe)}
     if arm.kind == "hand-written":
         columns["row"] = [[index] * len(one.factual.ids) for index, one in enumerate(pairs)]
-        twins: list[Tokens] = [one.counterfactual for one in pairs]
+        twins = [{"input_ids": one.counterfactual.ids, "labels": one.counterfactual.labels} for one in pairs]
         collator = PairCollator(pad_token_id=_pad_id(base), counterfactuals=twins)
         data = datasets.Dataset.from_dict(columns)
         return HandWrittenTrainer(base.model, config, train_dataset=data, data_collator=collator, **shared)

@@ -23,10 +23,24 @@ IGNORED = -100
 
 
 class Tokens(NamedTuple):
-    """Ids (T,) and labels (T,), `IGNORED` where no loss falls."""
+    """Ids (T,) and labels (T,), `IGNORED` where no loss falls.
+
+    prefix: how many of them, the profile's among these, an adapter sleeps through (`profile_pass: frozen`)
+    """
 
     ids: list[int]
     labels: list[int]
+    prefix: int = 0
+
+    @property
+    def ahead(self) -> tuple[int, ...]:
+        """Ids of the prefix (P,)."""
+        return tuple(self.ids[: self.prefix])
+
+    @property
+    def awake(self) -> "Tokens":
+        """What follows the prefix (T - P,)."""
+        return Tokens(self.ids[self.prefix :], self.labels[self.prefix :])
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,7 @@ class PairMaker(Chat):
 
     max_length: tokens of a whole row, profile included; None: no limit
     max_profile_tokens: tokens of the profile alone; None: no limit
+    profile_pass: that of `PerCEConfig`; with "frozen" every sequence says where its prefix ends
     """
 
     def __init__(
@@ -91,15 +106,23 @@ class PairMaker(Chat):
         template: Template | None = None,
         max_length: int | None = None,
         max_profile_tokens: int | None = None,
+        profile_pass: str = "full",
     ) -> None:
         super().__init__(tokenizer, template)
         self.max_length = max_length
         self.max_profile_tokens = max_profile_tokens
+        self.sleeps = profile_pass == "frozen"
+        if self.sleeps and not tokenizer.is_fast:
+            raise TemplateError(
+                f"profile_pass: frozen has to know where in the text a token stands, which {type(tokenizer).__name__} "
+                "does not tell. Use a model with a fast tokenizer, or profile_pass: full."
+            )
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> "PairMaker":
         """As the recipe's training makes them; `max_length` is that of its `PerCEConfig`."""
-        return cls(tokenizer, recipe.template, max_length, recipe.profile.max_tokens)
+        profile_pass = recipe.train.get("profile_pass", "full")
+        return cls(tokenizer, recipe.template, max_length, recipe.profile.max_tokens, profile_pass)
 
     def make(self, rows: Sequence[Row], audit: Audit | None = None) -> list[Pair]:
         """The pairs of `rows`, in order; `audit` counts those that are dropped, by user and reason.
@@ -227,7 +250,27 @@ class PairMaker(Chat):
             end = after[: self.end_of_turn(after)] if ends_turns else []
             ids += response + after
             labels += response + end + [IGNORED] * (len(after) - len(end))
-        return _without_tail(ids, labels)
+        prefix = self._prefix(contexts[0], prompt, completion, profile, where) if self.sleeps else 0
+        return _without_tail(ids, labels, prefix)
+
+    def prompt(self, prompt: Sequence[Message], profile: Profiled) -> Tokens:
+        """As `prompt_ids`, with the prefix that an adapter sleeps through; nothing in it is scored."""
+        ids, text = self.prompt_ids(prompt, profile), self.profile_text(profile)
+        messages = [{"role": self.safe(one["role"])[0], "content": self.safe(one["content"])[0]} for one in prompt]
+        answer: list[Message] = [{"role": "assistant", "content": "."}]
+        prefix = 0
+        if self.sleeps:
+            ahead = self.contexts(messages, answer, text, "the prompt")[0]
+            prefix = self._prefix(ahead, messages, answer, text, "the prompt")
+        return Tokens(ids, [IGNORED] * len(ids), prefix)
+
+    def _prefix(self, context: str, prompt: list[Message], completion: list[Message], profile: str, where: str) -> int:
+        """How many tokens of `context`, all that stands before the first response, end before the first query."""
+        end = self.wakes_at(context, prompt, completion, profile, where)
+        offsets = self.tokenizer(context, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        starts = [start for start, _ in offsets["offset_mapping"]]
+        # A token that reaches over the end carries some of the profile, so it belongs to the prefix.
+        return next((index for index, start in enumerate(starts) if start >= end), len(starts))
 
 
 def require(pairs: Sequence[Pair], audit: Audit, what: str) -> None:
@@ -262,7 +305,7 @@ def _most_that_fit(total: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _without_tail(ids: list[int], labels: list[int]) -> Tokens:
+def _without_tail(ids: list[int], labels: list[int], prefix: int) -> Tokens:
     """Cuts what follows the last scored token: it would be computed for nothing."""
     last = max(index for index, label in enumerate(labels) if label != IGNORED)
-    return Tokens(ids[: last + 1], labels[: last + 1])
+    return Tokens(ids[: last + 1], labels[: last + 1], prefix)

@@ -3,21 +3,23 @@
 import itertools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import DynamicCache
 
 from perce_lite.console import progress_bar
 from perce_lite.files import digest
 from perce_lite.head import base_of, scoring_forward
 from perce_lite.models import adapter_fingerprint, fingerprint
 from perce_lite.pairs import IGNORED, Tokens
+from perce_lite.prefix import Prefixes, look_ahead
 from perce_lite.store import Store, entry_key
 
 SCORING_VERSION = 1
@@ -66,7 +68,7 @@ def in_dtype(device: torch.device, autocast: torch.dtype | None) -> torch.autoca
     return torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
 
 
-def batch_log_probs(forward: Callable[..., Tensor], inputs: dict[str, Tensor], autocast: torch.dtype | None) -> Tensor:
+def batch_log_probs(forward: Callable[..., Tensor], inputs: Mapping[str, Any], autocast: torch.dtype | None) -> Tensor:
     """Log-probs (N,) float32 of a batch's scored tokens, row after row, by `scoring_forward`. Call it in `frozen`."""
     with in_dtype(inputs["input_ids"].device, autocast):
         return forward(**inputs, use_cache=False).float()
@@ -85,6 +87,42 @@ def padded(sequences: Sequence[Tokens], pad_id: int, device: torch.device) -> di
     }
 
 
+def read_prefix(model: torch.nn.Module, ids: Sequence[int], autocast: torch.dtype | None) -> DynamicCache:
+    """Keys and values (1, heads, P, d) a layer that the bare base has for `ids`, read without gradients."""
+    cache, device = DynamicCache(), next(model.parameters()).device
+    with frozen(model, adapters=False), in_dtype(device, autocast):
+        base_of(model).base_model(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
+    return cache
+
+
+def prefixes_of(model: torch.nn.Module, autocast: torch.dtype | None) -> Prefixes:
+    """The prefixes of `model`, none read yet; from now on its layers can look at what stands ahead of a batch.
+
+    Raises:
+        ConfigError: its attention cannot.
+    """
+    prefixes = Prefixes(lambda ids: read_prefix(model, ids, autocast))
+    look_ahead(base_of(model), prefixes)
+    return prefixes
+
+
+def inputs_of(
+    sequences: Sequence[Tokens], pad_id: int, device: torch.device, prefixes: Prefixes | None
+) -> dict[str, Any]:
+    """Inputs of a forward: of the whole sequences (B, T), or with `prefixes` of what follows each one's prefix."""
+    if prefixes is None:
+        return dict(padded(sequences, pad_id, device))
+    inputs = padded([one.awake for one in sequences], pad_id, device)
+    numbers = torch.tensor([prefixes.number(one.ahead) for one in sequences], device=device)
+    return behind(inputs, torch.where(inputs["attention_mask"] > 0, numbers[:, None], -1), prefixes)
+
+
+def behind(inputs: Mapping[str, Any], numbers: Tensor, prefixes: Prefixes) -> dict[str, Any]:
+    """`inputs` of a forward of what follows the prefixes, whose `numbers` (B, T) name each token's; -1 is padding."""
+    rest = {name: given for name, given in inputs.items() if name != "attention_mask"}
+    return {**rest, **prefixes.ahead(numbers, rest.get("position_ids"))}
+
+
 def log_probs(
     model: torch.nn.Module,
     sequences: Sequence[Tokens],
@@ -94,13 +132,15 @@ def log_probs(
 ) -> None:
     """Calls `done(index, log-probs (R,) float32 on the CPU)` for each sequence, in the order that suits the device.
 
-    On a CPU a row is scored alone, so that its values depend on nothing but itself.
+    On a CPU a row is scored alone, so that its values depend on nothing but itself. An adapter sleeps through the
+    prefix of a sequence that has one.
     """
     device = next(model.parameters()).device
     forward = scoring_forward(model)
+    prefixes = prefixes_of(model, autocast) if adapters and any(one.prefix for one in sequences) else None
     with frozen(model, adapters):
         for batch in _batches(sequences, alone=device.type == "cpu"):
-            inputs = padded([sequences[index] for index in batch], 0, device)
+            inputs = inputs_of([sequences[index] for index in batch], 0, device, prefixes)
             flat = batch_log_probs(forward, inputs, autocast).cpu()
             counts = [sum(label != IGNORED for label in sequences[index].labels) for index in batch]
             for index, values in zip(batch, flat.split(counts), strict=True):
@@ -163,7 +203,8 @@ def kept_log_probs(
     `store` is of `store_key(model, autocast, adapters)`; `what` names the progress bar.
     What is new goes to the store every few seconds, so that a killed pass goes on where it was.
     """
-    keys = [entry_key(*job.tokens) for job in jobs]
+    # Without adapters it is all one where a prefix ends.
+    keys = [entry_key(one.ids, one.labels, one.prefix if adapters else 0) for one in (job.tokens for job in jobs)]
     known = {user: store.get(user) if store is not None else {} for user in dict.fromkeys(job.user for job in jobs)}
     cached = [known[job.user].get(key) for job, key in zip(jobs, keys, strict=True)]
     found = {index: values for index, values in enumerate(cached) if values is not None}

@@ -20,9 +20,10 @@ from perce_lite.console import warn
 from perce_lite.files import disk_full_is_clear, safe_name, written_aside
 
 
-def entry_key(ids: Sequence[int], labels: Sequence[int]) -> str:
-    """The key of a row's log-probs: what was read (ids) and what was scored (labels)."""
-    packed = struct.pack(f"<I{len(ids)}i{len(labels)}i", len(ids), *ids, *labels)
+def entry_key(ids: Sequence[int], labels: Sequence[int], prefix: int = 0) -> str:
+    """The key of a row's log-probs: what was read (ids), what was scored (labels), what the adapter slept through."""
+    slept = [prefix] if prefix else []
+    packed = struct.pack(f"<I{len(ids) + len(labels) + len(slept)}i", len(ids), *ids, *labels, *slept)
     return hashlib.sha256(packed).hexdigest()[:32]
 
 

@@ -44,7 +44,7 @@ class Constants:
 
 
 def trained(pair: Pair, args: PerCEConfig) -> Tokens:
-    """The pass of `pair` that the loss falls on."""
+    """The pass of `pair` that the loss falls on; all of it, whatever the adapter sleeps through."""
     return pair.factual if args.train_on == "factual" else pair.counterfactual
 
 
@@ -78,7 +78,7 @@ def constants(
     terms = {term: scored.log_probs[i * len(pairs) : (i + 1) * len(pairs)] for i, term in enumerate(needed)}
     laid_out = {
         f"{term}_log_probs": [
-            _column(trained(pair, args).labels, values, args, seed, row)
+            _column(trained(pair, args).awake.labels, values, args, seed, row)
             for row, (pair, values) in enumerate(zip(pairs, terms[term], strict=True))
         ]
         for term in _CONSTANT_TERMS[args.estimator]

@@ -23,12 +23,13 @@ from perce_lite.collator import LOG_PROB_COLUMNS, PairCollator
 from perce_lite.config import PerCEConfig
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.files import disk_full_is_clear
-from perce_lite.head import never_met, project_scored_positions_only, scoring_forward
+from perce_lite.head import base_of, never_met, project_scored_positions_only, scoring_forward
 from perce_lite.models import keep_base_constant
 from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, require
+from perce_lite.prefix import Prefixes, look_ahead
 from perce_lite.recipe import Template
 from perce_lite.rows import from_columns
-from perce_lite.score import batch_log_probs, frozen
+from perce_lite.score import batch_log_probs, behind, frozen, read_prefix
 from perce_lite.terms import constants, not_finite, train_sampler, trained
 
 _REFUSED_ARGUMENTS = {
@@ -75,6 +76,7 @@ class PerCETrainer(SFTTrainer):
         self.audits: dict[str, Audit] = {}
         self.pairs: dict[str, list[Pair]] = {}
         self._template, self._max_profile_tokens = template, max_profile_tokens
+        self._prefixes = Prefixes(lambda ids: read_prefix(self.model, ids, self.autocast))
         given = {name: p.data for name, p in model.named_parameters()} if isinstance(model, PeftModel) else {}
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         # TRL makes a 4-bit model's adapter bf16, in which small updates round away and fp16's scaler fails.
@@ -85,6 +87,8 @@ class PerCETrainer(SFTTrainer):
         self.autocast = args.autocast
         if next(self.model.parameters()).device.type == "cpu":
             project_scored_positions_only(self.model)
+        if args.profile_pass == "frozen":
+            look_ahead(base_of(self.model), self._prefixes)
         self.scoring_seconds = 0.0
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the training loop counts
         bootstrap = args.estimator == "bootstrap"
@@ -92,7 +96,9 @@ class PerCETrainer(SFTTrainer):
         self.data_collator = PairCollator(
             pad_token_id=self._tokenizer.pad_token_id,
             pad_to_multiple_of=args.pad_to_multiple_of,
-            counterfactuals=[pair.counterfactual for pair in self.pairs["train"]] if bootstrap else None,
+            counterfactuals=[self._prefixes.features(one.counterfactual) for one in self.pairs["train"]]
+            if bootstrap
+            else None,
         )
         self.train_dataset = self._ordered(self._with_log_probs(self.train_dataset))
 
@@ -107,7 +113,7 @@ class PerCETrainer(SFTTrainer):
         formatting_func: None,
         dataset_name: str,
     ) -> datasets.Dataset:
-        """Columns `input_ids`, `labels` and, in training, `row`, each (T,); TRL calls it for every data set."""
+        """Columns `input_ids`, `labels`, `prefix` where there is one, and in training `row`, each (T,)."""
         if "input_ids" in dataset.column_names:
             return dataset
         training = "train" not in self.pairs  # TRL prepares the training set first
@@ -115,14 +121,15 @@ class PerCETrainer(SFTTrainer):
         rows = [from_columns(record, f"{dataset_name} row {number}") for number, record in enumerate(dataset)]
         if not any(row.profile for row in rows):
             raise DataError(f"The {dataset_name} data set's profile column is empty in all {len(rows)} rows")
-        maker = PairMaker(processing_class, self._template, args.max_length, self._max_profile_tokens)
+        limits = args.max_length, self._max_profile_tokens
+        maker = PairMaker(processing_class, self._template, *limits, args.profile_pass)
         audit = self.audits[dataset_name] = Audit()
         pairs = self.pairs[dataset_name] = maker.make(rows, audit)
         require(pairs, audit, dataset_name)
-        passes = [trained(pair, args) for pair in pairs]
-        columns = {"input_ids": [tokens.ids for tokens in passes], "labels": [tokens.labels for tokens in passes]}
+        features = [self._prefixes.features(trained(pair, args)) for pair in pairs]
+        columns = {name: [one[name] for one in features] for name in features[0]}
         if training:
-            columns["row"] = [[index] * len(tokens.ids) for index, tokens in enumerate(passes)]
+            columns["row"] = [[index] * len(one["input_ids"]) for index, one in enumerate(features)]
         return datasets.Dataset.from_dict(columns)
 
     def _with_log_probs(self, dataset: datasets.Dataset) -> datasets.Dataset:
@@ -153,8 +160,13 @@ class PerCETrainer(SFTTrainer):
         if twin is not None and model.training:
             constants["counterfactual_log_probs"] = self._without_profile(twin, inputs["labels"])
 
+        numbers = inputs.pop("prefix", None)
+
+        def forward(**forward_inputs: Any) -> Any:
+            return model(**self._behind(forward_inputs, numbers))
+
         def weighted(**forward_inputs: Any) -> Any:
-            outputs = model(**forward_inputs)
+            outputs = forward(**forward_inputs)
             factual = constants.get("factual_log_probs", outputs.log_probs)
             counterfactual = constants.get("counterfactual_log_probs")
             pir = None if counterfactual is None else contrast.pir(factual, counterfactual)
@@ -165,7 +177,7 @@ class PerCETrainer(SFTTrainer):
             return outputs
 
         result = super().compute_loss(
-            weighted if model.training else model, inputs, return_outputs, num_items_in_batch=num_items_in_batch
+            weighted if model.training else forward, inputs, return_outputs, num_items_in_batch=num_items_in_batch
         )
         loss = result[0] if return_outputs else result
         if model.training and not torch.isfinite(loss):
@@ -173,9 +185,14 @@ class PerCETrainer(SFTTrainer):
             raise not_finite(f"The loss is {loss.item()}", self.state.global_step + 1, named)
         return result
 
+    def _behind(self, inputs: dict[str, Any], numbers: Tensor | None) -> dict[str, Any]:
+        """`inputs` of a forward, (B, T), behind the prefixes of these `numbers` where an adapter sleeps through them."""
+        return inputs if numbers is None else behind(inputs, numbers, self._prefixes)
+
     def _without_profile(self, twin: dict[str, Any], labels: Tensor) -> Tensor:
         """Log-probs of the same adapter without the profile, laid out as the training forward's (B, T-1)."""
         assert self._scoring_forward is not None
+        twin = self._behind(twin, twin.pop("prefix", None))
         with frozen(self.model, adapters=True):
             flat = batch_log_probs(self._scoring_forward, twin, self.autocast)
         mask = labels[:, 1:] != IGNORED
@@ -201,7 +218,7 @@ class PerCETrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "row", *LOG_PROB_COLUMNS])]
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "row", "prefix", *LOG_PROB_COLUMNS])]
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler[int] | None:
         """As TRL's, with an order that a resumed run meets again."""

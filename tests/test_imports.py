@@ -17,7 +17,7 @@ rows       registry   children
 documents
 data       models     store      chat
 pairs      adapters   footprint
-collator   head
+collator   head       prefix
 score
 terms
 trainer    slots      generate   controls   check      sections

@@ -1,10 +1,13 @@
 """The loss against an independent computation in float64 from full logits, and against plain SFT."""
 
+from contextlib import contextmanager
+
 import datasets
 import pytest
 import torch
 import toys
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch.nn.functional import log_softmax
 from trl import SFTConfig, SFTTrainer
 
@@ -29,9 +32,27 @@ def reference_model(trainer, family="chatml"):
     return fresh.eval()
 
 
+@contextmanager
+def asleep(model, prefix):
+    """The adapters of `model` do nothing at the first `prefix` positions of one whole forward."""
+
+    def masked(layer, inputs, output):
+        awake = torch.arange(output.shape[1])[None, :, None] >= prefix
+        bare = layer.base_layer(inputs[0])
+        return bare + awake * (output - bare)
+
+    hooks = [one.register_forward_hook(masked) for one in model.modules() if isinstance(one, LoraLayer)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def scored_log_probs(model, tokens):
     """Log-probs (R,) in float64 of one sequence, alone, from full logits."""
-    logits = model(input_ids=torch.tensor([tokens.ids])).logits[0, :-1]
+    with asleep(model, tokens.prefix):
+        logits = model(input_ids=torch.tensor([tokens.ids])).logits[0, :-1]
     labels = torch.tensor(tokens.labels[1:])
     mask = labels != IGNORED
     return log_softmax(logits.double(), -1)[mask].gather(1, labels[mask, None])[:, 0]
@@ -68,16 +89,17 @@ def gradients(model):
     return {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("profile_pass", ["full", "frozen"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("how", ["padded", "accumulated", "checkpointed", "packed"])
-def test_loss_and_gradients_equal_float64(toy_trainer, estimator, how):
+def test_loss_and_gradients_equal_float64(toy_trainer, estimator, how, profile_pass):
     options = {
         "padded": {},
         "accumulated": {"gradient_accumulation_steps": 2},
         "checkpointed": {"gradient_checkpointing": True},
         "packed": {"packing": True, "max_length": 400, "per_device_train_batch_size": 1},
     }[how]
-    trainer = toy_trainer(estimator=estimator, **options)
+    trainer = toy_trainer(estimator=estimator, profile_pass=profile_pass, **options)
     stir(trainer.model)
     reference = reference_model(trainer)
     trainer.model.train()
@@ -119,9 +141,10 @@ def test_counterfactual_training_uses_the_same_weights_without_the_profile(toy_t
     assert float(loss) == pytest.approx(float(reference_loss(reference, pairs, trainer.args, total)), rel=2e-5)
 
 
+@pytest.mark.parametrize("profile_pass", ["full", "frozen"])
 @pytest.mark.parametrize("family", ["llama3", "gemma", "qwen3"])
-def test_other_families(toy_trainer, family):
-    trainer = toy_trainer(family=family, estimator="bootstrap")
+def test_other_families(toy_trainer, family, profile_pass):
+    trainer = toy_trainer(family=family, estimator="bootstrap", profile_pass=profile_pass)
     stir(trainer.model)
     reference = reference_model(trainer, family)
     trainer.model.train()

@@ -1,0 +1,241 @@
+"""Adapters that wake behind the profile: a prefix runs through the bare base alone, and the rest reads what it left.
+
+`profile_pass: frozen`. The prefix (the profile, and what stands ahead of it) is read once with the adapters off and
+without gradients; its keys and values are kept, and only query and response run with the adapter. What attention saves
+for the backward is of that short part alone: with the prefix it is joined anew when the backward comes.
+
+The joining is an attention function of transformers' own registry, so it reaches every layer under gradient
+checkpointing too, where a cache of transformers' would be thrown away.
+"""
+
+import functools
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from perce_lite.errors import ConfigError
+from perce_lite.pairs import Tokens
+
+_KEPT_BYTES = 256 * 2**20
+"""Of keys and values that wait for the next row with the same prefix."""
+
+_NOBODY, _PADDING = -2, -1
+"""Owners of a place among the keys that no token may look at, and of a token that is padding."""
+
+
+class Ahead:
+    """What stands ahead of a batch (B, T): the keys and values of its prefixes, and who may look at what.
+
+    caches: a row's prefixes in the order of its segments; several in a packed row
+    counts: how many tokens each segment has
+    position_ids: (B, T), counted from the start of each prefix
+    """
+
+    def __init__(
+        self, caches: Sequence[Sequence[DynamicCache]], counts: Sequence[Sequence[int]], length: int, device: Any
+    ) -> None:
+        self._caches = caches
+        sizes = [[cache.get_seq_length() for cache in row] for row in caches]
+        self._width = max(sum(row) for row in sizes)  # P
+        owners, places, own, own_places = [], [], [], []
+        for row_sizes, row_counts in zip(sizes, counts, strict=True):
+            left, right = self._width - sum(row_sizes), length - sum(row_counts)
+            segments = range(len(row_sizes))
+            owners.append([_NOBODY] * left + [one for one in segments for _ in range(row_sizes[one])])
+            places.append([0] * left + [place for size in row_sizes for place in range(size)])
+            own.append([one for one in segments for _ in range(row_counts[one])] + [_PADDING] * right)
+            ahead = zip(row_sizes, row_counts, strict=True)
+            own_places.append([size + place for size, count in ahead for place in range(count)] + [0] * right)
+        self.position_ids = torch.tensor(own_places, device=device)
+        self._owners = torch.tensor(own, device=device)
+        self._key_owners = torch.cat([torch.tensor(owners, device=device), self._owners], 1)  # (B, P + T)
+        self._key_places = torch.cat([torch.tensor(places, device=device), self.position_ids], 1)
+        self._masks: dict[int | None, Tensor] = {}
+        self.met: set[int] = set()
+
+    def mask(self, window: int | None) -> Tensor:
+        """Whether a token may look at a key, bool (B, 1, T, P + T); `window`: of a layer that looks so far back only."""
+        if window not in self._masks:
+            back = self.position_ids[:, :, None] - self._key_places[:, None, :]
+            seen = (self._owners[:, :, None] == self._key_owners[:, None, :]) & (back >= 0)
+            self._masks[window] = (seen if window is None else seen & (back < window))[:, None]
+        return self._masks[window]
+
+    def joined(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """`key` and `value` (B, heads, T, d) of a layer behind those of the prefixes: (B, heads, P + T, d)."""
+        self.met.add(layer)
+        kept = [[cache.layers[layer] for cache in row] for row in self._caches]
+        keys = torch.cat([self._padded([one.keys for one in row]) for row in kept])
+        values = torch.cat([self._padded([one.values for one in row]) for row in kept])
+        return torch.cat([keys.to(key.dtype), key], 2), torch.cat([values.to(value.dtype), value], 2)
+
+    def _padded(self, parts: Sequence[Tensor]) -> Tensor:
+        """(1, heads, P, d) of a row's prefixes, padded on the left."""
+        whole = torch.cat(list(parts), 2)
+        return torch.nn.functional.pad(whole, (0, 0, self._width - whole.shape[2], 0))
+
+
+class Prefixes:
+    """The prefixes of a data set, each read once by `read` and kept for the next row that has it, while there is room.
+
+    A prefix is read alone, so that what it leaves depends on nothing but itself.
+    """
+
+    def __init__(self, read: Callable[[tuple[int, ...]], DynamicCache]) -> None:
+        self._read = read
+        self._numbers: dict[tuple[int, ...], int] = {}
+        self._ids: list[tuple[int, ...]] = []
+        self._kept: OrderedDict[int, DynamicCache] = OrderedDict()
+        self._bytes = 0
+
+    def number(self, ids: tuple[int, ...]) -> int:
+        """The number of a prefix; rows that share it have the same."""
+        if ids not in self._numbers:
+            self._numbers[ids] = len(self._ids)
+            self._ids.append(ids)
+        return self._numbers[ids]
+
+    def features(self, tokens: Tokens) -> dict[str, list[int]]:
+        """What a forward is given of a row: `input_ids`, `labels` and, where there is one, the number of its `prefix`."""
+        awake = tokens.awake
+        features = {"input_ids": awake.ids, "labels": awake.labels}
+        if tokens.prefix:
+            features["prefix"] = [self.number(tokens.ahead)] * len(awake.ids)
+        return features
+
+    def of(self, number: int) -> DynamicCache:
+        """Keys and values of a prefix, (1, heads, P, d) a layer."""
+        if number not in self._kept:
+            self._kept[number] = self._read(self._ids[number])
+            self._bytes += _size(self._kept[number])
+        self._kept.move_to_end(number)
+        found = self._kept[number]
+        while self._bytes > _KEPT_BYTES and self._kept:
+            self._bytes -= _size(self._kept.popitem(last=False)[1])
+        return found
+
+    def ahead(self, numbers: Tensor, position_ids: Tensor | None = None) -> dict[str, Any]:
+        """Inputs of a forward of rows (B, T): `position_ids` and `ahead`; for `mask` in place of an attention mask.
+
+        numbers: (B, T), of each token's prefix; -1 for padding
+        position_ids: (B, T) of packed rows, starting anew at each segment; None: a row is one segment
+        """
+        rows = numbers.tolist()
+        places = [[0]] * len(rows) if position_ids is None else position_ids.tolist()
+        segments = [_segments(row, at) for row, at in zip(rows, places, strict=True)]
+        caches = {number: self.of(number) for row in segments for number, _ in row}
+        made = Ahead(
+            [[caches[number] for number, _ in row] for row in segments],
+            [[count for _, count in row] for row in segments],
+            numbers.shape[1],
+            numbers.device,
+        )
+        return {"position_ids": made.position_ids, "ahead": made}
+
+
+def _size(cache: DynamicCache) -> int:
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def _segments(numbers: Sequence[int], places: Sequence[int]) -> list[tuple[int, int]]:
+    """The prefix and the tokens of each segment of a row (T,); one starts wherever `places` is 0, padding has none."""
+    starts = [index for index, place in enumerate(places) if place == 0 and numbers[index] != _PADDING]
+    ends = [*starts[1:], len(numbers) - numbers.count(_PADDING)]
+    return [(numbers[start], end - start) for start, end in zip(starts, ends, strict=True)]
+
+
+# The attention function
+
+
+class _Attention(torch.autograd.Function):
+    """Attention that saves query, key and value of the awake part alone, and does its sum again in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        kind = query.device.type
+        ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        ctx.attend = attend
+        ctx.save_for_backward(query, key, value)
+        return attend(query, key, value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        leaves = [one.detach().requires_grad_() for one in ctx.saved_tensors]
+        kind, dtype, enabled = ctx.autocast
+        with torch.enable_grad(), torch.autocast(kind, dtype=dtype, enabled=enabled):
+            out = ctx.attend(*leaves)
+        return *torch.autograd.grad(out, leaves, gradients[0]), None
+
+
+def _attention(
+    name: str,
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    ahead: Ahead | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function `name` on (B, heads, T, d), which looks at what is `ahead` too."""
+    # Each modelling file has an eager function of its own.
+    own = vars(inspect.getmodule(type(module)))["eager_attention_forward"] if name == "eager" else None
+    plain: Callable[..., tuple[Tensor, Tensor | None]] = own or ALL_ATTENTION_FUNCTIONS[name]
+    if ahead is None:
+        return plain(module, query, key, value, attention_mask, **options)
+    mask = ahead.mask(options.get("sliding_window"))
+    if name == "eager":
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = ahead.joined(module.layer_idx, key, value)  # type: ignore[arg-type]
+        return plain(module, query, keys, values, mask, **options)[0]
+
+    return _Attention.apply(query, key, value, attend), None
+
+
+_OURS = {name: f"perce_lite_{name}" for name in ("sdpa", "eager")}
+
+for _name, _own in _OURS.items():
+    AttentionInterface.register(_own, functools.partial(_attention, _name))
+    AttentionMaskInterface.register(_own, ALL_MASK_ATTENTION_FUNCTIONS[_name])
+
+
+def look_ahead(base: PreTrainedModel, prefixes: Prefixes) -> None:
+    """Lets every layer of `base` take an `ahead` of its `prefixes`; without one all is as before.
+
+    Raises:
+        ConfigError: an attention that cannot, with the reason.
+    """
+    config = base.config.get_text_config()
+    given = config._attn_implementation
+    if given in _OURS.values():
+        return
+    faults = []
+    if given not in _OURS:
+        faults.append(f"profile_pass: frozen works with attn_implementation sdpa or eager, not {given}")
+    if config.to_dict().get("attention_dropout"):
+        faults.append(
+            f"profile_pass: frozen has no attention_dropout, which this model sets to {config.attention_dropout}"
+        )
+    if faults:
+        raise ConfigError(faults)
+    base.set_attn_implementation(_OURS[given])
+    ids = torch.tensor([[prefixes.number((0,))]], device=base.device)
+    met = prefixes.ahead(ids)
+    with torch.no_grad():
+        base.base_model(input_ids=torch.zeros_like(ids), use_cache=False, **met)
+    if met["ahead"].met != set(range(config.num_hidden_layers)):
+        base.set_attn_implementation(given)
+        raise ConfigError(
+            [f"profile_pass: frozen does not reach every layer of {type(base).__name__}, whose attention is its own"]
+        )
