@@ -8,7 +8,7 @@ That is also why nothing is kept of a bench that was stopped: it must be one run
 import shutil
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ REFERENCE = "sft"
 """The arm that the others are ratios to."""
 
 PROFILE_HEAVY = 0.6
-"""Share of profile tokens from which `train_on: counterfactual` is held to its bar, which is meant for two thirds."""
+"""Share of profile tokens from which arms that spare the profile are held to their bars, which are for two thirds."""
+
+_SPARING = ("counterfactual", "frozen")
 
 
 @dataclass(frozen=True)
 class Bar:
-    """What an arm may cost, as a ratio to plain SFT; set for a CPU. `of` is "time" or "memory"."""
+    """What an arm may cost, as a ratio to plain SFT; set for a CPU. `of` is "time", "memory" or "activations"."""
 
     arm: str
     of: str
@@ -49,6 +51,8 @@ BARS = (
     Bar("base-cold", "time", 1.08, "base, scoring and {epochs} epochs"),
     Bar("mixed-cold", "time", 1.08, "mixed, scoring and {epochs} epochs"),
     Bar("counterfactual", "time", 0.7, "train_on: counterfactual"),
+    Bar("frozen", "time", 0.7, "profile_pass: frozen"),
+    Bar("frozen", "activations", 0.65, "profile_pass: frozen"),
 )
 
 
@@ -181,8 +185,8 @@ def note(bar: Progress, task: Any, text: str) -> None:
 
 
 def summary(names: Sequence[str], runs: Sequence[dict[str, Any]], epochs: int) -> dict[str, Any]:
-    """By arm: `tokens_per_second`, `step_seconds`, `scoring_seconds`, `peak_bytes`, `disk_bytes`, medians over repeats;
-    `time`, `memory` and `disk` as ratios to plain SFT, each {median, min, max, runs}; or `out_of_memory` alone.
+    """By arm: `tokens_per_second`, `step_seconds`, `scoring_seconds`, `peak_bytes`, `activation_bytes`, `disk_bytes`,
+    medians over repeats; `time`, `memory`, `activations` and `disk` as ratios to plain SFT, each {median, min, max, runs}; or `out_of_memory` alone.
 
     A time ratio is the median over steps of an arm's seconds to plain SFT's for the same rows, and for a cold store the
     scoring beside it, over plain SFT's time for `epochs` epochs. A ratio is None where plain SFT has no figure.
@@ -202,9 +206,11 @@ def summary(names: Sequence[str], runs: Sequence[dict[str, Any]], epochs: int) -
             "step_seconds": median(statistics.median(one["step_seconds"]) for one in mine),
             "scoring_seconds": median(one["scoring_seconds"] for one in mine),
             "peak_bytes": median(one["peak_bytes"] for one in mine),
+            "activation_bytes": _known(median, [one["activation_bytes"] for one in mine]),
             "disk_bytes": median(map(_disk, mine)),
             "time": spread([_time_ratio(one, other, epochs, cold) for one, other in pairs]),
             "memory": spread([one["peak_bytes"] / other["peak_bytes"] for one, other in pairs]),
+            "activations": _known(spread, [_ratio("activation_bytes", one, other) for one, other in pairs]),
             "disk": spread([_disk(one) / _disk(other) for one, other in pairs]),
         }
     return found
@@ -219,6 +225,16 @@ def _time_ratio(one: dict[str, Any], plain: dict[str, Any], epochs: int, cold: b
     steps = zip(one["step_seconds"], plain["step_seconds"], strict=True)
     ratio = statistics.median(mine / theirs for mine, theirs in steps)
     return ratio + (one["scoring_seconds"] / (epochs * sum(plain["step_seconds"])) if cold else 0)
+
+
+def _ratio(name: str, one: dict[str, Any], other: dict[str, Any]) -> float | None:
+    return None if one[name] is None or other[name] is None else one[name] / other[name]
+
+
+def _known(figure: Callable[[list[float]], Any], values: list[float | None]) -> Any:
+    """`figure` of the values; None where an arm has none."""
+    known = [one for one in values if one is not None]
+    return figure(known) if known else None
 
 
 def _disk(one: dict[str, Any]) -> int:
@@ -250,7 +266,7 @@ def judged(
         ratio = found.get(bar.arm, {}).get(bar.of)
         value = None if ratio is None else float(ratio["median"])
         why = "not measured" if value is None else None
-        if value is not None and bar.arm == "counterfactual" and profile_share < PROFILE_HEAVY:
+        if value is not None and bar.arm in _SPARING and profile_share < PROFILE_HEAVY:
             why = f"it is meant for rows whose profile is two thirds of the tokens, here {profile_share:.0%}"
         if value is not None and bar.of == "memory" and loading_counts:
             why = "the peak of memory holds the loading of the base here"

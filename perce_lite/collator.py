@@ -32,7 +32,7 @@ class PairCollator(DataCollatorForLanguageModeling):
     Packed rows (those with `seq_lengths`) are laid end to end into one row without an attention mask, position ids
     starting anew at each: the only form in which transformers keeps them apart without FlashAttention.
 
-    `prefix` (B, T), where the rows have it, is the number of each token's prefix (see `perce_lite.prefix`), -1 in padding.
+    `prefix` (B, T), where rows have one, is the number of each token's prefix (see `perce_lite.prefix`), -1 in padding.
 
     counterfactuals: where given (`bootstrap`), the batch also holds `counterfactual`, the same rows without the
         profile, in the same order and form: `input_ids`, `labels` and, as above, `prefix` of each row, (T,)

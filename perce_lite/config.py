@@ -224,7 +224,7 @@ class PerCEConfig(SFTConfig):
     profile_pass: str = field(
         default="full",
         metadata={
-            "help": "full: the adapter reads the profile; frozen: it wakes behind it, and the bare base reads the profile."
+            "help": "full: the adapter reads the profile too; frozen: it wakes behind what the bare base has read."
         },
     )
     store: str | None = field(

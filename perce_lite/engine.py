@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, get_scheduler
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, Trainer, get_scheduler
 
 from perce_lite import contrast
 from perce_lite.collator import PairCollator
@@ -201,9 +201,13 @@ class SlotEngine:
         self.store = store_of(args.store, base, args.autocast) if needed_terms(args) else None
         self.forward = training_forward(base)
         self.scoring_forward = scoring_forward(base)
-        self.prefixes = Prefixes(lambda ids: read_prefix(base, ids, args.autocast))
+        self.prefixes = Prefixes(self._read)
         if args.profile_pass == "frozen":
             look_ahead(base, self.prefixes)
+
+    def _read(self, ids: tuple[int, ...]) -> DynamicCache:
+        with self.model.route.bare():
+            return read_prefix(self.model.base, ids, self.args.autocast)
 
     def run(self, jobs: Iterable[UserJob], done: Callable[[Result], None]) -> None:
         """Trains all `jobs`, calling `done` for each as it ends, failed or not; `jobs` is read as slots come free."""
@@ -259,12 +263,11 @@ class SlotEngine:
         taken = [(training, row) for training in trainings for row in training.take()]
         batch = self.collator([training.features[row] for training, row in taken])
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        if "prefix" in batch:  # read ahead of the route, by the bare base
+        if "prefix" in batch:
             batch = behind(batch, batch.pop("prefix"), self.prefixes)
-        twins = self._without_profile(taken) if self.args.estimator == "bootstrap" else None
         with self.model.route.of([training.slot for training, _ in taken]):
-            if twins is not None:
-                batch["counterfactual"] = self._scored(twins)
+            if self.args.estimator == "bootstrap":
+                batch["counterfactual"] = self._without_profile(taken)
             losses = self._losses(trainings, batch)
             torch.stack([one.scaler.scale(loss) for one, loss in zip(trainings, losses, strict=True)]).sum().backward()
         errors: dict[int, PerceLiteError] = {}
@@ -307,14 +310,11 @@ class SlotEngine:
             weighted = weights * log_probs
         return -weighted.sum() / training.tokens
 
-    def _without_profile(self, taken: Sequence[tuple[_Training, int]]) -> dict[str, Any]:
-        """Inputs of a forward of the same rows without the profile."""
+    def _without_profile(self, taken: Sequence[tuple[_Training, int]]) -> Tensor:
+        """Log-probs (N,) of the same rows under the same slots, without the profile."""
         twins = [training.job.pairs[row].counterfactual for training, row in taken]
         slept = self.prefixes if self.args.profile_pass == "frozen" else None
-        return inputs_of(twins, self.collator.pad_token_id, self.device, slept)
-
-    def _scored(self, inputs: dict[str, Any]) -> Tensor:
-        """Log-probs (N,) of a batch under the slots that are routed to."""
+        inputs = inputs_of(twins, self.collator.pad_token_id, self.device, slept)
         with frozen(self.model.base, adapters=True):
             return batch_log_probs(self.scoring_forward, inputs, self.args.autocast)
 

@@ -25,9 +25,10 @@ from perce_lite import children
 from perce_lite.collator import PairCollator
 from perce_lite.files import bytes_of, digest
 from perce_lite.models import Base, load_base
-from perce_lite.pairs import PairMaker
+from perce_lite.pairs import IGNORED, PairMaker
 from perce_lite.recipe import Recipe, lora_config, training_config
 from perce_lite.rows import from_columns
+from perce_lite.terms import trained
 from perce_lite.train import make_trainer
 from perce_lite.trainer import PerCETrainer
 
@@ -66,6 +67,7 @@ ARMS: dict[str, Arm] = {
     "mixed-cold": Arm("perce", {"estimator": "mixed"}, "mixed", cold=True),
     "bootstrap": Arm("perce", {"estimator": "bootstrap"}),
     "counterfactual": Arm("perce", {"estimator": "base", "train_on": "counterfactual"}, "base"),
+    "frozen": Arm("perce", {"estimator": "base", "profile_pass": "frozen"}, "base"),
     "hand-written": Arm("hand-written", {**_TRL, "estimator": "bootstrap", "remove_unused_columns": False}),
 }
 """`sft` is TRL's own trainer, `sft-fp32` the same with its adapter in float32, as PerCE keeps it; `hand-written` is
@@ -84,6 +86,7 @@ STILL = {
     "shuffle_dataset": False,
     "packing": False,
     "train_on": "factual",
+    "profile_pass": "full",
 }
 """Options under which a training only trains, its rows in their order."""
 
@@ -158,8 +161,9 @@ def measure(job: Job) -> dict[str, Any]:
     """Trains the job's arm; gives seconds, bytes and tokens.
 
     Keys: `step_seconds` of each step after warm-up, `scoring_seconds` (reading a warm store included), `peak_bytes`
-    with `peak_of` (see `reset_peak`), `adapter_bytes`, `store_bytes`, `store_hits` (share of scored sequences),
-    `tokens` and `digest` of the rows as they are trained on, `trained_tokens` (warm-up included), `loss`, `machine`.
+    with `peak_of` (see `reset_peak`), `activation_bytes`, `adapter_bytes`, `store_bytes`, `store_hits` (share of scored
+    sequences), `tokens` and `digest` of the rows as they are trained on, `trained_tokens` (warm-up included), `loss`,
+    `machine`.
     """
     arm, recipe = ARMS[job.arm], recipe_of(job)
     base = load_base(recipe)
@@ -172,14 +176,17 @@ def measure(job: Job) -> dict[str, Any]:
     peak = peak_bytes(device)
     adapter = Path(job.scratch) / "adapter"
     trainer.model.save_pretrained(adapter)
-    ids, labels = list(trainer.train_dataset["input_ids"]), list(trainer.train_dataset["labels"])
     ours = isinstance(trainer, PerCETrainer)
+    passes = [trained(pair, trainer.args) for pair in trainer.pairs["train"]] if ours else []
+    ids = [one.ids for one in passes] or list(trainer.train_dataset["input_ids"])
+    labels = [one.labels for one in passes] or list(trainer.train_dataset["labels"])
     return {
         "step_seconds": clock.seconds(job.warmup),
         "scoring_seconds": trainer.scoring_seconds if ours else 0.0,
         "store_hits": trainer.store_hits if ours else None,
         "peak_bytes": peak,
         "peak_of": peak_of,
+        "activation_bytes": activation_bytes(trainer) if job.steps and arm.kind != "hand-written" else None,
         "adapter_bytes": _bytes(adapter),
         "store_bytes": _bytes(Path(job.store)) if arm.store is not None else 0,
         "tokens": sum(map(len, ids)),
@@ -188,6 +195,24 @@ def measure(job: Job) -> dict[str, Any]:
         "loss": loss,
         "machine": machine(device),
     }
+
+
+def activation_bytes(trainer: SFTTrainer) -> int:
+    """What the forward of a training step keeps for its backward, parameters left out: of the first batch."""
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    parameters = {one.untyped_storage().data_ptr() for one in trainer.model.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    trainer.model.train()
+    tokens = int((batch["labels"] != IGNORED).sum())
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=tokens)
+    del loss
+    return sum(one.untyped_storage().nbytes() for place, one in kept.items() if place not in parameters)
 
 
 def recipe_of(job: Job) -> Recipe:

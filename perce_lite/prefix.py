@@ -61,7 +61,7 @@ class Ahead:
         self.met: set[int] = set()
 
     def mask(self, window: int | None) -> Tensor:
-        """Whether a token may look at a key, bool (B, 1, T, P + T); `window`: of a layer that looks so far back only."""
+        """Whether a token may look at a key, bool (B, 1, T, P + T); `window`: how far back the layer looks at all."""
         if window not in self._masks:
             back = self.position_ids[:, :, None] - self._key_places[:, None, :]
             seen = (self._owners[:, :, None] == self._key_owners[:, None, :]) & (back >= 0)
@@ -103,7 +103,7 @@ class Prefixes:
         return self._numbers[ids]
 
     def features(self, tokens: Tokens) -> dict[str, list[int]]:
-        """What a forward is given of a row: `input_ids`, `labels` and, where there is one, the number of its `prefix`."""
+        """What a forward is given of a row: `input_ids`, `labels` and, where it has one, the number of its `prefix`."""
         awake = tokens.awake
         features = {"input_ids": awake.ids, "labels": awake.labels}
         if tokens.prefix:
@@ -221,12 +221,13 @@ def look_ahead(base: PreTrainedModel, prefixes: Prefixes) -> None:
     if given in _OURS.values():
         return
     faults = []
+    others = {str(kind) for kind in config.to_dict().get("layer_types") or ()} - {"full_attention", "sliding_attention"}
+    if others:
+        faults.append(f"profile_pass: frozen needs attention in every layer; this model also has {', '.join(others)}")
     if given not in _OURS:
         faults.append(f"profile_pass: frozen works with attn_implementation sdpa or eager, not {given}")
     if config.to_dict().get("attention_dropout"):
-        faults.append(
-            f"profile_pass: frozen has no attention_dropout, which this model sets to {config.attention_dropout}"
-        )
+        faults.append(f"profile_pass: frozen needs an attention_dropout of 0, not {config.attention_dropout}")
     if faults:
         raise ConfigError(faults)
     base.set_attn_implementation(_OURS[given])

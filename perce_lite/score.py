@@ -129,15 +129,19 @@ def log_probs(
     adapters: bool,
     autocast: torch.dtype | None,
     done: Callable[[int, Tensor], None],
+    prefixes: Prefixes | None = None,
 ) -> None:
     """Calls `done(index, log-probs (R,) float32 on the CPU)` for each sequence, in the order that suits the device.
 
     On a CPU a row is scored alone, so that its values depend on nothing but itself. An adapter sleeps through the
-    prefix of a sequence that has one.
+    prefix of a sequence that has one: through those of `prefixes`, where the model is not one of peft's.
     """
     device = next(model.parameters()).device
     forward = scoring_forward(model)
-    prefixes = prefixes_of(model, autocast) if adapters and any(one.prefix for one in sequences) else None
+    if not (adapters and any(one.prefix for one in sequences)):
+        prefixes = None
+    elif prefixes is None:
+        prefixes = prefixes_of(model, autocast)
     with frozen(model, adapters):
         for batch in _batches(sequences, alone=device.type == "cpu"):
             inputs = inputs_of([sequences[index] for index in batch], 0, device, prefixes)
@@ -197,10 +201,11 @@ def kept_log_probs(
     autocast: torch.dtype | None,
     what: str,
     adapters: bool = False,
+    prefixes: Prefixes | None = None,
 ) -> Scored:
     """Log-probs of `jobs`, the adapters off unless `adapters`: from `store` where it has them, else one forward each.
 
-    `store` is of `store_key(model, autocast, adapters)`; `what` names the progress bar.
+    `store` is of `store_key(model, autocast, adapters)`; `what` names the progress bar; `prefixes` as in `log_probs`.
     What is new goes to the store every few seconds, so that a killed pass goes on where it was.
     """
     # Without adapters it is all one where a prefix ends.
@@ -233,7 +238,7 @@ def kept_log_probs(
 
         try:
             if todo:
-                log_probs(model, [jobs[index].tokens for index in todo], adapters, autocast, done)
+                log_probs(model, [jobs[index].tokens for index in todo], adapters, autocast, done, prefixes)
         finally:
             keep()
     return Scored([found[index] for index in range(len(jobs))], hits)

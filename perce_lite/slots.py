@@ -82,6 +82,16 @@ class Route:
             self._close()
 
     @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Every row sees the base alone, whatever is routed around it: to read what an adapter sleeps through."""
+        kept = self.size, self.slots, self.active, self.whole
+        self._close()
+        try:
+            yield
+        finally:
+            self.size, self.slots, self.active, self.whole = kept
+
+    @contextmanager
     def everything_to(self, slot: int) -> Iterator[None]:
         """Every row of every batch belongs to `slot`: to score with one adapter on."""
         if self.size is not None:

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perce_lite.adapters import about
-from perce_lite.config import PerCEConfig
 from perce_lite.console import no_bars, say
 from perce_lite.engine import Result, SlotEngine, UserJob
 from perce_lite.errors import ConfigError, NonFiniteLossError, PerceLiteError
@@ -21,7 +20,7 @@ from perce_lite.pairs import Audit, Pair, PairMaker, require
 from perce_lite.recipe import Recipe, lora_config, training_config
 from perce_lite.rows import of_split
 from perce_lite.score import Job, kept_log_probs, store_of
-from perce_lite.slots import SlotModel, save_slot
+from perce_lite.slots import save_slot
 from perce_lite.store import Store
 from perce_lite.train import describe
 
@@ -107,7 +106,7 @@ class Slotted(OneByOne):
         start = model.fresh(args.seed) if task.start is None else _weights(task.start)
         for name, state in (("base", None), ("start", start), ("own", result.adapter)):
             for split, some in jobs.items():
-                losses[split] |= loss_of(name, _scored(model, args, store, some, state))
+                losses[split] |= loss_of(name, _scored(engine, store, some, state))
         figures = {"losses": [], "weights": result.weights}
         template = maker.tokenizer.chat_template
         told = describe(task.recipe, args, template, task.rows, kept, result.steps, task.run, figures)
@@ -120,14 +119,15 @@ class Slotted(OneByOne):
 
 
 def _scored(
-    model: SlotModel, args: PerCEConfig, store: Store | None, jobs: Sequence[Job], state: dict[str, Tensor] | None
+    engine: SlotEngine, store: Store | None, jobs: Sequence[Job], state: dict[str, Tensor] | None
 ) -> list[Tensor]:
     """Log-probs of `jobs` under the bare base (from `store` where it has them), or with `state` in the first slot."""
+    model, args = engine.model, engine.args
     if state is None:
         return kept_log_probs(model.base, jobs, store, args.autocast, "base").log_probs
     model.load_slot(0, state)
     with model.route.everything_to(0):
-        return kept_log_probs(model.base, jobs, None, args.autocast, "adapter", True).log_probs
+        return kept_log_probs(model.base, jobs, None, args.autocast, "adapter", True, engine.prefixes).log_probs
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:

@@ -186,7 +186,7 @@ class PerCETrainer(SFTTrainer):
         return result
 
     def _behind(self, inputs: dict[str, Any], numbers: Tensor | None) -> dict[str, Any]:
-        """`inputs` of a forward, (B, T), behind the prefixes of these `numbers` where an adapter sleeps through them."""
+        """`inputs` of a forward, (B, T), behind the prefixes of these `numbers`, where there are some."""
         return inputs if numbers is None else behind(inputs, numbers, self._prefixes)
 
     def _without_profile(self, twin: dict[str, Any], labels: Tensor) -> Tensor:

@@ -83,10 +83,14 @@ def test_every_arm_trains_the_same_tokens(recipe, here):
         assert len(one["step_seconds"]) == 2, name
         assert min(one["step_seconds"]) > 0
         # Two batches an epoch and three steps: the first batch is seen twice, as warm-up and as a measured step.
-        if name != "hand-written":
+        if name == "frozen":  # the profile's tokens are not trained on
+            assert one["trained_tokens"] < once["base"]["trained_tokens"]
+        elif name != "hand-written":
             assert one["tokens"] < one["trained_tokens"] < 2 * one["tokens"], name
         assert one["peak_bytes"] > 0
         assert one["adapter_bytes"] > 0
+        assert name == "hand-written" or one["activation_bytes"] > 0
+    assert once["frozen"]["activation_bytes"] < once["uniform"]["activation_bytes"] < once["sft"]["activation_bytes"]
     assert Path(here[0].scratch).parent == Path.cwd()
     assert not scratch_folders(Path.cwd())
     # Over a base that is not in 4 bit TRL's adapter is in float32 too: these are the same training.
@@ -175,7 +179,7 @@ def test_peak_memory_is_that_of_what_came_after_the_start():
 def raw(steps: list[float], peak: int = 100, scoring: float = 0.0, adapter: int = 50, store: int = 0) -> dict:
     return {
         **{"step_seconds": steps, "peak_bytes": peak, "scoring_seconds": scoring},
-        **{"adapter_bytes": adapter, "store_bytes": store, "tokens": 600},
+        **{"adapter_bytes": adapter, "store_bytes": store, "tokens": 600, "activation_bytes": 2 * peak},
     }
 
 
@@ -213,6 +217,7 @@ def test_ratios_are_those_of_the_raw_numbers():
 def test_bars():
     found = bench.summary(["sft", "base", "base-cold"], RUNS, epochs=3)
     found["counterfactual"] = {"time": {"median": 0.5}, "memory": {"median": 0.9}}
+    found["frozen"] = {"time": {"median": 0.71}, "activations": {"median": 0.6}}
     bars = {(one["arm"], one["of"]): one for one in bench.judged(found, 0.5, 3)}
     assert bars["base", "time"]["met"] is True
     assert bars["base", "memory"]["met"] is True  # 1.015
@@ -224,8 +229,10 @@ def test_bars():
     assert all(one["met"] is None for one in bench.judged(found, 0.66, 3, on_cpu=False))
     loaded = {(one["arm"], one["of"]): one["met"] for one in bench.judged(found, 0.66, 3, loading_counts=True)}
     assert (loaded["base", "time"], loaded["base", "memory"]) == (True, None)
+    assert bars["frozen", "activations"]["met"] is None
     bars = {(one["arm"], one["of"]): one for one in bench.judged(found, 0.66, 3)}
     assert bars["counterfactual", "time"]["met"] is True
+    assert (bars["frozen", "time"]["met"], bars["frozen", "activations"]["met"]) == (False, True)
 
 
 # What goes wrong

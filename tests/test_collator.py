@@ -8,7 +8,6 @@ import torch
 
 from perce_lite import collator
 from perce_lite.collator import EpochSampler, PairCollator
-from perce_lite.pairs import Tokens
 
 
 def test_the_docstring_shows_what_happens():
@@ -76,11 +75,11 @@ def test_packed_rows_are_padded_to_a_multiple_as_well():
 
 # By the index that the column `row` holds; rows 0, 2 and 4 are those of ROWS.
 TWINS = [
-    Tokens([1, 21], [-100, 21]),
-    Tokens([7], [7]),
-    Tokens([2, 32, 33], [-100, 32, 33]),
-    Tokens([8], [8]),
-    Tokens([3, 3, 11, 12], [-100, -100, 11, 12]),
+    {"input_ids": [1, 21], "labels": [-100, 21]},
+    {"input_ids": [7], "labels": [7]},
+    {"input_ids": [2, 32, 33], "labels": [-100, 32, 33]},
+    {"input_ids": [8], "labels": [8]},
+    {"input_ids": [3, 3, 11, 12], "labels": [-100, -100, 11, 12]},
 ]
 
 

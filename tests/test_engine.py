@@ -36,8 +36,8 @@ def rows_of(user, rows=5):
     return [row for row in toys.toy_rows(users=user + 1, per_user=rows) if row["user"] == f"user{user}"]
 
 
-def pairs_of(user, rows=5):
-    maker = PairMaker(toys.toy_tokenizer("chatml"), max_length=512)
+def pairs_of(user, rows=5, profile_pass="full"):
+    maker = PairMaker(toys.toy_tokenizer("chatml"), max_length=512, profile_pass=profile_pass)
     return maker.make([from_columns(row, f"row {number}") for number, row in enumerate(rows_of(user, rows))])
 
 
@@ -84,6 +84,8 @@ OPTIONS = {
     "accumulated": {"estimator": "mixed", "gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential"},
     "counterfactual": {"estimator": "base", "train_on": "counterfactual", "data_seed": 3},
     "checkpointed": {"estimator": "mixed", "gradient_checkpointing": True},
+    "frozen": {"estimator": "mixed", "profile_pass": "frozen"},
+    "frozen bootstrap": {"estimator": "bootstrap", "profile_pass": "frozen", "gradient_checkpointing": True},
 }
 
 
@@ -92,7 +94,8 @@ def test_a_slot_trains_what_the_trainer_trains(tmp_path, name):
     args = config(tmp_path, **OPTIONS[name])
     trainer = trained_by_trainer(args, 1, toy_base())
     # User 1 shares its batches with two others; user 0's rows are fewer.
-    results = run(engine(args, 3), [UserJob(f"user{u}", pairs_of(u, 3 if u == 0 else 5)) for u in range(3)])
+    jobs = [UserJob(f"user{u}", pairs_of(u, 3 if u == 0 else 5, args.profile_pass)) for u in range(3)]
+    results = run(engine(args, 3), jobs)
     logs = [log for log in trainer.state.log_history if "loss" in log]
     ours = results["user1"]
     assert ours.error is None

@@ -1,0 +1,345 @@
+"""`profile_pass: frozen` against one whole forward whose adapters do nothing at the profile's positions."""
+
+import pytest
+import torch
+import toys
+from peft import LoraConfig, get_peft_model
+from test_loss import asleep, stir
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from perce_lite import prefix as room
+from perce_lite.errors import ConfigError, TemplateError
+from perce_lite.generate import generate
+from perce_lite.head import training_forward
+from perce_lite.models import keep_base_constant
+from perce_lite.pairs import IGNORED, PairMaker
+from perce_lite.recipe import Template
+from perce_lite.rows import from_columns
+from perce_lite.score import Job, frozen, inputs_of, kept_log_probs, log_probs, padded, prefixes_of, store_of
+
+FAMILIES = ("chatml", "llama3", "gemma", "qwen3")
+
+
+def maker(family="chatml", profile_pass="frozen", **template):
+    return PairMaker(toys.toy_tokenizer(family), Template(**template), profile_pass=profile_pass)
+
+
+def made(family="chatml", count=4, **options):
+    rows = [from_columns(one, f"row {number}") for number, one in enumerate(toys.toy_rows())]
+    return maker(family, **options).make(rows[:: len(rows) // count][:count])
+
+
+def with_adapter(model, dtype=torch.float64, **options):
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"), **options)
+    stir(model)
+    return model.to(dtype)
+
+
+def toy(family="chatml"):
+    return with_adapter(toys.toy_model(family, toys.VOCAB_SIZE))
+
+
+def whole(model, tokens):
+    """Log-probs (R,) of one sequence in one forward, the adapters doing nothing at its prefix."""
+    with asleep(model, tokens.prefix):
+        logits = model(input_ids=torch.tensor([tokens.ids])).logits[0, :-1]
+    labels = torch.tensor(tokens.labels[1:])
+    mask = labels != IGNORED
+    return logits.log_softmax(-1)[mask].gather(1, labels[mask, None])[:, 0]
+
+
+def short(model, sequences):
+    """Log-probs (N,) of a padded batch of what follows the prefixes, with gradients."""
+    inputs = inputs_of(sequences, 0, torch.device("cpu"), prefixes_of(model, None))
+    model.train()
+    return training_forward(model)(**inputs, use_cache=False)
+
+
+def exactly(model, sequences):
+    """As `short`, from full logits: the fused head computes in float32."""
+    inputs = inputs_of(sequences, 0, torch.device("cpu"), prefixes_of(model, None))
+    labels = inputs.pop("labels")[:, 1:]
+    model.train()
+    values = model(**inputs, use_cache=False).logits[:, :-1].log_softmax(-1)
+    return values.gather(2, labels.clamp(min=0)[..., None])[..., 0][labels != IGNORED]
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probs_and_gradients_equal_a_masked_forward_in_float64(family, checkpointed):
+    model, sequences = toy(family), [one.factual for one in made(family)]
+    assert len({one.prefix for one in sequences}) > 1, "prefixes of one length test no padding"
+    assert len({len(one.awake.ids) for one in sequences}) > 1
+    expected = torch.cat([whole(model, one) for one in sequences])
+    weights = torch.linspace(0.5, 2, len(expected), dtype=torch.float64)
+    theirs = gradients(model, (weights * expected).sum())
+    near = 1e-6 if family == "gemma" else 1e-9  # transformers' eager attention takes its softmax in float32
+    if checkpointed:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = exactly(model, sequences)
+    ours = gradients(model, (weights * found).sum())
+    torch.testing.assert_close(found, expected, rtol=0, atol=near)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=near, msg=lambda text, n=name: f"{n}: {text}")
+    # The reference itself is far from an adapter that is awake all along.
+    awake = torch.cat([whole(model, one._replace(prefix=0)) for one in sequences])
+    assert (awake - expected).abs().max() > 1e-3
+
+
+def test_sliding_windows_look_back_over_the_prefix():
+    settings = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 16}
+    config = AutoConfig.for_model(
+        "gemma3_text", vocab_size=toys.VOCAB_SIZE, sliding_window=12, sliding_window_pattern=2, pad_token_id=None,
+        bos_token_id=None, eos_token_id=None, initializer_range=0.2, **settings, **heads,
+    )  # fmt: skip
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    torch.manual_seed(0)
+    model = with_adapter(AutoModelForCausalLM.from_config(config, dtype=torch.float64))
+    sequences = [one.factual for one in made("gemma")]
+    assert min(one.prefix for one in sequences) > 12, "a window longer than the prefix tests nothing"
+    found = exactly(model, sequences)
+    torch.testing.assert_close(found, torch.cat([whole(model, one) for one in sequences]), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_in_nf4(tmp_path, autocast):
+    folder = toys.toy_folder(tmp_path / "toy")
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=four_bit, dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    keep_base_constant(model)
+    sequences = [one.factual for one in made()]
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        zero = short(model, sequences)  # an adapter that was never trained adds nothing
+        plain = training_forward(model)(**padded(sequences, 0, torch.device("cpu")), use_cache=False)
+        torch.testing.assert_close(zero.float(), plain.float(), rtol=0, atol=1e-4 if autocast is None else 0.15)
+        if autocast is None:
+            stir(model)
+            expected = torch.cat([whole(model, one) for one in sequences])
+            theirs = gradients(model, expected.sum())
+            ours = gradients(model, short(model, sequences).sum())
+            for name in theirs:
+                torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
+
+
+def saved_bytes(model, sequences, forward=short):
+    """Bytes of what a training forward keeps for its backward, without parameters."""
+    seen = {}
+    ours = {one.untyped_storage().data_ptr() for one in model.parameters()}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in ours:
+            seen[storage.data_ptr()] = tensor, storage.nbytes()  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
+        loss = forward(model, sequences).sum()
+    loss.backward()
+    return sum(size for _, size in seen.values())
+
+
+def plainly(model, sequences):
+    model.train()
+    return training_forward(model)(**padded(sequences, 0, torch.device("cpu")), use_cache=False)
+
+
+def test_saved_activations_do_not_grow_with_the_profile():
+    model, tokens = toy(), made()[0].factual
+    ahead = list(tokens.ahead)
+    longer = tokens._replace(
+        ids=ahead * 8 + tokens.awake.ids, labels=[IGNORED] * 8 * len(ahead) + tokens.awake.labels, prefix=8 * len(ahead)
+    )
+    short(model, [tokens])  # the first one probes
+    assert saved_bytes(model, [longer]) == saved_bytes(model, [tokens])
+    assert saved_bytes(model, [longer], plainly) > 3 * saved_bytes(model, [longer])
+
+
+# Where the adapter wakes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_prefix_holds_the_profile_and_nothing_of_the_query(family):
+    tokenizer = toys.toy_tokenizer(family)
+    for pair in made(family, 9):
+        ahead, awake = tokenizer.decode(pair.factual.ahead), tokenizer.decode(pair.factual.awake.ids)
+        assert pair.profile in ahead
+        assert pair.row.query in awake
+        assert pair.row.query not in ahead
+        assert all(label == IGNORED for label in pair.factual.labels[: pair.factual.prefix + 1])
+        assert tokenizer.decode(pair.counterfactual.awake.ids).endswith(awake.strip()[-20:])
+
+
+def test_a_system_message_ends_with_its_own_turn():
+    """So that others find where to wake by the header of the user's message."""
+    tokenizer = toys.toy_tokenizer("chatml")
+    for pair in made():
+        for tokens in (pair.factual, pair.counterfactual):
+            assert tokenizer.decode(tokens.awake.ids).startswith("<|im_start|>user\n")
+
+
+def test_a_prompt_to_answer_has_the_prefix_of_training():
+    for family in FAMILIES:
+        own = maker(family)
+        for pair in made(family):
+            asked = own.prompt(pair.row.prompt, pair.row.profile)
+            assert asked.ids == own.prompt_ids(pair.row.prompt, pair.row.profile)
+            assert (asked.prefix, asked.ahead) == (pair.factual.prefix, pair.factual.ahead)
+
+
+def test_a_token_that_reaches_from_the_profile_into_the_query_is_asleep():
+    tokenizer = toys.toy_tokenizer("gemma")
+    row = from_columns({"user": "u", "profile": "likes tea\n", "prompt": "?", "completion": "yes"}, "a row")
+    template = {"profile": "{profile}", "separator": "\n"}
+    (pair,) = maker("gemma", **template).make([row])
+    text = tokenizer.decode(pair.factual.ids)
+    assert "tea" in tokenizer.decode(pair.factual.ahead)
+    assert tokenizer.decode(pair.factual.ahead) + tokenizer.decode(pair.factual.awake.ids) == text
+
+
+SYSTEM_LAST = r"""
+{%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' -%}
+{%- for message in messages if message['role'] != 'system' -%}
+    {{- '<|im_start|>' + message['role'] + '\n' + message['content'] -}}
+    {%- if message['role'] == 'user' and system -%} {{- '\n' + system -}} {%- endif -%}
+    {{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%} {{- '<|im_start|>assistant\n' -}} {%- endif -%}
+"""
+
+
+def test_a_profile_behind_the_query_is_refused():
+    tokenizer = toys.toy_tokenizer("chatml")
+    tokenizer.chat_template = SYSTEM_LAST
+    row = from_columns(toys.toy_rows()[0], "rows.jsonl line 1")
+    PairMaker(tokenizer, profile_pass="full").make([row])
+    with pytest.raises(TemplateError, match=r"rows.jsonl line 1.*ahead of every query"):
+        PairMaker(tokenizer, profile_pass="frozen").make([row])
+    (pair,) = PairMaker(tokenizer, Template(position="user"), profile_pass="frozen").make([row])
+    assert pair.factual.prefix
+
+
+def test_nothing_to_freeze_is_a_fault_of_the_config(toy_trainer):
+    with pytest.raises(ConfigError, match="has no profile"):
+        toy_trainer(profile_pass="frozen", train_on="counterfactual")
+    with pytest.raises(ConfigError, match="'asleep' is not one of full, frozen"):
+        toy_trainer(profile_pass="asleep")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"attention_dropout": 0.1}, "attention_dropout of 0, not 0.1"),
+        ({"_attn_implementation": "flex_attention"}, "sdpa or eager, not flex_attention"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "also has linear_attention"),
+    ],
+)
+def test_an_attention_that_cannot_is_refused(toy_trainer, change, told):
+    model = toys.toy_model("chatml", toys.VOCAB_SIZE)
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ConfigError, match=told):
+        toy_trainer(model=model, profile_pass="frozen")
+
+
+def test_a_layer_that_would_not_look_ahead_is_found(toy_trainer, monkeypatch):
+    own = LlamaAttention.forward
+    monkeypatch.setattr(LlamaAttention, "forward", lambda self, *args, ahead=None, **rest: own(self, *args, **rest))
+    with pytest.raises(ConfigError, match="does not reach every layer of LlamaForCausalLM"):
+        toy_trainer(profile_pass="frozen")
+
+
+# What is read, and how often
+
+
+def test_rows_that_share_a_prefix_read_it_once(toy_trainer, monkeypatch):
+    rows = toys.toy_rows(2, 6)
+    shared = [{**one, "profile": rows[0 if one["user"] == "user0" else 6]["profile"]} for one in rows]
+    read = []
+    own = room.Prefixes.of
+
+    def counted(self, number):
+        if number not in self._kept:
+            read.append(number)
+        return own(self, number)
+
+    monkeypatch.setattr(room.Prefixes, "of", counted)
+    trainer = toy_trainer(rows=shared, profile_pass="frozen", max_steps=12)
+    read.clear()
+    trainer.train()
+    assert len(read) == len(set(read)) == 2, "two users, two prefixes, two epochs"
+    monkeypatch.setattr(room, "_KEPT_BYTES", 1)
+    read.clear()
+    trainer = toy_trainer(rows=shared, profile_pass="frozen", max_steps=12)
+    trainer.train()
+    assert len(read) > 4, "without room a prefix is read in every batch that has it"
+
+
+def test_without_room_the_adapter_is_the_same(toy_trainer, monkeypatch):
+    def trained():
+        trainer = toy_trainer(profile_pass="frozen", max_steps=6)
+        trainer.train()
+        return {name: one.detach().clone() for name, one in trainer.model.named_parameters() if one.requires_grad}
+
+    first = trained()
+    monkeypatch.setattr(room, "_KEPT_BYTES", 1)
+    second = trained()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_scoring_with_the_adapter_on_sleeps_through_the_prefix(tmp_path):
+    model, pairs = toy().float(), made()
+    sequences = [one.factual for one in pairs]
+    found = {}
+    log_probs(model, sequences, True, None, found.__setitem__)
+    for index, one in enumerate(sequences):
+        with torch.no_grad():
+            torch.testing.assert_close(found[index], whole(model, one), rtol=0, atol=2e-5)
+    # The store never takes one way for the other; the bare base has but one.
+    store = store_of(str(tmp_path), model, None, adapters=True)
+    jobs = [Job("u", one) for one in sequences]
+    awake = [Job("u", one._replace(prefix=0)) for one in sequences]
+    assert kept_log_probs(model, jobs, store, None, "", adapters=True).hits == 0
+    assert kept_log_probs(model, awake, store, None, "", adapters=True).hits == 0
+    assert kept_log_probs(model, jobs, store, None, "", adapters=True).hits == len(jobs)
+    bare = store_of(str(tmp_path), model, None)
+    assert kept_log_probs(model, jobs, bare, None, "").hits == 0
+    assert kept_log_probs(model, awake, bare, None, "").hits == len(jobs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_wakes_behind_the_profile(family):
+    model, own = toy(family).float(), maker(family)
+    (pair,) = made(family, 1)
+    said = generate(model, own, pair.row.prompt, pair.row.profile, 12)
+    asked = own.prompt(pair.row.prompt, pair.row.profile)
+    ids = list(asked.ids)
+    with frozen(model, adapters=True), asleep(model, asked.prefix):
+        for _ in range(12):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] in own.stop_ids():
+                break
+    assert said == own.tokenizer.decode(ids[len(asked.ids) :], skip_special_tokens=True).strip()
+
+
+def test_evaluation_in_training_sleeps_too(toy_trainer):
+    import datasets
+
+    rows = datasets.Dataset.from_list(toys.toy_rows(2, 2))
+    trainer = toy_trainer(profile_pass="frozen", eval_dataset=rows)
+    stir(trainer.model)
+    loss = trainer.evaluate()["eval_loss"]
+    found = {}
+    log_probs(trainer.model, [one.factual for one in trainer.pairs["eval"]], True, None, found.__setitem__)
+    values = torch.cat(list(found.values()))
+    assert loss == pytest.approx(-float(values.mean()), abs=0.05)
