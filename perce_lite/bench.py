@@ -186,7 +186,8 @@ def note(bar: Progress, task: Any, text: str) -> None:
 
 def summary(names: Sequence[str], runs: Sequence[dict[str, Any]], epochs: int) -> dict[str, Any]:
     """By arm: `tokens_per_second`, `step_seconds`, `scoring_seconds`, `peak_bytes`, `activation_bytes`, `disk_bytes`,
-    medians over repeats; `time`, `memory`, `activations` and `disk` as ratios to plain SFT, each {median, min, max, runs}; or `out_of_memory` alone.
+    medians over repeats; `time`, `memory`, `activations` and `disk` as ratios to plain SFT, each {median, min, max,
+    runs}; or `out_of_memory` alone.
 
     A time ratio is the median over steps of an arm's seconds to plain SFT's for the same rows, and for a cold store the
     scoring beside it, over plain SFT's time for `epochs` epochs. A ratio is None where plain SFT has no figure.

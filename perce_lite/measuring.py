@@ -177,6 +177,7 @@ def measure(job: Job) -> dict[str, Any]:
     adapter = Path(job.scratch) / "adapter"
     trainer.model.save_pretrained(adapter)
     ours = isinstance(trainer, PerCETrainer)
+    trained_tokens = int(trainer._total_train_tokens) if arm.kind != "hand-written" else None
     passes = [trained(pair, trainer.args) for pair in trainer.pairs["train"]] if ours else []
     ids = [one.ids for one in passes] or list(trainer.train_dataset["input_ids"])
     labels = [one.labels for one in passes] or list(trainer.train_dataset["labels"])
@@ -191,7 +192,7 @@ def measure(job: Job) -> dict[str, Any]:
         "store_bytes": _bytes(Path(job.store)) if arm.store is not None else 0,
         "tokens": sum(map(len, ids)),
         "digest": digest([ids, labels]),
-        "trained_tokens": int(trainer._total_train_tokens) if arm.kind != "hand-written" else None,
+        "trained_tokens": trained_tokens,
         "loss": loss,
         "machine": machine(device),
     }

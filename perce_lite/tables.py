@@ -195,8 +195,8 @@ def show_bench(figures: dict[str, Any]) -> None:
         )
     epochs = f"scoring and {settings['epochs']} epochs"
     table.caption = Text(
-        f"x sft: median (range over repeats); the time of a cold store: {epochs}. kept: what a step's forward keeps for "
-        "its backward."
+        f"x sft: median (range over repeats); the time of a cold store: {epochs}. kept: what a forward keeps for its "
+        "backward."
     )
     console.print(table)
     for bar in (one for one in figures["bars"] if one["arm"] in figures["arms"]):
