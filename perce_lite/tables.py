@@ -180,7 +180,7 @@ def show_bench(figures: dict[str, Any]) -> None:
         f"steps {settings['steps']} of {rows['batch']} rows, repeats {settings['repeats']}"
     )
     table = Table(title=Text(f"Cost, {told}"), title_justify="left", caption_justify="left", box=None)
-    for name in ("arm", "tokens/s", "step, s", "x sft", "peak MiB", "x sft", "kept MiB", "x sft", "disk MiB"):
+    for name in ("arm", "tokens/s", "step, s", "x sft", "peak", "x sft", "kept", "disk"):
         table.add_column(name, justify="left" if name == "arm" else "right")
     for name, one in figures["arms"].items():
         if "out_of_memory" in one:
@@ -189,23 +189,18 @@ def show_bench(figures: dict[str, Any]) -> None:
         table.add_row(
             name,
             *(f"{one['tokens_per_second']:.0f}", f"{one['step_seconds']:.3f}", _with_range(one["time"])),
-            *(_mib(one["peak_bytes"]), _median(one["memory"])),
-            *(_mib(one["activation_bytes"]), _median(one["activations"])),
+            *(f"{one['peak_bytes'] / 2**20:.0f}", _median(one["memory"]), _median(one["activations"])),
             f"{one['disk_bytes'] / 2**20:.2f}",
         )
     epochs = f"scoring and {settings['epochs']} epochs"
     table.caption = Text(
-        f"x sft: median (range over repeats); the time of a cold store: {epochs}. kept: what a forward keeps for its "
-        "backward."
+        f"x sft: median (range over repeats); the time of a cold store: {epochs}. peak, disk: MiB. "
+        "kept: what a forward keeps for its backward, x sft."
     )
     console.print(table)
     for bar in (one for one in figures["bars"] if one["arm"] in figures["arms"]):
         _show_bar(bar, f"{bar['bar']}, at most {bar['limit']:.2f} x sft")
     _show_machine(figures)
-
-
-def _mib(size: float | None) -> str:
-    return "-" if size is None else f"{size / 2**20:.0f}"
 
 
 def _median(ratio: dict[str, Any] | None) -> str:
