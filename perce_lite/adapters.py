@@ -61,6 +61,16 @@ def about(folder: Path) -> dict[str, Any]:
     )
 
 
+def same_pass(folder: Path, recipe: Recipe) -> None:
+    """Raises AdapterError where the adapter in `folder` was not trained with the `profile_pass` of `recipe`."""
+    theirs, ours = Recipe.model_validate(about(folder)["recipe"]).profile_pass, recipe.profile_pass
+    if theirs != ours:
+        raise AdapterError(
+            f"{folder}: this adapter was trained with profile_pass: {theirs} and would be used with {ours}, which is "
+            f"not what it learned. Add --set train.profile_pass={theirs}."
+        )
+
+
 def _check(card: dict[str, Any], folder: Path) -> None:
     """Raises AdapterError where `card` is not of this version's shape."""
     missing = [key for key in ("recipe", "base", "train_on", "chat_template", "run") if key not in card]

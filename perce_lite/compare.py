@@ -29,6 +29,9 @@ UNTRAINED = "untrained"
 
 _BOTH = ("own", "none")
 
+Cases = dict[str, list[Case]]
+"""By split."""
+
 AGAINST = ("uniform", "shuffled")
 """Estimators that the others are compared with: plain SFT, and the same weights on the wrong tokens."""
 
@@ -114,14 +117,14 @@ def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: 
     """
     rows = read_rows(recipe)
     trained = {row.user for row in of_split(rows, "train")}
-    found = _cases(recipe, rows, tuning=len(rates) > 1)
+    found = {arm.recipe.profile_pass: _cases(arm.recipe, rows, tuning=len(rates) > 1) for arm in arms}
     seed = training_config(recipe).seed
     total = len(arms) * (len(rates) + seeds - 1)
     first = [Training(arm, rate, seed) for arm in arms for rate in rates]
     failed = _train(first, rows, 0, total)
     tuning: dict[Training, float] = {}
     if len(rates) > 1:
-        only = {"validation": found.pop("validation")}
+        only = {name: {"validation": cases.pop("validation")} for name, cases in found.items()}
         judge, sums = _score(recipe, [one for one in first if one not in failed], rows, only, True)["validation"]
         tokens = judge.tokens["all"].sum()
         tuning = {one: float(scored[one.arm.judged]["all"].sum() / tokens) for one, scored in sums.items() if one}
@@ -157,7 +160,7 @@ def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: 
     }
 
 
-def _cases(recipe: Recipe, rows: Sequence[Row], tuning: bool) -> dict[str, list[Case]]:
+def _cases(recipe: Recipe, rows: Sequence[Row], tuning: bool) -> Cases:
     """Held-out cases: test and unseen to judge by, validation to choose rates by."""
     config = training_config(recipe)
     maker = PairMaker.of(recipe, load_tokenizer(recipe), config.max_length)
@@ -195,10 +198,11 @@ def _train(trainings: Sequence[Training], rows: Sequence[Row], before: int, tota
 
 
 def _score(
-    recipe: Recipe, trainings: Sequence[Training], rows: Sequence[Row], found: dict[str, list[Case]], tuning: bool
+    recipe: Recipe, trainings: Sequence[Training], rows: Sequence[Row], found: dict[str, Cases], tuning: bool
 ) -> dict[str, tuple[Judge, dict[Training | None, Sums]]]:
     """By split: what every training's adapter, and the base (None), loses, with the own profile and with none.
 
+    found: by `profile_pass`, the same rows in the same order
     tuning: with the profile alone that the arm is judged with
     """
     config, base = training_config(recipe), load_base(recipe)
@@ -209,7 +213,8 @@ def _score(
         what = UNTRAINED if training is None else f"{training.arm.name}, rate {training.rate:g}, seed {training.seed}"
         with adapters.on(base.model, folder) as model:
             store = store_of(config.store, model, config.autocast, folder is not None)
-            for split, some in found.items():
+            mine = next(iter(found)) if training is None else training.arm.recipe.profile_pass
+            for split, some in found[mine].items():
                 told = f"{what}, {split}"
                 scored = score_cases(model, some, names, store, config.autocast, told, folder is not None)
                 if training is None:

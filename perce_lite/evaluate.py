@@ -118,6 +118,7 @@ def _named(folders: Sequence[Path], recipe: Recipe) -> dict[str, Path | None]:
     named: dict[str, Path | None] = {}
     for folder in folders:
         card = adapters.about(folder)  # all faults before any scoring
+        adapters.same_pass(folder, recipe)
         if _split_of(card["recipe"]) != _split_of(recipe.model_dump(mode="json")):
             warn(f"{folder} was trained with another split of the data: rows it is judged on may be rows it has seen")
         name = str(folder.parent if folder.name == "adapter" else folder)

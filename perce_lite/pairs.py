@@ -121,8 +121,7 @@ class PairMaker(Chat):
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> "PairMaker":
         """As the recipe's training makes them; `max_length` is that of its `PerCEConfig`."""
-        profile_pass = recipe.train.get("profile_pass", "full")
-        return cls(tokenizer, recipe.template, max_length, recipe.profile.max_tokens, profile_pass)
+        return cls(tokenizer, recipe.template, max_length, recipe.profile.max_tokens, recipe.profile_pass)
 
     def make(self, rows: Sequence[Row], audit: Audit | None = None) -> list[Pair]:
         """The pairs of `rows`, in order; `audit` counts those that are dropped, by user and reason.

@@ -167,6 +167,11 @@ class Recipe(Section):
         every = self.data.model_copy(update={"users": None, "max_rows": None})
         return self.model_copy(update={"data": every}).fingerprint()
 
+    @property
+    def profile_pass(self) -> str:
+        """`PerCEConfig.profile_pass`: "frozen" where an adapter sleeps through the profile."""
+        return str(self.train.get("profile_pass", "full"))
+
     def fingerprint(self) -> str:
         """Equal for recipes that train the same adapter: where it is written to, or logged, does not count."""
         plain = self.model_dump(mode="json")

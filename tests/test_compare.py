@@ -8,6 +8,7 @@ import torch
 import toys
 from peft import PeftModel
 from test_inspect import fits_a_phone, full_logits
+from test_loss import asleep
 
 from perce_lite import compare as comparing
 from perce_lite.compare import Training, arms_of, grid
@@ -48,14 +49,35 @@ def trained(monkeypatch) -> list[str]:
     return done
 
 
-def loss_by_hand(path: Path, folder: Path, split: str, profile: str) -> torch.Tensor:
+def loss_by_hand(path: Path, folder: Path, split: str, profile: str, profile_pass: str = "full") -> torch.Tensor:
     """Summed loss of each row under the adapter in `folder`, float64, by full logits."""
     recipe = load_recipe(path)
     rows = read_rows(recipe)
-    maker = PairMaker(toys.toy_tokenizer("chatml"), recipe.template, 1024)
+    maker = PairMaker(toys.toy_tokenizer("chatml"), recipe.template, 1024, profile_pass=profile_pass)
     found = cases(maker, spread_over_users(of_split(rows, split), 20), None, of_split(rows, "train"))
     model = PeftModel.from_pretrained(toys.toy_model("chatml", 600), folder).double().eval()
-    return torch.stack([-full_logits(model, case.passes[profile]).sum() for case in found])
+    losses = []
+    for passes in (case.passes[profile] for case in found):
+        with asleep(model, passes.prefix):
+            losses.append(-full_logits(model, passes).sum())
+    return torch.stack(losses)
+
+
+def test_an_arm_that_sleeps_through_the_profile_is_judged_asleep(path, figures):
+    arms = "base,base:profile_pass=frozen"
+    told = figures("compare", path, "--arms", arms, "--rates", "0.02,0.05", "--seeds", "1")
+    recipe = load_recipe(path)
+    rows = read_rows(recipe)
+    table = {(one["arm"], one["profile"]): one["all"]["value"] for one in told["splits"]["test"]["losses"]}
+    rates = {one["arm"]: one["rate"] for one in told["arms"]}
+    tokens = told["splits"]["test"]["tokens"]["all"]
+    for arm in arms_of(recipe, arms):
+        folder = Training(arm, rates[arm.name], 3).run(rows)[1].adapter
+        for profile in ("own", "none"):
+            by_hand = loss_by_hand(path, folder, "test", profile, arm.recipe.profile_pass)
+            assert table[arm.name, profile] == pytest.approx(float(by_hand.sum()) / tokens, abs=1e-4)
+    awake = loss_by_hand(path, folder, "test", "own")
+    assert abs(float(awake.sum()) / tokens - table[arm.name, "own"]) > 1e-4, "which way is told apart"
 
 
 def test_rates_come_from_validation_and_differences_are_paired(path, figures, trained):
