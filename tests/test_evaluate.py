@@ -161,6 +161,7 @@ def test_what_cannot_be_evaluated_is_one_line(trained, run):
     for words, expected in (
         (["--adapter", "nowhere"], "nowhere: there is no such folder"),
         (["--adapter", "out", "--adapter", "out/adapter"], "two arms would be called out"),
+        (["--adapter", "out", "--set", "train.profile_pass=frozen"], "Add --set train.profile_pass=full"),
         (["--adapter", "out", "--set", "split.test=0", "--set", "split.unseen_users=0", "--set", "split.validation=0"],
          "No held-out rows"),
         (["--adapter", "out", "--set", "evaluation.general=none.jsonl"], "evaluation.general: there is no file"),

@@ -125,10 +125,12 @@ def test_order_does_not_matter_for_a_user(recipe, tmp_path):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_slots_train_what_one_by_one_trains(recipe):
+@pytest.mark.parametrize("profile_pass", ["full", "frozen"])
+def test_slots_train_what_one_by_one_trains(recipe, profile_pass):
     """Three users in two slots, one of them refilled: the book and the adapters are those of one after another."""
     text = TEXT.replace("gate: null", "gate: null, slots: 2") + "lora: {r: 4}\n"
-    path = recipe(rows_of(3), text.replace("learning_rate: 0.05", "learning_rate: 0.01, adam_epsilon: 1e-4"))
+    slow = f"learning_rate: 0.01, adam_epsilon: 1e-4, profile_pass: {profile_pass}"
+    path = recipe(rows_of(3), text.replace("learning_rate: 0.05", slow))
     engine = engine_for(load_recipe(path))
     assert isinstance(engine, Slotted)
     assert fleet(load_recipe(path), engine_for)["trained"] == 4
