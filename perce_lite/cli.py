@@ -207,9 +207,35 @@ def generate(
     from perce_lite.generate import from_folder
 
     set_seed(seed)
-    options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+    options = _sampling(temperature, top_p)
     figures = from_folder(adapter, prompt, text, user, max_new_tokens, not base, stream=True, **options)
     write(json, figures)
+
+
+@app.command()
+def chat(
+    adapter: Annotated[Path, typer.Argument(help="The folder of an adapter, such as runs/quickstart/adapter.")],
+    profile: Annotated[str | None, typer.Option(help="The profile's text, or @FILE.")] = None,
+    user: Annotated[
+        str | None, typer.Option(help="A user of the adapter's data: their texts become the profile.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at the most.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus, with a temperature.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Talk to an adapter in the terminal; /help lists what else can be said there."""
+    if profile is not None and user is not None:
+        raise typer.BadParameter("give one of --profile and --user")
+    text = _text_or_file(profile)
+    from transformers import set_seed
+
+    from perce_lite import adapters, conversation
+    from perce_lite.generate import opened
+
+    its = opened(adapters.about(adapter))
+    set_seed(seed)
+    conversation.chat(its, text, user, max_new_tokens, **_sampling(temperature, top_p))
 
 
 @app.command()
@@ -264,6 +290,11 @@ def store_clear(path: StorePath = None, json: Json = None) -> None:
     errors.print(f"Cleared {root}: {freed / 2**20:.2f} MiB freed.")
 
 
+def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
+    """Options of transformers' `generate`; greedy at 0."""
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+
+
 def _text_or_file(given: str | None) -> str | None:
     if given is None or not given.startswith("@"):
         return given
@@ -293,6 +324,7 @@ _STOPPED = {
     "train": "The same command goes on from the last checkpoint; what was scored is kept.",
     "check": "Nothing was written; the same command starts over.",
     "generate": "Nothing was written; the same command starts over.",
+    "chat": "Nothing was written; the same command starts over.",
     "inspect": "What was scored under the base is kept; the same command scores the rest.",
     "eval": "What was scored and answered is kept; the same command does the rest.",
     "compare": "Finished trainings are kept; the same command goes on from the last checkpoint.",

@@ -21,7 +21,7 @@ collator   head
 score
 terms
 trainer    slots      generate   controls   check      sections
-charts     engine     proof
+charts     engine     proof      conversation
 report     gguf_lora
 inspection
 train      tables     evaluate   export
