@@ -13,7 +13,7 @@ console    files      contrast   profiles   source     metrics    llamacpp
 config
 faults
 recipe
-rows       registry   children
+rows       registry   children   embedding
 documents
 data       models     store      chat
 pairs      adapters   footprint
