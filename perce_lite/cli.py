@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from perce_lite import cli_fleet
+from perce_lite import cli_bench, cli_fleet
 from perce_lite.cli_options import Json, RecipePath, Set, write
 from perce_lite.console import errors, quiet
 from perce_lite.errors import PerceLiteError
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 store_app = typer.Typer(help="The log-probs kept between runs.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
+app.command("bench")(cli_bench.bench)
 app.command("fleet")(cli_fleet.fleet)
 app.add_typer(cli_fleet.adapters_app, name="adapters")
 
@@ -141,45 +142,6 @@ def compare(
     write_figures("Ways of weighting, compared", lead, told, made, page)
     write(json, {**figures, "sentences": told})
     tables.show_sections(told, made, page)
-
-
-@app.command()
-def bench(
-    recipe: RecipePath,
-    arms: Annotated[str | None, typer.Option(help="Ways to train, such as base,mixed; else all.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps a measurement.")] = 6,
-    warmup: Annotated[int, typer.Option(min=0, help="Steps ahead of them that do not count.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each arm.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1, help="Over which the scoring of a cold store is spread.")] = 3,
-    fleet: Annotated[bool, typer.Option("--fleet", help="Many users: one by one beside several at once.")] = False,
-    lengths: Annotated[str | None, typer.Option(help="With --fleet: tokens a row; else 32,64,96.")] = None,
-    slots: Annotated[str | None, typer.Option(help="With --fleet: users at once; else 1,2,4,8,16.")] = None,
-    set_: Set = None,
-    json: Json = None,
-) -> None:
-    """Measure time, memory and disk beside plain SFT on this machine, with the recipe's own rows; or many users."""
-    given = {"--lengths": lengths, "--slots": slots} if not fleet else {"--arms": arms}
-    wrong = [name for name, value in given.items() if value is not None]
-    if wrong:
-        raise typer.BadParameter(f"{wrong[0]} goes {'without' if fleet else 'with'} --fleet")
-    from perce_lite.recipe import load_recipe
-
-    read = load_recipe(recipe, set_ or [])
-    from perce_lite import tables
-
-    if fleet:
-        from perce_lite.fleetbench import fleet_bench, lengths_of, slots_of
-
-        figures = fleet_bench(read, lengths_of(lengths), slots_of(slots), steps, warmup, repeats)
-        write(json, figures)
-        tables.show_fleet_bench(figures)
-        return
-    from perce_lite.bench import arms_of
-    from perce_lite.bench import bench as run
-
-    figures = run(read, arms_of(arms), steps, warmup, repeats, epochs)
-    write(json, figures)
-    tables.show_bench(figures)
 
 
 @app.command()

@@ -27,11 +27,11 @@ inspection
 train      tables     evaluate   export
 groups     measuring  workload   exactrows
 compare    bench      inprocess
-fleet      slotted    cli_options
-fleetmeasuring
-fleetbench
+fleet      slotted    cli_options   randombase
+fleetmeasuring        gpumeasuring
+fleetbench gpureport
 roster
-cli_fleet
+cli_fleet  cli_bench
 cli
 """
 
