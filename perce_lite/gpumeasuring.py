@@ -1,4 +1,4 @@
-"""The measurements of `perce-lite bench --gpu-report` over one base: memory by part, speed, slots of users, numerics."""
+"""What `perce-lite bench --gpu-report` measures over one base: memory by part, speed, slots of users, numerics."""
 
 import gc
 import time

@@ -180,7 +180,7 @@ def markdown(figures: dict[str, Any]) -> str:
         f"# {figures['shape']} on {computer['name']}{card}",
         "",
         f"{figures['weights'] / 1e6:,.1f} million random weights in NF4, {settings['dtype']}, rank {settings['rank']}, "
-        f"rows of {settings['length']} tokens, one a step; torch {computer['torch']}; {figures['seconds']:.0f} s in all",
+        f"rows of {settings['length']} tokens, one a step; torch {computer['torch']}; {figures['seconds']:.0f} s",
         "",
         *_table(["bar", "limit", "here", ""], [_bar_cells(one) for one in figures["bars"]]),
         "",
