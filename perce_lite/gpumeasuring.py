@@ -88,7 +88,7 @@ def memory(place: Place, base: Base, length: int) -> dict[str, Any]:
     base, unquantized: the frozen weights on the device: in 4 bit with their constants, and the others
     adapter, gradients, optimizer: what is trained, and what goes with it
     scoring: what the scoring pass takes beside what is held
-    working: what a step's peak holds beyond these: activations, one layer's weights, the head
+    working: what a step's peak holds beside weights and adapter: activations, the gradients so far, a layer, the head
     total: the peak; reserved, on a GPU: by torch's allocator. On a CPU working, scoring and total are the process's
     """
     job = place.job("base-cold", place.rows(length, 1, 1), 2, 0)
@@ -111,7 +111,7 @@ def memory(place: Place, base: Base, length: int) -> dict[str, Any]:
         "optimizer": sum(one.nbytes for one in states if isinstance(one, Tensor)),
         "scoring": scoring - before,
     }
-    working = peak - sum(found[name] for name in ("base", "unquantized", "adapter", "gradients"))
+    working = peak - sum(found[name] for name in ("base", "unquantized", "adapter"))
     most = {"reserved": torch.cuda.max_memory_reserved(device)} if device.type == "cuda" else {}
     return {**found, "working": working, "total": max(peak, scoring), **most}
 

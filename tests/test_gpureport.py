@@ -42,6 +42,7 @@ def test_parts_of_memory_are_those_of_the_shape(report):
     assert 1.0 < on_card["base"] / in_four_bit < 1.6  # a toy's tables of 256 numbers weigh as much as its constants
     assert on_card["adapter"] == layers * sum(32 * (one + other) for one, other in linear.values()) * 4
     assert on_card["gradients"] == on_card["adapter"]
+    assert on_card["total"] >= sum(on_card[name] for name in ("base", "unquantized", "adapter", "working"))
     assert 0 <= on_card["optimizer"] - 2 * on_card["adapter"] <= 4 * len(linear) * 2 * layers  # a step counter each
     norms = (2 * layers + 1) * width * itemsize
     buffers = 2 * 8 * 4  # rotary frequencies
