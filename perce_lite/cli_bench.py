@@ -91,6 +91,8 @@ def _report(
     from perce_lite.gpureport import LENGTH, SHAPE, markdown
     from perce_lite.gpureport import gpu_report as run
 
+    if out.suffix == ".json":
+        raise typer.BadParameter(f"--out {out}: the table is Markdown; the figures go beside it as JSON")
     rows = [LENGTH] if length is None else lengths_of(length)
     if len(rows) != 1:
         raise typer.BadParameter(f"--lengths {length}: --gpu-report has rows of one length")

@@ -1,5 +1,4 @@
-"""Talking to an adapter: turns in the adapter's own template, its profile, its base for comparison, in a terminal or a
-pipe."""
+"""Talking to an adapter in a terminal or a pipe: turns in its own template, its profile, its base for comparison."""
 
 import importlib.util
 import signal
@@ -149,21 +148,19 @@ class Conversation:
 
     def _prompt(self, question: str, profile: Profiled) -> list[Message]:
         """The turns and the question, without the oldest turns where they do not fit beside an answer; says so."""
-        left_out = 0
-        while True:
-            said = [pair for turn in self.turns for pair in zip(("user", "assistant"), turn, strict=True)]
+        for left_out in range(len(self.turns) + 1):
+            said = [pair for turn in self.turns[left_out:] for pair in zip(("user", "assistant"), turn, strict=True)]
             messages = [{"role": role, "content": text} for role, text in [*said, ("user", question)]]
             length = len(self.opened.maker.prompt_ids(messages, profile))
             if length + self.max_new_tokens <= self.context:
                 break
-            if not self.turns:
-                raise DataError(
-                    f"The question, its profile and an answer of {self.max_new_tokens} tokens take "
-                    f"{length + self.max_new_tokens} tokens, and the model looks at {self.context}: ask a shorter one, "
-                    "set a shorter profile, or start with a smaller --max-new-tokens."
-                )
-            del self.turns[0]
-            left_out += 1
+        else:
+            raise DataError(
+                f"The question, its profile and an answer of {self.max_new_tokens} tokens take "
+                f"{length + self.max_new_tokens} tokens, and the model looks at {self.context}: ask a shorter one, "
+                "set a shorter profile, or start with a smaller --max-new-tokens."
+            )
+        del self.turns[:left_out]
         if left_out:
             turns = "The oldest turn is" if left_out == 1 else f"The {left_out} oldest turns are"
             self.told(f"{turns} left out: the model looks at {self.context} tokens, and the conversation is longer.")
@@ -207,7 +204,7 @@ def read_text(path: str) -> str:
 def talk(conversation: Conversation, lines: Iterable[str]) -> None:
     """Goes through `lines`, questions and commands, until /quit or their end. A line that fails is told, no more."""
     for line in lines:
-        if line.strip() == "/quit":
+        if line.rstrip() == "/quit":
             return
         if not line.strip():
             continue

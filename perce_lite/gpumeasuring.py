@@ -4,6 +4,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def memory(place: Place, base: Base, length: int) -> dict[str, Any]:
     total: the peak; reserved, on a GPU: by torch's allocator. On a CPU working, scoring and total are the process's
     """
     job = place.job("base-cold", place.rows(length, 1, 1), 2, 0)
+    _empty(Path(job.store))
     device = base.model.device
     held = frozen_bytes(base.model)
     with bare(base.model):
@@ -141,7 +143,7 @@ def speed(
             return measured(place.job(arm, rows, steps, warmup), base)
 
     for arm in ("base", "mixed"):
-        told(lambda arm=arm: one(arm, 0, 0))  # type: ignore[misc]
+        told(partial(one, arm, 0, 0))
     runs = []
     for repeat in range(repeats):
         shift = repeat * len(SPEED) // repeats
@@ -150,13 +152,13 @@ def speed(
             said(f"{arm}, repeat {repeat + 1} of {repeats}")
             if ARMS[arm].cold:
                 _empty(Path(place.job(arm, rows, 0, 0).store))
-            found[arm] = told(lambda arm=arm: one(arm, place.steps, place.warmup))  # type: ignore[misc]
+            found[arm] = told(partial(one, arm, place.steps, place.warmup))
         runs.append(found)
     return {"speed": summary(SPEED, runs, epochs), "runs": runs}
 
 
 def _empty(store: Path) -> None:
-    """Removes what a cold arm's last repeat has scored."""
+    """Removes what was scored before, so that it is scored again."""
     for file in store.rglob("*.safetensors") if store.is_dir() else []:
         file.unlink()
 

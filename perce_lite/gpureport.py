@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,17 +125,17 @@ def _measure(place: Place, config: Any, device: torch.device, length: int, repea
             bar.refresh()
 
         now("numerics")
-        numbers = told(lambda: numerics(place, config, device, min(length, 512)))
+        numbers = told(partial(numerics, place, config, device, min(length, 512)))
         now("making the base")
         base: Base = random_base(config, _dtype(place, device), device)
         now("memory")
-        parts = {CARD: told(lambda: memory(place, base, length))}
+        parts = {CARD: told(partial(memory, place, base, length))}
         now("filling the store")
         pace = speed(place, base, length, repeats, epochs, now)
         at_once = {}
         for users in USERS:
             now(f"{users} users at once")
-            at_once[str(users)] = told(lambda users=users: slots(place, base, users))  # type: ignore[misc]
+            at_once[str(users)] = told(partial(slots, place, base, users))
         now(f"memory, {HOST}")
 
         def on_host() -> dict[str, Any]:

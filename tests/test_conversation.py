@@ -154,9 +154,9 @@ def test_what_does_not_fit_the_context_is_left_out_and_said(its, capfd, monkeypa
     assert 1 <= len(conversation.turns) < 4
     earlier = [pair for turn in conversation.turns[:-1] for pair in zip(("user", "assistant"), turn, strict=True)]
     assert conversation.turns[-1][1] == said(its, [*earlier, ("user", question)])
-    _, told, conversation = talked(its, [question * 20, question], capfd, tokens=8)
+    _, told, conversation = talked(its, [question, question * 20], capfd, tokens=8)
     assert "ask a shorter one" in told[0]
-    assert [asked for asked, _ in conversation.turns] == [question]
+    assert [asked for asked, _ in conversation.turns] == [question]  # it costs no earlier turn
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_chat(its, capfd, monkeypatch):

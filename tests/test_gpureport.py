@@ -11,7 +11,7 @@ from perce_lite import gpumeasuring, gpureport
 from perce_lite.errors import BenchError
 from perce_lite.gpureport import CARD, GIB, HOST, PARTS, SHAPE, gpu_report, judged, markdown
 from perce_lite.models import load_base
-from perce_lite.randombase import SHAPES, byte_tokenizer, config_of_shape, elements, random_base
+from perce_lite.randombase import SHAPES, byte_tokenizer, config_of_shape, elements, random_base, write_shape
 from perce_lite.recipe import Recipe
 
 pytest_plugins = ["cli_fixtures"]
@@ -71,6 +71,19 @@ def test_slots_and_numerics(report):
     assert half["mean"] <= half["max"]
     assert 0.999 < brain["cosine"] < half["cosine"] <= 1
     assert half["norm"] == pytest.approx(1, abs=0.01)
+
+
+def test_both_measurements_of_memory_score(monkeypatch, tmp_path):
+    trainers, make = [], gpumeasuring.make
+    monkeypatch.setattr(gpumeasuring, "make", lambda *given: trainers.append(make(*given)) or trainers[-1])
+    config = config_of_shape("toy")
+    write_shape(config, tmp_path / "shape")
+    place = gpumeasuring.Place(gpureport.recipe_of_report(tmp_path / "shape", LENGTH), tmp_path, 1, 0)
+    base = random_base(config, torch.float32, torch.device("cpu"))
+    for _ in range(2):
+        gpumeasuring.memory(place, base, LENGTH)
+    assert [one.store_hits for one in trainers] == [0, 0]
+    assert not [name for name, _ in base.model.named_parameters() if "lora" in name]
 
 
 def test_another_shape_than_the_bars_is_not_judged(report):
@@ -163,6 +176,7 @@ def test_the_command_writes_table_and_figures(run, report, monkeypatch, tmp_path
         (["--shape", "toy"], "--shape goes with --gpu-report"),
         ([], "give a recipe"),
         (["--gpu-report", "--lengths", "64,128"], "rows of one length"),
+        (["--gpu-report", "--out", "table.json"], "the table is Markdown"),
         (["--gpu-report", "--shape", "nowhere"], "neither llama-3.1-8b nor toy, nor a folder"),
     ],
 )
