@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from perce_lite import cli_fleet
+from perce_lite import cli_bench, cli_fleet
 from perce_lite.cli_options import Json, RecipePath, Set, write
 from perce_lite.console import errors, quiet
 from perce_lite.errors import PerceLiteError
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 store_app = typer.Typer(help="The log-probs kept between runs.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
+app.command("bench")(cli_bench.bench)
 app.command("fleet")(cli_fleet.fleet)
 app.add_typer(cli_fleet.adapters_app, name="adapters")
 
@@ -144,45 +145,6 @@ def compare(
 
 
 @app.command()
-def bench(
-    recipe: RecipePath,
-    arms: Annotated[str | None, typer.Option(help="Ways to train, such as base,mixed; else all.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps a measurement.")] = 6,
-    warmup: Annotated[int, typer.Option(min=0, help="Steps ahead of them that do not count.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each arm.")] = 3,
-    epochs: Annotated[int, typer.Option(min=1, help="Over which the scoring of a cold store is spread.")] = 3,
-    fleet: Annotated[bool, typer.Option("--fleet", help="Many users: one by one beside several at once.")] = False,
-    lengths: Annotated[str | None, typer.Option(help="With --fleet: tokens a row; else 32,64,96.")] = None,
-    slots: Annotated[str | None, typer.Option(help="With --fleet: users at once; else 1,2,4,8,16.")] = None,
-    set_: Set = None,
-    json: Json = None,
-) -> None:
-    """Measure time, memory and disk beside plain SFT on this machine, with the recipe's own rows; or many users."""
-    given = {"--lengths": lengths, "--slots": slots} if not fleet else {"--arms": arms}
-    wrong = [name for name, value in given.items() if value is not None]
-    if wrong:
-        raise typer.BadParameter(f"{wrong[0]} goes {'without' if fleet else 'with'} --fleet")
-    from perce_lite.recipe import load_recipe
-
-    read = load_recipe(recipe, set_ or [])
-    from perce_lite import tables
-
-    if fleet:
-        from perce_lite.fleetbench import fleet_bench, lengths_of, slots_of
-
-        figures = fleet_bench(read, lengths_of(lengths), slots_of(slots), steps, warmup, repeats)
-        write(json, figures)
-        tables.show_fleet_bench(figures)
-        return
-    from perce_lite.bench import arms_of
-    from perce_lite.bench import bench as run
-
-    figures = run(read, arms_of(arms), steps, warmup, repeats, epochs)
-    write(json, figures)
-    tables.show_bench(figures)
-
-
-@app.command()
 def generate(
     adapter: Annotated[Path, typer.Option(help="The folder of an adapter, such as runs/quickstart/adapter.")],
     prompt: Annotated[str, typer.Option(help="What to ask.")],
@@ -207,9 +169,35 @@ def generate(
     from perce_lite.generate import from_folder
 
     set_seed(seed)
-    options: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+    options = _sampling(temperature, top_p)
     figures = from_folder(adapter, prompt, text, user, max_new_tokens, not base, stream=True, **options)
     write(json, figures)
+
+
+@app.command()
+def chat(
+    adapter: Annotated[Path, typer.Argument(help="The folder of an adapter, such as runs/quickstart/adapter.")],
+    profile: Annotated[str | None, typer.Option(help="The profile's text, or @FILE.")] = None,
+    user: Annotated[
+        str | None, typer.Option(help="A user of the adapter's data: their texts become the profile.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at the most.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus, with a temperature.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+) -> None:
+    """Talk to an adapter in the terminal; /help lists what else can be said there."""
+    if profile is not None and user is not None:
+        raise typer.BadParameter("give one of --profile and --user")
+    text = _text_or_file(profile)
+    from transformers import set_seed
+
+    from perce_lite import adapters, conversation
+    from perce_lite.generate import opened
+
+    its = opened(adapters.about(adapter))
+    set_seed(seed)
+    conversation.chat(its, text, user, max_new_tokens, **_sampling(temperature, top_p))
 
 
 @app.command()
@@ -264,6 +252,11 @@ def store_clear(path: StorePath = None, json: Json = None) -> None:
     errors.print(f"Cleared {root}: {freed / 2**20:.2f} MiB freed.")
 
 
+def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
+    """Options of transformers' `generate`; greedy at 0."""
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+
+
 def _text_or_file(given: str | None) -> str | None:
     if given is None or not given.startswith("@"):
         return given
@@ -293,6 +286,7 @@ _STOPPED = {
     "train": "The same command goes on from the last checkpoint; what was scored is kept.",
     "check": "Nothing was written; the same command starts over.",
     "generate": "Nothing was written; the same command starts over.",
+    "chat": "Nothing was written; the same command starts over.",
     "inspect": "What was scored under the base is kept; the same command scores the rest.",
     "eval": "What was scored and answered is kept; the same command does the rest.",
     "compare": "Finished trainings are kept; the same command goes on from the last checkpoint.",

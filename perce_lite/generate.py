@@ -1,10 +1,12 @@
 """Text from base or adapter, with the profile or without, through the prompt that training saw."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from perce_lite import adapters
@@ -55,6 +57,45 @@ def generate(
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
+@dataclass(frozen=True)
+class Opened:
+    """An adapter's folder, loaded: its base with it on, and what makes the prompts that training saw."""
+
+    card: dict[str, Any]
+    recipe: Recipe
+    model: PeftModel
+    maker: PairMaker
+    autocast: torch.dtype | None
+
+
+def opened(card: dict[str, Any]) -> Opened:
+    """The adapter whose `adapters.about` is `card`, on its base, in eval mode.
+
+    Raises:
+        ModelError, DeviceError: its base cannot be loaded; AdapterError: the base is another one now.
+    """
+    recipe = Recipe.model_validate(card["recipe"])
+    recipe.train.pop("chat_template_path", None)  # the card holds what the file said
+    base = load_base(recipe)
+    model = adapters.load(base.model, Path(card["folder"]))
+    base.tokenizer.chat_template = card["chat_template"]
+    maker = PairMaker.of(recipe, base.tokenizer, recipe.train.get("max_length", 1024))
+    dtype = chosen_dtype(recipe.dtype, pick_device(recipe.device))
+    return Opened(card, recipe, model, maker, None if dtype == torch.float32 else dtype)
+
+
+def texts_of(recipe: Recipe, user: str, prompt: str) -> Profiled:
+    """The profile of a `user` of the recipe's data: their text, or those of their texts that are nearest to `prompt`.
+
+    Raises:
+        DataError: no such user, or the data is not there any more.
+    """
+    known = history(recipe, user, prompt)
+    if isinstance(known, str):
+        return known
+    return tuple(choose(known, prompt, recipe.profile.select, recipe.profile.top_k))
+
+
 def from_folder(
     folder: Path,
     prompt: str,
@@ -74,15 +115,9 @@ def from_folder(
         AdapterError: no adapter there, or a profile is missing that the adapter was trained with.
     """
     card = adapters.about(folder)
-    recipe = Recipe.model_validate(card["recipe"])
     chosen: Profiled
     if user is not None:
-        known = history(recipe, user, prompt)
-        chosen = (
-            known
-            if isinstance(known, str)
-            else tuple(choose(known, prompt, recipe.profile.select, recipe.profile.top_k))
-        )
+        chosen = texts_of(Recipe.model_validate(card["recipe"]), user, prompt)
     elif profile is not None:
         chosen = profile
     elif card["train_on"] == "factual":
@@ -92,19 +127,15 @@ def from_folder(
         )
     else:
         chosen = ""
-    recipe.train.pop("chat_template_path", None)  # the card holds what the file said
-    base = load_base(recipe)
-    model = adapters.load(base.model, folder)
-    base.tokenizer.chat_template = card["chat_template"]
-    maker = PairMaker.of(recipe, base.tokenizer, recipe.train.get("max_length", 1024))
-    dtype = chosen_dtype(recipe.dtype, pick_device(recipe.device))
-    autocast = None if dtype == torch.float32 else dtype
+    its = opened(card)
     message = [{"role": "user", "content": prompt}]
-    chosen = maker.fitting(message, chosen)
-    answer = generate(model, maker, message, chosen, max_new_tokens, use_adapter, autocast, stream, **options)
+    chosen = its.maker.fitting(message, chosen)
+    answer = generate(
+        its.model, its.maker, message, chosen, max_new_tokens, use_adapter, its.autocast, stream, **options
+    )
     return {
         "prompt": prompt,
-        "profile": maker.profile_text(chosen),
+        "profile": its.maker.profile_text(chosen),
         "model": "adapter" if use_adapter else "base",
         "answer": answer,
     }

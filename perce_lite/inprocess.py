@@ -116,7 +116,7 @@ class OneByOne:
         recipe = task.recipe.model_copy(update={"train": {**task.recipe.train, "output_dir": str(task.folder)}})
         base = self._base()
         run.make_way(fingerprint(base.model))
-        with no_bars(), self._bare(base.model):
+        with no_bars(), bare(base.model):
             trainer = make_trainer(recipe, base, task.rows, task.start)
             before = _losses(trainer, recipe, task.rows, ("base", "start"))
             to_the_end(trainer, recipe, task.rows, run)
@@ -131,17 +131,18 @@ class OneByOne:
             self._loaded = load_base(self._recipe)
         return self._loaded
 
-    @contextmanager
-    def _bare(self, model: PreTrainedModel) -> Iterator[None]:
-        """Gives the base back as it was: a trainer puts layers into it and wraps its forward once more."""
-        before = model.__dict__.get("forward")
-        try:
-            yield
-        finally:
-            adapters.strip(model)
-            model.__dict__.pop("forward", None)
-            if before is not None:
-                model.forward = before
+
+@contextmanager
+def bare(model: PreTrainedModel) -> Iterator[None]:
+    """Gives the base back as it was: a trainer puts layers into it and wraps its forward once more."""
+    before = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        adapters.strip(model)
+        model.__dict__.pop("forward", None)
+        if before is not None:
+            model.forward = before
 
 
 def _losses(

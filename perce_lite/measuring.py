@@ -18,7 +18,7 @@ import datasets
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from perce_lite import children
@@ -165,11 +165,16 @@ def measure(job: Job) -> dict[str, Any]:
     sequences), `tokens` and `digest` of the rows as they are trained on, `trained_tokens` (warm-up included), `loss`,
     `machine`.
     """
+    return measured(job, load_base(recipe_of(job)))
+
+
+def measured(job: Job, base: Base) -> dict[str, Any]:
+    """What `measure` gives, over a base that is there already; it keeps the adapter and the trainer's forward."""
     arm, recipe = ARMS[job.arm], recipe_of(job)
-    base = load_base(recipe)
     device = base.model.device
     peak_of = reset_peak(device)
     trainer = make(arm, recipe, base, job.rows)
+    trainer.remove_callback(PrinterCallback)
     clock = Clock()
     trainer.add_callback(clock)
     loss = trainer.train().training_loss if job.steps else None

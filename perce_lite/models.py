@@ -29,6 +29,7 @@ from transformers import (
 from perce_lite.config import chosen_dtype, pick_device
 from perce_lite.console import errors as console
 from perce_lite.console import say
+from perce_lite.embedding import keep_on_host, tables_on_host
 from perce_lite.errors import ModelError, RecipeError, TemplateError
 from perce_lite.files import disk_full_is_clear, folder_written_aside, home, read_json
 from perce_lite.recipe import Recipe, lora_config
@@ -95,7 +96,8 @@ def load_base(recipe: Recipe) -> Base:
     """The recipe's base on its device, frozen, in eval mode.
 
     Raises:
-        ModelError: not there, not whole, or not a causal language model; says what to do offline.
+        ModelError: not there, not whole, or not a causal language model; says what to do offline. Or its embedding
+            table cannot be kept on the host, as the recipe asks.
         DeviceError: CUDA is asked for and absent.
     """
     device = pick_device(recipe.device)
@@ -123,6 +125,8 @@ def load_base(recipe: Recipe) -> Base:
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         raise ModelError(not_there(recipe, error)) from error
     keep_base_constant(model)
+    if recipe.embedding_on_host:
+        keep_on_host(model)
     return Base(model.eval().requires_grad_(False), tokenizer)
 
 
@@ -278,7 +282,7 @@ def adapter_fingerprint(model: nn.Module) -> str:
     return str(state.hexdigest())
 
 
-def _hash(state: xxhash.xxh3_128, name: str, parameter: nn.Parameter) -> None:
+def _hash(state: xxhash.xxh3_128, name: str, parameter: torch.Tensor) -> None:
     tensors = {name: parameter.data}
     quant_state = vars(parameter).get("quant_state")
     if quant_state is not None:
@@ -294,10 +298,10 @@ def hash_tensor(state: xxhash.xxh3_128, name: str, tensor: torch.Tensor) -> None
     state.update(flat.view(-1).view(torch.uint8).numpy().data)
 
 
-def _frozen(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+def _frozen(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [
         (name.replace("base_model.model.", "").replace(".base_layer", ""), parameter)
-        for name, parameter in model.named_parameters()
+        for name, parameter in [*model.named_parameters(), *tables_on_host(model)]
         if ".lora_" not in name and "modules_to_save" not in name
     ]
 

@@ -115,7 +115,8 @@ def on_cpu(card: Mapping[str, Any], quantised: bool) -> Recipe:
     recipe: Recipe = Recipe.model_validate(card["recipe"]).model_copy(deep=True)
     recipe.train.pop("chat_template_path", None)  # the card holds what the file said
     kept = recipe.quantization if quantised else "none"
-    return recipe.model_copy(update={"device": "cpu", "dtype": "float32", "quantization": kept})
+    plain = {"device": "cpu", "dtype": "float32", "embedding_on_host": False}
+    return recipe.model_copy(update={**plain, "quantization": kept})
 
 
 def record(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, target: str, allowed: float) -> Proof:

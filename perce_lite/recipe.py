@@ -121,6 +121,9 @@ class Recipe(Section):
     quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4 bit with double quantisation")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="compute dtype")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
+    embedding_on_host: bool = Field(
+        False, description="keep the embedding table in the host's memory, off the card; not for a tied head"
+    )
     data: Data
     profile: Profile = Profile()
     template: Template = Template()
@@ -180,6 +183,7 @@ class Recipe(Section):
         if template is not None:  # what it says counts, not where it lies
             plain["train"]["chat_template_path"] = digest(template.read_bytes().hex())
         plain["data"].pop("path")
+        plain.pop("embedding_on_host")
         plain.pop("evaluation")
         plain.pop("fleet")
         return digest(plain)

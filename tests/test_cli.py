@@ -211,6 +211,7 @@ STOPPED = {
     "check": ("perce_lite.check.check", [], "Nothing was written; the same command starts over"),
     "inspect": ("perce_lite.inspection.inspect", [], "scored under the base is kept; the same command scores the rest"),
     "generate": ("perce_lite.generate.from_folder", ["--adapter", "x", "--prompt", "x"], "Nothing was written"),
+    "chat": ("perce_lite.adapters.about", ["x"], "Nothing was written"),
     "eval": ("perce_lite.evaluate.evaluate", ["--adapter", "x"], "What was scored and answered is kept"),
     "compare": ("perce_lite.compare.compare", [], "Finished trainings are kept"),
     "fleet": ("perce_lite.fleet.fleet", [], "Whom the book has as trained stay so"),
@@ -229,7 +230,7 @@ def test_every_command_says_what_is_true_after_ctrl_c():
 def test_ctrl_c_says_how_to_go_on(recipe, run, monkeypatch, command):
     called, words, told = STOPPED[command]
     monkeypatch.setattr(called, lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
-    words = [*([] if command.split()[0] in ("store", "generate", "export") else [recipe()]), *words]
+    words = [*([] if command.split()[0] in ("store", "generate", "chat", "export") else [recipe()]), *words]
     code, out, err = run(*command.split(), *words)
     assert (code, out, len(err.splitlines())) == (130, "", 1)
     assert err.startswith("Stopped. ")

@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from perce_lite import PerCEConfig, PerCETrainer
 from perce_lite.config import compute_dtype
+from perce_lite.embedding import keep_on_host
+from perce_lite.gpureport import gpu_report, markdown
 from perce_lite.models import fingerprint
 from perce_lite.score import log_probs
 
@@ -18,17 +20,19 @@ pytestmark = [
 ]
 
 
-def trainer_on_gpu(tmp_path, **options):
+def trainer_on_gpu(tmp_path, family="chatml", hosted=False, **options):
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     quantization = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch.float16)
-    folder = toys.toy_folder(tmp_path / "toy")
+    folder = toys.toy_folder(tmp_path / family, family)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, device_map={"": 0})
+    if hosted:
+        keep_on_host(model)
     defaults = {"max_steps": 4, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_length": 512}
     return PerCETrainer(
         model,
         PerCEConfig(str(tmp_path / "out"), **{**defaults, **options}),
         train_dataset=datasets.Dataset.from_list(toys.toy_rows()),
-        processing_class=toys.toy_tokenizer("chatml"),
+        processing_class=toys.toy_tokenizer(family),
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )
 
@@ -72,3 +76,55 @@ def test_packed_rows_do_not_see_each_other(tmp_path):
     sequences = [trainer.pairs["train"][index].factual for index in indices]
     log_probs(trainer.model, sequences, True, None, alone.__setitem__)
     assert loss == pytest.approx(-sum(float(values.sum()) for values in alone.values()) / total, rel=1e-2)
+
+
+def losses_of(trainer):
+    trainer.train()
+    return [one["loss"] for one in trainer.state.log_history if "loss" in one]
+
+
+def test_the_table_on_the_host_trains_the_same_in_less_memory(tmp_path):
+    found, held = [], []
+    for hosted in (False, True):
+        trainer = trainer_on_gpu(tmp_path, "llama3", hosted, logging_steps=1)
+        assert {one.device.type for one in trainer.model.parameters()} == {"cuda"}
+        held.append(sum(one.nbytes for one in trainer.model.parameters()))
+        found.append(losses_of(trainer))
+    assert held[0] - held[1] == toys.VOCAB_SIZE * 64 * 2
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_offloaded_activations_change_no_loss(tmp_path):
+    options = {"logging_steps": 1, "gradient_checkpointing": False}
+    plain = losses_of(trainer_on_gpu(tmp_path, **options))
+    offloaded = losses_of(trainer_on_gpu(tmp_path, activation_offloading=True, **options))
+    assert offloaded == pytest.approx(plain, rel=1e-3)
+
+
+def test_paged_8_bit_adamw_with_checkpointing_learns(tmp_path):
+    losses = losses_of(
+        trainer_on_gpu(
+            tmp_path,
+            **{"optim": "paged_adamw_8bit", "gradient_checkpointing": True, "max_steps": 12},
+            **{"learning_rate": 1e-2, "logging_steps": 1, "estimator": "uniform"},
+        )
+    )
+    assert losses[-1] < losses[0]
+
+
+def test_nothing_of_scoring_stays_on_the_card(tmp_path):
+    trainer = trainer_on_gpu(tmp_path, estimator="uniform")
+    sequences = [pair.factual for pair in trainer.pairs["train"]]
+    log_probs(trainer.model, sequences[:1], False, None, lambda index, values: None)  # tables that are made once
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    log_probs(trainer.model, sequences, False, None, lambda index, values: None)
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_the_report_of_an_8b_stays_within_the_bars_of_memory():
+    report = gpu_report()
+    print(markdown(report))  # the bars of time are told there
+    missed = [bar for bar in report["bars"] if "GiB" in bar["bar"] and bar["met"] is not True]
+    assert missed == []

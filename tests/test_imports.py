@@ -13,7 +13,7 @@ console    files      contrast   profiles   source     metrics    llamacpp
 config
 faults
 recipe
-rows       registry   children
+rows       registry   children   embedding
 documents
 data       models     store      chat
 pairs      adapters   footprint
@@ -21,17 +21,17 @@ collator   head       prefix
 score
 terms
 trainer    slots      generate   controls   check      sections
-charts     engine     proof
+charts     engine     proof      conversation
 report     gguf_lora
 inspection
 train      tables     evaluate   export
 groups     measuring  workload   exactrows
 compare    bench      inprocess
-fleet      slotted    cli_options
-fleetmeasuring
-fleetbench
+fleet      slotted    cli_options   randombase
+fleetmeasuring        gpumeasuring
+fleetbench gpureport
 roster
-cli_fleet
+cli_fleet  cli_bench
 cli
 """
 
