@@ -51,15 +51,16 @@ class Kept:
     ids: list[int]
     cache: DynamicCache
 
-    def start_of(self, ids: Sequence[int], use_adapter: bool) -> DynamicCache | None:
+    def start_of(self, ids: Sequence[int], prefix: int, use_adapter: bool) -> DynamicCache | None:
         """The cache cut to what `ids` has in common with its own prompt; None where nothing of it can be used.
 
-        A sliding window forgets, so it cannot be cut. The last id stays out: a forward needs something to read.
+        A sliding window forgets, so it cannot be cut. The last id stays out: a forward needs something to read. A
+        prefix that the adapter sleeps through is there whole or not at all.
         """
         pairs = zip(self.ids, ids[:-1], strict=False)
         shared = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(self.ids), len(ids) - 1))
         whole = all(type(layer) is DynamicLayer for layer in self.cache.layers)
-        if use_adapter != self.use_adapter or not whole or not shared:
+        if use_adapter != self.use_adapter or not whole or shared < max(1, prefix):
             return None
         self.cache.crop(shared - self.cache.get_seq_length())
         return self.cache
@@ -168,8 +169,8 @@ class Conversation:
 
     def _answer(self, prompt: list[Message], profile: Profiled, use_adapter: bool, stop: Stop) -> str:
         its = self.opened
-        ids = its.maker.prompt_ids(prompt, profile)
-        cache = self._kept.start_of(ids, use_adapter) if self._kept is not None else None
+        ids, _, prefix = its.maker.prompt(prompt, profile)
+        cache = self._kept.start_of(ids, prefix, use_adapter) if self._kept is not None else None
         if cache is None:
             cache = DynamicCache(config=base_of(its.model).config)
         self._kept = None  # an answer that fails halfway leaves keys that nobody knows

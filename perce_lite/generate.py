@@ -41,8 +41,9 @@ def generate(
     device = next(model.parameters()).device
     asked = maker.prompt(prompt, profile)
     ids = torch.tensor([asked.ids], device=device)
-    if use_adapter and asked.prefix:  # the bare base reads it; what generation is left with is query and answer
-        options["past_key_values"] = read_prefix(model, asked.ahead, autocast)
+    known = options.get("past_key_values")
+    if use_adapter and asked.prefix > (0 if known is None else known.get_seq_length()):  # the bare base reads it
+        options["past_key_values"] = read_prefix(model, asked.ahead, autocast, known)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     with frozen(model, adapters=use_adapter), in_dtype(device, autocast):
         out = base_of(model).generate(

@@ -87,9 +87,15 @@ def padded(sequences: Sequence[Tokens], pad_id: int, device: torch.device) -> di
     }
 
 
-def read_prefix(model: torch.nn.Module, ids: Sequence[int], autocast: torch.dtype | None) -> DynamicCache:
-    """Keys and values (1, heads, P, d) a layer that the bare base has for `ids`, read without gradients."""
-    cache, device = DynamicCache(), next(model.parameters()).device
+def read_prefix(
+    model: torch.nn.Module, ids: Sequence[int], autocast: torch.dtype | None, cache: DynamicCache | None = None
+) -> DynamicCache:
+    """Keys and values (1, heads, P, d) a layer that the bare base has for `ids`, read without gradients.
+
+    cache: an empty one to fill
+    """
+    cache = DynamicCache() if cache is None else cache
+    device = next(model.parameters()).device
     with frozen(model, adapters=False), in_dtype(device, autocast):
         base_of(model).base_model(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
     return cache

@@ -55,7 +55,9 @@ def talked(its, lines, capfd, tokens=8, **options):
     return capfd.readouterr().out, told, conversation
 
 
-def test_answers_are_those_of_generate_turn_after_turn(its, capfd):
+@pytest.mark.parametrize("profile_pass", ["full", "frozen"])
+def test_answers_are_those_of_generate_turn_after_turn(its, capfd, profile_pass):
+    its.maker.sleeps = profile_pass == "frozen"
     questions = ["Who are you?", "Write a note about the garden.", "And the harbour?"]
     out, told, conversation = talked(its, [*questions, "", "/quit", "never asked"], capfd, profile="An otter.")
     messages, expected = [], []
@@ -95,10 +97,12 @@ def test_a_cache_is_cut_to_what_two_prompts_share():
         return Kept(True, [7, 8, 9], cache)  # two more ids were answered
 
     for ids, length in (([7, 8, 9, 1], 3), ([7, 8, 1, 1], 2), ([7, 8, 9], 2), ([7, 8], 1)):
-        cache = kept().start_of(ids, use_adapter=True)
+        cache = kept().start_of(ids, 0, use_adapter=True)
         assert cache.layers[0].keys.flatten().tolist() == list(range(length))
-    assert kept().start_of([1, 8, 9], use_adapter=True) is None
-    assert kept().start_of([7, 8, 9, 1], use_adapter=False) is None
+    assert kept().start_of([1, 8, 9], 0, use_adapter=True) is None
+    assert kept().start_of([7, 8, 9, 1], 0, use_adapter=False) is None
+    assert kept().start_of([7, 8, 1, 1], 2, use_adapter=True) is not None
+    assert kept().start_of([7, 8, 1, 1], 3, use_adapter=True) is None, "a prefix is there whole or not at all"
 
 
 def test_base_and_compare(its, capfd):
