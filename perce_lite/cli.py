@@ -215,13 +215,15 @@ def generate(
 @app.command()
 def export(
     adapter: Annotated[Path | None, typer.Argument(help="The folder of an adapter.")] = None,
-    to: Annotated[str | None, typer.Option(help="peft, merged or gguf-lora.")] = None,
+    to: Annotated[str | None, typer.Option(help="peft, merged, gguf-lora, gguf, vllm or ollama.")] = None,
     out: Annotated[Path | None, typer.Option(file_okay=False, help="Else <adapter>-<target>, beside it.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export there.")] = False,
     verify: Annotated[Path | None, typer.Option(help="Repeat the proof of this export instead.")] = None,
     base_gguf: Annotated[
         Path | None, typer.Option(help="gguf-lora: the base as a GGUF file, for a llama.cpp to prove the adapter on.")
     ] = None,
+    quant: Annotated[str | None, typer.Option(help="gguf, ollama: F32, F16, BF16, Q8_0 ...; else F16.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="What eval --json wrote, for the card.")] = None,
     json: Json = None,
 ) -> None:
     """Take an adapter to other programs; it is loaded again and shown to do what it did in training."""
@@ -235,7 +237,7 @@ def export(
     if verify is not None:
         figures = exports.verify(verify, base_gguf)
     elif adapter is not None and to is not None:
-        figures = exports.export(adapter, to, out, force, base_gguf)
+        figures = exports.export(adapter, to, out, force, base_gguf, quant, evaluation)
     write(json, figures)
     tables.show_export(figures)
 

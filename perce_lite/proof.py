@@ -6,6 +6,7 @@ on every machine.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +22,10 @@ from perce_lite import adapters
 from perce_lite.chat import Chat
 from perce_lite.errors import AdapterError, ExportError, ModelError
 from perce_lite.files import read_json
-from perce_lite.models import hash_tensor, load_base, same_base, sketch
+from perce_lite.models import Base, hash_tensor, load_base, same_base, sketch
 from perce_lite.pairs import IGNORED, Tokens
 from perce_lite.recipe import Recipe, Template
+from perce_lite.reuse import reused
 from perce_lite.score import log_probs
 
 PROOF = "proof.json"
@@ -46,6 +48,7 @@ OTHER_PROGRAM = 1e-2
 """Nats: float32 in another program, with its own approximations of exp and of the rotary angles."""
 
 _SCORED = 32  # tokens of the answer; llama.cpp is asked token by token
+_ANSWERED = 12  # tokens of the greedy answer
 _MEASURABLE = 1e-4  # nats: less than this is the noise of float32
 
 
@@ -67,6 +70,11 @@ class Proof(BaseModel):
     sketch: of the base, or of the merged model (`models.sketch`)
     fingerprints: of the export's tensors, in PyTorch's order of rows
     heads: GGUF: heads by the kind of tensor whose rows llama.cpp wants permuted
+    quant: GGUF: what the matrices were written as
+    messages: the question as the chat template is given it
+    greedy: the first tokens of the greedy answer, as long as each leads clearly
+    rendered, stops: ollama: the prompts that its template has to make of fixed dialogues, and what ends an answer
+    source: hash of the weights that were exported
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -86,6 +94,12 @@ class Proof(BaseModel):
     sketch: Sketch
     fingerprints: dict[str, str] = {}
     heads: dict[str, int] = {}
+    quant: str = ""
+    messages: list[dict[str, str]] = []
+    greedy: list[int] = []
+    rendered: list[str] = []
+    stops: list[str] = []
+    source: str = ""
 
 
 def read_proof(folder: Path) -> Proof:
@@ -116,6 +130,21 @@ def on_cpu(card: Mapping[str, Any], quantised: bool) -> Recipe:
     recipe.train.pop("chat_template_path", None)  # the card holds what the file said
     kept = recipe.quantization if quantised else "none"
     return recipe.model_copy(update={"device": "cpu", "dtype": "float32", "quantization": kept})
+
+
+@contextmanager
+def base_for(recipe: Recipe) -> Iterator[Base]:
+    """The recipe's base for a while, shared inside `reuse.kept`; what was put on it is taken off again.
+
+    Raises:
+        ModelError: as `models.load_base`.
+    """
+    key = f"{recipe.model} {recipe.quantization}"
+    with reused(key, lambda: nullcontext(load_base(recipe))) as base:
+        try:
+            yield base
+        finally:
+            adapters.strip(base.model)
 
 
 def record(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, target: str, allowed: float) -> Proof:
@@ -158,6 +187,18 @@ def fixed_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[in
     """Ids (T,) of the fixed text: the question in the chat template, and the beginning of the answer."""
     chat = Chat(tokenizer, template)
     return chat.prompt_ids([{"role": "user", "content": QUESTION}], "") + chat.ids(ANSWER)[:_SCORED]
+
+
+def clear_answer(model: nn.Module, prompt: Sequence[int], stops: Sequence[int], lead: float) -> list[int]:
+    """The greedy answer's first tokens, up to one that leads the next best by less than `lead` nats, or ends it."""
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < len(prompt) + _ANSWERED:
+            best = model(input_ids=torch.tensor([ids])).logits[0, -1].float().topk(2)  # logits differ as log-probs do
+            if best.values[0] - best.values[1] < lead or int(best.indices[0]) in stops:
+                break
+            ids.append(int(best.indices[0]))
+    return ids[len(prompt) :]
 
 
 def expected(model: nn.Module, ids: Sequence[int], adapters: bool) -> list[float]:
@@ -276,9 +317,14 @@ def verify_peft(folder: Path, proof: Proof) -> dict[str, float]:
     check_tokenizer(folder, proof)
     try:
         recipe = on_cpu(adapters.about(folder), quantised=True)
-        base = load_base(recipe).model
+        with base_for(recipe) as base:
+            return _with_peft(base.model, recipe, folder, proof)
     except (AdapterError, ModelError) as error:
         raise ExportError(f"{folder}: its base cannot be loaded, so nothing is proven: {error}") from error
+
+
+def _with_peft(base: PreTrainedModel, recipe: Recipe, folder: Path, proof: Proof) -> dict[str, float]:
+    """What `verify_peft` gives, of a base that is loaded."""
     check_base(sketched(base), proof, recipe.model)
     bare = gap(plain_log_probs(base, proof.ids, len(proof.base)), proof.base)
     if bare > proof.tolerance:

@@ -249,15 +249,20 @@ def show_export(figures: dict[str, Any]) -> None:
     proof = figures["proof"]
     if "not_done" in proof:
         console.print(f"Read back and whole, but not proven: {proof['not_done']}.", style="yellow")
-    elif "off_shift" in proof:
+    if "off_shift" in proof:
         told = (
             f"{proof['off_shift']:.3f} nats a token off what it moves in training, which is {proof['mean_shift']:.3f}"
         )
-        console.print(f"Proven loosely, on a quantised base, over {proof['tokens']} tokens: {told}.")
-    else:
+        where = f" {proof['base_gguf']}" if "base_gguf" in proof else ""
+        console.print(
+            f"Proven loosely, on rounded weights{where}, over {proof['tokens']} tokens: {told}.", soft_wrap=True
+        )
+    if proof.get("off_adapter") is not None:
         told = f"{proof['off_adapter']:.5f} nats off at the most, {proof['tolerance']:.5f} allowed"
         effect = f"the adapter changes them by up to {proof['effect']:.3f}"
         console.print(f"Proven over {proof['tokens']} tokens: {told}; {effect}.")
+    if "greedy" in proof:
+        console.print(f"The first {proof['greedy']} tokens of its greedy answer are those of the merged model.")
     if "drift" in figures:
         console.print(drifted(figures["drift"]))
     console.print(f"Export: {figures['folder']}", markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perce_lite import export as exports
+from perce_lite import writers
 from perce_lite.errors import AdapterError, DiskFullError, ExportError
 from perce_lite.proof import PROOF, gap, plain_log_probs
 
@@ -240,7 +241,8 @@ def test_a_full_disk_leaves_nothing_half_written(adapter, small_disk, target):
 @pytest.mark.parametrize("target", ["merged", "gguf-lora"])
 def test_one_matrix_for_input_and_head_is_refused_before_any_work(tmp_path, monkeypatch, target):
     tied = adapter_for(toy_base(tmp_path / "toy"), tmp_path / "run", target_modules=["q_proj", "lm_head"])
-    monkeypatch.setattr(exports, "load_base", None)
+    monkeypatch.setattr(writers, "load_base", None)
+    monkeypatch.setattr(writers, "base_for", None)
     with pytest.raises(ExportError, match=f"{target} cannot take this adapter: it has LoRA on lm_head"):
         exports.export(tied, target, None, force=False)
 
@@ -253,9 +255,9 @@ def test_the_command(adapter, tmp_path, run, monkeypatch):
     assert "Proven over 32 tokens" in out
     assert json.loads(Path("figures.json").read_text())["folder"] == str(tmp_path / "mine-peft")
     assert run("export", "--verify", "mine-peft")[0] == 0
-    code, out, err = run("export", mine, "--to", "vllm")
+    code, out, err = run("export", mine, "--to", "mlx")
     assert (code, out, len(err.splitlines())) == (2, "", 1)
-    assert "--to vllm: there is no such target. There is: peft, merged" in err
+    assert "--to mlx: there is no such target. There is: peft, merged" in err
     assert run("export", mine)[0] == 2
     assert run("export", mine, "--to", "peft", "--verify", "mine-peft")[0] == 2
     assert run("export", "--verify", "mine-peft", "--force")[0] == 2

@@ -9,6 +9,7 @@ import perce_lite
 
 HOUSE = """
 errors
+targets    reuse
 console    files      contrast   profiles   source     metrics    llamacpp
 config
 faults
@@ -16,15 +17,19 @@ recipe
 rows       registry   children
 documents
 data       models     store      chat
+card
 pairs      adapters   footprint
 collator   head
 score
 terms
 trainer    slots      generate   controls   check      sections
-charts     engine     proof
-report     gguf_lora
-inspection
-train      tables     evaluate   export
+charts     engine     proof      gguf_vocabulary
+report     ggufs      modelfile
+gguf_model
+gguf_proof
+inspection gguf_lora
+train      tables     evaluate   writers
+export
 groups     measuring  workload   exactrows
 compare    bench      inprocess
 fleet      slotted    cli_options
