@@ -40,7 +40,7 @@ def verify(folder: Path, proof: Proof) -> dict[str, Any]:
     else:
         found = _loosely(proof, got, path, quant)
         check_rows(read(path), proof, path)
-    return {**found, "greedy": _answers(llama, proof, path, exact=quant in TOLERANCES)}
+    return {**found, "greedy": _answers(llama, proof, path, got[0], exact=quant in TOLERANCES)}
 
 
 def _loosely(proof: Proof, got: list[float], path: Path, quant: str) -> dict[str, Any]:
@@ -64,24 +64,28 @@ def _loosely(proof: Proof, got: list[float], path: Path, quant: str) -> dict[str
     return {"off_adapter": None, "off_shift": off_by, "mean_shift": effect, "share": share}
 
 
-def _answers(llama: llamacpp.Llama, proof: Proof, path: Path, exact: bool) -> int:
+def _answers(llama: llamacpp.Llama, proof: Proof, path: Path, first: float, exact: bool) -> int:
     """How many first tokens of the greedy answer are the merged model's, the question put through the file's template.
+
+    first: the log-prob of the fixed answer's first token behind the ids of the question
 
     Raises:
         ExportError: the file's template and tokenizer make other ids of the question, or the answer is another one.
     """
-    prompt = len(proof.ids) - len(proof.adapter)
-    told = llama.answer(proof.messages, max(1, len(proof.greedy)), proof.template.chat_template_kwargs)
-    if told.prompt_tokens != prompt:
+    at = len(proof.ids) - len(proof.adapter)
+    prompt = proof.ids[:at]
+    count, through = llama.chat(proof.messages, proof.template.chat_template_kwargs, proof.ids[at])
+    if count != at or abs(through - first) > OTHER_PROGRAM:
         raise ExportError(
-            f"{path}: a swapped tokenizer: its chat template and tokenizer make {told.prompt_tokens} ids of a fixed "
-            f"question, and training saw {prompt}. Export again."
+            f"{path}: a swapped tokenizer: its chat template and tokenizer make other ids of a fixed question ({count}) "
+            f"than training saw ({at}). Export again."
         )
-    theirs = [token for token, _ in told.tokens]
-    same = next((at for at, (a, b) in enumerate(zip(theirs, proof.greedy, strict=False)) if a != b), len(proof.greedy))
-    if exact and theirs[: len(proof.greedy)] != proof.greedy:
+    same = 0
+    while same < len(proof.greedy) and llama.greedy([*prompt, *proof.greedy[:same]]) == proof.greedy[same]:
+        same += 1
+    if exact and same < len(proof.greedy):
         raise ExportError(
             f"{path}: its greedy answer to a fixed question is the merged model's for {same} tokens, and should be for "
-            f"{len(proof.greedy)}: its chat template or its tokenizer is another one."
+            f"{len(proof.greedy)}."
         )
-    return min(same, len(theirs))
+    return same

@@ -12,18 +12,11 @@ import numpy as np
 from perce_lite.errors import ExportError
 
 _EXACT = {gguf.GGMLQuantizationType.F32}
+_ONE_TOKEN = {"max_tokens": 1, "temperature": 0.0, "logprobs": 1, "cache_prompt": True}
 _CERTAIN = 1e4  # a bias of a logit that leaves no other token a chance
 
 
 INSTALL = "pip install 'perce-lite[export]'"
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What llama.cpp said. prompt_tokens: how many the prompt was; tokens: (id, log-prob in nats) of each it chose."""
-
-    prompt_tokens: int
-    tokens: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -134,36 +127,37 @@ class Llama:
         The answer is made to be `wanted`: the server tells the log-prob of the token that it chose as the model gave
         it, ahead of any bias, and tells nothing of a token that ends the answer.
         """
-        asked = {
-            "prompt": list(ahead),
-            "max_tokens": 1,
-            "temperature": 0.0,
-            "logit_bias": [[wanted, _CERTAIN]],
-            "logprobs": 1,
-            "cache_prompt": True,
-            **({} if self._lora is None else {"lora": [{"id": 0, "scale": scale}]}),
-        }
-        told = self._choice(self._server.handle_completions(asked))["logprobs"]
-        if told is None or told["content"][0]["id"] != wanted:
+        on = {} if self._lora is None else {"lora": [{"id": 0, "scale": scale}]}
+        asked = {"prompt": list(ahead), "logit_bias": [[wanted, _CERTAIN]], **on, **_ONE_TOKEN}
+        return self._of(wanted, self._server.handle_completions(asked))
+
+    def greedy(self, ids: Sequence[int]) -> int | None:
+        """The likeliest token behind `ids`; None where it ends the answer or is no whole character."""
+        told = self._said(self._server.handle_completions({"prompt": list(ids), **_ONE_TOKEN}))
+        return None if told is None else told[0]
+
+    def chat(
+        self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any], wanted: int
+    ) -> tuple[int, float]:
+        """How many ids the file's own chat template makes of `messages`, and the log-prob of `wanted` behind them.
+
+        options: go to the template
+        """
+        asked = {"messages": list(messages), "chat_template_kwargs": dict(options), "logit_bias": {str(wanted): _CERTAIN}}
+        answer = self._server.handle_chat_completions({**asked, **_ONE_TOKEN, "logprobs": True})
+        return answer["usage"]["prompt_tokens"], self._of(wanted, answer)
+
+    def _of(self, wanted: int, answer: Mapping[str, Any]) -> float:
+        told = self._said(answer)
+        if told is None or told[0] != wanted:
             raise ExportError(f"llama.cpp gives no log-prob of token {wanted} with {self._path}")
-        return float(told["content"][0]["logprob"])
+        return told[1]
 
-    def answer(self, messages: Sequence[Mapping[str, str]], tokens: int, options: Mapping[str, Any]) -> Answer:
-        """The greedy answer to `messages` in the chat template that lies in the file; `options` go to the template."""
-        asked = {
-            "messages": list(messages),
-            "max_tokens": tokens,
-            "temperature": 0.0,
-            "logprobs": True,
-            "cache_prompt": False,
-            "chat_template_kwargs": dict(options),
-        }
-        answer = self._server.handle_chat_completions(asked)
-        told = self._choice(answer)["logprobs"]
-        content = [] if told is None else told["content"]
-        return Answer(int(answer["usage"]["prompt_tokens"]), [(one["id"], float(one["logprob"])) for one in content])
-
-    def _choice(self, answer: Mapping[str, Any]) -> Any:
+    def _said(self, answer: Mapping[str, Any]) -> tuple[int, float] | None:
+        """Id and log-prob of the one token of an answer; None where it says none."""
         if "choices" not in answer:
             raise ExportError(f"llama.cpp cannot answer with {self._path}: {answer}")
-        return answer["choices"][0]
+        told = answer["choices"][0].get("logprobs")
+        if not told or not told["content"]:
+            return None
+        return told["content"][0]["id"], float(told["content"][0]["logprob"])

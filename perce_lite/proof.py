@@ -189,15 +189,20 @@ def fixed_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[in
     return chat.prompt_ids([{"role": "user", "content": QUESTION}], "") + chat.ids(ANSWER)[:_SCORED]
 
 
-def clear_answer(model: nn.Module, prompt: Sequence[int], stops: Sequence[int], lead: float) -> list[int]:
-    """The greedy answer's first tokens, up to one that leads the next best by less than `lead` nats, or ends it."""
+def clear_answer(
+    model: nn.Module, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase, lead: float
+) -> list[int]:
+    """The greedy answer's first tokens, up to one that is no whole text, or leads the next best by less than `lead` nats."""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     ids = list(prompt)
     with torch.no_grad():
         while len(ids) < len(prompt) + _ANSWERED:
             best = model(input_ids=torch.tensor([ids])).logits[0, -1].float().topk(2)  # logits differ as log-probs do
-            if best.values[0] - best.values[1] < lead or int(best.indices[0]) in stops:
+            token = int(best.indices[0])
+            whole = token not in special and "\ufffd" not in tokenizer.decode([token])
+            if best.values[0] - best.values[1] < lead or not whole:
                 break
-            ids.append(int(best.indices[0]))
+            ids.append(token)
     return ids[len(prompt) :]
 
 

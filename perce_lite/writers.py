@@ -159,7 +159,7 @@ def _write_model(job: Job, aside: Path) -> tuple[Proof, Recipe, Chat]:
     proof.quant, proof.sketch = job.quant, sketched(merged)
     proof.messages = chat.composed([{"role": "user", "content": QUESTION}], "")
     prompt = proof.ids[: len(proof.ids) - len(proof.adapter)]
-    proof.greedy = clear_answer(merged, prompt, chat.stop_ids(), lead=2 * proof.tolerance)
+    proof.greedy = clear_answer(merged, prompt, tokenizer, lead=2 * proof.tolerance)
     proof.fingerprints, proof.heads = gguf_model.write(aside / gguf_model.FILE, merged, tokenizer, job.quant)
     return proof, recipe, chat
 

@@ -33,7 +33,7 @@ def made(tmp_path_factory):
     def make(kind: str = "llama") -> Path:
         if kind not in known:
             folder = tmp_path_factory.mktemp(kind)
-            known[kind] = adapter_for(toy_base(folder / "toy", kind), folder / "run")
+            known[kind] = adapter_for(toy_base(folder / "toy", kind), folder / "run", seed=2)
         return known[kind]
 
     return make
@@ -74,17 +74,16 @@ def rewrite(path: Path, change=lambda name, one: one, keys=lambda name, value: v
 def test_llama_cpp_says_what_the_merged_model_says(made, tmp_path, kind, target):
     figures = exports.export(made(kind), target, tmp_path / "out", False, quant="F32")
     assert figures["proof"]["off_adapter"] < 5e-3 < 0.1 < figures["proof"]["effect"]
-    assert figures["proof"]["greedy"] > 0
     proof = read_proof(tmp_path / "out")
+    assert figures["proof"]["greedy"] == len(proof.greedy)
     model, tokenizer = merged_of(made(kind))
     llama = llamacpp.Llama(llamacpp.read_base(tmp_path / "out" / gguf_model.FILE), None, 400)
     messages = [{"role": "user", "content": "Who let the otter in? It's 12 or 1234."}]
     options = {"enable_thinking": False}
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **options)
-    told = llama.answer(messages, 3, options)
-    assert told.prompt_tokens == len(prompt)
-    first, log_prob = told.tokens[0]
-    assert gap([log_prob], plain_log_probs(model, [*prompt, first], 1)) < 5e-3
+    count, told = llama.chat(messages, options, 100)
+    assert count == len(prompt)
+    assert gap([told], plain_log_probs(model, [*prompt, 100], 1)) < 5e-3
     assert exports.verify(tmp_path / "out")["proof"] == figures["proof"]
     assert gap(llama.log_probs(proof.ids, 32), proof.base) > 0.1
 
