@@ -57,8 +57,8 @@ def _facts(about: Mapping[str, Any], licence: str | None, size: int | None) -> I
     users = "1 user" if data["users"] == 1 else f"{data['users']} users"
     yield f"- Data: {data['rows']} rows of {users} (fingerprint `{data['fingerprint']}`)"
     yield (
-        f"- Base: `{recipe['model']}`, quantization `{recipe['quantization']}`, licence {licence or 'see its own files'}; "
-        "its licence holds for what is derived from it too"
+        f"- Base: `{recipe['model']}`, quantization `{recipe['quantization']}`, licence {licence or 'see its files'}; "
+        "it holds for what is derived from it too"
     )
     print_ = f" `{about['recipe_fingerprint']}`" if "recipe_fingerprint" in about else ""
     yield f"- Recipe{print_}: {rank}{steps}{f'; {given}' if given else ''}"

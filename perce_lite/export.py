@@ -90,8 +90,8 @@ def check_options(target: str, base_gguf: Path | None, quant: str | None) -> Non
         raise ExportError(f"--quant goes with gguf and ollama, not with {target}.")
     if quant is not None and quant not in QUANTS:
         raise ExportError(
-            f"--quant {quant}: is not written here. There is: {', '.join(QUANTS)}. For others write F16, and give it to "
-            "llama.cpp's own llama-quantize."
+            f"--quant {quant}: is not written here. There is: {', '.join(QUANTS)}. For others write F16, and "
+            "give it to llama.cpp's own llama-quantize."
         )
     _check_base_gguf(target, base_gguf)
 

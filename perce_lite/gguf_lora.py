@@ -82,10 +82,10 @@ def _tensors(
 
 
 def verify(folder: Path, proof: Proof, base: Path | None) -> dict[str, Any]:
-    """Reads the adapter back, and has a llama.cpp run it: tightly on a float32 base, loosely on a quantised one.
+    """Reads the adapter back, and has a llama.cpp run it: tightly on a float32 base, loosely on another.
 
-    base: the base as GGUF; None: the file that the base was made of, where there is one. Unless it is float32, the base's
-    own weights are written as a float32 GGUF into a temporary folder.
+    base: the base as GGUF; None: the file that the base was made of, where there is one. Unless it is float32, the
+    base's own weights are written as a float32 GGUF into a temporary folder.
 
     Raises:
         ExportError: whatever is wrong, each fault with a message of its own.

@@ -1,4 +1,4 @@
-"""A whole model as GGUF, as llama.cpp reads it: sizes, names, order of rows, rounding, the tokenizer with its template."""
+"""A whole model as GGUF, as llama.cpp reads it: sizes, names, order of rows, rounding, the tokenizer."""
 
 import math
 from collections.abc import Iterator

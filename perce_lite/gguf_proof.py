@@ -44,7 +44,7 @@ def verify(folder: Path, proof: Proof) -> dict[str, Any]:
 
 
 def _loosely(proof: Proof, got: list[float], path: Path, quant: str) -> dict[str, Any]:
-    """With rounded weights: what the adapter does has to be there for the greater part, and not drowned by the rounding.
+    """With rounded weights: the greater part of what the adapter does has to be there, not drowned by the rounding.
 
     Raises:
         ExportError: it does nothing, or too little, or the rounding does much more than the adapter.
@@ -58,7 +58,7 @@ def _loosely(proof: Proof, got: list[float], path: Path, quant: str) -> dict[str
         )
     if share < 0.5 or off_by > 2 * effect:
         raise ExportError(
-            f"{path}: {quant} rounds so much away that of the {effect:.3f} nats a token by which the adapter moves a fixed "
+            f"{path}: {quant} rounds too much away: of the {effect:.3f} nats a token by which the adapter moves a fixed "
             f"text {share:.0%} are left, with {off_by:.3f} of noise. Take a finer --quant."
         )
     return {"off_adapter": None, "off_shift": off_by, "mean_shift": effect, "share": share}
@@ -75,10 +75,10 @@ def _answers(llama: llamacpp.Llama, proof: Proof, path: Path, first: float, exac
     at = len(proof.ids) - len(proof.adapter)
     prompt = proof.ids[:at]
     count, through = llama.chat(proof.messages, proof.template.chat_template_kwargs, proof.ids[at])
-    if count != at or abs(through - first) > OTHER_PROGRAM:
+    if count != at or abs(through - first) > proof.tolerance:
         raise ExportError(
-            f"{path}: a swapped tokenizer: its chat template and tokenizer make other ids of a fixed question ({count}) "
-            f"than training saw ({at}). Export again."
+            f"{path}: a swapped tokenizer: its chat template and tokenizer make other ids of a fixed question than "
+            f"training saw ({count} and {at}). Export again."
         )
     same = 0
     while same < len(proof.greedy) and llama.greedy([*prompt, *proof.greedy[:same]]) == proof.greedy[same]:

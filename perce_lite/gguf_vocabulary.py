@@ -1,4 +1,4 @@
-"""A tokenizer as GGUF keys: tokens, kinds, merges or scores, and the name by which llama.cpp knows how it splits text."""
+"""A tokenizer as GGUF keys: tokens, kinds, merges or scores, and llama.cpp's name for how it splits text."""
 
 import json
 from typing import Any
@@ -84,7 +84,7 @@ def _puts_space_first(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def splitting(tokenizer: PreTrainedTokenizerBase) -> str:
-    """llama.cpp's name for how a byte-level BPE splits text ahead of its merges: the first that gives the same tokens.
+    """llama.cpp's name for how a byte-level BPE splits text ahead of its merges.
 
     Of a BPE of sentencepiece's, which splits nothing, it is "pieces".
 
@@ -100,16 +100,27 @@ def splitting(tokenizer: PreTrainedTokenizerBase) -> str:
         )
     if model.get("byte_fallback"):
         return _PIECES
-    wanted = backend.encode(_PROBE, add_special_tokens=False).ids
+    others = {}
     for name, rules in _rules().items():
-        other = Tokenizer.from_str(backend.to_str())
-        other.pre_tokenizer = Sequence([*rules, ByteLevel(add_prefix_space=False, use_regex=False)])
-        if other.encode(_PROBE, add_special_tokens=False).ids == wanted:
-            return name
+        others[name] = Tokenizer.from_str(backend.to_str())
+        others[name].pre_tokenizer = Sequence([*rules, ByteLevel(add_prefix_space=False, use_regex=False)])
+    for told in (_parts, _ids):  # the same parts, or at least the same tokens
+        for name, other in others.items():
+            if told(other) == told(backend):
+                return name
     raise ExportError(
-        f"The tokenizer splits text in a way that is not known here; known are llama.cpp's {', '.join(_rules())}. Export "
-        "--to peft or merged, and convert that with llama.cpp's own converter."
+        f"The tokenizer splits text in a way that is not known here; known are llama.cpp's {', '.join(_rules())}. "
+        "Export --to peft or merged, and convert that with llama.cpp's own converter."
     )
+
+
+def _parts(tokenizer: Tokenizer) -> list[str]:
+    """What the probe is split into ahead of merges."""
+    return [part for part, _ in tokenizer.pre_tokenizer.pre_tokenize_str(_PROBE)] if tokenizer.pre_tokenizer else []
+
+
+def _ids(tokenizer: Tokenizer) -> list[int]:
+    return list(tokenizer.encode(_PROBE, add_special_tokens=False).ids)
 
 
 def _rules() -> dict[str, list[PreTokenizer]]:

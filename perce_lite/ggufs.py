@@ -1,4 +1,4 @@
-"""What every GGUF of ours has in common: names, the order of rows of q and k, reading back, and the checks of a proof."""
+"""What every GGUF of ours has in common: names, the order of rows, reading back, and the checks of a proof."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,10 +69,12 @@ def read(path: Path) -> dict[str, Tensor]:
 
 def finish(writer: gguf.GGUFWriter) -> None:
     """Writes what was added to `writer`, and closes it."""
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 def check_rows(found: Mapping[str, Tensor], proof: Proof, path: Path) -> None:

@@ -136,14 +136,16 @@ class Llama:
         told = self._said(self._server.handle_completions({"prompt": list(ids), **_ONE_TOKEN}))
         return None if told is None else told[0]
 
-    def chat(
-        self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any], wanted: int
-    ) -> tuple[int, float]:
+    def chat(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any], wanted: int) -> tuple[int, float]:
         """How many ids the file's own chat template makes of `messages`, and the log-prob of `wanted` behind them.
 
         options: go to the template
         """
-        asked = {"messages": list(messages), "chat_template_kwargs": dict(options), "logit_bias": {str(wanted): _CERTAIN}}
+        asked = {
+            "messages": list(messages),
+            "chat_template_kwargs": dict(options),
+            "logit_bias": {str(wanted): _CERTAIN},
+        }
         answer = self._server.handle_chat_completions({**asked, **_ONE_TOKEN, "logprobs": True})
         return answer["usage"]["prompt_tokens"], self._of(wanted, answer)
 

@@ -77,8 +77,8 @@ def check(folder: Path, proof: Proof) -> None:
     for prompt, one in zip(proof.rendered, dialogues(proof.messages), strict=True):
         if (got := render(found.template, one)) != prompt:
             raise ExportError(
-                f"{path}: another template: a fixed dialogue ends in {got[-60:]!r}, and in training in {prompt[-60:]!r}. "
-                "Export again."
+                f"{path}: another template: a fixed dialogue ends in {got[-60:]!r}, and in training in "
+                f"{prompt[-60:]!r}. Export again."
             )
     if list(found.stops) != proof.stops:
         raise ExportError(
@@ -232,4 +232,6 @@ def _turn(parts: Sequence[str], content: str, holds: Mapping[str, bool]) -> str:
             open_ifs.pop()
         else:
             raise ExportError(f"The Modelfile's template says {part!r}, which PerCE Lite does not write. Export again.")
+    if open_ifs:
+        raise ExportError("The Modelfile's template has an `if` without its end. Export again.")
     return "".join(said)

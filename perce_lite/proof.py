@@ -189,10 +189,8 @@ def fixed_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[in
     return chat.prompt_ids([{"role": "user", "content": QUESTION}], "") + chat.ids(ANSWER)[:_SCORED]
 
 
-def clear_answer(
-    model: nn.Module, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase, lead: float
-) -> list[int]:
-    """The greedy answer's first tokens, up to one that is no whole text, or leads the next best by less than `lead` nats."""
+def clear_answer(model: nn.Module, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase, lead: float) -> list[int]:
+    """The greedy answer's first tokens, up to one that is no whole text or leads the next by less than `lead` nats."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     ids = list(prompt)
     with torch.no_grad():
