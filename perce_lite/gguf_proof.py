@@ -58,8 +58,8 @@ def _loosely(proof: Proof, got: list[float], path: Path, quant: str) -> dict[str
         )
     if share < 0.5 or off_by > 2 * effect:
         raise ExportError(
-            f"{path}: {quant} rounds too much away: of the {effect:.3f} nats a token by which the adapter moves a fixed "
-            f"text {share:.0%} are left, with {off_by:.3f} of noise. Take a finer --quant."
+            f"{path}: {quant} rounds too much away: of the {effect:.3f} nats a token by which the adapter moves a "
+            f"fixed text {share:.0%} are left, with {off_by:.3f} of noise. Take a finer --quant."
         )
     return {"off_adapter": None, "off_shift": off_by, "mean_shift": effect, "share": share}
 

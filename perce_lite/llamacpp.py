@@ -1,6 +1,7 @@
 """A real llama.cpp, in this process: log-probs of given ids under a GGUF model, with an adapter GGUF on it or not."""
 
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,8 @@ class Llama:
         params.n_parallel, params.n_gpu_layers, params.cache_ram_mib = 1, 0, 0
         params.warmup = params.fit_params = False
         params.verbosity = -1
+        # Its threads wait by spinning: with one for each core, other work on the machine would slow it tenfold.
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = max(1, min(4, (os.cpu_count() or 1) // 2))
         # By default keys and values are kept in half precision.
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -253,10 +253,10 @@ def show_export(figures: dict[str, Any]) -> None:
         told = (
             f"{proof['off_shift']:.3f} nats a token off what it moves in training, which is {proof['mean_shift']:.3f}"
         )
-        where = f" {proof['base_gguf']}" if "base_gguf" in proof else ""
-        console.print(
-            f"Proven loosely, on rounded weights{where}, over {proof['tokens']} tokens: {told}.", soft_wrap=True
-        )
+        where = f" of {proof['base_gguf']}" if "base_gguf" in proof else ""
+        what = "Too coarse to prove anything" if "rounding" in proof else "Proven loosely"
+        text = f"{what}, on the rounded weights{where}, over {proof['tokens']} tokens: {told}."
+        console.print(text, markup=False, soft_wrap=True)
     if proof.get("off_adapter") is not None:
         told = f"{proof['off_adapter']:.5f} nats off at the most, {proof['tolerance']:.5f} allowed"
         effect = f"the adapter changes them by up to {proof['effect']:.3f}"

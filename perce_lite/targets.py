@@ -80,7 +80,9 @@ def _vllm_faults(lora: Mapping[str, Any]) -> list[str]:
     if isinstance(rank, int) and max_rank(rank) is None:
         found.append(f"its rank is {rank}, and vLLM takes {VLLM_RANKS[-1]} at the most")
     named = lora.get("target_modules")
-    if isinstance(named, list | tuple | set) and (other := sorted(set(named) - {*_VLLM_MODULES, "lm_head"})):
+    if isinstance(named, list | tuple | set) and (
+        other := sorted({_layer(one) for one in named} - {*_VLLM_MODULES, "lm_head"})
+    ):
         found.append(f"it has LoRA on {', '.join(other)}; vLLM is known to take {', '.join(_VLLM_MODULES)}")
     return found
 
@@ -94,4 +96,11 @@ def vocabulary_modules(lora: Mapping[str, Any]) -> list[str]:
     """Embedding or head, where the adapter names them."""
     named: str | Sequence[str] = lora.get("target_modules") or []
     names = ("embed_tokens", "lm_head")
-    return [name for name in names if (re.fullmatch(named, name) if isinstance(named, str) else name in named)]
+    if isinstance(named, str):
+        return [name for name in names if re.fullmatch(named, name)]
+    return [name for name in names if name in map(_layer, named)]
+
+
+def _layer(path: str) -> str:
+    """The last word of a module's path."""
+    return path.rpartition(".")[2]

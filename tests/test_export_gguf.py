@@ -122,12 +122,12 @@ def test_a_quantised_base_proves_it_loosely(made, tmp_path, run):
     assert figures["off_adapter"] < 2e-3, "and tightly on the base's own weights"
     code, out, err = run("export", "--verify", tmp_path / "out", "--base-gguf", base)
     assert code == 0, err
-    assert "Proven loosely, on rounded weights" in out
+    assert "Proven loosely, on the rounded weights" in out
     proof = read_proof(tmp_path / "out")
     with pytest.raises(ExportError, match="it loads and does nothing"):
-        gguf_lora._loosely(proof, proof.base, proof.base, tmp_path)
+        gguf_lora._loosely(proof, proof.base, proof.base, tmp_path, True)
     with pytest.raises(ExportError, match="half of that is allowed"):
-        gguf_lora._loosely(proof, proof.adapter[::-1], proof.base[::-1], tmp_path)
+        gguf_lora._loosely(proof, proof.adapter[::-1], proof.base[::-1], tmp_path, True)
 
 
 # Planted faults
