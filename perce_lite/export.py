@@ -11,9 +11,10 @@ from perce_lite import adapters, gguf_lora, gguf_model, gguf_proof, llamacpp, mo
 from perce_lite.chat import Chat
 from perce_lite.errors import ExportError
 from perce_lite.files import folder_written_aside, read_json
+from perce_lite.folder_proof import verify_merged, verify_peft
 from perce_lite.gguf_vocabulary import splitting
 from perce_lite.models import load_tokenizer, model_source
-from perce_lite.proof import PROOF, QUESTION, Proof, gap, on_cpu, read_proof, verify_merged, verify_peft
+from perce_lite.proof import PROOF, QUESTION, Proof, gap, on_cpu, read_proof
 from perce_lite.targets import QUANTS, TARGETS, faults
 from perce_lite.writers import Card, Job, write
 

@@ -266,3 +266,25 @@ def show_export(figures: dict[str, Any]) -> None:
     if "drift" in figures:
         console.print(drifted(figures["drift"]))
     console.print(f"Export: {figures['folder']}", markup=False, soft_wrap=True)
+    if "pushed" in figures:
+        console.print(f"Pushed: {figures['pushed']}", markup=False, soft_wrap=True)
+
+
+def show_exports(figures: dict[str, Any]) -> None:
+    """The end of `perce-lite export --all`: what became of each adapter, and whom the base serves."""
+    states = [one["state"] for one in figures["exports"]]
+    told = ", ".join(f"{states.count(state)} {state}" for state in ("exported", "kept", "failed"))
+    console.print(f"{len(states)} adapters that serve somebody: {told}.")
+    for one in figures["exports"]:
+        style = "red" if one["state"] == "failed" else None
+        serves = f"{len(one['users'])} users" if len(one["users"]) != 1 else "1 user"
+        console.print(
+            f"{one['state']:9} {one['adapter']} ({serves}): {one.get('why') or one['folder']}",
+            markup=False,
+            soft_wrap=True,
+            style=style,
+        )
+    if figures["served_by_base"]:
+        console.print(
+            f"{len(figures['served_by_base'])} users are served by the base alone: there is nothing to export."
+        )

@@ -25,7 +25,7 @@ terms
 trainer    slots      generate   controls   check      sections
 charts     engine     proof      gguf_vocabulary
 report     ggufs      modelfile
-gguf_model
+gguf_model folder_proof
 gguf_proof
 inspection gguf_lora
 train      tables     evaluate   writers
@@ -36,7 +36,8 @@ fleet      slotted    cli_options
 fleetmeasuring
 fleetbench
 roster
-cli_fleet
+export_all hub
+cli_export cli_fleet
 cli
 """
 
