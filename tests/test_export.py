@@ -16,6 +16,7 @@ from perce_lite import export as exports
 from perce_lite import writers
 from perce_lite.errors import AdapterError, DiskFullError, ExportError
 from perce_lite.proof import PROOF, gap, plain_log_probs
+from perce_lite.targets import TARGETS
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -266,7 +267,7 @@ def test_the_command(adapter, tmp_path, run, monkeypatch):
 def test_what_training_left_is_exported(recipe, run, figures):
     mine = recipe(text="train: {max_steps: 2, learning_rate: 0.05, output_dir: out}\nevaluation: {max_rows: 4}\n")
     assert run("train", mine)[0] == 0
-    for target in ("peft", "merged", "gguf-lora"):
+    for target in TARGETS:
         told = figures("export", "out", "--to", target)
         assert told["folder"] == f"out/adapter-{target}"
         assert told["proof"]["effect"] > 0.01
