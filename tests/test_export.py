@@ -190,12 +190,13 @@ def test_a_proof_that_fails_keeps_nothing(adapter, tmp_path, monkeypatch):
 
 def test_an_untrained_adapter_is_not_exported(tmp_path):
     idle = adapter_for(toy_base(tmp_path / "toy"), tmp_path / "run", scale=0.0)
-    for target in ("peft", "merged"):
+    for target in TARGETS:
         with pytest.raises(ExportError, match="a no-op adapter"):
             exports.export(idle, target, tmp_path / "out", force=False)
     faint = adapter_for(tmp_path / "toy", tmp_path / "faint", scale=1e-8)
-    with pytest.raises(ExportError, match="This adapter does nothing"):
-        exports.export(faint, "peft", tmp_path / "out", force=False)
+    for target in TARGETS:
+        with pytest.raises(ExportError, match="This adapter does nothing"):
+            exports.export(faint, target, tmp_path / "out", force=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -206,7 +207,7 @@ def test_a_folder_that_is_no_adapter_or_of_another_base(adapter, tmp_path):
     card = json.loads((mine / "perce_lite.json").read_text())
     recipe = card["recipe"] | {"model": str(toy_base(tmp_path / "other", seed=5))}
     change_json(mine / "perce_lite.json", recipe=recipe)
-    for target in ("peft", "merged"):
+    for target in TARGETS:
         with pytest.raises(AdapterError, match="not on the base that is loaded"):
             exports.export(mine, target, None, force=False)
 
@@ -230,7 +231,7 @@ def test_a_folder_in_the_way(adapter, tmp_path, monkeypatch):
         exports.export(adapter, "peft", tmp_path / "mine" / "diary.txt" / "out", force=True)
 
 
-@pytest.mark.parametrize("target", ["peft", "merged"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_a_full_disk_leaves_nothing_half_written(adapter, small_disk, target):
     with (small_disk / "filler").open("wb") as file:
         file.write(bytes(shutil.disk_usage(small_disk).free - 40_000))

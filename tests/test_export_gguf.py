@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from perce_lite import export as exports
 from perce_lite import gguf_lora, ggufs, llamacpp, writers
-from perce_lite.errors import ExportError
+from perce_lite.errors import DiskFullError, ExportError
 from perce_lite.proof import PROOF, gap, plain_log_probs, read_proof
 
 pytest_plugins = ["cli_fixtures"]
@@ -112,6 +112,34 @@ def test_a_head_of_its_own_takes_lora(made, tmp_path):
     ids = list(range(40, 80))
     got = llamacpp.Llama(llamacpp.read_base(base), tmp_path / "adapter.gguf", 200).log_probs(ids, 20)
     assert gap(got, plain_log_probs(model, ids, 20)) < 2e-3
+
+
+def test_the_gguf_that_a_built_in_model_was_made_of_is_found_by_itself(made, tmp_path, run, monkeypatch):
+    adapter, whole = made()
+    base = write_base(whole.parent / "toy", tmp_path / "q4.gguf", gguf.GGMLQuantizationType.Q8_0)
+    model = str(whole.parent / "toy")
+    monkeypatch.setattr(gguf_lora, "BUILT_IN", {model: None})
+    monkeypatch.setattr(gguf_lora, "built_in_gguf", {model: base}.get)
+    figures = exports.export(adapter, "gguf-lora", tmp_path / "out", False)["proof"]
+    assert figures["base_gguf"] == str(base)
+    assert 0 < figures["off_shift"] < 0.2 * figures["mean_shift"]
+    assert figures["off_adapter"] < 2e-3
+    faint = adapter_for(whole.parent / "toy", tmp_path / "run", scale=0.002)
+    code, out, err = run("export", faint, "--to", "gguf-lora", "--out", tmp_path / "faint")
+    assert code == 0, err
+    assert "Too coarse to prove anything" in out
+    assert "Proven over 32 tokens" in out
+    assert run("export", "--verify", tmp_path / "faint", "--base-gguf", base)[0] == 2, "asked for, it has to prove it"
+
+
+def test_no_room_for_the_bases_own_weights(made, tmp_path, small_disk, monkeypatch):
+    with (small_disk / "filler").open("wb") as file:
+        file.write(bytes(shutil.disk_usage(small_disk).free - 40_000))
+    monkeypatch.setattr(gguf_lora.tempfile, "tempdir", str(small_disk))
+    with pytest.raises(DiskFullError, match="The disk is full"):
+        exports.export(made()[0], "gguf-lora", tmp_path / "out", False)
+    assert not list(tmp_path.glob("*out*"))
+    assert [one.name for one in small_disk.iterdir()] == ["filler"]
 
 
 def test_a_quantised_base_proves_it_loosely(made, tmp_path, run):

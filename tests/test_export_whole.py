@@ -1,7 +1,6 @@
 """Merged GGUFs and Ollama folders, run by a real llama.cpp, say what the merged model says; faults are named."""
 
 import json
-import shutil
 from pathlib import Path
 
 import gguf
@@ -15,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from perce_lite import export as exports
 from perce_lite import gguf_model, gguf_vocabulary, ggufs, llamacpp, modelfile, writers
-from perce_lite.errors import DiskFullError, ExportError
+from perce_lite.errors import ExportError
 from perce_lite.proof import PROOF, gap, plain_log_probs, read_proof
 
 pytest_plugins = ["cli_fixtures"]
@@ -114,14 +113,19 @@ def test_rounding_that_drowns_the_adapter_is_refused(made, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_llama_3s_slower_frequencies(tmp_path):
-    """Positions of a text that is longer than what the model was first trained on."""
+SCALED = {
+    "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "linear": {},
+    "yarn": {"original_max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize("scaling", SCALED)
+def test_rotary_angles_that_are_scaled(tmp_path, scaling):
+    """On a text that is longer than what the model was first trained on."""
     base = toy_base(tmp_path / "toy", "llama-untied")
     config = json.loads((base / "config.json").read_text())
-    config["rope_parameters"] = {
-        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }  # fmt: skip
+    config["rope_parameters"] = {"rope_type": scaling, "rope_theta": 10000.0, "factor": 8.0, **SCALED[scaling]}
     (base / "config.json").write_text(json.dumps(config))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     gguf_model.write(tmp_path / "m.gguf", model, tokenizer)
@@ -261,15 +265,6 @@ def test_a_changed_modelfile_fails(exported):
 
 
 # Bad input
-
-
-@pytest.mark.parametrize("target", ["gguf", "ollama"])
-def test_a_full_disk_leaves_nothing_half_written(made, small_disk, target):
-    with (small_disk / "filler").open("wb") as file:
-        file.write(bytes(shutil.disk_usage(small_disk).free - 40_000))
-    with pytest.raises(DiskFullError, match="The disk is full"):
-        exports.export(made(), target, small_disk / "out", force=False)
-    assert [one.name for one in small_disk.iterdir()] == ["filler"]
 
 
 def test_what_cannot_be_a_gguf_is_said_before_any_work(made, tmp_path, monkeypatch, run):

@@ -126,6 +126,14 @@ def test_a_damaged_model_is_made_anew(converted, pip, capfd, name, kept):
     assert len(converted) == 2
 
 
+def test_the_gguf_that_it_was_made_of_is_kept(converted):
+    assert models.built_in_gguf("smollm2-135m") is None
+    folder = built_in_folder("smollm2-135m")
+    found = models.built_in_gguf("smollm2-135m")
+    assert found.parent == folder
+    assert found.read_bytes() == b"gguf"
+
+
 def test_a_damaged_model_without_network_says_what_to_do(converted, pip):
     folder = built_in_folder("smollm2-135m")
     (folder / "config.json").unlink()
