@@ -60,8 +60,8 @@ def _facts(about: Mapping[str, Any], licence: str | None, size: int | None) -> I
         f"- Base: `{recipe['model']}`, quantization `{recipe['quantization']}`, licence {licence or 'see its files'}; "
         "it holds for what is derived from it too"
     )
-    print_ = f" `{about['recipe_fingerprint']}`" if "recipe_fingerprint" in about else ""
-    yield f"- Recipe{print_}: {rank}{steps}{f'; {given}' if given else ''}"
+    mark = f" `{about['recipe_fingerprint']}`" if "recipe_fingerprint" in about else ""
+    yield f"- Recipe{mark}: {rank}{steps}{f'; {given}' if given else ''}"
     if size is not None:
         yield f"- Size: {size / 2**20:.1f} MiB of weights"
     yield "- An adapter can leak the texts it was trained on: share it as you would share them."

@@ -5,15 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from perce_lite import adapters, gguf_lora, gguf_model, gguf_proof, llamacpp, modelfile
 from perce_lite.chat import Chat
+from perce_lite.console import say
 from perce_lite.errors import ExportError
 from perce_lite.files import folder_written_aside, read_json
 from perce_lite.folder_proof import verify_merged, verify_peft
+from perce_lite.footprint import config_of
 from perce_lite.gguf_vocabulary import splitting
-from perce_lite.models import load_tokenizer, model_source
+from perce_lite.models import load_tokenizer
 from perce_lite.proof import PROOF, QUESTION, Proof, gap, on_cpu, read_proof
 from perce_lite.targets import QUANTS, TARGETS, faults
 from perce_lite.writers import Card, Job, write
@@ -52,7 +52,9 @@ def export(
     _check_free(place, force)
     job = Job(target, card, source, place, quant or QUANT, evaluated)
     with folder_written_aside(place) as aside:
+        say(f"Writing {target} ...")
         figures = write(job, aside)
+        say("Loading it again, to prove it ...")
         try:
             figures |= {"proof": verify(aside, base_gguf)["proof"]}
         except ExportError as error:
@@ -123,7 +125,7 @@ def preflight(card: Card, target: str) -> None:
     recipe = on_cpu(card, quantised=False)
     tokenizer = load_tokenizer(recipe)
     tokenizer.chat_template = card["chat_template"]
-    gguf_model.refuse_unlike(AutoConfig.from_pretrained(model_source(recipe)).get_text_config())
+    gguf_model.refuse_unlike(config_of(recipe).get_text_config())
     splitting(tokenizer)  # raises where llama.cpp has no equal
     if target == "ollama":
         chat = Chat(tokenizer, recipe.template)

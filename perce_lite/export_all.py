@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perce_lite.console import progress_bar, warn
+from perce_lite.console import no_bars, progress_bar, warn
 from perce_lite.errors import DiskFullError, ExportError, PerceLiteError
 from perce_lite.export import QUANT, check_options, export, verify
 from perce_lite.files import safe_name
@@ -50,7 +50,7 @@ def export_all(
     with opened(folder) as registry:
         serving, bare = served(registry)
     told = []
-    with progress_bar() as bar, kept():
+    with progress_bar() as bar, no_bars(), kept():
         progress = bar.add_task("Exports", total=len(serving), note="")
         for one in serving:
             place = one.folder.with_name(f"{one.folder.name}-{target}") if out is None else out / _name(one.key)

@@ -87,7 +87,10 @@ def _head_size(config: Any) -> int:
 def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     """What the forward needs to know beside the weights."""
     size = _head_size(config)
-    writer.add_context_length(config.max_position_embeddings)
+    length = config.max_position_embeddings
+    if config.model_type == "mistral" and config.sliding_window:  # llama.cpp lets every token see all others
+        length = min(length, config.sliding_window)
+    writer.add_context_length(length)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)

@@ -106,6 +106,11 @@ def test_rounded_weights(made, tmp_path, quant):
     assert exports.verify(tmp_path / "out")["proof"] == figures["proof"]
 
 
+def test_dora_is_merged_though_llama_cpp_does_not_know_it(made, tmp_path):
+    adapter = adapter_for(made().parent.parent / "toy", tmp_path / "run", use_dora=True)
+    assert exports.export(adapter, "gguf", tmp_path / "out", False, quant="F32")["proof"]["off_adapter"] < 5e-3
+
+
 def test_rounding_that_drowns_the_adapter_is_refused(made, tmp_path):
     faint = adapter_for(made().parent.parent / "toy", tmp_path / "run", scale=0.005)
     with pytest.raises(ExportError, match=r"nothing was kept.*(finer --quant|does nothing)"):
