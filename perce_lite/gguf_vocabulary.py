@@ -30,17 +30,15 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, 
     """Adds the tokenizer's keys, chat template included. rows: those of the embedding, (rows, width).
 
     Raises:
-        ExportError: a kind of tokenizer that llama.cpp has no equal of, or more tokens than rows.
+        ExportError: a kind of tokenizer that llama.cpp has no equal of.
     """
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
-    known = tokenizer.get_vocab()
-    if max(known.values()) >= rows:
-        raise ExportError(f"The tokenizer has {max(known.values()) + 1} tokens, and the embedding {rows} rows.")
     name = splitting(tokenizer)
     pieces = name == _PIECES
     tokens, kinds = [f"[PAD{index}]" for index in range(rows)], [gguf.TokenType.UNUSED] * rows
-    for token, index in known.items():
-        tokens[index], kinds[index] = token, _kind(token, index, tokenizer, pieces)
+    for token, index in tokenizer.get_vocab().items():
+        if index < rows:  # a tokenizer may know tokens that the model was never given, such as Gemma 3's for images
+            tokens[index], kinds[index] = token, _kind(token, index, tokenizer, pieces)
     if pieces:
         writer.add_tokenizer_model("llama")
         writer.add_token_scores(_scores(tokens, spec["model"]["merges"]))

@@ -175,6 +175,16 @@ def test_a_tokenizer_of_sentencepieces(tmp_path):
         assert gap([told], plain_log_probs(model, [*prompt, 262], 1)) < 5e-3
 
 
+def test_tokens_that_the_model_has_no_row_for_are_left_out(made, tmp_path):
+    model, tokenizer = merged_of(made())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert tokenizer.convert_tokens_to_ids("<image>") == len(model.get_input_embeddings().weight)
+    gguf_model.write(tmp_path / "m.gguf", model, tokenizer)
+    ids = list(range(40, 80))
+    got = llamacpp.Llama(llamacpp.read_base(tmp_path / "m.gguf"), None, 400).log_probs(ids, 20)
+    assert gap(got, plain_log_probs(model, ids, 20)) < 1e-3
+
+
 def test_names_of_splittings():
     for family in toys.TEMPLATES:
         assert gguf_vocabulary.splitting(toys.toy_tokenizer(family)) == "llama-bpe"
