@@ -33,8 +33,9 @@ READS = {
     "chatml": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
     "An otter.<|im_end|>\n<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n",
     "llama3": "<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nAn otter.<|eot_id|><|start_header_id|>user"
-    "<|end_header_id|>\n\nWhere?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "<|start_header_id|>user<|end_header_id|>\n\nWho?<|eot_id|><|start_header_id|>assistant<|end_header_id|>"
+    "\n\nAn otter.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nWhere?<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
     "gemma": "<start_of_turn>user\nBe brief.\n\nWho?<end_of_turn>\n<start_of_turn>model\nAn otter.<end_of_turn>"
     "\n<start_of_turn>user\nWhere?<end_of_turn>\n<start_of_turn>model\n",
     "qwen3": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
