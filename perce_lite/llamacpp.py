@@ -105,7 +105,7 @@ class Llama:
         params.n_parallel, params.n_gpu_layers, params.cache_ram_mib = 1, 0, 0
         params.warmup = params.fit_params = False
         params.verbosity = -1
-        # Its threads wait by spinning: with one for each core, other work on the machine would slow it tenfold.
+        # Its threads wait by spinning: with one for each core, any other work on the machine holds all of them up.
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = max(1, min(4, (os.cpu_count() or 1) // 2))
         # By default keys and values are kept in half precision.
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
@@ -150,7 +150,8 @@ class Llama:
             "logit_bias": {str(wanted): _CERTAIN},
         }
         answer = self._server.handle_chat_completions({**asked, **_ONE_TOKEN, "logprobs": True})
-        return answer["usage"]["prompt_tokens"], self._of(wanted, answer)
+        log_prob = self._of(wanted, answer)
+        return answer["usage"]["prompt_tokens"], log_prob
 
     def _of(self, wanted: int, answer: Mapping[str, Any]) -> float:
         told = self._said(answer)

