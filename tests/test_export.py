@@ -92,14 +92,14 @@ def test_merged_keeps_the_dtype_of_the_base(tmp_path):
 # Planted faults
 
 
-@pytest.fixture(params=["peft", "merged"])
+@pytest.fixture(params=["peft", "merged", "vllm"])
 def exported(request, adapter, tmp_path) -> Path:
     return Path(exports.export(adapter, request.param, tmp_path / "out", force=False)["folder"])
 
 
-@pytest.fixture
-def peft(adapter, tmp_path) -> Path:
-    return Path(exports.export(adapter, "peft", tmp_path / "out", force=False)["folder"])
+@pytest.fixture(params=["peft", "vllm"])
+def peft(request, adapter, tmp_path) -> Path:
+    return Path(exports.export(adapter, request.param, tmp_path / "out", force=False)["folder"])
 
 
 def test_an_adapter_that_does_nothing_fails(peft):
