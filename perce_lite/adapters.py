@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from perce_lite.card import model_card
 from perce_lite.errors import AdapterError, NonFiniteLossError
 from perce_lite.files import folder_written_aside, read_json, write_json, write_text
-from perce_lite.models import BUILT_IN, fingerprint, same_base, sketch
+from perce_lite.models import fingerprint, same_base, sketch
 from perce_lite.recipe import Recipe
 
 CARD = "perce_lite.json"
@@ -161,48 +162,3 @@ def _shape(sketched: dict[str, Any]) -> str:
 def versions() -> dict[str, str]:
     """Versions of what an adapter depends on."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-def _weighting(about: dict[str, Any]) -> str:
-    """How the adapter's loss was weighted, in words."""
-    estimator, clipped = about["estimator"], f"weights clipped to {about['clip_min']} .. {about['clip_max']}"
-    if estimator == "uniform":
-        return "plain SFT, all response tokens weigh the same (estimator `uniform`, a control)"
-    if estimator == "shuffled":
-        return f"weights shuffled inside each response (estimator `shuffled`, a control; {clipped})"
-    leans = "every response token weighted by how much it leans on the user's profile"
-    return f"{leans} (estimator `{estimator}`, {clipped})"
-
-
-def model_card(about: dict[str, Any]) -> str:
-    """The README.md of an adapter, with the front matter that the Hub reads."""
-    recipe, data = about["recipe"], about["data"]
-    built_in = BUILT_IN.get(recipe["model"])
-    name = "HuggingFaceTB/SmolLM2-135M-Instruct" if built_in else recipe["model"]
-    needs = (
-        "It was trained with the user's profile in the prompt: give the profile when you use it."
-        if about["train_on"] == "factual"
-        else "It was trained without the profile in the prompt: use it without one."
-    )
-    losses = about["metrics"]["losses"]
-    rows = [f"| {one['profile']} | {one['base']:.3f} | {one['adapter']:.3f} |" for one in losses]
-    table = ["| profile in the prompt | base | with this adapter |", "|---|---|---|", *rows] if rows else []
-    lines = [
-        "---",
-        "library_name: peft",
-        *([] if Path(name).exists() else [f"base_model: {name}"]),
-        *([f"license: {built_in.licence}"] if built_in else []),
-        "tags: [lora, perce, personalization]",
-        "---",
-        "",
-        f"# A personal LoRA adapter for {Path(name).name}",
-        "",
-        f"Trained with PerCE Lite: {_weighting(about)}. {needs}",
-        "",
-        f"- Data: {data['rows']} rows of {data['users']} users (fingerprint `{data['fingerprint']}`)",
-        f"- Base: `{recipe['model']}`, quantization `{recipe['quantization']}`; its licence holds for the adapter too",
-        "- An adapter can leak the texts it was trained on: share it as you would share them.",
-        "",
-        *(["Loss a token on held-out responses, nats:", "", *table, ""] if table else []),
-    ]
-    return "\n".join(lines)

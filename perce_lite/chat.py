@@ -40,10 +40,13 @@ class Chat:
 
     def prompt_ids(self, prompt: Sequence[Message], profile: Profiled) -> list[int]:
         """Ids (T,) of a prompt that waits for an answer, `profile` in it where there is one; for generation."""
+        return self.ids(self._render(self.composed(prompt, profile), "the prompt", add_generation_prompt=True))
+
+    def composed(self, prompt: Sequence[Message], profile: Profiled) -> list[Message]:
+        """The messages that the chat template is given of a prompt, `profile` in them where there is one."""
         text, _ = self.safe_profile(profile)
         messages = [{"role": self.safe(one["role"])[0], "content": one["content"]} for one in prompt]
-        composed = self._messages(messages, text, "the prompt")
-        return self.ids(self._render(composed, "the prompt", add_generation_prompt=True))
+        return self._messages(messages, text, "the prompt")
 
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the tokenizer's own, and the template's end-of-turn token."""

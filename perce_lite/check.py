@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from perce_lite.data import read_rows
+from perce_lite.footprint import refuse_exports
 from perce_lite.models import load_tokenizer
 from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.recipe import Recipe, training_config
@@ -18,6 +19,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
         DataError, TemplateError: as training would.
     """
     rows = read_rows(recipe)
+    refuse_exports(recipe)
     config = training_config(recipe)
     maker = PairMaker.of(recipe, load_tokenizer(recipe), config.max_length)
     splits, example = {}, None

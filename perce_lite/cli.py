@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from perce_lite import cli_bench, cli_fleet
+from perce_lite import cli_bench, cli_export, cli_fleet
 from perce_lite.cli_options import Json, RecipePath, Set, write
 from perce_lite.console import errors, quiet
 from perce_lite.errors import PerceLiteError
@@ -22,6 +22,7 @@ app = typer.Typer(
 store_app = typer.Typer(help="The log-probs kept between runs.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 app.command("bench")(cli_bench.bench)
+app.command("export")(cli_export.export)
 app.command("fleet")(cli_fleet.fleet)
 app.add_typer(cli_fleet.adapters_app, name="adapters")
 
@@ -200,34 +201,6 @@ def chat(
     conversation.chat(its, text, user, max_new_tokens, **_sampling(temperature, top_p))
 
 
-@app.command()
-def export(
-    adapter: Annotated[Path | None, typer.Argument(help="The folder of an adapter.")] = None,
-    to: Annotated[str | None, typer.Option(help="peft, merged or gguf-lora.")] = None,
-    out: Annotated[Path | None, typer.Option(file_okay=False, help="Else <adapter>-<target>, beside it.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export there.")] = False,
-    verify: Annotated[Path | None, typer.Option(help="Repeat the proof of this export instead.")] = None,
-    base_gguf: Annotated[
-        Path | None, typer.Option(help="gguf-lora: the base as a GGUF file, for a llama.cpp to prove the adapter on.")
-    ] = None,
-    json: Json = None,
-) -> None:
-    """Take an adapter to other programs; it is loaded again and shown to do what it did in training."""
-    if (adapter is None) == (verify is None) or (adapter is None) != (to is None):
-        raise typer.BadParameter("give an adapter and --to TARGET, or --verify FOLDER alone")
-    if verify is not None and (out is not None or force):
-        raise typer.BadParameter("--out and --force have no part in --verify, which writes nothing")
-    from perce_lite import export as exports
-    from perce_lite import tables
-
-    if verify is not None:
-        figures = exports.verify(verify, base_gguf)
-    elif adapter is not None and to is not None:
-        figures = exports.export(adapter, to, out, force, base_gguf)
-    write(json, figures)
-    tables.show_export(figures)
-
-
 @store_app.command("show")
 def store_show(path: StorePath = None, json: Json = None) -> None:
     """Entries and size, by base."""
@@ -291,7 +264,7 @@ _STOPPED = {
     "eval": "What was scored and answered is kept; the same command does the rest.",
     "compare": "Finished trainings are kept; the same command goes on from the last checkpoint.",
     "fleet": "Whom the book has as trained stay so; the same command trains the rest.",
-    "export": "Nothing half-written stays; the same command starts over.",
+    "export": "Nothing half-written stays; the same command starts over, with --all it goes on.",
     "bench": "Nothing is kept: measurements are compared within one run; the same command starts over.",
     "store show": "Nothing was changed.",
     "store clear": "What is removed stays removed; the same command removes the rest.",

@@ -6,13 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from perce_lite.cli_options import Json, RecipePath, Set, write
+from perce_lite.cli_options import FleetPath, Json, RecipePath, Set, write
 
 adapters_app = typer.Typer(help="The adapters of a fleet.", no_args_is_help=True)
-
-FleetPath = Annotated[
-    Path | None, typer.Option("--fleet", file_okay=False, help="The fleet's folder; else the only one under runs/.")
-]
 
 
 def fleet(

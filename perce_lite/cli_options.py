@@ -7,6 +7,9 @@ import typer
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set train.learning_rate=1e-4.")]
+FleetPath = Annotated[
+    Path | None, typer.Option("--fleet", file_okay=False, help="The fleet's folder; else the only one under runs/.")
+]
 Json = Annotated[Path | None, typer.Option("--json", dir_okay=False, help="Write the figures to this file as well.")]
 
 

@@ -1,64 +1,60 @@
 """A trained adapter for other programs: written aside, loaded again, proven, and only then given its name."""
 
 import os
-import re
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import PeftModel
-from transformers import AutoConfig, PreTrainedTokenizerBase
-
-from perce_lite import adapters, gguf_lora, llamacpp
+from perce_lite import adapters, gguf_lora, gguf_model, gguf_proof, llamacpp, modelfile
+from perce_lite.chat import Chat
+from perce_lite.console import say
 from perce_lite.errors import ExportError
-from perce_lite.files import folder_written_aside, read_json, write_json, write_text
-from perce_lite.models import BUILT_IN, load_base, model_source
-from perce_lite.proof import (
-    OTHER_PROGRAM,
-    PROOF,
-    ROUNDED,
-    TIGHT,
-    Proof,
-    check_not_idle,
-    expected,
-    fingerprint,
-    gap,
-    on_cpu,
-    read_proof,
-    record,
-    sketched,
-    tensors_of,
-    verify_merged,
-    verify_peft,
-)
-from perce_lite.recipe import Recipe
-from perce_lite.sections import drifted
+from perce_lite.files import folder_written_aside, read_json
+from perce_lite.folder_proof import verify_merged, verify_peft
+from perce_lite.footprint import config_of
+from perce_lite.gguf_vocabulary import splitting
+from perce_lite.models import load_tokenizer
+from perce_lite.proof import PROOF, QUESTION, Proof, gap, on_cpu, read_proof
+from perce_lite.targets import QUANTS, TARGETS, faults
+from perce_lite.writers import Card, Job, write
 
-Card = Mapping[str, Any]
+QUANT = "F16"
+"""What the weights of a GGUF are written as unless `--quant` says otherwise."""
 
 
-def export(folder: Path, target: str, out: Path | None, force: bool, base_gguf: Path | None = None) -> dict[str, Any]:
+def export(
+    folder: Path,
+    target: str,
+    out: Path | None,
+    force: bool,
+    base_gguf: Path | None = None,
+    quant: str | None = None,
+    evaluation: Path | None = None,
+) -> dict[str, Any]:
     """Exports the adapter in `folder`; gives what `--json` writes. What lies at `out` in the end was proven.
 
     out: where to; None: beside the adapter, `<adapter>-<target>`
     force: replace an earlier export there
     base_gguf: for gguf-lora, the base as a GGUF file, for a llama.cpp to run the adapter on
+    quant: for gguf and ollama, what the weights are written as; None: F16
+    evaluation: what `perce-lite eval --json` wrote, for the card
 
     Raises:
         ExportError: no such target, one that cannot take this adapter, a folder in the way, or a proof that fails.
         AdapterError: no adapter, or one of another base; DiskFullError: no space left, and nothing was written.
     """
-    writer = _writer(target)
-    _check_gguf(target, base_gguf)
+    check_options(target, base_gguf, quant)
     card = adapters.about(folder)
     source = Path(card["folder"])
     preflight(card, target)
     place = out or source.with_name(f"{source.name}-{target}")
+    evaluated = () if evaluation is None else _evaluated(evaluation, source)
     _check_free(place, force)
+    job = Job(target, card, source, place, quant or QUANT, evaluated)
     with folder_written_aside(place) as aside:
-        figures = writer(source, card, aside)
+        say(f"Writing {target} ...")
+        figures = write(job, aside)
+        say("Loading it again, to prove it ...")
         try:
             figures |= {"proof": verify(aside, base_gguf)["proof"]}
         except ExportError as error:
@@ -74,10 +70,10 @@ def verify(folder: Path, base_gguf: Path | None = None) -> dict[str, Any]:
         ExportError: no export, or its proof fails; each fault has a message of its own.
     """
     proof = read_proof(folder)
-    if proof.target not in _VERIFIERS:
-        raise ExportError(f"{folder / PROOF}: target {proof.target} is not one of {', '.join(_VERIFIERS)}")
+    if proof.target not in TARGETS:
+        raise ExportError(f"{folder / PROOF}: target {proof.target} is not one of {', '.join(TARGETS)}")
     effect = gap(proof.adapter, proof.base)
-    _check_gguf(proof.target, base_gguf)
+    _check_base_gguf(proof.target, base_gguf)
     found = _VERIFIERS[proof.target](folder, proof, base_gguf)
     return {
         "target": proof.target,
@@ -89,10 +85,27 @@ def verify(folder: Path, base_gguf: Path | None = None) -> dict[str, Any]:
 # Before any work
 
 
-def _writer(target: str) -> Callable[[Path, Card, Path], dict[str, Any]]:
-    if target not in _WRITERS:
-        raise ExportError(f"--to {target}: there is no such target. There is: {', '.join(_WRITERS)}.")
-    return _WRITERS[target]
+def check_options(target: str, base_gguf: Path | None, quant: str | None) -> None:
+    """Raises ExportError where there is no such target, or an option does not go with it; nothing is loaded yet."""
+    if target not in TARGETS:
+        raise ExportError(f"--to {target}: there is no such target. There is: {', '.join(TARGETS)}.")
+    if quant is not None and target not in ("gguf", "ollama"):
+        raise ExportError(f"--quant goes with gguf and ollama, not with {target}.")
+    if quant is not None and quant not in QUANTS:
+        raise ExportError(
+            f"--quant {quant}: is not written here. There is: {', '.join(QUANTS)}. For others write F16, and "
+            "give it to llama.cpp's own llama-quantize."
+        )
+    _check_base_gguf(target, base_gguf)
+
+
+def _check_base_gguf(target: str, base_gguf: Path | None) -> None:
+    if base_gguf is None:
+        return
+    if target != "gguf-lora":
+        raise ExportError(f"--base-gguf goes with gguf-lora, not with {target}.")
+    llamacpp.read_base(base_gguf)
+    llamacpp.need_llamacpp()
 
 
 def preflight(card: Card, target: str) -> None:
@@ -104,50 +117,34 @@ def preflight(card: Card, target: str) -> None:
     config = read_json(Path(card["folder"]) / "adapter_config.json")
     if not isinstance(config, dict):
         raise ExportError(f"{card['folder']}: its adapter_config.json cannot be read")
-    tied = bool(card["base"]["shape"][-1])
-    faults = _gguf_faults(card, config) if target == "gguf-lora" else []
-    if target != "peft" and tied and (heads := _vocabulary_modules(config)):
-        faults.append(
-            f"it has LoRA on {', '.join(heads)}, but this base has one matrix for its input and its head, which would "
-            "be changed in both places"
-        )
-    if faults:
-        raise ExportError(f"{card['folder']}: {target} cannot take this adapter: {'; '.join(faults)}.")
-
-
-def _gguf_faults(card: Card, config: Card) -> list[str]:
-    """Why llama.cpp cannot take an adapter."""
-    faults = []
-    kind = card["base"]["shape"][0]
-    if kind not in gguf_lora.ARCHITECTURES:
-        faults.append(f"its base is a {kind}, and the converter knows {', '.join(gguf_lora.ARCHITECTURES)}")
-    if config.get("use_dora"):
-        faults.append("it was trained with DoRA (use_dora), which llama.cpp does not know; --to merged takes it")
-    if config.get("modules_to_save"):
-        saved = ", ".join(config["modules_to_save"])
-        faults.append(f"it holds whole layers (modules_to_save: {saved}), and an adapter GGUF holds LoRA alone")
-    if config.get("lora_bias"):
-        faults.append("it was trained with lora_bias, which llama.cpp does not know")
-    if "embed_tokens" in _vocabulary_modules(config):
-        faults.append("it has LoRA on embed_tokens, which is not converted")
-    return faults
-
-
-def _check_gguf(target: str, base_gguf: Path | None) -> None:
-    """Raises ExportError where --base-gguf cannot be used; nothing is loaded yet."""
-    if base_gguf is None:
+    shape = card["base"]["shape"]
+    if found := faults(target, config, shape[0], bool(shape[-1])):
+        raise ExportError(f"{card['folder']}: {target} cannot take this adapter: {'; '.join(found)}.")
+    if target not in ("gguf", "ollama"):
         return
-    if target != "gguf-lora":
-        raise ExportError(f"--base-gguf goes with gguf-lora, not with {target}.")
-    llamacpp.read_base(base_gguf)
-    llamacpp.need_llamacpp()
+    recipe = on_cpu(card, quantised=False)
+    tokenizer = load_tokenizer(recipe)
+    tokenizer.chat_template = card["chat_template"]
+    gguf_model.refuse_unlike(config_of(recipe).get_text_config())
+    splitting(tokenizer)  # raises where llama.cpp has no equal
+    if target == "ollama":
+        chat = Chat(tokenizer, recipe.template)
+        modelfile.retold(chat, chat.composed([{"role": "user", "content": QUESTION}], ""))
 
 
-def _vocabulary_modules(config: Card) -> list[str]:
-    """Embedding or head, where the adapter names them."""
-    named = config["target_modules"] or []
-    names = ("embed_tokens", "lm_head")
-    return [name for name in names if (re.fullmatch(named, name) if isinstance(named, str) else name in named)]
+def _evaluated(path: Path, source: Path) -> tuple[str, ...]:
+    """The sentences of what `perce-lite eval --json` wrote.
+
+    Raises:
+        ExportError: no such file, or one of other adapters.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict) or not {"sentences", "arms"} <= set(found):
+        raise ExportError(f"--evaluation {path}: is not what `perce-lite eval --json FILE` writes.")
+    judged = {Path(one).resolve() for one in found["arms"].values() if one is not None}
+    if not judged & {source.resolve(), source.resolve().parent}:
+        raise ExportError(f"--evaluation {path}: it judges {', '.join(map(str, sorted(judged)))}, not {source}.")
+    return tuple(found["sentences"])
 
 
 def _check_free(place: Path, force: bool) -> None:
@@ -170,126 +167,25 @@ def _check_free(place: Path, force: bool) -> None:
 # One target each
 
 
-def _write_peft(source: Path, card: Card, aside: Path) -> dict[str, Any]:
-    check_not_idle(tensors_of(source), source)
-    recipe = on_cpu(card, quantised=True)
-    model, tokenizer = _loaded(recipe, card, source)
-    proof = record(model, tokenizer, recipe, "peft", TIGHT)
-    for name in ("adapter_model.safetensors", "adapter_config.json", adapters.CARD):
-        shutil.copyfile(source / name, aside / name)
-    tokenizer.save_pretrained(aside)
-    write_text(aside / "README.md", adapters.model_card(dict(card)))
-    _write_licence(recipe, aside)
-    proof.fingerprints = {name: fingerprint(tensor) for name, tensor in tensors_of(aside)}
-    write_json(aside / PROOF, proof.model_dump(mode="json"))
-    return {}
+def _verify_vllm(folder: Path, proof: Proof) -> dict[str, Any]:
+    """As for peft, and the adapter's config once more against what vLLM takes."""
+    config = read_json(folder / "adapter_config.json")
+    if isinstance(config, dict) and (found := faults("vllm", config)):
+        raise ExportError(f"{folder}: vLLM does not take it any more: {'; '.join(found)}. Export again.")
+    return dict(verify_peft(folder, proof))
 
 
-def _write_merged(source: Path, card: Card, aside: Path) -> dict[str, Any]:
-    """Merges in float32 and rounds once, to what the base is kept in."""
-    check_not_idle(tensors_of(source), source)
-    recipe = on_cpu(card, quantised=False)
-    kept = _kept_dtype(recipe)
-    model, tokenizer = _loaded(recipe, card, source)
-    proof = record(model, tokenizer, recipe, "merged", TIGHT if kept == torch.float32 else ROUNDED)
-    merged = model.merge_and_unload(safe_merge=True).to(kept)
-    merged.config.dtype = kept
-    merged.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    proof.sketch = sketched(merged)
-    proof.fingerprints = {name: fingerprint(tensor) for name, tensor in tensors_of(aside)}
-    del model, merged  # the base as trained is loaded next
-    drift = _measured_drift(source, card, proof)
-    write_json(aside / PROOF, proof.model_dump(mode="json"))
-    write_text(aside / "README.md", _merged_card(card, kept, drift))
-    _write_licence(recipe, aside)
-    return {"dtype": str(kept).removeprefix("torch."), "drift": drift}
+def _verify_ollama(folder: Path, proof: Proof) -> dict[str, Any]:
+    """The Modelfile read back, and the GGUF as for gguf."""
+    modelfile.check(folder, proof)
+    return gguf_proof.verify(folder, proof)
 
 
-def _write_gguf_lora(source: Path, card: Card, aside: Path) -> dict[str, Any]:
-    check_not_idle(tensors_of(source), source)
-    recipe = on_cpu(card, quantised=False)
-    model, tokenizer = _loaded(recipe, card, source)
-    proof = record(model, tokenizer, recipe, "gguf-lora", OTHER_PROGRAM)
-    proof.fingerprints, proof.heads = gguf_lora.write(aside / gguf_lora.FILE, model)
-    write_json(aside / PROOF, proof.model_dump(mode="json"))
-    use = f"## Use\n\n    llama-server --model BASE.gguf --lora {gguf_lora.FILE}\n"
-    write_text(aside / "README.md", f"{adapters.model_card(dict(card))}\n{use}")
-    _write_licence(recipe, aside)
-    return {}
-
-
-def _loaded(recipe: Recipe, card: Card, source: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Base and adapter, and the tokenizer with the chat template that training saw."""
-    base = load_base(recipe)
-    base.tokenizer.chat_template = card["chat_template"]
-    return adapters.load(base.model, source), base.tokenizer
-
-
-def _kept_dtype(recipe: Recipe) -> torch.dtype:
-    """The dtype that the base's own files are in.
-
-    Raises:
-        ExportError: they are quantised, so there are no original weights to merge into.
-    """
-    config = AutoConfig.from_pretrained(model_source(recipe))
-    if "quantization_config" in config.to_dict():
-        raise ExportError(
-            f"{recipe.model}: its own files are quantised, so there are no original weights to merge into."
-        )
-    return config.dtype or torch.float32
-
-
-def _measured_drift(source: Path, card: Card, proof: Proof) -> dict[str, Any]:
-    """How far the merged model is from base and adapter as trained, on the fixed text, in nats."""
-    trained = on_cpu(card, quantised=True)
-    if trained.quantization == "none":
-        return {"quantization": "none", "mean": 0.0, "max": 0.0}
-    model, _ = _loaded(trained, card, source)
-    as_trained = expected(model, proof.ids, adapters=True)
-    differences = [abs(one - other) for one, other in zip(as_trained, proof.adapter, strict=True)]
-    mean = sum(differences) / len(differences)
-    return {"quantization": trained.quantization, "mean": mean, "max": max(differences)}
-
-
-def _merged_card(card: Card, kept: torch.dtype, drift: Card) -> str:
-    """The model card: what the adapter's own says, and what merging did."""
-    text = adapters.model_card(dict(card)).replace("library_name: peft", "library_name: transformers", 1)
-    text = text.replace("# A personal LoRA adapter for", "# With a personal LoRA adapter merged in:", 1)
-    dtype = str(kept).removeprefix("torch.")
-    return f"{text}\n## Merged\n\nThe adapter is merged into the original weights, kept in {dtype}. {drifted(drift)}\n"
-
-
-def _write_licence(recipe: Recipe, aside: Path) -> None:
-    """A note of the base's licence, and the licence's own text where the base's folder has it."""
-    source = Path(model_source(recipe))
-    texts = [path for name in ("LICENSE", "LICENSE.txt", "LICENSE.md") if (path := source / name).is_file()]
-    card = source / "README.md"
-    front = re.match(r"---\n(.*?)\n---", card.read_text("utf-8", errors="replace"), re.S) if card.is_file() else None
-    named = re.search(r"^license: *(\S+)", front[1], re.M) if front else None
-    if recipe.model in BUILT_IN:
-        known = BUILT_IN[recipe.model].licence
-    elif named:
-        known = named[1]
-    else:
-        known = "not named in its files; ask where you had it from"
-    lines = [
-        f"Base: {recipe.model}",
-        f"Its licence: {known}",
-        "It holds for what is derived from it, this export included.",
-    ]
-    write_text(aside / "BASE_LICENCE.txt", "\n".join(lines) + "\n")
-    for path in texts:
-        shutil.copyfile(path, aside / f"BASE_{path.name}")
-
-
-_WRITERS: dict[str, Callable[[Path, Card, Path], dict[str, Any]]] = {
-    "peft": _write_peft,
-    "merged": _write_merged,
-    "gguf-lora": _write_gguf_lora,
-}
 _VERIFIERS: dict[str, Callable[[Path, Proof, Path | None], dict[str, Any]]] = {
     "peft": lambda folder, proof, _: verify_peft(folder, proof),
     "merged": lambda folder, proof, _: verify_merged(folder, proof),
     "gguf-lora": gguf_lora.verify,
+    "gguf": lambda folder, proof, _: gguf_proof.verify(folder, proof),
+    "vllm": lambda folder, proof, _: _verify_vllm(folder, proof),
+    "ollama": lambda folder, proof, _: _verify_ollama(folder, proof),
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from perce_lite import targets
 from perce_lite.source import Lines, where
 
 
@@ -63,6 +64,15 @@ def _column_faults(columns: dict[str, Any], lines: Lines) -> list[str]:
         f"column {theirs}; a column has one name, so leave all but one of them out"
         for theirs, ours in ours_of.items()
         if len(ours) > 1
+    ]
+
+
+def export_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
+    """Why a target that the recipe names cannot take what `lora` asks for; asked of a recipe without other faults."""
+    return [
+        f"{where(('export', 'to'), lines)}export.to: {target} cannot take this adapter: {fault}"
+        for target in plain.get("export", {}).get("to", [])
+        for fault in targets.faults(target, plain.get("lora") or {})
     ]
 
 

@@ -49,9 +49,11 @@ def disk_full_is_clear(path: Path, advice: str = "Free some space and run the sa
         yield
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # The last three are what torch.save makes of it; they do not say so.
-        told = ("No space left on device", "PytorchStreamWriter failed", "unexpected pos", "iostream error")
-        if full or any(words in str(error) for words in told):
+        # The last four are what torch.save and numpy make of it; they do not say so.
+        told = (
+            "No space left on device|PytorchStreamWriter failed|unexpected pos|iostream error|requested and .* written"
+        )
+        if full or re.search(told, str(error)):
             message = f"The disk is full: {path} could not be written. What was there before is unharmed. {advice}"
             raise DiskFullError(message) from error
         raise

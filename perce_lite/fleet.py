@@ -11,7 +11,7 @@ from typing import Any
 from perce_lite.console import progress_bar, say, warn
 from perce_lite.data import read_rows
 from perce_lite.errors import FleetError, PerceLiteError
-from perce_lite.footprint import adapter_bytes, source_fingerprint
+from perce_lite.footprint import adapter_bytes, refuse_exports, source_fingerprint
 from perce_lite.groups import Group, Key, Plan, key_of, plan, run_fingerprint
 from perce_lite.inprocess import Engine, Outcome, Task
 from perce_lite.models import same_base
@@ -48,6 +48,7 @@ def fleet(
         FleetError: another run is on this folder, it is of another base, or a name is not known.
         DataError: as `groups.plan`; DiskFullError: no space left. One user's failure is written down, and others go on.
     """
+    refuse_exports(recipe)
     # Every row of a user counts: with max_rows, one user's new rows would push out another's.
     rows = read_rows(recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_rows": None})}))
     with _book(recipe, dry_run) as registry:

@@ -6,9 +6,10 @@ import torch
 import xxhash
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from perce_lite.errors import ModelError
+from perce_lite import targets
+from perce_lite.errors import ModelError, RecipeError
 from perce_lite.models import model_source, not_there, with_adapter
-from perce_lite.recipe import Recipe
+from perce_lite.recipe import Recipe, lora_config
 
 
 def config_of(recipe: Recipe) -> PretrainedConfig:
@@ -39,6 +40,25 @@ def source_fingerprint(recipe: Recipe) -> str:
                 opened.seek(max(0, size - 4096) * part // 63)
                 state.update(opened.read(4096))
     return str(state.hexdigest())
+
+
+def refuse_exports(recipe: Recipe) -> None:
+    """Asks every target in `export.to` whether it can take what the recipe trains, base included; reads no weights.
+
+    Raises:
+        RecipeError: with every reason why one cannot; ModelError: as `load_base`.
+    """
+    if not recipe.export.to:
+        return
+    config = config_of(recipe).get_text_config()
+    lora = lora_config(recipe).to_dict()
+    faults = [
+        f"export.to: {target} cannot take this adapter: {fault}"
+        for target in recipe.export.to
+        for fault in targets.faults(target, lora, config.model_type, config.tie_word_embeddings)
+    ]
+    if faults:
+        raise RecipeError(recipe.source, faults)
 
 
 def adapter_bytes(recipe: Recipe) -> int:

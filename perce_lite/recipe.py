@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from perce_lite.errors import RecipeError
-from perce_lite.faults import cross_faults, pydantic_fault, third_party_faults
+from perce_lite.faults import cross_faults, export_faults, pydantic_fault, third_party_faults
 from perce_lite.files import digest, home
 from perce_lite.source import apply_overrides, read_yaml
 
@@ -114,6 +114,14 @@ class Fleet(Section):
     )
 
 
+class Export(Section):
+    """Where the adapter is to go."""
+
+    to: list[Literal["peft", "merged", "gguf-lora", "gguf", "vllm", "ollama"]] = Field(
+        [], description="targets of `perce-lite export` that the adapter has to fit; asked before training"
+    )
+
+
 class Recipe(Section):
     """All that a run depends on."""
 
@@ -130,6 +138,7 @@ class Recipe(Section):
     split: Split = Split()
     evaluation: Evaluation = Evaluation()
     fleet: Fleet = Fleet()
+    export: Export = Export()
     lora: dict[str, Any] = Field({}, description="fields of peft.LoraConfig")
     train: dict[str, Any] = Field({}, description="fields of PerCEConfig, so of trl.SFTConfig")
     _source: str = PrivateAttr("")
@@ -186,6 +195,7 @@ class Recipe(Section):
         plain.pop("embedding_on_host")
         plain.pop("evaluation")
         plain.pop("fleet")
+        plain.pop("export")
         return digest(plain)
 
 
@@ -236,6 +246,8 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     except ValidationError as error:
         faults += [pydantic_fault(fault, Recipe, lines) for fault in error.errors()]
     faults += cross_faults(plain, lines) + third_party_faults(plain, lines)
+    if not faults:
+        faults = export_faults(plain, lines)
     if faults:
         raise RecipeError(str(path), faults)
     assert recipe is not None

@@ -163,6 +163,10 @@ class Registry:
         found = self._db.execute("SELECT cohort, examples, own FROM users WHERE user = ?", (name,)).fetchone()
         return None if found is None else (found[0], int(found[1]), bool(found[2]))
 
+    def users(self) -> list[str]:
+        """Every user, by name."""
+        return [str(one[0]) for one in self._db.execute("SELECT user FROM users ORDER BY user")]
+
     def users_like(self, name: str, limit: int = 10) -> list[str]:
         """Names that begin as `name` does, else the first ones."""
         head = name[:2].replace("%", "").replace("_", "")

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from perce_lite.adapters import CARD, model_card, versions
+from perce_lite.adapters import CARD, versions
+from perce_lite.card import model_card
 from perce_lite.errors import AdapterError, ConfigError, NonFiniteLossError
 from perce_lite.files import folder_written_aside, write_json, write_text
 from perce_lite.models import fingerprint, keep_base_constant, sketch

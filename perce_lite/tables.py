@@ -256,15 +256,42 @@ def show_export(figures: dict[str, Any]) -> None:
     proof = figures["proof"]
     if "not_done" in proof:
         console.print(f"Read back and whole, but not proven: {proof['not_done']}.", style="yellow")
-    elif "off_shift" in proof:
+    if "off_shift" in proof:
         told = (
             f"{proof['off_shift']:.3f} nats a token off what it moves in training, which is {proof['mean_shift']:.3f}"
         )
-        console.print(f"Proven loosely, on a quantised base, over {proof['tokens']} tokens: {told}.")
-    else:
+        where = f" of {proof['base_gguf']}" if "base_gguf" in proof else ""
+        what = "Too coarse to prove anything" if "rounding" in proof else "Proven loosely"
+        text = f"{what}, on the rounded weights{where}, over {proof['tokens']} tokens: {told}."
+        console.print(text, markup=False, soft_wrap=True)
+    if proof.get("off_adapter") is not None:
         told = f"{proof['off_adapter']:.5f} nats off at the most, {proof['tolerance']:.5f} allowed"
         effect = f"the adapter changes them by up to {proof['effect']:.3f}"
         console.print(f"Proven over {proof['tokens']} tokens: {told}; {effect}.")
+    if "greedy" in proof:
+        console.print(f"The first {proof['greedy']} tokens of its greedy answer are those of the merged model.")
     if "drift" in figures:
         console.print(drifted(figures["drift"]))
     console.print(f"Export: {figures['folder']}", markup=False, soft_wrap=True)
+    if "pushed" in figures:
+        console.print(f"Pushed: {figures['pushed']}", markup=False, soft_wrap=True)
+
+
+def show_exports(figures: dict[str, Any]) -> None:
+    """The end of `perce-lite export --all`: what became of each adapter, and whom the base serves."""
+    states = [one["state"] for one in figures["exports"]]
+    told = ", ".join(f"{states.count(state)} {state}" for state in ("exported", "kept", "failed"))
+    console.print(f"{len(states)} adapters that serve somebody: {told}.")
+    for one in figures["exports"]:
+        style = "red" if one["state"] == "failed" else None
+        serves = f"{len(one['users'])} users" if len(one["users"]) != 1 else "1 user"
+        console.print(
+            f"{one['state']:9} {one['adapter']} ({serves}): {one.get('why') or one['folder']}",
+            markup=False,
+            soft_wrap=True,
+            style=style,
+        )
+    if figures["served_by_base"]:
+        console.print(
+            f"{len(figures['served_by_base'])} users are served by the base alone: there is nothing to export."
+        )

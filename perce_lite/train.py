@@ -17,6 +17,7 @@ from perce_lite.controls import before_and_after, cases
 from perce_lite.data import read_rows
 from perce_lite.errors import DataError, RunError
 from perce_lite.files import digest, read_json, write_json
+from perce_lite.footprint import refuse_exports
 from perce_lite.generate import generate
 from perce_lite.models import Base, fingerprint, load_base, with_adapter
 from perce_lite.pairs import PairMaker
@@ -35,6 +36,7 @@ def train(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
         RunError: the output folder belongs to another recipe, data or base.
     """
     rows = read_rows(recipe)
+    refuse_exports(recipe)
     run = run_of(recipe, rows)
     if restart:
         run.forget()

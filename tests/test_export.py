@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perce_lite import export as exports
+from perce_lite import writers
 from perce_lite.errors import AdapterError, DiskFullError, ExportError
 from perce_lite.proof import PROOF, gap, plain_log_probs
+from perce_lite.targets import TARGETS
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -90,14 +92,14 @@ def test_merged_keeps_the_dtype_of_the_base(tmp_path):
 # Planted faults
 
 
-@pytest.fixture(params=["peft", "merged"])
+@pytest.fixture(params=["peft", "merged", "vllm"])
 def exported(request, adapter, tmp_path) -> Path:
     return Path(exports.export(adapter, request.param, tmp_path / "out", force=False)["folder"])
 
 
-@pytest.fixture
-def peft(adapter, tmp_path) -> Path:
-    return Path(exports.export(adapter, "peft", tmp_path / "out", force=False)["folder"])
+@pytest.fixture(params=["peft", "vllm"])
+def peft(request, adapter, tmp_path) -> Path:
+    return Path(exports.export(adapter, request.param, tmp_path / "out", force=False)["folder"])
 
 
 def test_an_adapter_that_does_nothing_fails(peft):
@@ -188,12 +190,13 @@ def test_a_proof_that_fails_keeps_nothing(adapter, tmp_path, monkeypatch):
 
 def test_an_untrained_adapter_is_not_exported(tmp_path):
     idle = adapter_for(toy_base(tmp_path / "toy"), tmp_path / "run", scale=0.0)
-    for target in ("peft", "merged"):
+    for target in TARGETS:
         with pytest.raises(ExportError, match="a no-op adapter"):
             exports.export(idle, target, tmp_path / "out", force=False)
     faint = adapter_for(tmp_path / "toy", tmp_path / "faint", scale=1e-8)
-    with pytest.raises(ExportError, match="This adapter does nothing"):
-        exports.export(faint, "peft", tmp_path / "out", force=False)
+    for target in TARGETS:
+        with pytest.raises(ExportError, match="This adapter does nothing"):
+            exports.export(faint, target, tmp_path / "out", force=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -204,7 +207,7 @@ def test_a_folder_that_is_no_adapter_or_of_another_base(adapter, tmp_path):
     card = json.loads((mine / "perce_lite.json").read_text())
     recipe = card["recipe"] | {"model": str(toy_base(tmp_path / "other", seed=5))}
     change_json(mine / "perce_lite.json", recipe=recipe)
-    for target in ("peft", "merged"):
+    for target in TARGETS:
         with pytest.raises(AdapterError, match="not on the base that is loaded"):
             exports.export(mine, target, None, force=False)
 
@@ -228,7 +231,7 @@ def test_a_folder_in_the_way(adapter, tmp_path, monkeypatch):
         exports.export(adapter, "peft", tmp_path / "mine" / "diary.txt" / "out", force=True)
 
 
-@pytest.mark.parametrize("target", ["peft", "merged"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_a_full_disk_leaves_nothing_half_written(adapter, small_disk, target):
     with (small_disk / "filler").open("wb") as file:
         file.write(bytes(shutil.disk_usage(small_disk).free - 40_000))
@@ -240,7 +243,8 @@ def test_a_full_disk_leaves_nothing_half_written(adapter, small_disk, target):
 @pytest.mark.parametrize("target", ["merged", "gguf-lora"])
 def test_one_matrix_for_input_and_head_is_refused_before_any_work(tmp_path, monkeypatch, target):
     tied = adapter_for(toy_base(tmp_path / "toy"), tmp_path / "run", target_modules=["q_proj", "lm_head"])
-    monkeypatch.setattr(exports, "load_base", None)
+    monkeypatch.setattr(writers, "load_base", None)
+    monkeypatch.setattr(writers, "base_for", None)
     with pytest.raises(ExportError, match=f"{target} cannot take this adapter: it has LoRA on lm_head"):
         exports.export(tied, target, None, force=False)
 
@@ -253,9 +257,9 @@ def test_the_command(adapter, tmp_path, run, monkeypatch):
     assert "Proven over 32 tokens" in out
     assert json.loads(Path("figures.json").read_text())["folder"] == str(tmp_path / "mine-peft")
     assert run("export", "--verify", "mine-peft")[0] == 0
-    code, out, err = run("export", mine, "--to", "vllm")
+    code, out, err = run("export", mine, "--to", "mlx")
     assert (code, out, len(err.splitlines())) == (2, "", 1)
-    assert "--to vllm: there is no such target. There is: peft, merged" in err
+    assert "--to mlx: there is no such target. There is: peft, merged" in err
     assert run("export", mine)[0] == 2
     assert run("export", mine, "--to", "peft", "--verify", "mine-peft")[0] == 2
     assert run("export", "--verify", "mine-peft", "--force")[0] == 2
@@ -264,7 +268,7 @@ def test_the_command(adapter, tmp_path, run, monkeypatch):
 def test_what_training_left_is_exported(recipe, run, figures):
     mine = recipe(text="train: {max_steps: 2, learning_rate: 0.05, output_dir: out}\nevaluation: {max_rows: 4}\n")
     assert run("train", mine)[0] == 0
-    for target in ("peft", "merged", "gguf-lora"):
+    for target in TARGETS:
         told = figures("export", "out", "--to", target)
         assert told["folder"] == f"out/adapter-{target}"
         assert told["proof"]["effect"] > 0.01

