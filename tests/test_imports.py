@@ -9,14 +9,14 @@ import perce_lite
 
 HOUSE = """
 errors
-console    files      contrast   profiles   source     metrics    llamacpp
+console    files      contrast   profiles   source     metrics    llamacpp   writings   unpacking
 config
 faults
 recipe
-rows       registry   children
-documents
-data       models     store      chat
-pairs      adapters   footprint
+rows       registry   children   chats      mails
+documents  texts
+data       models     store      chat       reading
+pairs      adapters   footprint  importing
 collator   head
 score
 terms
@@ -28,11 +28,12 @@ train      tables     evaluate   export
 groups     measuring  workload   exactrows
 compare    bench      inprocess
 fleet      slotted    cli_options
-fleetmeasuring
+fleetmeasuring        cli_import
 fleetbench
 roster
 cli_fleet
 cli
+notebook
 """
 
 ROOMS = Path(perce_lite.__file__).parent

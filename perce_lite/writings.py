@@ -1,0 +1,144 @@
+"""A piece of a person's writing, and what every reader of such needs: clean text, words, dates, notes."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Writing:
+    """One piece.
+
+    source: "mails.mbox, mail 12": where it was read
+    query: what it answers, word for word; empty where nothing was asked
+    date: 2024-05-31, or 2024-05-31T10:15:00 in the writer's time; None where nobody says
+    kind: text, post, mail or message
+    """
+
+    text: str
+    source: str
+    title: str = ""
+    query: str = ""
+    date: str | None = None
+    kind: str = "text"
+
+
+@dataclass
+class Notes:
+    """What was read, by kind, and what was left out, by reason: where it stood."""
+
+    read: Counter[str] = field(default_factory=Counter)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+
+    def skip(self, reason: str, source: str) -> None:
+        self.skipped.setdefault(reason, []).append(source)
+
+
+_WORD = re.compile(
+    r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\s\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]{1,12}"
+)
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+
+
+def tidy(text: str) -> str:
+    """`text` with \\n as line break, without control characters, trailing blanks and more than one empty line."""
+    text = _CONTROLS.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
+    text = text.encode("utf-8", "replace").decode("utf-8")  # lone surrogates, which no file in UTF-8 can hold
+    text = re.sub(r"[ \t\u00a0]+$", "", text, flags=re.M)
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def count_words(text: str) -> int:
+    """Words, as a measure of tokens: a letter of a script without spaces is one, and so are 12 letters on end."""
+    return sum(1 for _ in _WORD.finditer(text))
+
+
+def first_words(text: str, count: int) -> str:
+    """The first `count` words, spelled as they are, with ... where more follows."""
+    ends = [match.end() for match in _WORD.finditer(text)]
+    return text if len(ends) <= count else text[: ends[count - 1]] + " ..."
+
+
+def last_words(text: str, count: int) -> str:
+    """The last `count` words, with ... where more is ahead of them."""
+    starts = [match.start() for match in _WORD.finditer(text)]
+    return text if len(starts) <= count else "... " + text[starts[-count] :]
+
+
+def pieces(text: str, limit: int) -> list[str]:
+    """`text` cut at empty lines into pieces of at most `limit` words; at sentences or words where it must be."""
+    parts = [text]
+    for cut in (r"\n\s*\n", r"\n", r"(?<=[.!?…])\s+", r"(?<=[。！？])", r"\s+"):
+        parts = [one for part in parts for one in _packed(part, cut, limit)]
+    return parts
+
+
+def _packed(text: str, cut: str, limit: int) -> list[str]:
+    """`text` cut at some of the places where `cut` matches, as few as the limit allows."""
+    if count_words(text) <= limit:
+        return [text]
+    spans, start = [], 0
+    for match in re.finditer(cut, text):
+        spans.append((start, match.start()))
+        start = match.end()
+    spans.append((start, len(text)))
+    packed: list[tuple[int, int]] = []
+    for begin, end in spans:
+        if packed and count_words(text[packed[-1][0] : end]) <= limit:
+            packed[-1] = (packed[-1][0], end)
+        else:
+            packed.append((begin, end))
+    return [text[begin:end].strip() for begin, end in packed if text[begin:end].strip()]
+
+
+_DAY = re.compile(r"(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})(?:[T ]+(\d{1,2}):(\d{2})(?::(\d{2}))?)?")
+_DAY_FIRST = re.compile(r"(\d{1,2})\.(\d{1,2})\.(\d{4})(?:,? +(\d{1,2}):(\d{2})(?::(\d{2}))?)?")
+
+
+def date_of(value: Any) -> str | None:
+    """A date as ISO text, of a date, seconds or milliseconds since 1970, "2024-05-31 10:15", "31.5.2024" or a mail's.
+
+    31/5/2024 and 5/31/2024 cannot be told apart in general, and are None.
+    """
+    if isinstance(value, date):
+        return _iso(value)
+    try:
+        return _iso(_from_number(float(value)))
+    except (TypeError, ValueError, OverflowError, OSError):
+        return _from_text(value) if isinstance(value, str) else None
+
+
+def _from_number(seconds: float) -> datetime:
+    if seconds < 1e8:  # 1973: a year, a day of a month, a rating
+        raise ValueError("not seconds since 1970")
+    return datetime.fromtimestamp(seconds / 1000 if seconds > 1e11 else seconds, UTC)
+
+
+def _from_text(text: str) -> str | None:
+    text = text.strip()
+    found, german = _DAY.match(text), _DAY_FIRST.match(text)
+    if found is None and german is None:
+        try:
+            return _iso(parsedate_to_datetime(text))
+        except (ValueError, TypeError, IndexError):
+            return None
+    groups = [int(one) for one in (found or german).groups() if one]  # type: ignore[union-attr]
+    if found is None:
+        groups[:3] = reversed(groups[:3])
+    return numbers_to_date(groups)
+
+
+def numbers_to_date(numbers: list[int]) -> str | None:
+    """Year, month, day and perhaps hour, minute, second as ISO text; None where there is no such day."""
+    try:
+        return _iso(datetime(*numbers) if len(numbers) > 3 else date(*numbers))  # type: ignore[arg-type]
+    except ValueError:
+        return None
+
+
+def _iso(day: date) -> str:
+    """The date as it stands on the writer's clock: the zone is left out, as it orders nothing that counts here."""
+    return day.replace(tzinfo=None).isoformat(timespec="seconds") if isinstance(day, datetime) else day.isoformat()
