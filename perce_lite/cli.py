@@ -274,19 +274,20 @@ def _text_or_file(given: str | None) -> str | None:
         raise typer.BadParameter(f"--profile {given}: {error}") from error
 
 
-def main() -> None:
-    """The command `perce-lite`: an error of ours is one clean line and exit code 2, Ctrl-C is 130."""
+def main(words: list[str] | None = None) -> None:
+    """The command `perce-lite WORDS`: an error of ours is one clean line and exit code 2, Ctrl-C is 130."""
+    words = sys.argv[1:] if words is None else words
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet()
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        app()
+        app(words, prog_name="perce-lite")
     except PerceLiteError as error:
         errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2)
     except _Interrupted:
         errors.show_cursor(True)
-        errors.print(f"Stopped. {_after_a_stop(sys.argv[1:])}", style="yellow", soft_wrap=True)
+        errors.print(f"Stopped. {_after_a_stop(words)}", style="yellow", soft_wrap=True)
         sys.exit(130)
 
 

@@ -71,7 +71,7 @@ def files_of(path: Path) -> list[Found]:
     elif path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
         found = _in_zip(path)
     else:
-        found = [Found(path.name, partial(open, path, "rb"))]
+        found = [Found(path.name, partial(_file, path))]
     if not found:
         raise DataError(f"{path}: there are no files in it")
     if len(found) > MOST_FILES:
@@ -83,12 +83,16 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", name.casefold()) if part]
 
 
+def _file(path: Path) -> IO[bytes]:
+    return path.open("rb")
+
+
 def _in_folder(folder: Path) -> list[Found]:
     found = []
     for root, folders, names in os.walk(folder, followlinks=False):  # a link may lead round in a circle
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [Path(root) / name for name in names]
-        found += [Found(one.relative_to(folder).as_posix(), partial(open, one, "rb")) for one in paths if one.is_file()]
+        found += [Found(one.relative_to(folder).as_posix(), partial(_file, one)) for one in paths if one.is_file()]
     return found
 
 
