@@ -189,7 +189,7 @@ def _mine(chats: Sequence[Chat], me: Sequence[str]) -> set[str]:
     wanted = {name.strip().lower() for name in me}
     if not wanted and authors - _ASSISTANTS in ({"user"}, {"human"}):
         return set(_PEOPLE)
-    absent = sorted(wanted - authors)
+    absent = [name for name in me if name.strip().lower() not in authors]
     if chats and (absent or not wanted):
         there = ", ".join(f"{author} ({count})" for author, count in wrote.most_common(10))
         what = f"--me {absent[0]}: wrote nothing in these chats" if absent else "these chats are of several people"

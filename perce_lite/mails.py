@@ -62,7 +62,7 @@ def written_by(mails: Sequence[Mail], addresses: Sequence[str], notes: Notes) ->
     """
     wrote = Counter(address for address, _, _ in mails)
     wanted = {address.strip().lower() for address in addresses} or (set(wrote) if len(wrote) == 1 else set())
-    absent = sorted(wanted - set(wrote))
+    absent = [address for address in addresses if address.strip().lower() not in wrote]
     if mails and (not wanted or absent):
         there = ", ".join(f"{address or 'nobody'} ({count})" for address, count in wrote.most_common(10))
         what = f"--from {absent[0]}: wrote none of these mails" if absent else "these mails are from several people"

@@ -44,8 +44,8 @@ def _front_matter(text: str) -> tuple[str, dict[str, Any]]:
     if found is None:
         return text, {}
     try:
-        front = YAML(typ="safe", pure=True).load(found[1])
-    except (YAMLError, ValueError):  # ValueError: 2024-13-45 looks like a date
+        front = YAML(typ="base", pure=True).load(found[1])  # base: every value as it is written, dates too
+    except YAMLError:
         return text, {}
     return (text[found.end() :], front) if isinstance(front, dict) else (text, {})
 

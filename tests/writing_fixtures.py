@@ -52,12 +52,13 @@ def chatgpt(turns: int = 4) -> list[dict]:
     return [{"title": "A chat", "current_node": parent, "mapping": nodes}]
 
 
-def telegram() -> dict:
-    """Telegram's result.json: Ann and Bob, texts as a text or as pieces, a service message between."""
+def telegram(first: int = 0) -> dict:
+    """Telegram's result.json: Bob and Ann in turn from `first` on, after a service message; some texts in pieces."""
     service = {"id": 0, "type": "service", "actor": "Ann", "action": "create", "date": "2024-05-01T09:00:00"}
     messages: list[dict] = [service]
     for number in range(8):
-        text = prose(number) if number % 3 else [prose(number), {"type": "bold", "text": " Indeed."}]
+        said = prose(first + number)
+        text = said if number % 3 else [said, {"type": "bold", "text": " Indeed."}]
         head = {"id": number, "type": "message", "date": f"2024-05-01T{10 + number:02d}:00:00"}
         messages.append({**head, "from": ("Bob", "Ann")[number % 2], "text": text})
     return {"name": "Ann", "type": "personal_chat", "messages": messages}
