@@ -22,7 +22,7 @@ QUERY_WORDS = 40
 """Words of what was said before that stand in a query: an answer leans on the end of it."""
 
 _ASSISTANTS = {"assistant", "system", "tool", "model", "ai", "bot", "gpt", "chatgpt", "claude", "function", "developer"}
-_PEOPLE = ("user", "human")
+_PEOPLE = {"user", "human"}
 _PAUSE = timedelta(hours=1)
 
 
@@ -187,8 +187,8 @@ def _mine(chats: Sequence[Chat], me: Sequence[str]) -> set[str]:
     wrote = Counter(message.author for chat in chats for message in chat.messages)
     authors = {author.lower() for author in wrote}
     wanted = {name.strip().lower() for name in me}
-    if not wanted and authors - _ASSISTANTS in ({"user"}, {"human"}):
-        return set(_PEOPLE)
+    if not wanted and authors & _PEOPLE and authors <= _PEOPLE | _ASSISTANTS:
+        return _PEOPLE
     absent = [name for name in me if name.strip().lower() not in authors]
     if chats and (absent or not wanted):
         there = ", ".join(f"{author} ({count})" for author, count in wrote.most_common(10))

@@ -2,6 +2,7 @@
 
 import gc
 import html
+import json
 import os
 import shlex
 import signal
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from perce_lite.cli import main
+from perce_lite.console import console, errors
 from perce_lite.errors import NotebookError
 
 
 def load_ipython_extension(shell: Any) -> None:
     """What `%load_ext perce_lite.notebook` calls: makes the magic %perce known."""
+    console.width = errors.width = 100  # columns that a cell's output has room for
     shell.register_magic_function(perce, "line", "perce")
 
 
@@ -46,17 +49,31 @@ def _let_go() -> None:
         torch.cuda.empty_cache()
 
 
-def page(path: str | os.PathLike[str], height: int = 640) -> Any:
+def page(path: str | os.PathLike[str], at: str = "", height: int = 640) -> Any:
     """A page that a command wrote, shown in the notebook in a frame of its own: its styles do not touch the notebook's.
 
+    at: the heading that is shown first; else the page's beginning
     height: pixels
 
     Raises:
-        FileNotFoundError: no such page.
+        NotebookError: no such page.
     """
     from IPython.display import HTML
 
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise NotebookError(f"{path}: there is no such page; run the cell that writes it") from error
     # The page travels in the frame's attribute: Colab cannot open files of its machine by a link.
-    inside = html.escape(Path(path).read_text(encoding="utf-8"))
-    frame = f'<iframe srcdoc="{inside}" sandbox="allow-scripts" style="width:100%;height:{height}px;border:0"></iframe>'
+    frame = (
+        f'<iframe srcdoc="{html.escape(text + _scroll(at))}" style="width:100%;height:{height}px;border:0"></iframe>'
+    )
     return HTML(f"<div>{frame}</div>")
+
+
+def _scroll(heading: str) -> str:
+    """A script that begins at `heading`; an anchor would move the notebook as well."""
+    if not heading:
+        return ""
+    find = f"[...document.querySelectorAll('h2')].find(one => one.textContent === {json.dumps(heading)})"
+    return f"<script>document.documentElement.scrollTop = {find}.offsetTop</script>"

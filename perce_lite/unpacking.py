@@ -68,7 +68,7 @@ def files_of(path: Path) -> list[Found]:
         raise DataError(f"{path}: there is no such file or folder")
     if path.is_dir():
         found = _in_folder(path)
-    elif path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
+    elif path.suffix.lower() == ".zip":  # other files are ZIPs inside too, .docx and the like
         found = _in_zip(path)
     else:
         found = [Found(path.name, partial(_file, path))]

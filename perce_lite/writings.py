@@ -80,18 +80,16 @@ def _packed(text: str, cut: str, limit: int) -> list[str]:
     """`text` cut at some of the places where `cut` matches, as few as the limit allows."""
     if count_words(text) <= limit:
         return [text]
-    spans, start = [], 0
-    for match in re.finditer(cut, text):
-        spans.append((start, match.start()))
-        start = match.end()
-    spans.append((start, len(text)))
-    packed: list[tuple[int, int]] = []
+    ends = [match.span() for match in re.finditer(cut, text)]
+    spans = zip([0, *(end for _, end in ends)], [*(start for start, _ in ends), len(text)], strict=True)
+    packed: list[tuple[int, int, int]] = []  # begin, end, words
     for begin, end in spans:
-        if packed and count_words(text[packed[-1][0] : end]) <= limit:
-            packed[-1] = (packed[-1][0], end)
+        words = count_words(text[begin:end])
+        if packed and packed[-1][2] + words <= limit:
+            packed[-1] = (packed[-1][0], end, packed[-1][2] + words)
         else:
-            packed.append((begin, end))
-    return [text[begin:end].strip() for begin, end in packed if text[begin:end].strip()]
+            packed.append((begin, end, words))
+    return [text[begin:end].strip() for begin, end, words in packed if words]
 
 
 _DAY = re.compile(r"(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})(?:[T ]+(\d{1,2}):(\d{2})(?::(\d{2}))?)?")

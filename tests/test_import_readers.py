@@ -193,6 +193,13 @@ def test_shapes_of_exports(tmp_path, export):
     assert list(notes.skipped) == ["not JSON"]
 
 
+def test_two_assistants_call_the_person_by_two_names(tmp_path):
+    ours = [{"role": role, "content": prose(number)} for number, role in enumerate(("user", "assistant"))]
+    theirs = [{"sender": role, "text": prose(number + 2)} for number, role in enumerate(("human", "assistant"))]
+    found, _ = read(planted.write(tmp_path, {"a.json": ours, "b.json": {"chat_messages": theirs}}))
+    assert [one.text for one in found] == [prose(0), prose(2)]
+
+
 def test_turns_of_several_people():
     said = [("Bob", "One"), ("Cy", "Two"), ("Ann", "Three"), ("Ann", "Four"), ("Bob", "x " * 99), ("Ann", "Five")]
     [chat] = chats_in([{"from": who, "text": text} for who, text in said], "c")
@@ -432,6 +439,13 @@ def test_a_file_without_rights_and_a_link_in_a_circle(tmp_path):
     (tmp_path / "sub/round").symlink_to(tmp_path)
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
     assert [one.name for one in files_of(tmp_path)] == ["a.txt", "sub/b.txt"]
+
+
+def test_too_many_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(unpacking, "MOST_FILES", 2)
+    planted.write(tmp_path, {f"{number}.txt": prose(number) for number in range(3)})
+    with pytest.raises(DataError, match="3 files; at most 2 are read"):
+        files_of(tmp_path)
 
 
 @settings(max_examples=60, deadline=None)

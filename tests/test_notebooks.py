@@ -156,4 +156,11 @@ def test_a_page_keeps_to_its_frame(tmp_path):
     [frame] = tree
     assert (frame.tag, frame.get("srcdoc"), len(frame)) == ("iframe", text, 0)
     assert "height:123px" in frame.get("style")
-    assert frame.get("sandbox") == "allow-scripts"
+    with pytest.raises(NotebookError, match="run the cell that writes it"):
+        notebook.page(tmp_path / "none.html")
+
+
+def test_a_page_can_begin_at_a_heading(tmp_path):
+    (tmp_path / "page.html").write_text("<h2>One</h2><h2>Two's</h2>", encoding="utf-8")
+    [frame] = ElementTree.fromstring(notebook.page(tmp_path / "page.html", at="Two's").data)
+    assert frame.get("srcdoc").endswith('one.textContent === "Two\'s").offsetTop</script>')
