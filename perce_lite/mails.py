@@ -86,17 +86,27 @@ def _body(message: Message) -> str | None:
     """The plain text of a mail, all its parts; of its HTML where it has none."""
     plain: list[str] = []
     html: list[str] = []
-    for part in message.walk():
-        kind, shown = part.get_content_type(), part.get_content_disposition() != "attachment"
-        if shown and kind in ("text/plain", "text/html"):
-            text = _decoded(part)
-            if kind == "text/html":
-                html.append(plain_text(text))
-            else:
-                flowed = str(part.get_param("format", "")).lower() == "flowed"
-                plain.append(_unflowed(text) if flowed else text)
+    for part in _shown(message):
+        text = _decoded(part)
+        if part.get_content_subtype() == "html":
+            html.append(plain_text(text))
+        else:
+            flowed = str(part.get_param("format", "")).lower() == "flowed"
+            plain.append(_unflowed(text) if flowed else text)
     texts = [text for text in plain if text.strip()] or [text for text in html if text.strip()]
     return "\n\n".join(texts) or None
+
+
+def _shown(part: Message) -> Iterator[Message]:
+    """The parts that are text; not `walk`, which goes into attached mails as well: those are somebody else's."""
+    if part.get_content_disposition() == "attachment" or part.get_content_maintype() == "message":
+        return
+    inside: Any = part.get_payload()
+    if part.is_multipart():
+        for one in inside:
+            yield from _shown(one)
+    elif part.get_content_type() in ("text/plain", "text/html"):
+        yield part
 
 
 def _decoded(part: Message) -> str:
@@ -144,7 +154,8 @@ def _drop_attribution(lines: list[str], sure: bool) -> None:
     said = [number for number, line in enumerate(lines) if line.strip()][-2:]
     if not said or not _WROTE.search(lines[said[-1]]):
         return
-    first = next((number for number in reversed(said) if _ON.match(lines[number])), said[-1] if sure else None)
+    near = [number for number in reversed(said) if said[-1] - number < 2]
+    first = next((number for number in near if _ON.match(lines[number])), said[-1] if sure else None)
     if first is not None:
         lines[first:] = [""]
 
@@ -152,7 +163,7 @@ def _drop_attribution(lines: list[str], sure: bool) -> None:
 class _Plain(HTMLParser):
     """Collects the text that a reader sees, less what is quoted."""
 
-    _UNSEEN = ("script", "style", "head", "title", "blockquote")
+    _UNSEEN = ("script", "style", "title", "blockquote")
     _BLOCKS = ("p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "ul", "ol", "table", "hr")
 
     def __init__(self) -> None:

@@ -66,7 +66,7 @@ def table(text: str, source: str) -> list[dict[str, Any]]:
     between = max(",;\t|", key=lambda one: first.count(one))
     csv.field_size_limit(2**26)
     try:
-        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=between, restkey="", strict=False))
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=between, restkey=""))
     except csv.Error as error:
         raise DataError(f"{source}: not a CSV that can be read: {error}") from error
     names = [name for name in (rows[0] if rows else {}) if name]

@@ -34,12 +34,12 @@ class Notes:
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
     def skip(self, reason: str, source: str) -> None:
+        """Notes that what stood at `source` was left out."""
         self.skipped.setdefault(reason, []).append(source)
 
 
-_WORD = re.compile(
-    r"[\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\s\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]{1,12}"
-)
+_DENSE = r"\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # Thai, Japanese, Chinese, Korean
+_WORD = re.compile(rf"[{_DENSE}]|[^\s{_DENSE}]{{1,12}}")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 
 
@@ -52,7 +52,7 @@ def tidy(text: str) -> str:
 
 
 def count_words(text: str) -> int:
-    """Words, as a measure of tokens: a letter of a script without spaces is one, and so are 12 letters on end."""
+    """Words, as a measure of tokens: a letter of a dense script counts as one, and so do 12 letters on end."""
     return sum(1 for _ in _WORD.finditer(text))
 
 

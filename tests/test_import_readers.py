@@ -84,6 +84,7 @@ def test_broken_headers_are_no_end():
 def test_the_plain_part_counts_and_attachments_do_not():
     message = mail("a@x.org", "S", prose(1), html=f"<p>{prose(2)}</p>")
     message.add_attachment("Attached words that somebody else may have written", filename="x.txt")
+    message.add_attachment(mail("b@x.org", "Fwd", prose(3)))
     found = of_mail(message)
     assert found is not None
     assert found.text == prose(1)
@@ -134,8 +135,8 @@ def test_what_is_quoted_or_signed_is_cut(below):
 
 
 def test_answers_between_quotes_stay_and_so_does_what_only_looks_like_one():
-    body = "Hello,\n\nOn Friday, Bob wrote:\n> First?\nYes.\n\n> Second?\nNo. He wrote:\nnothing at all."
-    assert own_words(body) == "Hello,\n\nYes.\n\nNo. He wrote:\nnothing at all."
+    body = "Hello,\n\nOn the 3rd I sailed.\n\nBob wrote:\n> First?\nYes.\n\n> Second?\nNo. He wrote:\nnothing at all."
+    assert own_words(body) == "Hello,\n\nOn the 3rd I sailed.\n\nYes.\n\nNo. He wrote:\nnothing at all."
     assert own_words("This is what he wrote:") == "This is what he wrote:"
 
 
@@ -446,6 +447,32 @@ def test_too_many_files(tmp_path, monkeypatch):
     planted.write(tmp_path, {f"{number}.txt": prose(number) for number in range(3)})
     with pytest.raises(DataError, match="3 files; at most 2 are read"):
         files_of(tmp_path)
+
+
+HEADS = [
+    b"From x\n",
+    b"From: a@x.org\n",
+    b"Subject: =?utf-8?q?=ff?=\n",
+    b"Date: 99\n",
+    b"Content-Type: multipart/mixed; boundary=b\n",
+    b"Content-Type: text/plain; charset=\xff\n",
+    b"Content-Type: text/html; format=flowed\n",
+    b"--b\n",
+    b"--b--\n",
+    b"\n",
+    b"Content-Transfer-Encoding: base64\n",
+    b"Content-Type: message/rfc822\n",
+    b"aGk=\n",
+    b"<p>x<head>\n",
+    b"> x\n",
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(HEADS), max_size=12))
+def test_no_mail_breaks_the_reader(lines):
+    for content in split_mbox(lines):
+        read_mail(content, "m", Notes())
 
 
 @settings(max_examples=60, deadline=None)
