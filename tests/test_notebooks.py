@@ -43,7 +43,7 @@ def executed(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **param
     [place] = [number for number, cell in enumerate(read.cells) if "parameters" in cell.metadata.get("tags", [])]
     lines = [f"{name} = {value!r}" for name, value in parameters.items()]
     read.cells.insert(place + 1, nbformat.v4.new_code_cell("\n".join(lines)))
-    client = NotebookClient(read, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
+    client = NotebookClient(read, timeout=1800, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
     return client.execute()
 
 
@@ -124,6 +124,7 @@ def test_your_own_texts(toy, tmp_path, monkeypatch):
         assert "adapter_model.safetensors" in export.namelist()
 
 
+@pytest.mark.slow
 def test_fleet(toy, tmp_path, monkeypatch):
     """It trains everybody, says who is served by what, answers for two, and forgets one."""
     done = executed("fleet", tmp_path, monkeypatch, MORE=f"{TINY.format(toy)} {QUICK}")
