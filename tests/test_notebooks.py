@@ -144,6 +144,11 @@ def test_the_magic_says_what_went_wrong_and_stops(monkeypatch, capfd, tmp_path):
     assert failed.value._render_traceback_() == [str(failed.value)], "one line, no trace"
     with pytest.raises(NotebookError, match="exit code 2"):
         notebook.perce("check --wrong")
+    with monkeypatch.context() as patched:
+        patched.setattr("perce_lite.store.usage", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(NotebookError, match="exit code 130"):
+            notebook.perce("store show")
+    assert "Stopped. Nothing was changed." in capfd.readouterr().err
     assert signal.getsignal(signal.SIGINT) is before
     notebook.perce("store show --path empty")  # a command that ends well raises nothing
 
