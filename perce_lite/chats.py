@@ -64,10 +64,12 @@ def chats_in(node: Any, source: str, depth: int = 0) -> Iterator[Chat]:
 def _branch(conversation: Mapping[str, Any]) -> Iterator[Any]:
     """ChatGPT's tree of messages: the branch that was left standing, from its root on."""
     tree = conversation["mapping"]
-    parents = {one.get("parent") for one in tree.values() if isinstance(one, Mapping)}
+    parents = [one.get("parent") for one in tree.values() if isinstance(one, Mapping)]
     leaf = conversation.get("current_node") or next((name for name in reversed(tree) if name not in parents), None)
     path: list[Any] = []
-    while isinstance(tree.get(leaf), Mapping) and len(path) <= len(tree):  # a broken export may turn in a circle
+    while (
+        isinstance(leaf, str) and isinstance(tree.get(leaf), Mapping) and len(path) <= len(tree)
+    ):  # a broken export may turn in a circle
         path.append(tree[leaf].get("message"))
         leaf = tree[leaf].get("parent")
     return reversed(path)

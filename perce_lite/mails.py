@@ -101,8 +101,8 @@ def _shown(part: Message) -> Iterator[Message]:
     """The parts that are text; not `walk`, which goes into attached mails as well: those are somebody else's."""
     if part.get_content_disposition() == "attachment" or part.get_content_maintype() == "message":
         return
-    inside: Any = part.get_payload()
     if part.is_multipart():
+        inside: Any = part.get_payload()
         for one in inside:
             yield from _shown(one)
     elif part.get_content_type() in ("text/plain", "text/html"):
@@ -113,7 +113,7 @@ def _decoded(part: Message) -> str:
     content: Any = part.get_payload(decode=True)
     try:
         return content.decode(part.get_content_charset("utf-8"))
-    except (LookupError, UnicodeDecodeError):  # a charset that is a lie, or unknown
+    except (LookupError, ValueError):  # a charset that is a lie, or unknown
         return content.decode("cp1252", "replace")
 
 
@@ -192,6 +192,6 @@ class _Plain(HTMLParser):
 def plain_text(html: str) -> str:
     """What a reader of `html` sees, as plain text; quotes (blockquote, Gmail's) are left out."""
     parser = _Plain()
-    parser.feed(html)
+    parser.feed(re.sub(r"(?s)<!\[.*?>", "", html))  # Word's <![if ...]>, of which the parser knows but a few
     parser.close()
     return tidy(re.sub(r" *\n *", "\n", "".join(parser.text)))

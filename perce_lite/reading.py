@@ -77,8 +77,12 @@ class Reader:
                 self._mail(content, f"{file.name}, mail {number}")
 
     def _mail(self, content: bytes, source: str) -> None:
-        mail = read_mail(content, source, self.notes)
         self.notes.read["mails"] += 1
+        try:
+            mail = read_mail(content, source, self.notes)
+        except RecursionError:
+            self.notes.skip("a mail that is nested too deeply", source)
+            return
         if mail is not None:
             self.mails.append(mail)
 
@@ -115,31 +119,16 @@ class Reader:
 
     def _json(self, text: str, source: str) -> None:
         try:
-            value = json.loads(text)
+            value = _whole_or_lines(text, source, self.notes)
+            chats = [] if self.text_column else list(chats_in(value, source))
+            if chats:
+                self._chats(chats)
+            else:
+                self._records(_records_in(value), source)
         except RecursionError:
             self.notes.skip("JSON that is nested too deeply", source)
-            return
-        except ValueError:
-            value = self._lines(text, source)
-        chats = [] if self.text_column else list(chats_in(value, source))
-        if chats:
-            self._chats(chats)
-            return
-        try:
-            self._records(_records_in(value), source)
         except DataError as error:
             self._not_texts(error, source)
-
-    def _lines(self, text: str, source: str) -> list[Any]:
-        """The values of a file that has one JSON value a line; lines that are none are noted."""
-        values = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                try:
-                    values.append(json.loads(line))
-                except (ValueError, RecursionError):
-                    self.notes.skip("not JSON", f"{source}, line {number}")
-        return values
 
     def _records(self, records: Sequence[Mapping[str, Any]], source: str) -> None:
         chats = [] if self.text_column else list(chats_in(records, source))
@@ -159,6 +148,21 @@ class Reader:
         if self.alone:
             raise error
         self.notes.skip("a table in which no column looks like texts", source)
+
+
+def _whole_or_lines(text: str, source: str, notes: Notes) -> Any:
+    """The JSON value of a file, or a list of those in its lines; lines that are none are noted."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        values = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                values.append(json.loads(line))
+            except ValueError:
+                notes.skip("not JSON", f"{source}, line {number}")
+    return values
 
 
 def _records_in(value: Any) -> list[Mapping[str, Any]]:

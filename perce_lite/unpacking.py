@@ -1,6 +1,7 @@
 """A path opened for reading: a file, all files of a folder, or the files in a ZIP, which is never unpacked to disk."""
 
 import io
+import lzma
 import os
 import re
 import zipfile
@@ -80,7 +81,9 @@ def files_of(path: Path) -> list[Found]:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"([0-9]+)", name.casefold()) if part]
+    """A key that sorts numbers in names by size: a number is its length without zeros, then its digits."""
+    parts = [part.lstrip("0") if number % 2 else part for number, part in enumerate(re.split(r"([0-9]+)", name))]
+    return [(len(part) if number % 2 else 0, part.casefold()) for number, part in enumerate(parts)]
 
 
 def _file(path: Path) -> IO[bytes]:
@@ -143,7 +146,7 @@ class _Metered(io.RawIOBase):
         """Fills `buffer`; gives the number of bytes."""
         try:
             read = self.file.read(len(buffer))
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as error:
             raise OSError(str(error)) from error
         buffer[: len(read)] = read
         self.meter.count(len(read))

@@ -121,7 +121,7 @@ def _from_text(text: str) -> str | None:
     if found is None and german is None:
         try:
             return _iso(parsedate_to_datetime(text))
-        except (ValueError, TypeError, IndexError):
+        except (ValueError, TypeError, IndexError, OverflowError):
             return None
     groups = [int(one) for one in (found or german).groups() if one]  # type: ignore[union-attr]
     if found is None:

@@ -4,6 +4,10 @@ import json
 from email.message import EmailMessage
 from pathlib import Path
 
+from perce_lite.reading import Reader
+from perce_lite.unpacking import files_of
+from perce_lite.writings import Notes, Writing
+
 WORDS = "kettle harbour lantern biscuit anchor meadow pebble thunder velvet walnut compass mitten saddle tulip".split()
 
 
@@ -81,3 +85,11 @@ def write(folder: Path, files: dict[str, str | bytes | list | dict]) -> Path:
             content = json.dumps(content)
         path.write_bytes(content.encode() if isinstance(content, str) else content)
     return folder
+
+
+def read(folder: Path, *me: str, senders: tuple[str, ...] = ()) -> tuple[list[Writing], Notes]:
+    """All that `me` wrote in the files of a folder or a ZIP."""
+    notes = Notes()
+    reader = Reader(notes)
+    reader.read(files_of(folder))
+    return reader.of(senders, me), notes
