@@ -192,6 +192,6 @@ class _Plain(HTMLParser):
 def plain_text(html: str) -> str:
     """What a reader of `html` sees, as plain text; quotes (blockquote, Gmail's) are left out."""
     parser = _Plain()
-    parser.feed(re.sub(r"(?s)<!\[.*?>", "", html))  # Word's <![if ...]>, of which the parser knows but a few
+    parser.feed(re.sub(r"<!\[[^>]*>?", "", html))  # Word's <![if ...]>, of which the parser knows but a few
     parser.close()
     return tidy(re.sub(r" *\n *", "\n", "".join(parser.text)))

@@ -164,3 +164,4 @@ def test_a_mail_that_is_nested_too_deeply_is_left_out(tmp_path):
 
 def test_what_word_puts_into_html():
     assert plain_text("a<![if !supportLists]>b<![endif]><![strange[c]]>d<!-- e --><o:p></o:p>f") == "abdf"
+    assert plain_text("a<![--\nb") == "a"
