@@ -192,8 +192,8 @@ def _mine(chats: Sequence[Chat], me: Sequence[str]) -> set[str]:
     if not wanted and authors & _PEOPLE and authors <= _PEOPLE | _ASSISTANTS:
         return _PEOPLE
     absent = [name for name in me if name.strip().lower() not in authors]
-    if chats and (absent or not wanted):
-        there = ", ".join(f"{author} ({count})" for author, count in wrote.most_common(10))
+    if absent or (chats and not wanted):
+        there = ", ".join(f"{author} ({count})" for author, count in wrote.most_common(10)) or "nobody"
         what = f"--me {absent[0]}: wrote nothing in these chats" if absent else "these chats are of several people"
         raise DataError(f"{what}. Say who is to be learned with --me NAME; in them, with their messages: {there}")
     return wanted

@@ -118,7 +118,7 @@ def _kept(out: Path) -> list[dict[str, Any]]:
     """The documents that `out` holds."""
     kept = []
     for where, _, record in json_lines(out):
-        if not (isinstance(record, Mapping) and isinstance(record.get("text"), str) and "user" in record):
+        if not (isinstance(record, Mapping) and all(isinstance(record.get(name), str) for name in ("user", "text"))):
             raise DataError(
                 f"{where}: not a document (user, query, text), so nothing is added to it; take another --out"
             )
@@ -142,22 +142,11 @@ def _prepared(texts: Sequence[Writing], wanted: Wanted, notes: Notes) -> Iterato
         elif key in seen:
             notes.skip("a duplicate", text.source)
         else:
-            parts = _joined(pieces(text.text, wanted.max_words), wanted.min_words)
+            parts = pieces(text.text, wanted.max_words, wanted.min_words)
             for number, part in enumerate(parts, 1):
                 source = f"{text.source}, part {number} of {len(parts)}" if len(parts) > 1 else text.source
                 yield replace(text, text=part, source=source, query=_query(text, part, number))
         seen.add(key)
-
-
-def _joined(parts: Sequence[str], least: int) -> list[str]:
-    """`parts`, with those that are too short to stand alone, a heading or a last line, put to a neighbour."""
-    joined: list[str] = []
-    for part in parts:
-        if joined and min(count_words(joined[-1]), count_words(part)) < least:
-            joined[-1] = f"{joined[-1]}\n\n{part}"
-        else:
-            joined.append(part)
-    return joined
 
 
 def _query(text: Writing, part: str, number: int) -> str:

@@ -58,13 +58,13 @@ def written_by(mails: Sequence[Mail], addresses: Sequence[str], notes: Notes) ->
     """The mails from `addresses`; all, where there is one sender only and no address is given.
 
     Raises:
-        DataError: several senders and no address, or an address that wrote nothing; names the most frequent ones.
+        DataError: several senders and no address, or an address that wrote none; names the most frequent ones.
     """
     wrote = Counter(address for address, _, _ in mails)
     wanted = {address.strip().lower() for address in addresses} or (set(wrote) if len(wrote) == 1 else set())
     absent = [address for address in addresses if address.strip().lower() not in wrote]
-    if mails and (not wanted or absent):
-        there = ", ".join(f"{address or 'nobody'} ({count})" for address, count in wrote.most_common(10))
+    if absent or (mails and not wanted):
+        there = ", ".join(f"{address or 'nobody'} ({count})" for address, count in wrote.most_common(10)) or "none"
         what = f"--from {absent[0]}: wrote none of these mails" if absent else "these mails are from several people"
         raise DataError(f"{what}. Say whose to take with --from ADDRESS; senders, with their mails: {there}")
     for address, _, writing in mails:

@@ -68,28 +68,37 @@ def last_words(text: str, count: int) -> str:
     return text if len(starts) <= count else "... " + text[starts[-count] :]
 
 
-def pieces(text: str, limit: int) -> list[str]:
-    """`text` cut at empty lines into pieces of at most `limit` words; at sentences or words where it must be."""
-    parts = [text]
+def pieces(text: str, limit: int, least: int = 1) -> list[str]:
+    """`text` cut at empty lines into pieces of at most `limit` words; at sentences or words where it must be.
+
+    least: words that a piece needs to stand alone; a heading or a last line that has fewer stays with a neighbour
+    """
+    spans = [(0, len(text))]
     for cut in (r"\n\s*\n", r"\n", r"(?<=[.!?…])\s+", r"(?<=[。！？])", r"\s+"):
-        parts = [one for part in parts for one in _packed(part, cut, limit)]
-    return parts
-
-
-def _packed(text: str, cut: str, limit: int) -> list[str]:
-    """`text` cut at some of the places where `cut` matches, as few as the limit allows."""
-    if count_words(text) <= limit:
-        return [text]
-    ends = [match.span() for match in re.finditer(cut, text)]
-    spans = zip([0, *(end for _, end in ends)], [*(start for start, _ in ends), len(text)], strict=True)
-    packed: list[tuple[int, int, int]] = []  # begin, end, words
+        spans = [one for span in spans for one in _packed(text, span, re.compile(cut), limit)]
+    joined: list[tuple[int, int]] = []
     for begin, end in spans:
+        if joined and min(count_words(text[slice(*joined[-1])]), count_words(text[begin:end])) < least:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((begin, end))
+    return [text[begin:end].strip() for begin, end in joined]
+
+
+def _packed(text: str, span: tuple[int, int], cut: re.Pattern[str], limit: int) -> list[tuple[int, int]]:
+    """The part `span` of `text` cut at some of the places where `cut` matches, as few as the limit allows."""
+    if count_words(text[slice(*span)]) <= limit:
+        return [span]
+    cuts = [match.span() for match in cut.finditer(text, *span)]
+    parts = zip([span[0], *(end for _, end in cuts)], [*(start for start, _ in cuts), span[1]], strict=True)
+    packed: list[tuple[int, int, int]] = []  # begin, end, words
+    for begin, end in parts:
         words = count_words(text[begin:end])
         if packed and packed[-1][2] + words <= limit:
             packed[-1] = (packed[-1][0], end, packed[-1][2] + words)
         else:
             packed.append((begin, end, words))
-    return [text[begin:end].strip() for begin, end, words in packed if words]
+    return [(begin, end) for begin, end, words in packed if words]
 
 
 _DAY = re.compile(r"(\d{4})[-/.](\d{1,2})[-/.](\d{1,2})(?:[T ]+(\d{1,2}):(\d{2})(?::(\d{2}))?)?")

@@ -131,6 +131,11 @@ def test_a_heading_does_not_stand_alone(imported):
     assert [row["text"] for row in imported("--max-words", "30", a__txt=text, b__txt=prose(2))] == [text, prose(2)]
 
 
+def test_a_last_sentence_stays_in_its_paragraph(imported):
+    text = f"{prose(1, 25)} {prose(2, 25)} That was it."
+    assert [row["text"] for row in imported("--max-words", "50", a__txt=text, b__txt=prose(2))] == [text, prose(2)]
+
+
 def test_a_look_writes_nothing(run, put):  # noqa: F811
     code, out, err = run("import", put(**notes(5)), "--user", "ann")
     assert (code, Path("texts.jsonl").exists()) == (0, False)
@@ -206,6 +211,9 @@ def test_who_wrote_it_must_be_known(refused):
     Path("in/a.mbox").unlink()
     assert "in them, with their messages: Bob (4), Ann (4)" in refused(c__json=planted.telegram())
     assert "--me Zoe: wrote nothing in these chats" in refused("--me", "Zoe")
+    Path("in/c.json").unlink()
+    assert "in them, with their messages: nobody" in refused("--me", "Ann", **notes(3)), "no chat was found to be one"
+    assert "senders, with their mails: none" in refused("--from", "a@x.org")
 
 
 def test_a_table_without_texts_names_its_columns(refused):

@@ -45,7 +45,7 @@ def test_names_in_the_order_of_their_numbers(tmp_path):
 
 def test_names_that_lead_out_of_a_zip_write_nothing(tmp_path):
     (tmp_path / "deep").mkdir()
-    names = ["../../out.txt", "/tmp/abs.txt", "a/../../../b.txt", "C:\\x.txt", "__MACOSX/._a.txt"]
+    names = ["../../out.txt", "/abs.txt", "a/../../../b.txt", "C:\\x.txt", "__MACOSX/._a.txt"]
     archive = zipped(tmp_path / "deep/z.zip", {name: prose(number).encode() for number, name in enumerate(names)})
     before = sorted(tmp_path.rglob("*"))
     found, notes = read(archive)
