@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from perce_lite import cli_bench, cli_export, cli_fleet
+from perce_lite import cli_bench, cli_export, cli_fleet, cli_import
 from perce_lite.cli_options import Json, RecipePath, Set, write
 from perce_lite.console import errors, quiet
 from perce_lite.errors import PerceLiteError
@@ -24,6 +24,7 @@ app.add_typer(store_app, name="store")
 app.command("bench")(cli_bench.bench)
 app.command("export")(cli_export.export)
 app.command("fleet")(cli_fleet.fleet)
+app.command("import")(cli_import.import_)
 app.add_typer(cli_fleet.adapters_app, name="adapters")
 
 StorePath = Annotated[Path | None, typer.Option("--path", help="The store's folder; default: that of the recipes.")]
@@ -239,25 +240,27 @@ def _text_or_file(given: str | None) -> str | None:
         raise typer.BadParameter(f"--profile {given}: {error}") from error
 
 
-def main() -> None:
-    """The command `perce-lite`: an error of ours is one clean line and exit code 2, Ctrl-C is 130."""
+def main(words: list[str] | None = None) -> None:
+    """The command `perce-lite WORDS`: an error of ours is one clean line and exit code 2, Ctrl-C is 130."""
+    words = sys.argv[1:] if words is None else words
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet()
     signal.signal(signal.SIGINT, _interrupt)
     try:
-        app()
+        app(words, prog_name="perce-lite")
     except PerceLiteError as error:
         errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         sys.exit(2)
     except _Interrupted:
         errors.show_cursor(True)
-        errors.print(f"Stopped. {_after_a_stop(sys.argv[1:])}", style="yellow", soft_wrap=True)
+        errors.print(f"Stopped. {_after_a_stop(words)}", style="yellow", soft_wrap=True)
         sys.exit(130)
 
 
 _STOPPED = {
     "train": "The same command goes on from the last checkpoint; what was scored is kept.",
     "check": "Nothing was written; the same command starts over.",
+    "import": "Nothing was written; the same command starts over.",
     "generate": "Nothing was written; the same command starts over.",
     "chat": "Nothing was written; the same command starts over.",
     "inspect": "What was scored under the base is kept; the same command scores the rest.",

@@ -185,13 +185,18 @@ def _from_path(path: Path) -> Iterator[Record]:
     if path.suffix == ".json":
         return _json_array(path)
     if path.suffix in (".jsonl", ".ndjson"):
-        return _jsonl(path)
+        return json_lines(path)
     raise DataError(
         f"{path}: {path.suffix or 'no ending'} is not known; allowed: .jsonl, .json, .parquet, LaMP's files"
     )
 
 
-def _jsonl(path: Path) -> Iterator[Record]:
+def json_lines(path: Path) -> Iterator[Record]:
+    """Every record of a JSONL file, as it stands there.
+
+    Raises:
+        DataError: a line that is not JSON, or a file that is not UTF-8.
+    """
     with path.open(encoding="utf-8-sig") as lines:
         try:
             for number, line in enumerate(lines, 1):

@@ -12,6 +12,7 @@ PerceLiteError              the command line prints it as one clean line and exi
 |- FleetError               a fleet folder that cannot be used, or a user it does not know
 |- ExportError              an export that cannot be made, or whose proof fails
 |- BenchError               a measurement that failed, or that there is nothing to measure for
+|- NotebookError            a command in a notebook that ended badly
 |- DiskFullError            no space left where something had to be written
 `- NonFiniteLossError       a loss that is not a number; names the rows
 """
@@ -72,6 +73,13 @@ class ExportError(PerceLiteError):
 
 class BenchError(PerceLiteError):
     """A measurement that failed, or that there is nothing to measure for. Names the arm."""
+
+
+class NotebookError(PerceLiteError):
+    """A command in a notebook that ended badly and has said why; the cells below it are not run."""
+
+    def _render_traceback_(self) -> list[str]:  # what IPython shows instead of a trace
+        return [str(self)]
 
 
 class DiskFullError(PerceLiteError):

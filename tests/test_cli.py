@@ -209,6 +209,7 @@ def test_the_recipes_own_template_is_used(recipe, run, figures, plain):
 STOPPED = {
     "train": ("perce_lite.train.train", [], "goes on from the last checkpoint; what was scored is kept"),
     "check": ("perce_lite.check.check", [], "Nothing was written; the same command starts over"),
+    "import": ("perce_lite.importing.look", ["x", "--user", "ann"], "Nothing was written"),
     "inspect": ("perce_lite.inspection.inspect", [], "scored under the base is kept; the same command scores the rest"),
     "generate": ("perce_lite.generate.from_folder", ["--adapter", "x", "--prompt", "x"], "Nothing was written"),
     "chat": ("perce_lite.adapters.about", ["x"], "Nothing was written"),
@@ -230,7 +231,7 @@ def test_every_command_says_what_is_true_after_ctrl_c():
 def test_ctrl_c_says_how_to_go_on(recipe, run, monkeypatch, command):
     called, words, told = STOPPED[command]
     monkeypatch.setattr(called, lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
-    words = [*([] if command.split()[0] in ("store", "generate", "chat", "export") else [recipe()]), *words]
+    words = [*([] if command.split()[0] in ("store", "generate", "chat", "export", "import") else [recipe()]), *words]
     code, out, err = run(*command.split(), *words)
     assert (code, out, len(err.splitlines())) == (130, "", 1)
     assert err.startswith("Stopped. ")

@@ -10,14 +10,14 @@ import perce_lite
 HOUSE = """
 errors
 targets    reuse
-console    files      contrast   profiles   source     metrics    llamacpp
+console    files      contrast   profiles   source     metrics    llamacpp   writings   unpacking
 config
 faults
 recipe
-rows       registry   children   embedding
-documents
-data       models     store      chat
-card
+rows       registry   children   embedding  chats      mails
+documents  texts
+data       models     store      chat       reading
+card       importing
 pairs      adapters   footprint
 collator   head       prefix
 score
@@ -33,12 +33,13 @@ export
 groups     measuring  workload   exactrows
 compare    bench      inprocess
 fleet      slotted    cli_options   randombase
-fleetmeasuring        gpumeasuring
+fleetmeasuring        gpumeasuring  cli_import
 fleetbench gpureport
 roster
 export_all hub
 cli_export cli_fleet  cli_bench
 cli
+notebook
 """
 
 ROOMS = Path(perce_lite.__file__).parent

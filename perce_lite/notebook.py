@@ -1,0 +1,79 @@
+"""PerCE Lite in a notebook: `%load_ext perce_lite.notebook` makes the command line the magic `%perce`."""
+
+import gc
+import html
+import json
+import os
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from perce_lite.cli import main
+from perce_lite.console import console, errors
+from perce_lite.errors import NotebookError
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """What `%load_ext perce_lite.notebook` calls: makes the magic %perce known."""
+    console.width = errors.width = 100  # columns that a cell's output has room for
+    shell.register_magic_function(perce, "line", "perce")
+
+
+def perce(line: str) -> None:
+    """%perce WORDS: the command `perce-lite WORDS`, in this process, so that its bars and tables are the notebook's.
+
+    Raises:
+        NotebookError: its exit code is not 0.
+    """
+    interrupt = signal.getsignal(signal.SIGINT)
+    code: Any = 0
+    try:
+        main(shlex.split(line))
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+        _let_go()
+    if code:
+        raise NotebookError(f"perce-lite {line.split()[0] if line.split() else ''} ended with exit code {code}.")
+
+
+def _let_go() -> None:
+    """Frees what a command left on the GPU: in a terminal its end would have done so."""
+    gc.collect()
+    if "torch" in sys.modules:
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def page(path: str | os.PathLike[str], at: str = "", height: int = 640) -> Any:
+    """A page that a command wrote, shown in the notebook in a frame of its own: its styles do not touch the notebook's.
+
+    at: the heading that is shown first; else the page's beginning
+    height: pixels
+
+    Raises:
+        NotebookError: no such page.
+    """
+    from IPython.display import HTML
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise NotebookError(f"{path}: there is no such page; run the cell that writes it") from error
+    # The page travels in the frame's attribute: Colab cannot open files of its machine by a link.
+    frame = (
+        f'<iframe srcdoc="{html.escape(text + _scroll(at))}" style="width:100%;height:{height}px;border:0"></iframe>'
+    )
+    return HTML(f"<div>{frame}</div>")
+
+
+def _scroll(heading: str) -> str:
+    """A script that begins at `heading`; an anchor would move the notebook as well."""
+    if not heading:
+        return ""
+    find = f"[...document.querySelectorAll('h2')].find(one => one.textContent === {json.dumps(heading)})"
+    return f"<script>document.documentElement.scrollTop = {find}.offsetTop</script>"
