@@ -81,6 +81,12 @@ def _use(about: Mapping[str, Any]) -> Iterable[str]:
 
 
 def _needs(about: Mapping[str, Any]) -> str:
+    if about["recipe"].get("train", {}).get("profile_pass") == "frozen":
+        return (
+            "It was trained with the user's profile in the prompt, and wakes behind it: give the profile when you use "
+            "it, to a program that knows activated LoRA (peft, llama.cpp's server) or to `perce-lite`. With any other "
+            "it is awake at every token, which is not what it learned."
+        )
     if about["train_on"] == "factual":
         return "It was trained with the user's profile in the prompt: give the profile when you use it."
     return "It was trained without the profile in the prompt: use it without one."

@@ -14,6 +14,7 @@ from perce_lite.folder_proof import verify_merged, verify_peft
 from perce_lite.footprint import config_of
 from perce_lite.gguf_vocabulary import splitting
 from perce_lite.models import load_tokenizer
+from perce_lite.pairs import PairMaker
 from perce_lite.proof import PROOF, QUESTION, Proof, gap, on_cpu, read_proof
 from perce_lite.targets import QUANTS, TARGETS, faults
 from perce_lite.writers import Card, Job, write
@@ -118,18 +119,32 @@ def preflight(card: Card, target: str) -> None:
     if not isinstance(config, dict):
         raise ExportError(f"{card['folder']}: its adapter_config.json cannot be read")
     shape = card["base"]["shape"]
-    if found := faults(target, config, shape[0], bool(shape[-1])):
-        raise ExportError(f"{card['folder']}: {target} cannot take this adapter: {'; '.join(found)}.")
-    if target not in ("gguf", "ollama"):
-        return
     recipe = on_cpu(card, quantised=False)
+    if found := faults(target, config, shape[0], bool(shape[-1]), recipe.profile_pass):
+        raise ExportError(f"{card['folder']}: {target} cannot take this adapter: {'; '.join(found)}.")
+    if target not in ("gguf", "ollama") and recipe.profile_pass == "full":
+        return
     tokenizer = load_tokenizer(recipe)
     tokenizer.chat_template = card["chat_template"]
+    if recipe.profile_pass == "frozen":
+        _need_invocation(card["folder"], PairMaker.of(recipe, tokenizer, None))
+        return
     gguf_model.refuse_unlike(config_of(recipe).get_text_config())
     splitting(tokenizer)  # raises where llama.cpp has no equal
     if target == "ollama":
         chat = Chat(tokenizer, recipe.template)
         modelfile.retold(chat, chat.composed([{"role": "user", "content": QUESTION}], ""))
+
+
+def _need_invocation(folder: str, maker: PairMaker) -> None:
+    """Raises ExportError where no other program could know at which token an adapter wakes."""
+    if not maker.invocation():
+        raise ExportError(
+            f"{folder}: it sleeps through the profile (profile_pass: frozen), and others find where it wakes by the "
+            "tokens that open the user's turn; here the profile stands inside that turn. It works with "
+            "`perce-lite generate` and `chat`. For others train with a system message (template.position: system), if "
+            "the chat template knows one, or with profile_pass: full."
+        )
 
 
 def _evaluated(path: Path, source: Path) -> tuple[str, ...]:

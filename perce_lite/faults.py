@@ -69,10 +69,11 @@ def _column_faults(columns: dict[str, Any], lines: Lines) -> list[str]:
 
 def export_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
     """Why a target that the recipe names cannot take what `lora` asks for; asked of a recipe without other faults."""
+    profile_pass = (plain.get("train") or {}).get("profile_pass", "full")
     return [
         f"{where(('export', 'to'), lines)}export.to: {target} cannot take this adapter: {fault}"
         for target in plain.get("export", {}).get("to", [])
-        for fault in targets.faults(target, plain.get("lora") or {})
+        for fault in targets.faults(target, plain.get("lora") or {}, profile_pass=str(profile_pass))
     ]
 
 

@@ -55,7 +55,7 @@ def refuse_exports(recipe: Recipe) -> None:
     faults = [
         f"export.to: {target} cannot take this adapter: {fault}"
         for target in recipe.export.to
-        for fault in targets.faults(target, lora, config.model_type, config.tie_word_embeddings)
+        for fault in targets.faults(target, lora, config.model_type, config.tie_word_embeddings, recipe.profile_pass)
     ]
     if faults:
         raise RecipeError(recipe.source, faults)

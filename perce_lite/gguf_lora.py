@@ -1,7 +1,7 @@
 """An adapter as GGUF, for llama.cpp's `--lora`: names, order of rows, scale, and the proof that it works there."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,10 @@ from perce_lite.reuse import reused
 FILE = "adapter.gguf"
 
 
-def write(path: Path, model: PeftModel) -> tuple[dict[str, str], dict[str, int]]:
+def write(path: Path, model: PeftModel, invocation: Sequence[int]) -> tuple[dict[str, str], dict[str, int]]:
     """Writes the adapter of `model` in float32; gives fingerprints in PyTorch's order of rows, and `Proof.heads`.
+
+    invocation: ids at whose last occurrence in a prompt the adapter wakes, the first included; empty: it always is
 
     Raises:
         ExportError: LoRA on a layer that llama.cpp has no name for.
@@ -50,6 +52,10 @@ def write(path: Path, model: PeftModel) -> tuple[dict[str, str], dict[str, int]]
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    if invocation:
+        kinds = gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32  # llama.cpp takes no other
+        looked_for = list(invocation)[1:]  # it wakes one token ahead
+        writer.add_key_value(gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, looked_for, *kinds)
     prints = {}
     for name, tensor in _tensors(model, architecture, config.num_hidden_layers, alpha):
         prints[name] = fingerprint(tensor)

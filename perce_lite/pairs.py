@@ -263,13 +263,28 @@ class PairMaker(Chat):
             prefix = self._prefix(ahead, messages, answer, text, "the prompt")
         return Tokens(ids, [IGNORED] * len(ids), prefix)
 
+    def invocation(self) -> list[int]:
+        """Ids at whose start an adapter wakes, for programs that look for them (activated LoRA).
+
+        The last token of the system's turn, and what opens the user's; empty where only the profile's end says it.
+        """
+        asked = [self.prompt([{"role": "user", "content": query}], "") for query in ("x", "7")]
+        both = zip(*(one.awake.ids for one in asked), strict=False)
+        shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
+        while shared and not self.tokenizer.decode(shared[-1:]).strip():  # it may melt into what the query begins with
+            shared.pop()
+        return shared if asked[0].prefix and len(shared) > 1 and shared[1] in self._control_ids else []
+
     def _prefix(self, context: str, prompt: list[Message], completion: list[Message], profile: str, where: str) -> int:
         """How many tokens of `context`, all that stands before the first response, end before the first query."""
         end = self.wakes_at(context, prompt, completion, profile, where)
-        offsets = self.tokenizer(context, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        starts = [start for start, _ in offsets["offset_mapping"]]
+        read = self.tokenizer(context, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        starts = [start for start, _ in read["offset_mapping"]]
         # A token that reaches over the end carries some of the profile, so it belongs to the prefix.
-        return next((index for index, start in enumerate(starts) if start >= end), len(starts))
+        first = next((index for index, start in enumerate(starts) if start >= end), len(starts))
+        # llama.cpp wakes one token ahead of what it looks for, and that is to be the token that opens the turn.
+        opens_a_turn = 0 < first < len(starts) and read["input_ids"][first] in self._control_ids
+        return first - 1 if opens_a_turn else first
 
 
 def require(pairs: Sequence[Pair], audit: Audit, what: str) -> None:

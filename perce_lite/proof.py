@@ -23,7 +23,7 @@ from perce_lite.chat import Chat
 from perce_lite.errors import ExportError
 from perce_lite.files import read_json
 from perce_lite.models import Base, hash_tensor, load_base, sketch
-from perce_lite.pairs import IGNORED, Tokens
+from perce_lite.pairs import IGNORED, PairMaker, Tokens
 from perce_lite.recipe import Recipe, Template
 from perce_lite.reuse import reused
 from perce_lite.score import log_probs
@@ -75,6 +75,7 @@ class Proof(BaseModel):
     greedy: the first tokens of the greedy answer, as long as each leads clearly
     rendered, stops: ollama: the prompts that its template has to make of fixed dialogues, and what ends an answer
     source: hash of the weights that were exported
+    prefix: how many of `ids` the adapter sleeps through; invocation: the ids at which it wakes
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -100,6 +101,8 @@ class Proof(BaseModel):
     rendered: list[str] = []
     stops: list[str] = []
     source: str = ""
+    prefix: int = 0
+    invocation: list[int] = []
 
 
 def read_proof(folder: Path) -> Proof:
@@ -157,7 +160,9 @@ def record(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe,
         ExportError: the adapter changes nothing that can be measured.
     """
     ids = fixed_ids(tokenizer, recipe.template)
-    adapter, base = (expected(model, ids, adapters=on) for on in (True, False))
+    maker = PairMaker.of(recipe, tokenizer, None)
+    prefix = maker.prompt([{"role": "user", "content": QUESTION}], "").prefix
+    adapter, base = (expected(model, ids, adapters=on, prefix=prefix) for on in (True, False))
     effect = gap(adapter, base)
     if effect < _MEASURABLE:
         raise ExportError(
@@ -175,6 +180,8 @@ def record(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe,
         base=base,
         tolerance=min(allowed, effect / 4),
         sketch=sketched(model.get_base_model()),
+        prefix=prefix,
+        invocation=maker.invocation() if prefix else [],
     )
 
 
@@ -205,12 +212,14 @@ def clear_answer(model: nn.Module, prompt: Sequence[int], tokenizer: PreTrainedT
     return ids[len(prompt) :]
 
 
-def expected(model: nn.Module, ids: Sequence[int], adapters: bool) -> list[float]:
-    """Log-probs of the last tokens of `ids` as training scores them."""
+def expected(model: nn.Module, ids: Sequence[int], adapters: bool, prefix: int = 0) -> list[float]:
+    """Log-probs of the last tokens of `ids` as training scores them; an adapter sleeps through the `prefix`."""
     scored = min(_SCORED, len(ids) - 1)
     labels = [IGNORED] * (len(ids) - scored) + list(ids[-scored:])
     found: list[float] = []
-    log_probs(model, [Tokens(list(ids), labels)], adapters, None, lambda _, values: found.extend(values.tolist()))
+    log_probs(
+        model, [Tokens(list(ids), labels, prefix)], adapters, None, lambda _, values: found.extend(values.tolist())
+    )
     return found
 
 

@@ -26,13 +26,18 @@ _VLLM_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 _LORA_R = 16
 
 
-def faults(target: str, lora: Mapping[str, Any], kind: str | None = None, tied: bool = False) -> list[str]:
+def faults(
+    target: str, lora: Mapping[str, Any], kind: str | None = None, tied: bool = False, profile_pass: str = "full"
+) -> list[str]:
     """Why `target` cannot take an adapter, one reason each; empty: it can.
 
     lora: fields of peft.LoraConfig; what is absent is what a recipe starts from
     kind: transformers' model type of the base, where it is known; tied: whether its head is its embedding
     """
     found = []
+    if profile_pass == "frozen" and target not in ("peft", "gguf-lora"):
+        why = "vLLM has no activated LoRA" if target == "vllm" else "merged weights are awake at every token"
+        found.append(f"it sleeps through the profile (profile_pass: frozen), and {why}")
     if target in ("gguf-lora", "gguf", "ollama") and kind is not None and kind not in GGUF_FAMILIES:
         found.append(f"its base is a {kind}, and the converter knows {', '.join(GGUF_FAMILIES)}")
     if target == "gguf-lora":

@@ -70,6 +70,9 @@ def _write_adapter(job: Job, aside: Path) -> dict[str, Any]:
         tokenizer.save_pretrained(aside)
     for name in ("adapter_model.safetensors", "adapter_config.json", adapters.CARD):
         shutil.copyfile(job.source / name, aside / name)
+    if proof.invocation:
+        config = read_json(aside / "adapter_config.json")
+        write_json(aside / "adapter_config.json", {**config, "alora_invocation_tokens": proof.invocation})
     proof.fingerprints = {name: fingerprint(tensor) for name, tensor in tensors_of(aside)}
     rank = max(tensor.shape[0] for name, tensor in tensors_of(aside) if "lora_A" in name or "embedding_A" in name)
     _finish(job, recipe, aside, proof, _vllm_use(job, recipe, rank) if job.target == "vllm" else "")
@@ -128,7 +131,7 @@ def _write_gguf_lora(job: Job, aside: Path) -> dict[str, Any]:
     with base_for(recipe) as base:
         model, tokenizer = _on(base.model, base.tokenizer, job)
         proof = record(model, tokenizer, recipe, job.target, OTHER_PROGRAM)
-        proof.fingerprints, proof.heads = gguf_lora.write(aside / gguf_lora.FILE, model)
+        proof.fingerprints, proof.heads = gguf_lora.write(aside / gguf_lora.FILE, model, proof.invocation)
     _finish(job, recipe, aside, proof, f"## Use\n\n    llama-server --model BASE.gguf --lora {gguf_lora.FILE}\n")
     return {}
 

@@ -13,13 +13,20 @@ from perce_lite.recipe import load_recipe
 
 
 def adapter_for(
-    base: Path, folder: Path, quantization: str = "none", scale: float = 0.1, seed: int = 1, **lora: object
+    base: Path,
+    folder: Path,
+    quantization: str = "none",
+    scale: float = 0.1,
+    seed: int = 1,
+    profile_pass: str = "full",
+    **lora: object,
 ) -> Path:
     """An adapter of rank 4 over the model in `base`, B drawn with the standard deviation `scale`; gives its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     mine = folder / "mine.yaml"
     mine.write_text(
         f"model: {base}\nquantization: {quantization}\ndtype: float32\ndevice: cpu\ndata: {{path: rows.jsonl}}\n"
+        f"train: {{profile_pass: {profile_pass}}}\n"
     )
     recipe = load_recipe(mine)
     loaded = load_base(recipe)

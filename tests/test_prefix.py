@@ -185,7 +185,7 @@ def test_a_system_message_ends_with_its_own_turn():
     tokenizer = toys.toy_tokenizer("chatml")
     for pair in made():
         for tokens in (pair.factual, pair.counterfactual):
-            assert tokenizer.decode(tokens.awake.ids).startswith("<|im_start|>user\n")
+            assert tokenizer.decode(tokens.awake.ids).startswith("\n<|im_start|>user\n")
 
 
 def test_a_prompt_to_answer_has_the_prefix_of_training():
