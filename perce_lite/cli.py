@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from perce_lite import cli_fleet
+from perce_lite import cli_fleet, cli_plan
 from perce_lite.cli_options import Json, RecipePath, Set, write
 from perce_lite.console import errors, quiet
 from perce_lite.errors import PerceLiteError
@@ -22,6 +22,7 @@ app = typer.Typer(
 store_app = typer.Typer(help="The log-probs kept between runs.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
 app.command("fleet")(cli_fleet.fleet)
+app.command("plan")(cli_plan.plan)
 app.add_typer(cli_fleet.adapters_app, name="adapters")
 
 StorePath = Annotated[Path | None, typer.Option("--path", help="The store's folder; default: that of the recipes.")]

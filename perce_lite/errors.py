@@ -12,6 +12,8 @@ PerceLiteError              the command line prints it as one clean line and exi
 |- FleetError               a fleet folder that cannot be used, or a user it does not know
 |- ExportError              an export that cannot be made, or whose proof fails
 |- BenchError               a measurement that failed, or that there is nothing to measure for
+|- PlanError                a card that is not known, or a model whose memory cannot be told beforehand
+|- CardFullError            a card whose memory is full; says what would fit
 |- DiskFullError            no space left where something had to be written
 `- NonFiniteLossError       a loss that is not a number; names the rows
 """
@@ -72,6 +74,14 @@ class ExportError(PerceLiteError):
 
 class BenchError(PerceLiteError):
     """A measurement that failed, or that there is nothing to measure for. Names the arm."""
+
+
+class PlanError(PerceLiteError):
+    """A card that is not known, or a model whose memory cannot be told beforehand."""
+
+
+class CardFullError(PerceLiteError):
+    """A card whose memory is full. Says what is kept and which `--set` would fit."""
 
 
 class DiskFullError(PerceLiteError):

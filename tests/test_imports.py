@@ -9,7 +9,7 @@ import perce_lite
 
 HOUSE = """
 errors
-console    files      contrast   profiles   source     metrics    llamacpp
+console    files      contrast   profiles   source     metrics    llamacpp   cards
 config
 faults
 recipe
@@ -17,8 +17,8 @@ rows       registry   children
 documents
 data       models     store      chat
 pairs      adapters   footprint
-collator   head
-score
+collator   head       shapes
+score      memory
 terms
 trainer    slots      generate   controls   check      sections
 charts     engine     proof
