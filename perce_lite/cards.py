@@ -83,9 +83,11 @@ def card(given: str) -> Card:
     asked = _plain(given)
     if asked in known:
         return CARDS[known[asked]]
-    bare, stated = re.fullmatch(r"(.*?)(?:(\d+)gi?b)?", asked).groups()  # type: ignore[union-attr]
-    if stated is not None and bare in known and abs(CARDS[known[bare]].bytes / GIB / float(stated) - 1) < 0.1:
-        return CARDS[known[bare]]
+    stated = re.fullmatch(r"(.*\S)[\s_-]+(\d+)\s*gi?b", given, re.IGNORECASE)
+    if stated is not None and _plain(stated[1]) in known:
+        found = CARDS[known[_plain(stated[1])]]
+        if abs(found.bytes / GIB / float(stated[2]) - 1) < 0.1:
+            return found
     near = difflib.get_close_matches(asked, known, n=3, cutoff=0.4)
     mend = f"did you mean {' or '.join(known[one] for one in near)}?" if near else f"known: {', '.join(CARDS)}."
     raise PlanError(f"--gpu {given}: no such card; {mend} Or give its memory: --gpu 8GB")

@@ -293,6 +293,7 @@ def main() -> None:
 _STOPPED = {
     "train": "The same command goes on from the last checkpoint; what was scored is kept.",
     "check": "Nothing was written; the same command starts over.",
+    "plan": "Nothing was kept but scores of --probe; the same command starts over.",
     "generate": "Nothing was written; the same command starts over.",
     "inspect": "What was scored under the base is kept; the same command scores the rest.",
     "eval": "What was scored and answered is kept; the same command does the rest.",

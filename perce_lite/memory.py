@@ -2,8 +2,8 @@
 
 Weights, gradients and optimizer state are counted from the model itself on the meta device, so exactly. What is saved
 follows from the operations: which of its inputs or results each keeps for the backward pass (RMS norm: its input in
-float32; SiLU and products: their inputs; torch's fused attention: query, key, value, result and one number a head; LoRA:
-its input and what its first matrix gives). Tests compare all of it with real toy models.
+float32; SiLU and products: their inputs; torch's fused attention: query, key, value, result and one number a head;
+LoRA: its input and what its first matrix gives). Tests compare all of it with real toy models.
 """
 
 import math
@@ -115,8 +115,8 @@ EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 def optimizer_bytes(trained: tuple[int, ...], optim: str) -> int:
     """AdamW's two states of each trained tensor: float32, or 8 bit with a scale a block of 256.
 
-    bitsandbytes keeps tensors of fewer than 4,096 elements in float32. A paged state is counted whole, as it lies on the
-    card while there is room. What is no 8-bit AdamW is counted as AdamW in float32.
+    bitsandbytes keeps tensors of fewer than 4,096 elements in float32. A paged state is counted whole, as it lies on
+    the card while there is room. What is no 8-bit AdamW is counted as AdamW in float32.
     """
     if optim in EIGHT_BIT:
         small = [one for one in trained if one < 4096]
@@ -225,8 +225,8 @@ def _saved_by_attention(shape: Shape, step: Step, index: int) -> int:
 def layer_at_work(shape: Shape, weights: Weights, step: Step, checkpointing: bool) -> int:
     """The most that one layer's backward pass holds beside what was saved.
 
-    A checkpointed layer is computed again first, so all that it saves is there. Then gradients: of the three wide tensors
-    of its MLP, or of its attention; and the largest 4-bit weight, whole.
+    A checkpointed layer is computed again first, so all that it saves is there. Then gradients: of the three wide
+    tensors of its MLP, or of its attention; and the largest 4-bit weight, whole.
     """
     tokens = step.rows * (step.length - step.prefix)
     pairs = tokens * step.length
@@ -239,7 +239,15 @@ def layer_at_work(shape: Shape, weights: Weights, step: Step, checkpointing: boo
     if checkpointing:
         again = max(saved_by_layer(shape, weights, step, index) for index in range(shape.layers))
         again += casts(weights.elements, step) // shape.layers
-    return again + gradients + weights.largest * step.itemsize
+    return again + gradients + weights.largest * step.itemsize + _masks(shape, step)
+
+
+def _masks(shape: Shape, step: Step) -> int:
+    """Which token may see which: one mask, kept all the while, for each kind of attention that takes one."""
+    windows = {
+        window for window in shape.windows if step.padded or shape.eager or (window or step.length) < step.length
+    }
+    return len(windows) * step.rows * step.length**2 * (step.itemsize if shape.eager else 1)
 
 
 def head_at_work(shape: Shape, step: Step) -> int:

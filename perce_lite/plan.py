@@ -1,7 +1,7 @@
-"""Will it fit? Memory by part before any training, per card: the longest row, the largest batch, the smallest change."""
+"""Will it fit? Memory by part before a run, per card: the longest row, the largest batch, the smallest change."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -18,13 +18,10 @@ from perce_lite.rows import of_split
 from perce_lite.shapes import model_config, shape_of
 
 CONTEXT = int(0.45 * GIB)
-"""Bytes that CUDA, cuBLAS and loaded kernels take. Common experience, not measured here."""
+"""Bytes that CUDA, cuBLAS and loaded kernels take. Experience, not measured here."""
 
 SPILL = 0.06
-"""Share of what a step allocates and frees that the allocator cannot use again. Common experience, not measured here."""
-
-LONGEST = 65536
-"""Tokens beyond which no longer row is looked for."""
+"""Share of what a step allocates and frees that the allocator cannot use again. Experience, not measured here."""
 
 _STASH = 5
 """Tensors that TRL's activation offloading leaves on the card while they are on their way to the host."""
@@ -32,7 +29,7 @@ _STASH = 5
 
 @dataclass(frozen=True)
 class Rows:
-    """Tokens of the longest row in training, of them with loss, tokens of the longest scored one; where that is from."""
+    """Tokens of the longest row in training, of them with loss, of the longest scored row; where that is from."""
 
     length: int
     scored: int
@@ -69,8 +66,8 @@ class Plan:
         self.config, self.at_hand = model_config(recipe)
         self.shape = shape_of(self.config)
         self._train = {**train_defaults(on_cpu=False), **recipe.train}
-        positions = self.config.get_text_config().max_position_embeddings
-        self.rows = rows or rows_of(recipe, self._option("max_length"), positions)
+        self.positions: int = self.config.get_text_config().max_position_embeddings
+        self.rows = rows or rows_of(recipe, self._option("max_length"), self.positions)
         self.itemsize = memory.FLOAT32 if recipe.dtype == "float32" else 2
         self.choice = Choice(
             batch=self._option("per_device_train_batch_size"),
@@ -109,19 +106,19 @@ class Plan:
             "head": memory.head_at_work(self.shape, step) + memory.casts(weights.elements, step),
             "scoring": 0 if self._option("estimator") == "uniform" else memory.scoring(self.shape, weights, alone),
         }
-        peak = peak_of(found)
+        peak = max(peak_of_a_step(found), found["scoring"])
         found["spill"], found["context"] = int(SPILL * peak), CONTEXT
-        held = sum(found[name] for name in ("base", "unquantized", "adapter", "gradients", "optimizer"))
-        return {**found, "total": held + peak + found["spill"] + found["context"]}
+        return {**found, "total": held(found) + peak + found["spill"] + found["context"]}
 
     def fits(self, choice: Choice, card: Card, prefix: int = 0) -> bool:
         """Whether the peak stays within what a program sees of the card."""
         return self.parts(choice, card, prefix)["total"] <= card.bytes
 
     def longest_row(self, choice: Choice, card: Card, prefix: int = 0) -> int:
-        """Tokens of the longest row that fits with the batch of `choice`; 0: not even one of 16."""
+        """Tokens of the longest row that fits with the batch of `choice`, at most what the model can read; 0: none."""
         return 16 * _largest(
-            LONGEST // 16, lambda many: self.fits(replace(choice, length=16 * many), card, min(prefix, 16 * many))
+            self.positions // 16,
+            lambda many: self.fits(replace(choice, length=16 * many), card, min(prefix, 16 * many)),
         )
 
     def largest_batch(self, choice: Choice, card: Card, prefix: int = 0) -> int:
@@ -144,7 +141,8 @@ class Plan:
         ]
         for count, chosen, cut in sorted(ways, key=lambda way: (way[0], way[2])):
             for changes in itertools.product(*chosen) if count else ():
-                choice, words = self.choice, []
+                choice = self.choice
+                words: list[str] = []
                 for values, said in changes:
                     choice, words = replace(choice, **values), [*words, *said]
                 if cut:
@@ -209,12 +207,17 @@ class Plan:
         return memory.weights_of(self.config, recipe, self.itemsize)
 
 
-def peak_of(parts: dict[str, int]) -> int:
-    """The most that one moment of a run holds beside weights and optimizer: a layer's backward, the head, or scoring."""
-    return max(parts["saved"] + max(parts["layer"], parts["head"]), parts["scoring"])
+def peak_of_a_step(parts: dict[str, int]) -> int:
+    """The most that a training step holds beside weights and optimizer: saved, with a layer or the head at work."""
+    return parts["saved"] + max(parts["layer"], parts["head"])
 
 
-def _largest(most: int, fits: Any) -> int:
+def held(parts: dict[str, int]) -> int:
+    """What lies on the card all the time in training."""
+    return sum(parts[name] for name in ("base", "unquantized", "adapter", "gradients", "optimizer"))
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
     """The largest count from 0 to `most` that fits; fewer always fit where more do."""
     low, high = 0, most + 1
     while high - low > 1:

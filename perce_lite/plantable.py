@@ -29,28 +29,27 @@ def show_plan(figures: dict[str, Any], recipe: str) -> None:
     """`perce-lite plan`: the parts on the first card, then what each card takes and what would make the recipe fit."""
     rows, settings = figures["rows"], figures["settings"]
     first = figures["cards"][0]
-    title = f"{figures['model']} ({figures['shape_from']}), {settings['batch']} x {rows['longest']} tokens, {first['dtype']}"
+    batch = f"{settings['batch']} x {rows['longest']} tokens, {first['dtype']}"
+    title = f"{figures['model']} ({figures['shape_from']}), {batch}"
     table = Table(title=Text(title), title_justify="left")
     for name in ("part", "GiB"):
         table.add_column(name, justify="right" if name == "GiB" else "left")
     parts = first["parts"]
-    for name, told in _HELD.items():
-        table.add_row(told, _gib(parts[name]))
-    for name, told in _AT_WORK.items():
-        table.add_row(told, _gib(parts[name]), end_section=name == "scoring")
-    for name, told in _REST.items():
-        table.add_row(told, _gib(parts[name]))
+    for names in (_HELD, _AT_WORK, _REST):
+        for name, what in names.items():
+            table.add_row(what, _gib(parts[name]))
+        table.add_section()
     table.add_row(f"peak on {first['card']}", _gib(parts["total"]), style="bold")
     console.print(table)
     with_, without = _gib(parts["saved_with_checkpointing"]), _gib(parts["saved_without"])
     told = [
         f"Longest row: {rows['longest']} tokens, {rows['with_loss']} with loss ({rows['source']}).",
         f"Saved for the backward pass: {with_} GiB with gradient checkpointing, {without} without.",
-        "The peak is all that is held, what is saved with a layer or the head at work (or scoring, which is never there at "
-        "the same time), and the last two. An estimate: no weights were loaded.",
+        "The peak: the first five, what is saved with a layer or the head at work (or scoring, which is never there "
+        "at the same time), and the last two. An estimate: no weights were loaded.",
     ]
-    for line in told:
-        console.print(Text(line))
+    for sentence in told:
+        console.print(Text(sentence))
     console.print(_cards(figures["cards"]))
     for one in figures["cards"]:
         console.print(Text(_advice(one, recipe)), soft_wrap=True)

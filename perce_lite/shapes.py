@@ -9,49 +9,65 @@ from perce_lite.errors import ModelError, PlanError
 from perce_lite.footprint import config_of
 from perce_lite.recipe import Recipe
 
-_SMOLLM2 = {"vocab_size": 49152, "max_position_embeddings": 8192, "tie_word_embeddings": True, "head_dim": 64}
-_QWEN3 = {"vocab_size": 151936, "max_position_embeddings": 40960, "head_dim": 128, "num_hidden_layers": 36}
+
+def _sizes(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    head: int,
+    words: int,
+    positions: int,
+    tied: bool,
+) -> dict[str, Any]:
+    """The fields of a configuration that say how large a model is."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head,
+        "vocab_size": words,
+        "max_position_embeddings": positions,
+        "tie_word_embeddings": tied,
+    }
+
 
 _KNOWN: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "Llama-3.1-8B": (
         "llama",
         ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B", "unsloth/Meta-Llama-3.1-8B-Instruct"),
-        dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-             num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072, tie_word_embeddings=False),
+        _sizes(4096, 14336, 32, 32, 8, 128, 128256, 131072, False),
     ),
     "Qwen3-4B": (
         "qwen3",
         ("Qwen/Qwen3-4B", "Qwen/Qwen3-4B-Instruct-2507"),
-        dict(hidden_size=2560, intermediate_size=9728, num_attention_heads=32, num_key_value_heads=8,
-             tie_word_embeddings=True, **_QWEN3),
+        _sizes(2560, 9728, 36, 32, 8, 128, 151936, 40960, True),
     ),
     "Qwen3-8B": (
         "qwen3",
         ("Qwen/Qwen3-8B",),
-        dict(hidden_size=4096, intermediate_size=12288, num_attention_heads=32, num_key_value_heads=8,
-             tie_word_embeddings=False, **_QWEN3),
+        _sizes(4096, 12288, 36, 32, 8, 128, 151936, 40960, False),
     ),
     "Gemma-3-4B": (
         "gemma3_text",
         ("google/gemma-3-4b-it", "google/gemma-3-4b-pt", "unsloth/gemma-3-4b-it"),
-        dict(hidden_size=2560, intermediate_size=10240, num_hidden_layers=34, num_attention_heads=8,
-             num_key_value_heads=4, head_dim=256, vocab_size=262208, max_position_embeddings=131072,
-             sliding_window=1024, tie_word_embeddings=True),
+        {**_sizes(2560, 10240, 34, 8, 4, 256, 262208, 131072, True), "sliding_window": 1024},
     ),
     "SmolLM2-1.7B": (
         "llama",
         ("HuggingFaceTB/SmolLM2-1.7B-Instruct", "HuggingFaceTB/SmolLM2-1.7B"),
-        dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32,
-             num_key_value_heads=32, **_SMOLLM2),
+        _sizes(2048, 8192, 24, 32, 32, 64, 49152, 8192, True),
     ),
     "SmolLM2-135M": (
         "llama",
         ("HuggingFaceTB/SmolLM2-135M-Instruct", "HuggingFaceTB/SmolLM2-135M", "smollm2-135m"),
-        dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-             num_key_value_heads=3, **_SMOLLM2),
+        _sizes(576, 1536, 30, 9, 3, 64, 49152, 8192, True),
     ),
-}  # fmt: skip
-"""Shapes known by heart, from the config.json that each model is published with on the Hub; of Gemma 3 the text part."""
+}
+"""Shapes known by heart, from the config.json of each model on the Hub; of Gemma 3 the text part alone."""
 
 KNOWN = {name: ids[0] for name, (_, ids, _) in _KNOWN.items()}
 """A short name of each shape known by heart: the Hub id that it is trained under."""
@@ -123,7 +139,8 @@ def shape_of(config: PretrainedConfig) -> Shape:
     values = config.to_dict()
     layers = config.num_hidden_layers
     window = values.get("sliding_window")
-    types = values.get("layer_types") or ["sliding_attention" if kind == "mistral" else "full_attention"] * layers
+    everywhere = "sliding_attention" if kind == "mistral" else "full_attention"  # both say nothing of single layers
+    types = values.get("layer_types") or [everywhere] * layers
     return Shape(
         layers=layers,
         hidden=config.hidden_size,

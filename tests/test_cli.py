@@ -210,6 +210,7 @@ STOPPED = {
     "train": ("perce_lite.train.train", [], "goes on from the last checkpoint; what was scored is kept"),
     "check": ("perce_lite.check.check", [], "Nothing was written; the same command starts over"),
     "inspect": ("perce_lite.inspection.inspect", [], "scored under the base is kept; the same command scores the rest"),
+    "plan": ("perce_lite.plan.figures", [], "Nothing was kept but scores of --probe"),
     "generate": ("perce_lite.generate.from_folder", ["--adapter", "x", "--prompt", "x"], "Nothing was written"),
     "eval": ("perce_lite.evaluate.evaluate", ["--adapter", "x"], "What was scored and answered is kept"),
     "compare": ("perce_lite.compare.compare", [], "Finished trainings are kept"),

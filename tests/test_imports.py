@@ -20,14 +20,18 @@ pairs      adapters   footprint
 collator   head       shapes
 score      memory
 terms
+plan
+fullcard   plantable
 trainer    slots      generate   controls   check      sections
 charts     engine     proof
 report     gguf_lora
 inspection
 train      tables     evaluate   export
+probe
 groups     measuring  workload   exactrows
 compare    bench      inprocess
 fleet      slotted    cli_options
+cli_plan
 fleetmeasuring
 fleetbench
 roster
