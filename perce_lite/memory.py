@@ -225,21 +225,24 @@ def _saved_by_attention(shape: Shape, step: Step, index: int) -> int:
 def layer_at_work(shape: Shape, weights: Weights, step: Step, checkpointing: bool) -> int:
     """The most that one layer's backward pass holds beside what was saved.
 
-    A checkpointed layer is computed again first, so all that it saves is there. Then gradients: of the three wide
-    tensors of its MLP, or of its attention; and the largest 4-bit weight, whole.
+    A checkpointed layer is computed again first, so all that it saves is there. Its MLP goes first: the gradients of the
+    product's two factors are there at once, or one of them beside the largest 4-bit weight, whole. When attention's turn
+    comes, what the MLP and its norms had saved is gone.
     """
     tokens = step.rows * (step.length - step.prefix)
-    pairs = tokens * step.length
-    wide = 3 * shape.intermediate
-    attention = 4 * shape.heads * shape.head_dim
-    gradients = (max(wide, attention) + 2 * shape.hidden) * step.itemsize * tokens
-    if shape.eager or not step.flash:
-        gradients += 2 * FLOAT32 * shape.heads * pairs
     again = 0
     if checkpointing:
         again = max(saved_by_layer(shape, weights, step, index) for index in range(shape.layers))
         again += casts(weights.elements, step) // shape.layers
-    return again + gradients + weights.largest * step.itemsize + _masks(shape, step)
+    wide = shape.intermediate * step.itemsize * tokens
+    weight = weights.largest * step.itemsize
+    stream = 2 * shape.hidden * step.itemsize * tokens
+    gone = 4 * wide + (shape.norms // 2) * FLOAT32 * shape.hidden * tokens
+    queries = 4 * shape.heads * shape.head_dim * step.itemsize * tokens
+    scores = 2 * FLOAT32 * shape.heads * tokens * step.length if shape.eager or not step.flash else 0
+    mlp = max(2 * wide, wide + weight)
+    attention = queries + scores - gone
+    return again + max(mlp, attention) + stream + _masks(shape, step)
 
 
 def _masks(shape: Shape, step: Step) -> int:

@@ -39,7 +39,8 @@ def probe(recipe: Recipe) -> dict[str, Any]:
     )
     trainer = train.make_trainer(one_step, base, rows)
     scoring = torch.cuda.max_memory_allocated()
-    longest = sorted(range(len(trainer.train_dataset)), key=lambda row: -len(trainer.train_dataset[row]["input_ids"]))
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     trainer.train_dataset = trainer.train_dataset.select(longest[: plan.choice.batch * plan.choice.accumulation])
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

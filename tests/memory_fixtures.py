@@ -45,7 +45,7 @@ def trainer_for(recipe: Recipe, dtype=torch.float32, words: int = 1, **options) 
     base = load_base(recipe)
     for module in base.model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
-            module.compute_dtype = dtype
+            module.compute_dtype = module.weight.quant_state.dtype = dtype
     for parameter in base.model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

@@ -10,6 +10,7 @@ import torch
 import toys
 from transformers import AutoModelForCausalLM
 
+from perce_lite import PerCETrainer, probe
 from perce_lite.cards import CARDS, COMMON_SIZES, GIB, card, of_size
 from perce_lite.errors import PlanError
 from perce_lite.footprint import on_meta
@@ -197,6 +198,33 @@ def test_a_probe_needs_a_gpu(recipe, run, monkeypatch):
     code, out, err = run("plan", recipe(), "--probe")
     assert (code, out, "no CUDA device here" in err) == (2, "", True)
     assert run("plan", recipe(), "--probe", "--gpu", "8GB")[0] == 2
+
+
+def test_a_probe_trains_the_longest_rows_for_one_step(recipe, figures, monkeypatch):
+    """All but the card: what it would say of its memory is made up here."""
+    steps = []
+    original = PerCETrainer.training_step
+
+    def watched(self, model, inputs, *args, **kwargs):
+        steps.append(inputs["input_ids"].shape)
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(PerCETrainer, "training_step", watched)
+    monkeypatch.setattr(probe, "present", lambda: of_size(8))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * GIB, 8 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 4 * GIB)
+    for name, size in (("memory_allocated", 1), ("max_memory_allocated", 2)):
+        monkeypatch.setattr(torch.cuda, name, lambda size=size: size * GIB)
+    path = recipe(text="train: {per_device_train_batch_size: 2, output_dir: out}\n")
+    plan = Plan(load_recipe(path))
+    told = figures("plan", path, "--probe")
+    assert steps == [(2, plan.rows.length)]
+    measured = {name: pair[1] for name, pair in told["parts"].items()}
+    assert list(measured.values()) == [GIB, 2 * GIB, 2 * GIB, GIB]
+    parts = plan.parts(plan.choice, of_size(8))
+    assert told["parts"]["base, as loaded"][0] == parts["base"] + parts["unquantized"]
+    assert parts["scoring"] < told["parts"]["peak of the step"][0] < parts["total"]
 
 
 @pytest.mark.gpu

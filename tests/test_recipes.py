@@ -20,8 +20,10 @@ CARDS = {
     "colab-t4": "T4", "rtx-8gb": "8GB", "rtx-12gb": "12GB", "rtx-24gb": "24GB", "longlamp": "16GB", "dialogue": "8GB",
     "fleet": "8GB",
 }  # fmt: skip
-SMALL = ["device=cpu", "dtype=float32", "train.max_steps=1", "train.max_length=600", "train.gradient_checkpointing=false",
-         "evaluation.max_rows=2", "evaluation.max_new_tokens=2", "lora.r=2"]  # fmt: skip
+SMALL = [
+    "device=cpu", "dtype=float32", "train.max_steps=1", "train.max_length=600", "evaluation.max_rows=2",
+    "evaluation.max_new_tokens=2", "lora.r=2",
+]  # fmt: skip
 
 
 def turns(row: dict) -> dict:
