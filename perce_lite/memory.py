@@ -139,7 +139,13 @@ def saved(shape: Shape, weights: Weights, step: Step, checkpointing: bool) -> in
         layers = sum(saved_by_layer(shape, weights, step, index) for index in range(shape.layers))
         layers -= _ahead_of_the_first_adapter(shape, weights, step, tokens)
         layers += casts(weights.elements, step) + _rotary(shape, step)
-    return layers + _after_the_layers(shape, step, tokens)
+    return layers + _prefix(shape, step) + _after_the_layers(shape, step, tokens)
+
+
+def _prefix(shape: Shape, step: Step) -> int:
+    """Keys and values of a prefix that was read without gradients, of every layer."""
+    width = 2 * shape.kv_heads * shape.head_dim * step.itemsize
+    return shape.layers * width * step.rows * step.prefix
 
 
 def _ahead_of_the_first_adapter(shape: Shape, weights: Weights, step: Step, tokens: int) -> int:
@@ -225,9 +231,9 @@ def _saved_by_attention(shape: Shape, step: Step, index: int) -> int:
 def layer_at_work(shape: Shape, weights: Weights, step: Step, checkpointing: bool) -> int:
     """The most that one layer's backward pass holds beside what was saved.
 
-    A checkpointed layer is computed again first, so all that it saves is there. Its MLP goes first: the gradients of the
-    product's two factors are there at once, or one of them beside the largest 4-bit weight, whole. When attention's turn
-    comes, what the MLP and its norms had saved is gone.
+    A checkpointed layer is computed again first, so all that it saves is there. Its MLP goes first: the gradients of
+    the product's two factors are there at once, or one of them beside the largest 4-bit weight, whole. When attention's
+    turn comes, what the MLP and its norms had saved is gone.
     """
     tokens = step.rows * (step.length - step.prefix)
     again = 0

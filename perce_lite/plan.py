@@ -15,7 +15,7 @@ from perce_lite.models import load_tokenizer
 from perce_lite.pairs import IGNORED, PairMaker
 from perce_lite.recipe import Recipe, train_defaults
 from perce_lite.rows import of_split
-from perce_lite.shapes import model_config, shape_of
+from perce_lite.shapes import KNOWN, model_config, shape_of
 
 CONTEXT = int(0.45 * GIB)
 """Bytes that CUDA, cuBLAS and loaded kernels take. Experience, not measured here."""
@@ -154,6 +154,15 @@ class Plan:
                     return words, choice
         return None
 
+    def smaller_model(self, card: Card) -> str | None:
+        """The Hub id of the first model known by heart with which the recipe, else as it is, fits on `card`."""
+        for name in KNOWN.values():
+            recipe = self.recipe.model_copy(update={"model": name})
+            other = Plan(recipe, self.rows)
+            if name != self.recipe.model and other.fits(other.choice, card):
+                return name
+        return None
+
     # The kinds of change, each mildest first: what is replaced, and the overrides that say so
 
     def _cheaper(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
@@ -274,5 +283,6 @@ def _on(plan: Plan, card: Card) -> dict[str, Any]:
         "longest_row_alone": plan.longest_row(replace(plan.choice, batch=1), card),
         "largest_batch": plan.largest_batch(plan.choice, card),
         "change": None if change is None else change[0],
+        "smaller_model": None if fits or change is not None else plan.smaller_model(card),
         "total_after_change": None if change is None else plan.parts(change[1], card)["total"],
     }

@@ -71,11 +71,15 @@ def _cards(cards: list[dict[str, Any]]) -> Table:
 def _advice(one: dict[str, Any], recipe: str) -> str:
     if one["fits"]:
         return f"{one['card']}: fits as it is."
-    if one["change"] is None:
-        return f"{one['card']}: no change to the recipe makes it fit; take a smaller model."
-    line = " ".join(f"--set {word}" for word in one["change"])
-    total = _gib(one["total_after_change"])
-    return f"{one['card']}: fits ({total} GiB) with\n  perce-lite train {shlex.quote(recipe)} {line}"
+    command = f"perce-lite train {shlex.quote(recipe)}"
+    if one["change"] is not None:
+        line = " ".join(f"--set {word}" for word in one["change"])
+        return f"{one['card']}: fits ({_gib(one['total_after_change'])} GiB) with\n  {command} {line}"
+    if one["smaller_model"] is not None:
+        return (
+            f"{one['card']}: fits with a smaller model alone, such as\n  {command} --set model={one['smaller_model']}"
+        )
+    return f"{one['card']}: nothing that is known makes it fit; take a smaller model and shorter rows."
 
 
 def show_probe(figures: dict[str, Any]) -> None:

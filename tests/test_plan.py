@@ -152,6 +152,8 @@ def test_what_nothing_makes_fit(tmp_path):
     plan = plan_of(tmp_path, KNOWN["Llama-3.1-8B"])
     assert plan.smallest_change(of_size(4)) is None
     assert plan.longest_row(plan.choice, of_size(4)) == 0
+    assert plan.smaller_model(of_size(6)) == "Qwen/Qwen3-4B"
+    assert plan.smaller_model(of_size(1)) is None
 
 
 def test_rows_are_those_of_the_data(recipe):

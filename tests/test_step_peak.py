@@ -1,7 +1,7 @@
 """The peak of one real training step, by torch's own record of what it allocates and frees, beside the plan's.
 
-On a CPU, as a GPU would compute: the plan may be a little high, never much too low. The head's tile is made narrow, since
-TRL folds it with many copies where there is no Triton.
+On a CPU, as a GPU would compute: the plan may be a little high, never much too low. The head's tile is made narrow,
+since TRL folds it with many copies where there is no Triton.
 """
 
 import contextlib
