@@ -97,7 +97,7 @@ def test_saved_activations_of_other_shapes(tmp_path, as_on_a_gpu, kind, setting)
     recipe = recipe_for(tmp_path, kind, sizes, lora)
     trainer = trainer_for(recipe, torch.bfloat16, **{"per_device_train_batch_size": 1, **options})
     measured, step = saved_in_training(trainer)
-    assert estimate(recipe, step) == pytest.approx(measured, rel=0.1)
+    assert estimate(recipe, step) == pytest.approx(measured, rel=0.1 if setting == "dropout" else 0.03)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
@@ -106,7 +106,7 @@ def test_saved_by_plain_attention(tmp_path, as_on_a_gpu, kind):
     recipe = recipe_for(tmp_path, kind, {})
     trainer = trainer_for(recipe, torch.bfloat16, words=6, per_device_train_batch_size=1)
     measured, step = saved_in_training(trainer, flash=False)
-    assert estimate(recipe, step) == pytest.approx(measured, rel=0.1)
+    assert estimate(recipe, step) == pytest.approx(measured, rel=0.03)
 
 
 def test_growth(tmp_path):

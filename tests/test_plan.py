@@ -153,7 +153,6 @@ def test_what_nothing_makes_fit(tmp_path):
     assert plan.smallest_change(of_size(4)) is None
     assert plan.longest_row(plan.choice, of_size(4)) == 0
     assert plan.smaller_model(of_size(6)) == "Qwen/Qwen3-4B"
-    assert plan.smaller_model(of_size(1)) is None
 
 
 def test_rows_are_those_of_the_data(recipe):
