@@ -1,5 +1,6 @@
 """A card whose memory is full: what is kept, and the override of the recipe that the plan says will fit."""
 
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +30,8 @@ def full_card_is_clear(recipe: Recipe, checkpoint: Callable[[], Path | None]) ->
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise CardFullError(f"{_what_is_full(error)} {_kept(checkpoint())} {_mend(recipe)}") from error
+        kept = checkpoint()
+        raise CardFullError(f"{_what_is_full(error)} {_kept(kept)} {_mend(recipe, kept)}") from error
 
 
 def _what_is_full(error: torch.OutOfMemoryError) -> str:
@@ -43,7 +45,7 @@ def _kept(checkpoint: Path | None) -> str:
     return f"What was trained up to {checkpoint} is kept."
 
 
-def _mend(recipe: Recipe) -> str:
+def _mend(recipe: Recipe, checkpoint: Path | None) -> str:
     """The overrides that fit, and what the same command does with them."""
     close = "Close other programs that use the card (nvidia-smi lists them)"
     try:
@@ -57,16 +59,14 @@ def _mend(recipe: Recipe) -> str:
     if change is None:
         return f"{close}; no change to the recipe needs much less, so else take a smaller model."
     words, choice = change
-    goes_on = changed(recipe, words).fingerprint() == recipe.fingerprint()
-    if not goes_on:
+    same_run = changed(recipe, words).fingerprint() == recipe.fingerprint()
+    if not same_run:
         words = [*words, f"train.output_dir={recipe.output_dir}-smaller"]
-    line = " ".join(f"--set {word}" for word in words)
+    line = " ".join(f"--set {shlex.quote(word)}" for word in words)
     need = f"{plan.parts(choice, target)['total'] / GIB:.2f} GiB"
-    then = (
-        "and goes on from there"
-        if goes_on
-        else "in a folder of its own: it trains other batches, rows or weights, so it starts at the first step"
-    )
+    then = "and goes on from there (without --restart)" if checkpoint is not None else "and starts at the first step"
+    if not same_run:
+        then = "in a folder of its own: it trains other batches, rows or weights, so it starts at the first step"
     return f"{close}, or run the same command with {line}, which needs {need} by the plan, {then}."
 
 

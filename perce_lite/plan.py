@@ -67,7 +67,8 @@ class Plan:
         self.shape = shape_of(self.config)
         self._train = {**train_defaults(on_cpu=False), **recipe.train}
         self.positions: int = self.config.get_text_config().max_position_embeddings
-        self.rows = rows or rows_of(recipe, self._option("max_length"), self.positions)
+        limit = self._option("max_length")
+        self.rows = rows or (_packed(limit) if self._option("packing") else rows_of(recipe, limit, self.positions))
         self.itemsize = memory.FLOAT32 if recipe.dtype == "float32" else 2
         self.choice = Choice(
             batch=self._option("per_device_train_batch_size"),
@@ -92,7 +93,7 @@ class Plan:
         if choice.offload:
             width = self.shape.hidden if choice.checkpointing else self.shape.intermediate
             saved = min(saved, _STASH * width * step.itemsize * step.rows * (step.length - prefix))
-        alone = step._replace(rows=1, length=min(self.rows.read, choice.length), scored=min(step.scored, choice.length))
+        alone = step._replace(rows=1, length=self._read(choice.length), scored=min(step.scored, choice.length))
         found = {
             "base": weights.base,
             "unquantized": weights.unquantized,
@@ -210,6 +211,12 @@ class Plan:
             rows, length, scored = 1, rows * length, rows * scored
         return memory.Step(rows, length, scored, prefix, self.itemsize, choice.batch > 1 or packed, card.flash)
 
+    def _read(self, length: int) -> int:
+        """Tokens of the longest scored row where the longest trained one has `length`."""
+        if length == self.rows.length:
+            return self.rows.read
+        return max(self.rows.read, length) if length > self.rows.length else min(self.rows.read, length)
+
     def _weights_of(self, rank: int | None, quantization: str) -> memory.Weights:
         lora = self.recipe.lora if rank is None else {**self.recipe.lora, "r": rank}
         recipe = self.recipe.model_copy(update={"lora": lora, "quantization": quantization})
@@ -233,6 +240,11 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def _packed(limit: int) -> Rows:
+    """Rows that are filled up to the limit; all of their tokens may be response."""
+    return Rows(limit, limit, limit, "packed rows of train.max_length")
 
 
 def rows_of(recipe: Recipe, max_length: int | None, positions: int) -> Rows:

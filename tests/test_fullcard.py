@@ -87,6 +87,7 @@ def test_a_full_card_before_the_first_checkpoint(recipe, run, full_card):
     full_card(0)
     code, _, err = run("train", recipe(text=recipe_text(save_steps=100)))
     assert (code, "No checkpoint had been written" in err) == (2, True)
+    assert "goes on" not in err
 
 
 def test_a_full_card_while_scoring(recipe, run, monkeypatch):

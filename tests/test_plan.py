@@ -162,6 +162,11 @@ def test_rows_are_those_of_the_data(recipe):
     assert "the longest of 14 training rows" in short.source
     without = Plan(load_recipe(recipe(), ["train.train_on=counterfactual"])).rows
     assert without.length < without.read == short.read
+    packed, here = Plan(load_recipe(recipe(), ["train.packing=true", "train.max_length=900"])), of_size(8)
+    loose = Plan(load_recipe(recipe()), Rows(900, 900, 900, ""))
+    assert (packed.rows.length, loose.choice) == (900, packed.choice)
+    end_to_end, apart = (one.parts(packed.choice, here)["saved_without"] for one in (packed, loose))
+    assert end_to_end > apart  # attention's mask is over both rows at once
     gone = Plan(load_recipe(recipe(), ["data.path=gone.jsonl", "train.max_length=777"])).rows
     assert (gone.length, "gone.jsonl" in gone.source) == (777, True)
 
