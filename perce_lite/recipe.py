@@ -168,7 +168,7 @@ class Recipe(Section):
         return self.model_copy(update={"data": every}).fingerprint()
 
     def fingerprint(self) -> str:
-        """Equal for recipes that train the same adapter: where it is written to, or logged, does not count."""
+        """Equal for recipes that train the same adapter: where it goes, what is logged and how it fits do not count."""
         plain = self.model_dump(mode="json")
         plain["train"] = {name: value for name, value in plain["train"].items() if not _NOT_TRAINED_BY.match(name)}
         template = self.chat_template_file
