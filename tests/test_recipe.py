@@ -230,7 +230,8 @@ def test_fingerprint_changes_with_what_trains_and_with_nothing_else(load):
 @pytest.mark.parametrize(
     "override",
     ["logging_strategy=epoch", "logging_first_step=true", "log_level=info", "save_strategy=no", "disable_tqdm=false",
-     "gradient_checkpointing=true", "gradient_checkpointing_kwargs={use_reentrant: false}", "activation_offloading=true"],
+     "gradient_checkpointing=true", "gradient_checkpointing_kwargs={use_reentrant: false}",
+     "activation_offloading=true"],
 )  # fmt: skip
 def test_how_a_run_is_logged_saved_and_fitted_is_not_in_the_fingerprint(load, override):
     assert load("", f"train.{override}").fingerprint() == load("").fingerprint()
