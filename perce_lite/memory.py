@@ -228,6 +228,11 @@ def _saved_by_attention(shape: Shape, step: Step, index: int) -> int:
 # What works in a step for a moment
 
 
+def attention(shape: Shape, step: Step) -> int:
+    """What one layer's attention saves, at the most, and the masks; a part of what is saved or at work."""
+    return max(_saved_by_attention(shape, step, index) for index in range(shape.layers)) + _masks(shape, step)
+
+
 def layer_at_work(shape: Shape, weights: Weights, step: Step, checkpointing: bool) -> int:
     """The most that one layer's backward pass holds beside what was saved.
 

@@ -104,6 +104,7 @@ class Plan:
             "saved_with_checkpointing": kept[True],
             "saved_without": kept[False],
             "layer": memory.layer_at_work(self.shape, weights, step, choice.checkpointing),
+            "attention": memory.attention(self.shape, step),
             "head": memory.head_at_work(self.shape, step) + memory.casts(weights.elements, step),
             "scoring": 0 if self._option("estimator") == "uniform" else memory.scoring(self.shape, weights, alone),
         }

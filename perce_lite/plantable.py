@@ -19,6 +19,7 @@ _HELD = {
 _AT_WORK = {
     "saved": "saved for the backward pass",
     "layer": "one layer at work: computed again, de-quantised, its gradients",
+    "attention": "(a part of these: one layer's attention and the masks)",
     "head": "head: a tile of logits",
     "scoring": "scoring pass",
 }

@@ -109,6 +109,7 @@ def test_a_larger_card_a_smaller_rank_and_a_shorter_row_never_need_more(tmp_path
     assert by_length == sorted(by_length)
     parts = plan.parts(plan.choice, here)
     held = sum(parts[name] for name in ("base", "unquantized", "adapter", "gradients", "optimizer"))
+    assert 0 < parts["attention"] < parts["layer"]
     at_work = max(parts["saved"] + max(parts["layer"], parts["head"]), parts["scoring"])
     assert parts["total"] == held + at_work + parts["spill"] + parts["context"]
 
