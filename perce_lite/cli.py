@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from perce_lite import cli_bench, cli_export, cli_fleet, cli_import
+from perce_lite import cli_bench, cli_export, cli_fleet, cli_import, cli_plan
 from perce_lite.cli_options import Json, RecipePath, Set, write
 from perce_lite.console import errors, quiet
 from perce_lite.errors import PerceLiteError
@@ -25,6 +25,7 @@ app.command("bench")(cli_bench.bench)
 app.command("export")(cli_export.export)
 app.command("fleet")(cli_fleet.fleet)
 app.command("import")(cli_import.import_)
+app.command("plan")(cli_plan.plan)
 app.add_typer(cli_fleet.adapters_app, name="adapters")
 
 StorePath = Annotated[Path | None, typer.Option("--path", help="The store's folder; default: that of the recipes.")]
@@ -261,6 +262,7 @@ _STOPPED = {
     "train": "The same command goes on from the last checkpoint; what was scored is kept.",
     "check": "Nothing was written; the same command starts over.",
     "import": "Nothing was written; the same command starts over.",
+    "plan": "Nothing was kept but scores of --probe; the same command starts over.",
     "generate": "Nothing was written; the same command starts over.",
     "chat": "Nothing was written; the same command starts over.",
     "inspect": "What was scored under the base is kept; the same command scores the rest.",

@@ -13,6 +13,8 @@ PerceLiteError              the command line prints it as one clean line and exi
 |- ExportError              an export that cannot be made, or whose proof fails
 |- BenchError               a measurement that failed, or that there is nothing to measure for
 |- NotebookError            a command in a notebook that ended badly
+|- PlanError                a card that is not known, or a model whose memory cannot be told beforehand
+|- CardFullError            a card whose memory is full; says what would fit
 |- DiskFullError            no space left where something had to be written
 `- NonFiniteLossError       a loss that is not a number; names the rows
 """
@@ -80,6 +82,14 @@ class NotebookError(PerceLiteError):
 
     def _render_traceback_(self) -> list[str]:  # what IPython shows instead of a trace
         return [str(self)]
+
+
+class PlanError(PerceLiteError):
+    """A card that is not known, or a model whose memory cannot be told beforehand."""
+
+
+class CardFullError(PerceLiteError):
+    """A card whose memory is full. Says what is kept and which `--set` would fit."""
 
 
 class DiskFullError(PerceLiteError):

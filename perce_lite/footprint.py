@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import xxhash
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from perce_lite import targets
 from perce_lite.errors import ModelError, RecipeError
@@ -22,6 +22,12 @@ def config_of(recipe: Recipe) -> PretrainedConfig:
         return AutoConfig.from_pretrained(model_source(recipe))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(not_there(recipe, error)) from error
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration with shapes alone: no weight has memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def source_fingerprint(recipe: Recipe) -> str:
@@ -67,7 +73,5 @@ def adapter_bytes(recipe: Recipe) -> int:
     Raises:
         ModelError: as `load_base`; RecipeError: a `lora` section that does not go with the model.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of(recipe))
-    adapted = with_adapter(model, recipe)
+    adapted = with_adapter(on_meta(config_of(recipe)), recipe)
     return 4 * sum(one.numel() for name, one in adapted.named_parameters() if ".lora_" in name)

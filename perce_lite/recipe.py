@@ -185,7 +185,7 @@ class Recipe(Section):
         return str(self.train.get("profile_pass", "full"))
 
     def fingerprint(self) -> str:
-        """Equal for recipes that train the same adapter: where it is written to, or logged, does not count."""
+        """Equal for recipes that train the same adapter: where it goes, what is logged and how it fits do not count."""
         plain = self.model_dump(mode="json")
         plain["train"] = {name: value for name, value in plain["train"].items() if not _NOT_TRAINED_BY.match(name)}
         template = self.chat_template_file
@@ -200,9 +200,10 @@ class Recipe(Section):
 
 
 _NOT_TRAINED_BY = re.compile(
-    r"(log|logging|save|hub)_|(output_dir|store|report_to|run_name|project|disable_tqdm|push_to_hub|skip_memory_metrics)$"
+    r"(log|logging|save|hub|gradient_checkpointing)_|(output_dir|store|report_to|run_name|project|disable_tqdm|push_to_hub|"
+    r"skip_memory_metrics|gradient_checkpointing|activation_offloading)$"
 )
-"""Fields of `train:` that say where things go and what is told, not what is trained."""
+"""Fields of `train:` that say where things go and what is told, or spare memory, not what is trained."""
 
 _LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 

@@ -149,12 +149,30 @@ def log_probs(
     elif prefixes is None:
         prefixes = prefixes_of(model, autocast)
     with frozen(model, adapters):
-        for batch in _batches(sequences, alone=device.type == "cpu"):
+        todo = list(_batches(sequences, alone=device.type == "cpu"))
+        while todo:
+            batch = todo.pop(0)
             inputs = inputs_of([sequences[index] for index in batch], 0, device, prefixes)
-            flat = batch_log_probs(forward, inputs, autocast).cpu()
+            flat = _where_it_fits(forward, inputs, autocast)
+            if flat is None:
+                torch.cuda.empty_cache()
+                todo[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+                continue
             counts = [sum(label != IGNORED for label in sequences[index].labels) for index in batch]
             for index, values in zip(batch, flat.split(counts), strict=True):
                 done(index, values.clone())
+
+
+def _where_it_fits(
+    forward: Callable[..., Tensor], inputs: dict[str, Tensor], autocast: torch.dtype | None
+) -> Tensor | None:
+    """`batch_log_probs` on the CPU, or None where a batch of several rows does not fit the card's memory."""
+    try:
+        return batch_log_probs(forward, inputs, autocast).cpu()
+    except torch.OutOfMemoryError:
+        if inputs["input_ids"].shape[0] == 1:
+            raise
+        return None
 
 
 def _batches(sequences: Sequence[Tokens], alone: bool) -> Iterator[list[int]]:

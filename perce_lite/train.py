@@ -18,6 +18,7 @@ from perce_lite.data import read_rows
 from perce_lite.errors import DataError, RunError
 from perce_lite.files import digest, read_json, write_json
 from perce_lite.footprint import refuse_exports
+from perce_lite.fullcard import full_card_is_clear
 from perce_lite.generate import generate
 from perce_lite.models import Base, fingerprint, load_base, with_adapter
 from perce_lite.pairs import PairMaker
@@ -34,6 +35,7 @@ def train(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
 
     Gives the figures that `perce-lite train` shows. Raises what the rooms it calls raise, and
         RunError: the output folder belongs to another recipe, data or base.
+        CardFullError: the card's memory is full; checkpoints are kept.
     """
     rows = read_rows(recipe)
     refuse_exports(recipe)
@@ -44,8 +46,9 @@ def train(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     if finished is not None:
         say(f"This recipe was trained before on the same data; --restart trains it anew. Adapter: {run.adapter}")
         return finished
-    trainer = fit(recipe, load_base(recipe), rows, run)
-    figures = {**measure(recipe, trainer, rows), "evaluation": recipe.evaluation.model_dump()}
+    with full_card_is_clear(recipe, run.newest_checkpoint):
+        trainer = fit(recipe, load_base(recipe), rows, run)
+        figures = {**measure(recipe, trainer, rows), "evaluation": recipe.evaluation.model_dump()}
     write_json(run.figures, figures)
     adapters.save(trainer.model, run.adapter, described(recipe, trainer, rows, run, figures))
     return {**figures, "adapter": str(run.adapter)}
@@ -137,12 +140,16 @@ class Run:
         elif read_json(self._marker) != mine:
             self._refuse()
 
-    def last_checkpoint(self) -> str | None:
+    def newest_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written whole: its trainer_state.json, which comes last, can be read."""
         whole = [one for one in self._checkpoints() if read_json(one / "trainer_state.json") is not None]
-        if not whole:
+        return max(whole, key=lambda one: int(one.name.rpartition("-")[2]), default=None)
+
+    def last_checkpoint(self) -> str | None:
+        """Says from which checkpoint the run goes on, and gives it."""
+        newest = self.newest_checkpoint()
+        if newest is None:
             return None
-        newest = max(whole, key=lambda one: int(one.name.rpartition("-")[2]))
         say(f"Going on from {newest}")
         return str(newest)
 

@@ -211,6 +211,7 @@ STOPPED = {
     "check": ("perce_lite.check.check", [], "Nothing was written; the same command starts over"),
     "import": ("perce_lite.importing.look", ["x", "--user", "ann"], "Nothing was written"),
     "inspect": ("perce_lite.inspection.inspect", [], "scored under the base is kept; the same command scores the rest"),
+    "plan": ("perce_lite.plan.figures", [], "Nothing was kept but scores of --probe"),
     "generate": ("perce_lite.generate.from_folder", ["--adapter", "x", "--prompt", "x"], "Nothing was written"),
     "chat": ("perce_lite.adapters.about", ["x"], "Nothing was written"),
     "eval": ("perce_lite.evaluate.evaluate", ["--adapter", "x"], "What was scored and answered is kept"),

@@ -10,7 +10,7 @@ import perce_lite
 HOUSE = """
 errors
 targets    reuse
-console    files      contrast   profiles   source     metrics    llamacpp   writings   unpacking
+console    files      contrast   profiles   source     metrics    llamacpp   writings   unpacking   cards
 config
 faults
 recipe
@@ -19,9 +19,11 @@ documents  texts
 data       models     store      chat       reading
 card       importing
 pairs      adapters   footprint
-collator   head       prefix
-score
+collator   head       prefix     shapes
+score      memory
 terms
+plan
+fullcard   plantable
 trainer    slots      generate   controls   check      sections
 charts     engine     proof      gguf_vocabulary   conversation
 report     ggufs      modelfile
@@ -29,11 +31,11 @@ gguf_model folder_proof
 gguf_proof
 inspection gguf_lora
 train      tables     evaluate   writers
-export
+export     probe
 groups     measuring  workload   exactrows
 compare    bench      inprocess
 fleet      slotted    cli_options   randombase
-fleetmeasuring        gpumeasuring  cli_import
+fleetmeasuring        gpumeasuring  cli_import  cli_plan
 fleetbench gpureport
 roster
 export_all hub

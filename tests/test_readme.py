@@ -56,7 +56,7 @@ def test_commands_of_the_readme_exist(line):
         if "=" in word and not set(word) & {" ", ","} and not word.startswith("-"):
             section, _, field = word.partition("=")[0].partition(".")
             assert section in Recipe.model_fields
-            assert field
+            assert field or Recipe.model_fields[section].annotation is str
 
 
 def test_every_command_and_option_stands_in_the_readme():

@@ -1,0 +1,301 @@
+"""Will it fit? Memory by part before a run, per card: the longest row, the largest batch, the smallest change."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from perce_lite import memory
+from perce_lite.cards import GIB, Card
+from perce_lite.config import PerCEConfig
+from perce_lite.data import read_rows
+from perce_lite.errors import DataError, ModelError, TemplateError
+from perce_lite.models import load_tokenizer
+from perce_lite.pairs import IGNORED, PairMaker
+from perce_lite.recipe import Recipe, train_defaults
+from perce_lite.rows import of_split
+from perce_lite.shapes import KNOWN, model_config, shape_of
+
+CONTEXT = int(0.45 * GIB)
+"""Bytes that CUDA, cuBLAS and loaded kernels take. Experience, not measured here."""
+
+SPILL = 0.06
+"""Share of what a step allocates and frees that the allocator cannot use again. Experience, not measured here."""
+
+_STASH = 5
+"""Tensors that TRL's activation offloading leaves on the card while they are on their way to the host."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens of the longest row in training, of them with loss, of the longest scored row; where that is from."""
+
+    length: int
+    scored: int
+    read: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a recipe may change to need less memory. `rank` None: as its `lora` has it."""
+
+    batch: int
+    accumulation: int
+    length: int
+    checkpointing: bool
+    offload: bool
+    optim: str
+    quantization: str
+    rank: int | None = None
+
+
+class Plan:
+    """A recipe's memory on any card. No weights are loaded: the model is there on the meta device alone.
+
+    rows: what batches are made of; None: as the recipe's data says, else `train.max_length`
+
+    Raises:
+        ModelError: the model's configuration can neither be read nor is it known by heart.
+        PlanError: a family whose memory is not known beforehand.
+    """
+
+    def __init__(self, recipe: Recipe, rows: Rows | None = None) -> None:
+        self.recipe = recipe
+        self.config, self.at_hand = model_config(recipe)
+        self.shape = shape_of(self.config)
+        self._train = {**train_defaults(on_cpu=False), **recipe.train}
+        self.positions: int = self.config.get_text_config().max_position_embeddings
+        limit = self._option("max_length")
+        self.rows = rows or (_packed(limit) if self._option("packing") else rows_of(recipe, limit, self.positions))
+        self.itemsize = memory.FLOAT32 if recipe.dtype == "float32" else 2
+        self.choice = Choice(
+            batch=self._option("per_device_train_batch_size"),
+            accumulation=self._option("gradient_accumulation_steps"),
+            length=self.rows.length,
+            checkpointing=bool(self._option("gradient_checkpointing")),
+            offload=bool(self._option("activation_offloading")),
+            optim=str(self._option("optim")),
+            quantization=recipe.quantization,
+        )
+        self._weights = lru_cache(maxsize=16)(self._weights_of)
+
+    def parts(self, choice: Choice, card: Card, prefix: int = 0) -> dict[str, int]:
+        """Bytes by part, and the sum at the peak as `total`.
+
+        prefix: tokens of each row that are read without gradients
+        """
+        weights = self._weights(choice.rank, choice.quantization)
+        step = self._step(choice, card, prefix)
+        kept = {name: memory.saved(self.shape, weights, step, name) for name in (True, False)}
+        saved = kept[choice.checkpointing]
+        if choice.offload:
+            width = self.shape.hidden if choice.checkpointing else self.shape.intermediate
+            saved = min(saved, _STASH * width * step.itemsize * step.rows * (step.length - prefix))
+        alone = step._replace(rows=1, length=self._read(choice.length), scored=min(step.scored, choice.length))
+        found = {
+            "base": weights.base,
+            "unquantized": weights.unquantized,
+            "adapter": memory.FLOAT32 * weights.elements,
+            "gradients": memory.FLOAT32 * weights.elements,
+            "optimizer": memory.optimizer_bytes(weights.trained, choice.optim),
+            "saved": saved,
+            "saved_with_checkpointing": kept[True],
+            "saved_without": kept[False],
+            "layer": memory.layer_at_work(self.shape, weights, step, choice.checkpointing),
+            "attention": memory.attention(self.shape, step),
+            "head": memory.head_at_work(self.shape, step) + memory.casts(weights.elements, step),
+            "scoring": 0 if self._option("estimator") == "uniform" else memory.scoring(self.shape, weights, alone),
+        }
+        peak = max(peak_of_a_step(found), found["scoring"])
+        found["spill"], found["context"] = int(SPILL * peak), CONTEXT
+        return {**found, "total": held(found) + peak + found["spill"] + found["context"]}
+
+    def fits(self, choice: Choice, card: Card, prefix: int = 0) -> bool:
+        """Whether the peak stays within what a program sees of the card."""
+        return self.parts(choice, card, prefix)["total"] <= card.bytes
+
+    def longest_row(self, choice: Choice, card: Card, prefix: int = 0) -> int:
+        """Tokens of the longest row that fits with the batch of `choice`, at most what the model can read; 0: none."""
+        return 16 * _largest(
+            self.positions // 16,
+            lambda many: self.fits(replace(choice, length=16 * many), card, min(prefix, 16 * many)),
+        )
+
+    def largest_batch(self, choice: Choice, card: Card, prefix: int = 0) -> int:
+        """Rows of a batch of the longest rows that fits; 0: not even one."""
+        return _largest(256, lambda many: self.fits(replace(choice, batch=many), card, prefix))
+
+    def smallest_change(self, card: Card) -> tuple[list[str], Choice] | None:
+        """The fewest and mildest overrides of the recipe with which it fits on `card`; None: nothing in it would do.
+
+        In this order: what costs time alone, then what changes the rows, then what changes the adapter.
+        """
+        kinds = [list(kind) for kind in (self._cheaper(), self._batches(), self._offloaded(), self._ranks())]
+        kinds = [kind for kind in kinds if kind]
+        shorter: list[bool] = [False, True]
+        ways = [
+            (len(chosen) + cut, chosen, cut)
+            for many in range(len(kinds) + 1)
+            for chosen in itertools.combinations(kinds, many)
+            for cut in shorter
+        ]
+        for count, chosen, cut in sorted(ways, key=lambda way: (way[0], way[2])):
+            for changes in itertools.product(*chosen) if count else ():
+                choice = self.choice
+                words: list[str] = []
+                for values, said in changes:
+                    choice, words = replace(choice, **values), [*words, *said]
+                if cut:
+                    length = min(self.longest_row(choice, card), choice.length - 1) // 64 * 64
+                    if length < 128:
+                        continue
+                    choice, words = replace(choice, length=length), [*words, f"train.max_length={length}"]
+                if self.fits(choice, card):
+                    return words, choice
+        return None
+
+    def smaller_model(self, card: Card) -> str | None:
+        """The Hub id of the first model known by heart with which the recipe, else as it is, fits on `card`."""
+        for name in KNOWN.values():
+            recipe = self.recipe.model_copy(update={"model": name})
+            other = Plan(recipe, self.rows)
+            if name != self.recipe.model and other.fits(other.choice, card):
+                return name
+        return None
+
+    # The kinds of change, each mildest first: what is replaced, and the overrides that say so
+
+    def _cheaper(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        todo: list[tuple[dict[str, Any], list[str]]] = []
+        if not self.choice.checkpointing:
+            todo.append(({"checkpointing": True}, ["train.gradient_checkpointing=true"]))
+        if self.choice.optim not in memory.EIGHT_BIT:
+            todo.append(({"optim": "paged_adamw_8bit"}, ["train.optim=paged_adamw_8bit"]))
+        if self.choice.quantization != "nf4":
+            todo.append(({"quantization": "nf4"}, ["quantization=nf4"]))
+        for many in range(1, len(todo) + 1):
+            for some in itertools.combinations(todo, many):
+                values = {name: value for one, _ in some for name, value in one.items()}
+                yield values, [word for _, words in some for word in words]
+
+    def _batches(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        whole = self.choice.batch * self.choice.accumulation
+        for batch in range(self.choice.batch - 1, 0, -1):
+            if whole % batch == 0:
+                accumulation = whole // batch
+                words = [f"train.per_device_train_batch_size={batch}"]
+                words.append(f"train.gradient_accumulation_steps={accumulation}")
+                yield {"batch": batch, "accumulation": accumulation}, words
+
+    def _offloaded(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        if not self.choice.offload:
+            yield {"offload": True}, ["train.activation_offloading=true"]
+
+    def _ranks(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        given = self.recipe.lora.get("r", 16)
+        yield from (({"rank": rank}, [f"lora.r={rank}"]) for rank in (16, 8, 4) if rank < given)
+
+    # What the numbers are made of
+
+    def _option(self, name: str) -> Any:
+        """A field of `train:` as it is on a GPU."""
+        return self._train.get(name, PerCEConfig.__dataclass_fields__[name].default)
+
+    def _step(self, choice: Choice, card: Card, prefix: int) -> memory.Step:
+        """The batch of a choice; packed rows lie end to end in one, and attention takes a mask as for unlike rows."""
+        scored = min(choice.length, -(-choice.length * self.rows.scored // self.rows.length))
+        rows, length = choice.batch, choice.length
+        packed = bool(self._option("packing"))
+        if packed:
+            rows, length, scored = 1, rows * length, rows * scored
+        return memory.Step(rows, length, scored, prefix, self.itemsize, choice.batch > 1 or packed, card.flash)
+
+    def _read(self, length: int) -> int:
+        """Tokens of the longest scored row where the longest trained one has `length`."""
+        if length == self.rows.length:
+            return self.rows.read
+        return max(self.rows.read, length) if length > self.rows.length else min(self.rows.read, length)
+
+    def _weights_of(self, rank: int | None, quantization: str) -> memory.Weights:
+        lora = self.recipe.lora if rank is None else {**self.recipe.lora, "r": rank}
+        recipe = self.recipe.model_copy(update={"lora": lora, "quantization": quantization})
+        return memory.weights_of(self.config, recipe, self.itemsize)
+
+
+def peak_of_a_step(parts: dict[str, int]) -> int:
+    """The most that a training step holds beside weights and optimizer: saved, with a layer or the head at work."""
+    return parts["saved"] + max(parts["layer"], parts["head"])
+
+
+def held(parts: dict[str, int]) -> int:
+    """What lies on the card all the time in training."""
+    return sum(parts[name] for name in ("base", "unquantized", "adapter", "gradients", "optimizer"))
+
+
+def _largest(most: int, fits: Callable[[int], bool]) -> int:
+    """The largest count from 0 to `most` that fits; fewer always fit where more do."""
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _packed(limit: int) -> Rows:
+    """Rows that are filled up to the limit; all of their tokens may be response."""
+    return Rows(limit, limit, limit, "packed rows of train.max_length")
+
+
+def rows_of(recipe: Recipe, max_length: int | None, positions: int) -> Rows:
+    """The longest training row: of the recipe's data where data and tokenizer are at hand, else of `max_length` tokens.
+
+    positions: the most that the model can read, for a recipe without a limit
+    """
+    why = "no row is left"
+    try:
+        maker = PairMaker.of(recipe, load_tokenizer(recipe), max_length)
+        pairs = maker.make(of_split(read_rows(recipe), "train"))
+    except ModelError:
+        pairs, why = [], "the tokenizer is not at hand"
+    except (DataError, TemplateError) as error:
+        pairs, why = [], str(error).partition(". ")[0]
+    if not pairs:
+        length = max_length or min(positions, 4096)
+        return Rows(length, length, length, f"{'train.max_length' if max_length else 'no limit is set'}, as {why}")
+    counterfactual = recipe.train.get("train_on") == "counterfactual"
+    passes = [pair.counterfactual if counterfactual else pair.factual for pair in pairs]
+    scored = max(sum(label != IGNORED for label in one.labels) for one in passes)
+    read = max(len(pair.factual.ids) for pair in pairs)
+    return Rows(max(len(one.ids) for one in passes), scored, read, f"the longest of {len(pairs)} training rows")
+
+
+def figures(plan: Plan, cards: Sequence[Card]) -> dict[str, Any]:
+    """What `perce-lite plan` shows, bytes and tokens, for each card."""
+    return {
+        "model": plan.recipe.model,
+        "shape_from": "its config.json" if plan.at_hand else "a shape known by heart",
+        "rows": {"longest": plan.rows.length, "with_loss": plan.rows.scored, "source": plan.rows.source},
+        "settings": vars(plan.choice) | {"rank": plan.recipe.lora.get("r", 16)},
+        "cards": [_on(plan, card) for card in cards],
+    }
+
+
+def _on(plan: Plan, card: Card) -> dict[str, Any]:
+    parts = plan.parts(plan.choice, card)
+    fits = parts["total"] <= card.bytes
+    change = None if fits else plan.smallest_change(card)
+    return {
+        "card": card.name,
+        "bytes": card.bytes,
+        "dtype": "float32" if plan.itemsize == memory.FLOAT32 else "bfloat16" if card.bf16 else "float16",
+        "fits": fits,
+        "parts": parts,
+        "longest_row": plan.longest_row(plan.choice, card),
+        "longest_row_alone": plan.longest_row(replace(plan.choice, batch=1), card),
+        "largest_batch": plan.largest_batch(plan.choice, card),
+        "change": None if change is None else change[0],
+        "smaller_model": None if fits or change is not None else plan.smaller_model(card),
+        "total_after_change": None if change is None else plan.parts(change[1], card)["total"],
+    }

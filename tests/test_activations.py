@@ -1,0 +1,129 @@
+"""What the plan says a forward saves, against what torch's hooks see in real training: families, shapes, growth."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+from memory_fixtures import WIDE, recipe_for, trainer_for, weights
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoConfig
+
+from perce_lite import PerCETrainer, memory
+from perce_lite.recipe import Recipe
+from perce_lite.shapes import FAMILIES, Shape, shape_of
+
+
+class Seen(Exception):
+    """Ends a training whose forward was looked at."""
+
+
+def saved_in_training(trainer: PerCETrainer, flash: bool = True) -> tuple[int, memory.Step]:
+    """Bytes that the loss of one real step saved, each storage once and parameters left out; and what the batch was."""
+    found = {}
+    original = trainer.compute_loss
+
+    def watched(model, inputs, **kwargs):
+        parameters = {one.untyped_storage().data_ptr() for one in model.parameters()}
+        storages, alive = {}, []
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                storages[storage.data_ptr()] = storage.nbytes()
+                alive.append(tensor)  # so that no storage takes the place of another
+            return tensor
+
+        found["ids"], found["labels"], found["mask"] = inputs["input_ids"], inputs["labels"], inputs["attention_mask"]
+        kernel = contextlib.nullcontext() if flash else sdpa_kernel(SDPBackend.MATH)
+        with kernel, torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
+            loss = original(model, inputs, **kwargs)
+        assert loss.requires_grad
+        found["bytes"] = sum(storages.values())
+        raise Seen
+
+    trainer.compute_loss = watched
+    with pytest.raises(Seen):
+        trainer.train()
+    rows, length = found["ids"].shape
+    scored = int((found["labels"][:, 1:] != -100).sum()) // rows
+    padded = not bool(found["mask"].all())
+    itemsize = 2 if trainer.args.bf16 else 4
+    return found["bytes"], memory.Step(rows, length, scored, itemsize=itemsize, padded=padded, flash=flash)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """peft asks whether autocast is on for CUDA; on a CPU it would copy every input of LoRA."""
+    asked = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": asked(device))
+
+
+def estimate(recipe: Recipe, step: memory.Step, checkpointing: bool = False) -> int:
+    return memory.saved(shape(recipe), weights(recipe, step.itemsize), step, checkpointing)
+
+
+def shape(recipe: Recipe) -> Shape:
+    return shape_of(AutoConfig.from_pretrained(recipe.model_folder))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize(("precision", "checkpointing"), [("float32", False), ("bfloat16", True)])
+def test_saved_activations(tmp_path, as_on_a_gpu, kind, precision, checkpointing):
+    recipe = recipe_for(tmp_path, kind, WIDE if checkpointing else {})
+    trainer = trainer_for(recipe, getattr(torch, precision), gradient_checkpointing=checkpointing,
+                          per_device_train_batch_size=1 + checkpointing)  # fmt: skip
+    measured, step = saved_in_training(trainer)
+    assert estimate(recipe, step, checkpointing) == pytest.approx(measured, rel=0.03)
+
+
+SETTINGS = {
+    "long": ({}, "r: 4", {"words": 8}),
+    "batch of unlike rows": ({}, "r: 4", {"words": 3, "per_device_train_batch_size": 4}),
+    "high rank": ({}, "r: 32", {}),
+    "deep and wide": (WIDE, "r: 8", {}),
+    "two projections": ({}, "r: 8, target_modules: [q_proj, v_proj]", {}),
+    "the MLP alone": ({}, "r: 8, target_modules: [gate_proj, up_proj, down_proj]", {}),
+    "window": ({"sliding_window": 64}, "r: 4", {"words": 4}),
+    "dropout": ({}, "r: 4, lora_dropout: 0.1", {}),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"), [*(("llama", one) for one in SETTINGS), ("gemma3_text", "window"), ("qwen3", "the MLP alone")]
+)
+def test_saved_activations_of_other_shapes(tmp_path, as_on_a_gpu, kind, setting):
+    sizes, lora, options = SETTINGS[setting]
+    recipe = recipe_for(tmp_path, kind, sizes, lora)
+    trainer = trainer_for(recipe, torch.bfloat16, **{"per_device_train_batch_size": 1, **options})
+    measured, step = saved_in_training(trainer)
+    assert estimate(recipe, step) == pytest.approx(measured, rel=0.1 if setting == "dropout" else 0.03)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_saved_by_plain_attention(tmp_path, as_on_a_gpu, kind):
+    """What a card without fused attention saves."""
+    recipe = recipe_for(tmp_path, kind, {})
+    trainer = trainer_for(recipe, torch.bfloat16, words=6, per_device_train_batch_size=1)
+    measured, step = saved_in_training(trainer, flash=False)
+    assert estimate(recipe, step) == pytest.approx(measured, rel=0.03)
+
+
+def test_growth(tmp_path):
+    recipe = recipe_for(tmp_path, "llama", {"num_hidden_layers": 4})
+    counted, facts = weights(recipe, 2), shape(recipe)
+
+    def at(rows=1, length=512, prefix=0, checkpointing=False, flash=True):
+        return memory.saved(facts, counted, memory.Step(rows, length, 64, prefix, flash=flash), checkpointing)
+
+    casts = 2 * counted.elements
+    assert at(rows=2) - casts == pytest.approx(2 * (at() - casts), rel=0.02)
+    assert at(length=1024) - casts == pytest.approx(2 * (at() - casts), rel=0.02)
+    assert at(length=2048, flash=False) > 3.5 * at(length=1024, flash=False)
+    steps = [at(prefix=prefix) for prefix in (0, 128, 256)]
+    assert steps[0] > steps[1] > steps[2]
+    assert steps[0] - steps[1] == pytest.approx(steps[1] - steps[2], rel=0.01)
+    assert at(checkpointing=True) < 0.2 * at()
+    tail = 4 * 64 * 512
+    assert at(checkpointing=True) - tail == pytest.approx(4 * 64 * 2 * 512, rel=0.1)
+    assert all(one < two for one, two in itertools.pairwise(at(length=length) for length in range(100, 1000, 100)))

@@ -1,0 +1,123 @@
+"""A full card, planted: the message names what is kept and a line that fits, and the same command with it goes on."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+import toys
+from cli_fixtures import TRAIN
+from safetensors.torch import load_file
+
+from perce_lite import PerCETrainer, memory, score
+from perce_lite.score import log_probs
+
+pytest_plugins = ["cli_fixtures"]
+
+TELLS = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 7.79 GiB of which 1 is free."
+
+
+@pytest.fixture
+def full_card(monkeypatch):
+    """Makes the training step of a number fail as torch does on a full card; None: none does."""
+    original, full = PerCETrainer.training_step, {}
+
+    def step(self, *args, **kwargs):
+        if self.state.global_step == full["at"]:
+            raise torch.OutOfMemoryError(TELLS)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(PerCETrainer, "training_step", step)
+    monkeypatch.setattr(memory, "_CHUNKED_LOGPROB_CHUNK_SIZE", toys.VOCAB_SIZE)  # else a toy's head outweighs all else
+    return lambda at: full.update(at=at)
+
+
+def recipe_text(**train) -> str:
+    options = {"output_dir": "out", "max_steps": 4, "save_steps": 1, "estimator": "uniform", **train}
+    listed = ", ".join(f"{name}: {str(value).lower()}" for name, value in options.items())
+    return f"train: {{{listed}}}\n" + TRAIN.splitlines()[1] + "\n"
+
+
+def overrides(told: str) -> list[str]:
+    """The `--set` words that a message names."""
+    return shlex.split(re.search(r"same command with ((?:--set \S+ ?)+)", told)[1].rstrip(", "))
+
+
+def adapter(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
+
+
+def test_what_spares_memory_alone_goes_on_from_the_checkpoint(recipe, run, full_card):
+    path = recipe(text=recipe_text(gradient_checkpointing=False))
+    full_card(None)
+    assert run("train", path, "--set", "train.output_dir=whole")[0] == 0
+    full_card(2)
+    code, out, err = run("train", path)
+    assert (code, out, "Traceback" in err) == (2, "", False)
+    told = err[err.index("error: ") :]
+    assert "The card's memory is full: CUDA out of memory." in told
+    assert "out/checkpoint-2 is kept" in told
+    assert overrides(told) == ["--set", "train.gradient_checkpointing=true"]
+    assert "goes on from there" in told
+    full_card(None)
+    code, _, err = run("train", path, *overrides(told))
+    assert (code, "Going on from out/checkpoint-2" in err) == (0, True)
+    one, other = adapter("whole"), adapter("out")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_another_batch_is_another_run_in_a_folder_of_its_own(recipe, run, full_card):
+    path = recipe(text=recipe_text(gradient_checkpointing=True, per_device_train_batch_size=4))
+    full_card(1)
+    code, _, err = run("train", path)
+    told = err[err.index("error: ") :]
+    assert (code, "out/checkpoint-1 is kept" in told, "starts at the first step" in told) == (2, True, True)
+    words = overrides(told)
+    assert "train.output_dir=out-smaller" in words
+    assert re.search(r"per_device_train_batch_size=[12] ", " ".join(words))
+    full_card(None)
+    assert run("train", path, *words)[0] == 0
+    assert adapter("out-smaller")
+    assert Path("out/checkpoint-1").is_dir()
+    assert run("train", path)[0] == 0  # and the old run can still go on
+
+
+def test_a_full_card_before_the_first_checkpoint(recipe, run, full_card):
+    full_card(0)
+    code, _, err = run("train", recipe(text=recipe_text(save_steps=100)))
+    assert (code, "No checkpoint had been written" in err) == (2, True)
+    assert "goes on" not in err
+
+
+def test_a_full_card_while_scoring(recipe, run, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError(TELLS)
+
+    monkeypatch.setattr(score, "batch_log_probs", full)
+    code, out, err = run("train", recipe(text=TRAIN))
+    assert (code, out, "what was scored is kept" in err, "Traceback" in err) == (2, "", True, False)
+
+
+def test_scoring_halves_a_batch_that_does_not_fit(toy_trainer, monkeypatch):
+    """Nothing is lost or swapped: values are those of rows scored alone."""
+    trainer = toy_trainer(estimator="uniform")
+    sequences = [pair.factual for pair in trainer.pairs["train"]][:7]
+    alone: dict[int, torch.Tensor] = {}
+    log_probs(trainer.model, sequences, False, None, alone.__setitem__)
+    original, sizes = score.batch_log_probs, []
+
+    def narrow(forward, inputs, autocast):
+        sizes.append(inputs["input_ids"].shape[0])
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError(TELLS)
+        return original(forward, inputs, autocast)
+
+    monkeypatch.setattr(score, "batch_log_probs", narrow)
+    monkeypatch.setattr(score, "_batches", lambda sequences, alone: iter([list(range(len(sequences)))]))
+    together: dict[int, torch.Tensor] = {}
+    log_probs(trainer.model, sequences, False, None, together.__setitem__)
+    assert sizes == [7, 3, 1, 2, 4, 2, 2]
+    assert sorted(together) == sorted(alone)
+    for index, values in alone.items():
+        torch.testing.assert_close(together[index], values, rtol=0, atol=1e-4)

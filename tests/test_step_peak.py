@@ -1,0 +1,69 @@
+"""The peak of one real training step, by torch's own record of what it allocates and frees, beside the plan's.
+
+On a CPU, as a GPU would compute: the plan may be a little high, never much too low. The head's tile is made narrow,
+since TRL folds it with many copies where there is no Triton.
+"""
+
+import contextlib
+
+import pytest
+import torch
+import trl.trainer.utils
+from memory_fixtures import recipe_for, trainer_for, weights
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig
+
+from perce_lite import memory
+from perce_lite.shapes import shape_of
+
+SIZES = {
+    "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 32,
+}  # fmt: skip
+CASES = {
+    "llama": ("llama", True, {}, True),
+    "qwen3, unlike rows": ("qwen3", True, {"per_device_train_batch_size": 2, "words": 6}, True),
+    "gemma3": ("gemma3_text", True, {}, True),
+    "gemma2": ("gemma2", True, {}, True),
+    "llama without checkpointing": ("llama", False, {}, True),
+    "llama on a card that builds all scores": ("llama", True, {}, False),
+}
+
+
+@pytest.mark.parametrize(("kind", "checkpointing", "options", "flash"), CASES.values(), ids=CASES)
+def test_peak_of_a_step(tmp_path, monkeypatch, kind, checkpointing, options, flash):
+    asked = torch.is_autocast_enabled
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": asked(device))  # as peft sees it on a GPU
+    for module in (trl.trainer.utils, memory):
+        monkeypatch.setattr(module, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+    recipe = recipe_for(tmp_path, kind, SIZES, "r: 8")
+    given = {"per_device_train_batch_size": 1, "words": 12, "gradient_checkpointing": checkpointing, **options}
+    given |= {"gradient_accumulation_steps": 2}  # the last batch then finds the gradients of the one before
+    trainer = trainer_for(recipe, torch.bfloat16, **given)
+    original, found = trainer.training_step, {}
+
+    def watched(model, inputs, *args, **kwargs):
+        found.update(inputs)
+        kernel = contextlib.nullcontext() if flash else sdpa_kernel(SDPBackend.MATH)
+        with kernel, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+            loss = original(model, inputs, *args, **kwargs)
+        events = [one for one in record.profiler.kineto_results.events() if one.name() == "[memory]"]
+        live = found["peak"] = 0
+        for event in sorted(events, key=lambda one: one.start_ns()):
+            live += event.nbytes()
+            found["peak"] = max(found["peak"], live)
+        return loss
+
+    trainer.training_step = watched
+    trainer.train()
+    rows, length = found["input_ids"].shape
+    scored = int((found["labels"][:, 1:] != -100).sum()) // rows
+    step = memory.Step(rows, length, scored, padded=not bool(found["attention_mask"].all()), flash=flash)
+    counted, shape = weights(recipe, 2), shape_of(AutoConfig.from_pretrained(recipe.model_folder))
+    at_work = max(
+        memory.layer_at_work(shape, counted, step, checkpointing),
+        memory.head_at_work(shape, step) + memory.casts(counted.elements, step),
+    )
+    estimate = memory.saved(shape, counted, step, checkpointing) + at_work
+    assert 0.95 * found["peak"] < estimate < 1.15 * found["peak"]
