@@ -9,7 +9,7 @@ import perce_lite
 
 HOUSE = """
 errors
-console    files      contrast   profiles   source     metrics    llamacpp
+console    files      contrast   profiles   source     metrics    llamacpp   cores      route
 config
 faults
 recipe
@@ -21,8 +21,8 @@ collator   head
 score
 terms
 trainer    slots      generate   controls   check      sections
-charts     engine     proof
-report     gguf_lora
+charts     learner    proof
+report     gguf_lora  engine
 inspection
 train      tables     evaluate   export
 groups     measuring  workload   exactrows
