@@ -13,13 +13,14 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from perce_lite.cores import plain_state
 from perce_lite.errors import AdapterError, NonFiniteLossError
+from perce_lite.files import CARD as CARD
 from perce_lite.files import folder_written_aside, read_json, write_json, write_text
 from perce_lite.models import BUILT_IN, fingerprint, same_base, sketch
-from perce_lite.recipe import Recipe
+from perce_lite.recipe import CORE_ONLY, Recipe
 
-CARD = "perce_lite.json"
-"""The file beside the weights that says where they come from."""
+_CORED = "- Of each layer a matrix of r x r was trained, between the A and B of the adapter that it started from."
 
 _PACKAGES = ("perce-lite", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
@@ -35,7 +36,7 @@ def save(model: PeftModel, folder: Path, about: dict[str, Any]) -> None:
     base: PreTrainedModel = model.get_base_model()
     known = {"base": {**sketch(base), "fingerprint": fingerprint(model)}, "versions": versions()}
     with folder_written_aside(folder) as aside:
-        model.save_pretrained(aside)
+        model.save_pretrained(aside, state_dict=plain_state(model))
         write_json(aside / CARD, {**about, **known})
         write_text(aside / "README.md", model_card(about))
 
@@ -189,6 +190,7 @@ def model_card(about: dict[str, Any]) -> str:
         "",
         f"Trained with PerCE Lite: {_weighting(about)}. {needs}",
         "",
+        *([_CORED] if recipe["lora"].get(CORE_ONLY) else []),
         f"- Data: {data['rows']} rows of {data['users']} users (fingerprint `{data['fingerprint']}`)",
         f"- Base: `{recipe['model']}`, quantization `{recipe['quantization']}`; its licence holds for the adapter too",
         "- An adapter can leak the texts it was trained on: share it as you would share them.",

@@ -59,7 +59,8 @@ def adapters_list(fleet: FleetPath = None, json: Json = None) -> None:
     with opened(find(fleet)) as registry:
         book = registry.all()
     write(json, {"adapters": [{"state": one.state, **asdict(one)} for one in book]})
-    tables.show_sections([], sections.fleet(book))
+    for section in sections.fleet(book):
+        tables.show_book(section)
 
 
 @adapters_app.command("show")

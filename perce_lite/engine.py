@@ -60,9 +60,7 @@ class SlotEngine:
         self.forward = training_forward(base)
         self.scoring_forward = scoring_forward(base)
 
-    def run(
-        self, jobs: Iterable[UserJob], done: Callable[[Result], None], kept: Unfinished | None = None
-    ) -> None:
+    def run(self, jobs: Iterable[UserJob], done: Callable[[Result], None], kept: Unfinished | None = None) -> None:
         """Trains all `jobs`, calling `done` for each as it ends, failed or not; `jobs` is read as slots come free.
 
         kept: where users go on from, and where all that are in slots are kept every `save_steps` batches

@@ -31,6 +31,7 @@ from perce_lite.console import errors as console
 from perce_lite.console import say
 from perce_lite.errors import ModelError, RecipeError, TemplateError
 from perce_lite.files import disk_full_is_clear, folder_written_aside, home, read_json
+from perce_lite.hashed import remembered
 from perce_lite.recipe import Recipe, lora_config
 
 
@@ -263,10 +264,16 @@ def fingerprint(model: nn.Module) -> str:
     Adapters do not count, so it is the same before and after training. It depends on device and dtype: it keys
     log-probs, which do so too. To tell whether an adapter fits a base use `sketch`.
     """
-    state = xxhash.xxh3_128()
-    for name, parameter in sorted(_frozen(model)):
-        _hash(state, name, parameter)
-    return str(state.hexdigest())
+    frozen = sorted(_frozen(model))
+
+    def compute() -> str:
+        state = xxhash.xxh3_128()
+        for name, parameter in frozen:
+            _hash(state, name, parameter)
+        return str(state.hexdigest())
+
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return remembered(base, [parameter for _, parameter in frozen], compute)
 
 
 def adapter_fingerprint(model: nn.Module) -> str:

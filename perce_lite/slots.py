@@ -186,7 +186,7 @@ class SlotModel:
 
     def read_slot(self, slot: int) -> dict[str, Tensor]:
         """A slot's adapter by PEFT's names, copied to the CPU; a core is folded into B."""
-        state = {}
+        state: dict[str, Tensor] = {}
         for path, layer in self.layers.items():
             place = slot if layer.lora_core is None else self.route.homes[slot]
             a, b = layer.lora_A[place].detach().cpu().clone(), layer.lora_B[place].detach().cpu().clone()

@@ -10,6 +10,7 @@ import perce_lite
 HOUSE = """
 errors
 console    files      contrast   profiles   source     metrics    llamacpp   cores      route
+          hashed
 config
 faults
 recipe
