@@ -68,8 +68,8 @@ def _core_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
     if group_by == "all" or init_from == "none" or (group_by == "cohort" and init_from != "all"):
         at = where(("lora", "core_only"), lines)
         faults.append(
-            f"{at}lora.core_only: with fleet.group_by {group_by} and fleet.init_from {init_from} no adapter starts from "
-            "another, and a core needs one; take group_by user with init_from auto, cohort or all"
+            f"{at}lora.core_only: with fleet.group_by {group_by} and fleet.init_from {init_from} no adapter starts "
+            "from another, and a core needs one; take group_by user with init_from auto, cohort or all"
         )
     return faults
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from perce_lite.errors import DiskFullError
 
-
 CARD = "perce_lite.json"
 """The file beside an adapter's weights that says where they come from."""
 

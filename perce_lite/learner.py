@@ -1,4 +1,4 @@
-"""One user in one slot: rows, the place in their order, optimizer, schedule and figures, to be kept and gone on with."""
+"""One user in one slot: rows, place in their order, optimizer, schedule, figures; kept on disk, and gone on with."""
 
 import pickle
 from collections.abc import Mapping, Sequence

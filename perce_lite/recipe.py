@@ -317,8 +317,8 @@ def refuse_cores(recipe: Recipe, command: str) -> None:
         raise RecipeError(
             recipe.source,
             [
-                f"lora.core_only: perce-lite {command} trains from nothing, and a core stands between the A and B of an "
-                "adapter that is there already. perce-lite fleet has one to start from; here --set lora.core_only=false"
+                f"lora.core_only: perce-lite {command} trains from nothing, and a core stands between the A and B of "
+                "an adapter that is there already. perce-lite fleet has one; here: --set lora.core_only=false"
             ],
         )
 

@@ -2,8 +2,8 @@
 
 A 4-bit base pays its de-quantisation once a forward, whatever the number of users in it. `attach` finds the targets as
 peft does, so that an adapter comes out under PEFT's names; `Route.of` says, around a forward and its backward, which
-slot each row of the batch belongs to. With cores (see `perce_lite.cores`) a slot trains an r x r matrix alone, and slots
-that start from the same adapter share its A and B.
+slot each row of the batch belongs to. With cores (see `perce_lite.cores`) a slot trains an r x r matrix alone, and
+slots that start from the same adapter share its A and B.
 """
 
 import copy
@@ -35,7 +35,7 @@ _ADAPTER = "default"  # peft's own name for a model's only adapter
 class SlotLoRA(nn.Module):
     """A frozen linear (4-bit or not) with K adapters: `lora_A` (K, r, in), `lora_B` (K, out, r).
 
-    With cores `lora_core` (K, r, r) is trained, and of `lora_A` and `lora_B`, frozen, there is one a parent, not a slot.
+    With cores `lora_core` (K, r, r) is trained; `lora_A` and `lora_B` are frozen, one a parent and not a slot.
     The arithmetic is that of peft's LoRA layers: the products run in the autocast dtype, or in the adapters' own.
     """
 

@@ -169,15 +169,14 @@ def show_book(section: Section) -> None:
     """`perce-lite adapters list`: plain columns, for a table of ten thousand rows takes rich many seconds."""
     rows = [[control_free(cell) for cell in row] for row in (section.head, *section.rows)]
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        filled = [cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)]
-        console.out("  ".join(filled).rstrip(), highlight=False)
+    filled = ([cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    console.out("\n".join("  ".join(row).rstrip() for row in filled), highlight=False)
     console.print(Text(section.note, style="dim"))
 
 
 def control_free(text: str) -> str:
     """`text` without what would move the cursor or break the line."""
-    return "".join(one if one.isprintable() else "\ufffd" for one in text)
+    return text if text.isprintable() else "".join(one if one.isprintable() else "\ufffd" for one in text)
 
 
 def show_store(root: Path, bases: list[dict[str, int | str]]) -> None:

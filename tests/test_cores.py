@@ -10,7 +10,7 @@ from fleet_fixtures import TEXT, Clock, names, rows_of
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from test_engine import config, exact_head, pairs_of, toy_base
-from test_slots import LORA, ids_of, loss_of, padded, peft_model, slot_model, stirred
+from test_slots import LORA, ids_of, loss_of, padded, peft_model, stirred
 
 from perce_lite.cores import faults, freeze, plain_state
 from perce_lite.engine import SlotEngine
@@ -23,7 +23,6 @@ from perce_lite.recipe import load_recipe, lora_config
 from perce_lite.registry import opened
 from perce_lite.route import BARE
 from perce_lite.slots import attach
-from perce_lite.slotted import engine_for
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -225,7 +224,7 @@ def test_a_fleet_of_cores(recipe, figures, run):
     assert "core" not in figures("adapters", "show", "all", "--fleet", "slots")["trained"]
     assert run("adapters", "verify", "--fleet", "slots")[0] == 0
     assert run("export", folder, "--to", "peft", "--out", "plain")[0] == 0
-    assert run("generate", "--adapter", folder, "--prompt", "Hi", "--max-new-tokens", "2")[0] == 0
+    assert run("generate", "--adapter", folder, "--user", "user1", "--prompt", "Hi", "--max-new-tokens", "2")[0] == 0
 
 
 def test_asking_for_cores_trains_no_parent_again(recipe):
