@@ -218,8 +218,11 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
         progress = bar.add_task("Adapters", total=total, note="")
 
         def tell(note: str) -> None:
-            failures = f", {tally.failed} failed" if tally.failed else ""
-            bar.update(progress, advance=1, note=f"{note}{failures}")
+            bar.advance(progress)
+            speed = bar.tasks[0].speed
+            rate = "" if speed is None else f"{3600 * speed:.0f} an hour"
+            failures = f"{tally.failed} failed" if tally.failed else ""
+            bar.update(progress, note=", ".join(part for part in (rate, note, failures) if part))
 
         def tasks(kind: str) -> Iterator[Task]:
             for adapter in registry.due(kind, work.wanted(kind)):

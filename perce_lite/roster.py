@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,19 @@ def show(registry: Registry, name: str) -> dict[str, Any]:
     found = registry.get(*key_of(name))
     if found is None:
         raise FleetError(f"{name}: the fleet has no such adapter; perce-lite adapters who USER says what serves a user")
-    return {"state": found.state, "trained": trained(found), **asdict(found)}
+    told = {"state": found.state, "trained": trained(found), **asdict(found)}
+    card = read_json(registry.folder / found.folder / "adapter" / CARD)
+    return told if card is None else {**told, **lineage(card)}
+
+
+def lineage(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter's card says of its origin: the model, and fingerprints of base, recipe and data."""
+    return {
+        "model": card["recipe"]["model"],
+        "base_fingerprint": card["base"]["fingerprint"],
+        "recipe_fingerprint": card["recipe_fingerprint"],
+        "data_fingerprint": card["data"]["fingerprint"],
+    }
 
 
 def trained(adapter: Adapter) -> str:

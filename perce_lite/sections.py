@@ -328,8 +328,8 @@ def mean_gain(gains: Mapping[str, float]) -> str:
     if not gains["users"]:
         return "No user of this run has held-out rows."
     return (
-        f"In the mean over {gains['users']} users their own adapter is {gains['over_start']:+.3f} nats a token better "
-        f"than what it started from, {gains['over_base']:+.3f} than the base."
+        f"In the mean over {gains['users']} users their own adapter gains {gains['over_start']:+.3f} nats a token "
+        f"over what it started from, {gains['over_base']:+.3f} over the base."
     )
 
 
