@@ -1,7 +1,6 @@
 """What a frozen base was found to hash to, so that a fleet does not hash it several times a user."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -9,25 +8,17 @@ from torch import nn
 _known: "WeakKeyDictionary[nn.Module, dict[tuple[int, ...], str]]" = WeakKeyDictionary()
 
 
-@contextmanager
-def hashed_once(base: nn.Module) -> Iterator[None]:
-    """Within it, `models.fingerprint` hashes `base`, bare or with adapters on it, once for all.
+def hash_once(base: nn.Module) -> None:
+    """From now on `models.fingerprint` hashes `base`, bare or with adapters on it, once for all.
 
     It is hashed anew where a weight was replaced or written to, as torch counts writes. For a base that nobody else
     writes to: a write through `.data` is not counted.
     """
-    if base in _known:
-        yield
-        return
-    _known[base] = {}
-    try:
-        yield
-    finally:
-        del _known[base]
+    _known.setdefault(base, {})
 
 
 def remembered(base: nn.Module, frozen: Sequence[nn.Parameter], compute: Callable[[], str]) -> str:
-    """What `compute` gives for the weights `frozen` of `base`, or gave before, within `hashed_once`."""
+    """What `compute` gives for the weights `frozen` of `base`, or gave before, after `hash_once`."""
     known = _known.get(base)
     if known is None:
         return compute()

@@ -24,7 +24,7 @@ from perce_lite.errors import (
 )
 from perce_lite.files import bytes_of, digest
 from perce_lite.groups import Key
-from perce_lite.hashed import hashed_once
+from perce_lite.hashed import hash_once
 from perce_lite.models import Base, fingerprint, load_base, sketch
 from perce_lite.pairs import PairMaker
 from perce_lite.recipe import Recipe
@@ -103,10 +103,6 @@ class OneByOne:
         return sketch(self._base().model)
 
     def run(self, tasks: Iterator[Task], done: Done) -> None:
-        with hashed_once(self._base().model):
-            self._one_by_one(tasks, done)
-
-    def _one_by_one(self, tasks: Iterator[Task], done: Done) -> None:
         for task in tasks:
             outcome: Outcome | PerceLiteError
             try:
@@ -140,6 +136,7 @@ class OneByOne:
     def _base(self) -> Base:
         if self._loaded is None:
             self._loaded = load_base(self._recipe)
+            hash_once(self._loaded.model)
         return self._loaded
 
     @contextmanager

@@ -14,7 +14,6 @@ from perce_lite.engine import SlotEngine
 from perce_lite.errors import ConfigError, NonFiniteLossError, PerceLiteError
 from perce_lite.files import bytes_of, digest
 from perce_lite.footprint import users_at_once
-from perce_lite.hashed import hashed_once
 from perce_lite.inprocess import EVERYBODYS, Done, Engine, OneByOne, Outcome, Task, held_out_jobs, loss_of
 from perce_lite.learner import Result, Unfinished, UserJob
 from perce_lite.models import fingerprint
@@ -39,12 +38,11 @@ class Slotted(OneByOne):
         self._slots, self._may_fall_back = slots, may_fall_back
 
     def run(self, tasks: Iterator[Task], done: Done) -> None:
-        with hashed_once(self._base().model):
-            for (kind, recipe), group in itertools.groupby(tasks, lambda task: (task.key[0], task.recipe)):
-                if kind == "user":
-                    self._together(recipe, group, done)
-                else:
-                    super().run(group, done)
+        for (kind, recipe), group in itertools.groupby(tasks, lambda task: (task.key[0], task.recipe)):
+            if kind == "user":
+                self._together(recipe, group, done)
+            else:
+                super().run(group, done)
 
     def _together(self, recipe: Recipe, tasks: Iterator[Task], done: Done) -> None:
         """Trains the tasks, all of one recipe; measures and saves each as it ends."""
@@ -61,7 +59,7 @@ class Slotted(OneByOne):
             if not self._may_fall_back:
                 raise
             say(f"One user after another: slots cannot do what the recipe asks for. {error}")
-            self._one_by_one(itertools.chain(first, tasks), done)
+            super().run(itertools.chain(first, tasks), done)
             return
         try:
             with no_bars():

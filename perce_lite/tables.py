@@ -171,7 +171,7 @@ def show_book(section: Section) -> None:
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     filled = ([cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)] for row in rows)
     console.out("\n".join("  ".join(row).rstrip() for row in filled), highlight=False)
-    console.print(Text(section.note, style="dim"))
+    console.print(Text(section.note, style="dim"), soft_wrap=True)
 
 
 def control_free(text: str) -> str:
