@@ -16,7 +16,7 @@ from perce_lite.groups import Group, Key, Plan, key_of, plan, run_fingerprint
 from perce_lite.inprocess import Engine, Outcome, Task
 from perce_lite.models import same_base
 from perce_lite.recipe import Recipe, training_config
-from perce_lite.registry import KINDS, Adapter, Registry, held, held_out, imagined
+from perce_lite.registry import KEPT, KINDS, Adapter, Registry, held, held_out, imagined
 
 PAGE = "fleet.html"
 
@@ -72,6 +72,8 @@ def fleet(
             working = engine(recipe)
             _same_base(registry, working, recipe)
             _train(registry, work, working, sum(due.values()), tally)
+            if next(registry.due("user"), None) is None:  # who is still in it has been trained otherwise
+                (recipe.output_dir / KEPT).unlink(missing_ok=True)
         told = {"trained": tally.trained, "held_back": tally.held_back, "failed": tally.failed}
         book = registry.all()
         found = {"states": registry.counts(), "gains": gains(book), "book": book}

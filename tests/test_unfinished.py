@@ -129,6 +129,9 @@ def test_a_stopped_fleet_goes_on_in_its_slots(recipe, monkeypatch):
         [mine], [theirs] = (list(Path(at).rglob(f"{user}-*/adapter/*.safetensors")) for at in ("out", "whole"))
         one, other = load_file(mine), load_file(theirs)
         assert all(torch.equal(one[name], other[name]) for name in other), user
+    Unfinished(Path("out", KEPT)).write({"user9": {"begun": "who was trained one by one since"}})
+    fleet(load_recipe(path, ["data.users=[user1, user2, user3, user4]"]), engine_for, retrain=["user4"])
+    assert not Path("out", KEPT).exists(), "nobody is due"
 
 
 def test_deleting_a_user_removes_what_slots_kept(recipe):
