@@ -16,7 +16,7 @@ from perce_lite.errors import FleetError
 from perce_lite.fleet import fleet
 from perce_lite.inprocess import OneByOne
 from perce_lite.recipe import load_recipe
-from perce_lite.registry import FILE, opened
+from perce_lite.registry import FILE, Registry, opened
 from perce_lite.rows import Row
 
 pytest_plugins = ["cli_fixtures"]
@@ -160,7 +160,7 @@ def test_ten_thousand_users_grow_linearly(recipe, run, monkeypatch):
 
 
 def traced(statements):
-    class Traced(registry.Registry):
+    class Traced(Registry):
         def __init__(self, folder, connection):
             connection.set_trace_callback(statements.append)
             super().__init__(folder, connection)
