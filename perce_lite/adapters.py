@@ -14,13 +14,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from perce_lite.card import model_card
+from perce_lite.cores import plain_state
 from perce_lite.errors import AdapterError, NonFiniteLossError
+from perce_lite.files import CARD as CARD
 from perce_lite.files import folder_written_aside, read_json, write_json, write_text
 from perce_lite.models import fingerprint, same_base, sketch
 from perce_lite.recipe import Recipe
-
-CARD = "perce_lite.json"
-"""The file beside the weights that says where they come from."""
 
 _PACKAGES = ("perce-lite", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
@@ -36,7 +35,7 @@ def save(model: PeftModel, folder: Path, about: dict[str, Any]) -> None:
     base: PreTrainedModel = model.get_base_model()
     known = {"base": {**sketch(base), "fingerprint": fingerprint(model)}, "versions": versions()}
     with folder_written_aside(folder) as aside:
-        model.save_pretrained(aside)
+        model.save_pretrained(aside, state_dict=plain_state(model))
         write_json(aside / CARD, {**about, **known})
         write_text(aside / "README.md", model_card(about))
 

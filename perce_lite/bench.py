@@ -20,7 +20,7 @@ from perce_lite.console import progress_bar
 from perce_lite.errors import BenchError
 from perce_lite.faults import nearest
 from perce_lite.measuring import ARMS, Job, recipe_of
-from perce_lite.recipe import Recipe, training_config
+from perce_lite.recipe import Recipe, refuse_cores, training_config
 from perce_lite.rows import to_columns
 from perce_lite.workload import Workload, workload
 
@@ -76,6 +76,7 @@ def bench(
     Raises:
         BenchError: rows for not even one step, or a measurement that failed; and what reading the recipe's rows raises.
     """
+    refuse_cores(recipe, "bench")
     load = workload(recipe, steps)
     names = [name for name in ARMS if name in arms or name == REFERENCE]
     with tempfile.TemporaryDirectory(prefix="perce-lite-bench-") as folder:

@@ -8,7 +8,7 @@ from typing import Any
 
 from perce_lite.files import write_text
 from perce_lite.models import BUILT_IN, model_source
-from perce_lite.recipe import Recipe
+from perce_lite.recipe import CORE_ONLY, Recipe
 
 _HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _TOLD = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed")
@@ -60,6 +60,8 @@ def _facts(about: Mapping[str, Any], licence: str | None, size: int | None) -> I
         f"- Base: `{recipe['model']}`, quantization `{recipe['quantization']}`, licence {licence or 'see its files'}; "
         "it holds for what is derived from it too"
     )
+    if lora.get(CORE_ONLY):
+        yield "- Of each layer a matrix of r x r was trained, between the A and B of the adapter that it started from."
     mark = f" `{about['recipe_fingerprint']}`" if "recipe_fingerprint" in about else ""
     yield f"- Recipe{mark}: {rank}{steps}{f'; {given}' if given else ''}"
     if size is not None:

@@ -46,16 +46,15 @@ def fleet(
 @adapters_app.command("list")
 def adapters_list(fleet: FleetPath = None, json: Json = None) -> None:
     """Every adapter of a fleet: state, training rows, gain, size."""
-    from dataclasses import asdict
-
     from perce_lite import sections, tables
     from perce_lite.registry import opened
     from perce_lite.roster import find
 
     with opened(find(fleet)) as registry:
         book = registry.all()
-    write(json, {"adapters": [{"state": one.state, **asdict(one)} for one in book]})
-    tables.show_sections([], sections.fleet(book))
+    write(json, {"adapters": [{"state": one.state, **vars(one)} for one in book]})
+    for section in sections.fleet(book):
+        tables.show_book(section)
 
 
 @adapters_app.command("show")

@@ -17,7 +17,7 @@ from perce_lite.evaluate import held_out
 from perce_lite.files import safe_name
 from perce_lite.models import load_base, load_tokenizer
 from perce_lite.pairs import PairMaker
-from perce_lite.recipe import Recipe, training_config, with_train
+from perce_lite.recipe import Recipe, refuse_cores, training_config, with_train
 from perce_lite.rows import Row, of_split
 from perce_lite.score import store_of
 from perce_lite.train import Run, fit, run_of
@@ -115,6 +115,7 @@ def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: 
     Raises:
         DataError: no validation rows to choose a rate by, or none to judge by; and what training raises.
     """
+    refuse_cores(recipe, "compare")
     rows = read_rows(recipe)
     trained = {row.user for row in of_split(rows, "train")}
     found = {arm.recipe.profile_pass: _cases(arm.recipe, rows, tuning=len(rates) > 1) for arm in arms}

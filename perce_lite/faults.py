@@ -51,6 +51,27 @@ def cross_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
     item = template.get("item") if isinstance(template, dict) else None
     if isinstance(item, str) and "{text}" not in item:
         faults.append(f"{where(('template', 'item'), lines)}template.item: has no {{text}} in it")
+    return faults + _core_faults(plain, lines)
+
+
+def _core_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
+    """`lora.core_only` beside what is no plain LoRA, and in a fleet where no adapter starts from another."""
+    lora, rule = plain.get("lora"), plain.get("fleet", {})
+    if not isinstance(lora, dict) or lora.get("core_only") is not True or not isinstance(rule, dict):
+        return []
+    faults = [
+        f"{where(('lora', name), lines)}lora.{name}: lora.core_only goes with plain LoRA on linear layers alone; leave "
+        "one of the two out"
+        for name in ("use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters")
+        if lora.get(name)
+    ]
+    group_by, init_from = rule.get("group_by", "user"), rule.get("init_from", "auto")
+    if group_by == "all" or init_from == "none" or (group_by == "cohort" and init_from != "all"):
+        at = where(("lora", "core_only"), lines)
+        faults.append(
+            f"{at}lora.core_only: with fleet.group_by {group_by} and fleet.init_from {init_from} no adapter starts "
+            "from another, and a core needs one; take group_by user with init_from auto, cohort or all"
+        )
     return faults
 
 
@@ -87,10 +108,10 @@ def third_party_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
 
     from perce_lite.config import PerCEConfig
 
-    for section, target in (("train", PerCEConfig), ("lora", LoraConfig)):
+    for section, target, ours in (("train", PerCEConfig, {}), ("lora", LoraConfig, {"core_only": bool})):
         values = given.get(section, {})
-        allowed = {one.name for one in dataclasses.fields(target) if one.init}
-        hints = typing.get_type_hints(target)
+        allowed = {one.name for one in dataclasses.fields(target) if one.init} | set(ours)
+        hints = typing.get_type_hints(target) | ours
         for name, value in values.items():
             at = where((section, name), lines)
             if name not in allowed:

@@ -15,6 +15,9 @@ from typing import Any
 
 from perce_lite.errors import DiskFullError
 
+CARD = "perce_lite.json"
+"""The file beside an adapter's weights that says where they come from."""
+
 
 def home() -> Path:
     """The cache folder: `PERCE_LITE_HOME` where it is set, else the platform's own."""

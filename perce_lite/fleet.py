@@ -11,12 +11,12 @@ from typing import Any
 from perce_lite.console import progress_bar, say, warn
 from perce_lite.data import read_rows
 from perce_lite.errors import FleetError, PerceLiteError
-from perce_lite.footprint import adapter_bytes, refuse_exports, source_fingerprint
+from perce_lite.footprint import adapter_bytes, refuse_exports, source_fingerprint, trained_bytes, users_at_once
 from perce_lite.groups import Group, Key, Plan, key_of, plan, run_fingerprint
 from perce_lite.inprocess import Engine, Outcome, Task
 from perce_lite.models import same_base
 from perce_lite.recipe import Recipe, training_config
-from perce_lite.registry import KINDS, Adapter, Registry, held, imagined
+from perce_lite.registry import KEPT, KINDS, Adapter, Registry, held, held_out, imagined
 
 PAGE = "fleet.html"
 
@@ -73,9 +73,12 @@ def fleet(
             working = engine(recipe)
             _same_base(registry, working, recipe)
             _train(registry, work, working, sum(due.values()), tally)
+            if next(registry.due("user"), None) is None:  # who is still in it has been trained otherwise
+                (recipe.output_dir / KEPT).unlink(missing_ok=True)
         told = {"trained": tally.trained, "held_back": tally.held_back, "failed": tally.failed}
-        book = {"states": registry.counts(), "book": registry.all()}
-        return {**figures, "dry_run": dry_run, **told, **book}
+        book = registry.all()
+        found = {"states": registry.counts(), "gains": gains(book), "book": book}
+        return {**figures, "dry_run": dry_run, **told, **found}
 
 
 @contextmanager
@@ -98,11 +101,12 @@ class Work:
 
     @classmethod
     def of(cls, recipe: Recipe, planned: Plan, only: Sequence[str]) -> "Work":
-        """`fleet.train` counts for groups that start from another."""
+        """`fleet.train` and `lora.core_only` count for groups that start from another."""
+        first = recipe.without_cores()
         later = recipe.model_copy(update={"train": {**recipe.train, **recipe.fleet.train}})
         training_config(later)  # its faults, before anything is trained
         groups = {group.key: group for group in planned.groups}
-        recipes = {key: recipe if group.parent is None else later for key, group in groups.items()}
+        recipes = {key: first if group.parent is None else later for key, group in groups.items()}
         if not only:
             return cls(groups, recipes, None)
         wanted: dict[str, set[str]] = {kind: set() for kind in KINDS}
@@ -182,10 +186,13 @@ def _disk(recipe: Recipe, count: int) -> int:
     if not count:
         return 0
     size = adapter_bytes(recipe)
-    need = size * (count + 6)  # two checkpoints of one adapter, each with two moments of the optimizer
+    at_once = min(count, users_at_once(recipe))
+    need = size * (count + 6 * at_once)  # two checkpoints of those at work, each with two moments of the optimizer
     folder = recipe.output_dir.absolute()
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     say(f"{count} adapters of {size / 2**20:.1f} MiB: {need / 2**30:.2f} GiB of disk, {free / 2**30:.1f} GiB are free")
+    if recipe.core_only:
+        say(f"Users train a core of {trained_bytes(recipe) // 4:,} parameters, of {size // 4:,} in an adapter")
     if need > free:
         raise FleetError(
             f"{folder}: the fleet needs {need / 2**30:.2f} GiB of disk, {free / 2**30:.2f} GiB are free. Nothing was "
@@ -214,8 +221,11 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
         progress = bar.add_task("Adapters", total=total, note="")
 
         def tell(note: str) -> None:
-            failures = f", {tally.failed} failed" if tally.failed else ""
-            bar.update(progress, advance=1, note=f"{note}{failures}")
+            bar.advance(progress)
+            speed = bar.tasks[0].speed
+            rate = "" if speed is None else f"{3600 * speed:.0f} an hour"
+            failures = f"{tally.failed} failed" if tally.failed else ""
+            bar.update(progress, note=", ".join(part for part in (rate, note, failures) if part))
 
         def tasks(kind: str) -> Iterator[Task]:
             for adapter in registry.due(kind, work.wanted(kind)):
@@ -238,6 +248,22 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
             engine.run(tasks(kind), done)
 
 
+def gains(book: Sequence[Adapter]) -> dict[str, float]:
+    """Means over the users of this run who have an adapter of their own and held-out rows; `users` is their number.
+
+    Nats a token: `base`, `start` and `own` are the loss of the base, of what they started from, of their own adapter;
+    `over_start` and `over_base` what their own is better by. `parameters` is what a user trained.
+    """
+    users = [one for one in book if one.kind == "user" and one.present]
+    judged = [(one, losses) for one in users if (losses := held_out(one)) is not None]
+    if not judged:
+        return {"users": 0}
+    found = {name: sum(losses[name] for _, losses in judged) / len(judged) for name in ("base", "start", "own")}
+    over = {f"over_{name}": found[name] - found["own"] for name in ("start", "base")}
+    parameters = sum(one.metrics.get("parameters", 0) for one, _ in judged) / len(judged)
+    return {"users": len(judged), **found, **over, "parameters": parameters}
+
+
 def _failed(registry: Registry, adapter: Adapter, why: str, tally: Tally) -> None:
     registry.failed(adapter, why)
     warn(f"{adapter.kind} {adapter.name}: left out. {why}")
@@ -252,7 +278,9 @@ def _note(registry: Registry, adapter: Adapter, recipe: Recipe, outcome: Outcome
     found, why = verdict(recipe, adapter.kind, outcome.losses)
     test = outcome.losses.get("test") or outcome.losses.get("validation")
     gain = None if test is None else test["start"] - test["own"]
-    registry.done(adapter, found, why, outcome.bytes, gain, {"losses": outcome.losses, "weights": outcome.weights})
+    trained = {"core_only": recipe.core_only, "parameters": outcome.parameters}
+    metrics = {"losses": outcome.losses, "weights": outcome.weights, **trained}
+    registry.done(adapter, found, why, outcome.bytes, gain, metrics)
     tally.trained += 1
     tally.held_back += found == "held back"
     return "" if test is None else f"loss {test['own']:.3f}"

@@ -21,7 +21,7 @@ from perce_lite.exactrows import CHAT_TEMPLATE, SHORTEST, TEMPLATE, exact_rows, 
 from perce_lite.files import write_text
 from perce_lite.fleetmeasuring import FleetJob
 from perce_lite.measuring import STILL
-from perce_lite.recipe import Profile, Recipe, training_config
+from perce_lite.recipe import Profile, Recipe, refuse_cores, training_config
 from perce_lite.rows import to_columns
 
 PROCESSES, REFERENCE = "processes", "one-by-one"
@@ -70,6 +70,7 @@ def fleet_bench(
     Raises:
         BenchError: rows that cannot be made, or a measurement that failed; and what reading the recipe's rows raises.
     """
+    refuse_cores(recipe, "bench --fleet")
     with tempfile.TemporaryDirectory(prefix="perce-lite-bench-") as folder:
         measurements = _Measurements(recipe, Path(folder), steps, warmup)
         measurements.make_rows(lengths, max(users, *slots))

@@ -17,11 +17,12 @@ from perce_lite.bench import summary
 from perce_lite.children import out_of_memory
 from perce_lite.config import DTYPES
 from perce_lite.console import no_bars
-from perce_lite.engine import Result, SlotEngine, UserJob
+from perce_lite.engine import SlotEngine
 from perce_lite.errors import PerceLiteError
 from perce_lite.exactrows import exact_rows
 from perce_lite.head import training_forward
 from perce_lite.inprocess import bare
+from perce_lite.learner import Result, UserJob
 from perce_lite.measuring import ARMS, Job, make, measured, peak_bytes, recipe_of, reset_peak
 from perce_lite.models import Base, with_adapter
 from perce_lite.pairs import PairMaker

@@ -54,10 +54,11 @@ def plan(rows: Sequence[Row], recipe: Recipe) -> Plan:
     """
     cohorts = _cohorts(rows)
     rule = recipe.fleet
+    examples = Counter(row.user for row in rows if row.split == "train")
+    rows = _last(rows, rule.max_examples)
     by_user: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_user[row.user].append(row)
-    examples = Counter(row.user for row in rows if row.split == "train")
     _warn_of_twins(by_user)
     named = {cohort for cohort in cohorts.values() if cohort is not None}
     if "cohort" in (rule.group_by, rule.init_from) and not named:
@@ -105,6 +106,17 @@ def run_fingerprint(group: Group, source: str, generation: str, parent: str | No
     if group.key[0] == "user":
         content.append([row.fingerprint() for row in group.rows])
     return digest(content)
+
+
+def _last(rows: Sequence[Row], count: int | None) -> list[Row]:
+    """Of each user's training rows the last `count`, and all others; None: every one."""
+    taken: Counter[str] = Counter()
+    kept = []
+    for row in reversed(rows):
+        taken[row.user] += row.split == "train"
+        if row.split != "train" or count is None or taken[row.user] <= count:
+            kept.append(row)
+    return kept[::-1]
 
 
 def _cohorts(rows: Sequence[Row]) -> dict[str, str | None]:

@@ -24,6 +24,7 @@ from perce_lite.errors import (
 )
 from perce_lite.files import bytes_of, digest
 from perce_lite.groups import Key
+from perce_lite.hashed import hash_once
 from perce_lite.models import Base, fingerprint, load_base, sketch
 from perce_lite.pairs import PairMaker
 from perce_lite.recipe import Recipe
@@ -51,17 +52,24 @@ class Task:
     run: str
     start: Path | None
 
+    @property
+    def begun(self) -> str:
+        """As `run`, with the rows: a cohort's run does not name them, but what is half trained must go on with them."""
+        return digest([self.run, [row.fingerprint() for row in self.rows]])
+
 
 @dataclass(frozen=True)
 class Outcome:
     """What came of a task.
 
     losses: split -> {base, start, own, tokens}, loss a token with the own profile, nats; a split without rows is absent
+    bytes: of the adapter's folder; parameters: how many numbers were trained
     """
 
     losses: dict[str, dict[str, float]]
     weights: dict[str, float]
     bytes: int
+    parameters: int
 
 
 Done = Callable[[Task, Outcome | PerceLiteError], None]
@@ -110,25 +118,25 @@ class OneByOne:
             done(task, outcome)
 
     def _train(self, task: Task) -> Outcome:
-        # A cohort's run does not name its rows, but what is half trained must go on with the very same ones.
-        begun = digest([task.run, [row.fingerprint() for row in task.rows]])
-        run = Run(task.folder, begun, task.run)
+        run = Run(task.folder, task.begun, task.run)
         recipe = task.recipe.model_copy(update={"train": {**task.recipe.train, "output_dir": str(task.folder)}})
         base = self._base()
-        run.make_way(fingerprint(base.model))
         with no_bars(), bare(base.model):
+            run.make_way(fingerprint(base.model))
             trainer = make_trainer(recipe, base, task.rows, task.start)
             before = _losses(trainer, recipe, task.rows, ("base", "start"))
             to_the_end(trainer, recipe, task.rows, run)
             after = _losses(trainer, recipe, task.rows, ("own",))
             weights = health(trainer)
+            trained_parameters = sum(one.numel() for one in trainer.model.parameters() if one.requires_grad)
         run.drop_checkpoints()
         losses = {split: {**before[split], **after[split]} for split in before}
-        return Outcome(losses, weights, bytes_of(run.adapter))
+        return Outcome(losses, weights, bytes_of(run.adapter), trained_parameters)
 
     def _base(self) -> Base:
         if self._loaded is None:
             self._loaded = load_base(self._recipe)
+            hash_once(self._loaded.model)
         return self._loaded
 
 

@@ -33,6 +33,7 @@ from perce_lite.console import say
 from perce_lite.embedding import keep_on_host, tables_on_host
 from perce_lite.errors import ModelError, RecipeError, TemplateError
 from perce_lite.files import disk_full_is_clear, folder_written_aside, home, read_json
+from perce_lite.hashed import hash_parameter, remembered
 from perce_lite.recipe import Recipe, lora_config
 
 
@@ -286,10 +287,16 @@ def fingerprint(model: nn.Module) -> str:
     Adapters do not count, so it is the same before and after training. It depends on device and dtype: it keys
     log-probs, which do so too. To tell whether an adapter fits a base use `sketch`.
     """
-    state = xxhash.xxh3_128()
-    for name, parameter in sorted(_frozen(model)):
-        _hash(state, name, parameter)
-    return str(state.hexdigest())
+    frozen = sorted(_frozen(model))
+
+    def compute() -> str:
+        state = xxhash.xxh3_128()
+        for name, parameter in frozen:
+            hash_parameter(state, name, parameter)
+        return str(state.hexdigest())
+
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return remembered(base, [parameter for _, parameter in frozen], compute)
 
 
 def adapter_fingerprint(model: nn.Module) -> str:
@@ -297,24 +304,8 @@ def adapter_fingerprint(model: nn.Module) -> str:
     state = xxhash.xxh3_128()
     for name, parameter in sorted(model.named_parameters()):
         if ".lora_" in name:
-            _hash(state, name, parameter)
+            hash_parameter(state, name, parameter)
     return str(state.hexdigest())
-
-
-def _hash(state: xxhash.xxh3_128, name: str, parameter: torch.Tensor) -> None:
-    tensors = {name: parameter.data}
-    quant_state = vars(parameter).get("quant_state")
-    if quant_state is not None:
-        tensors |= {f"{name}.{key}": value for key, value in quant_state.as_dict(packed=True).items()}
-    for key, tensor in tensors.items():
-        hash_tensor(state, key, tensor)
-
-
-def hash_tensor(state: xxhash.xxh3_128, name: str, tensor: torch.Tensor) -> None:
-    """Adds a tensor's name, dtype, shape and bytes to `state`."""
-    flat = tensor.detach().cpu().contiguous()
-    state.update(f"{name} {flat.dtype} {tuple(flat.shape)}".encode())
-    state.update(flat.view(-1).view(torch.uint8).numpy().data)
 
 
 def _frozen(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

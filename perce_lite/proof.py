@@ -22,7 +22,8 @@ from perce_lite import adapters
 from perce_lite.chat import Chat
 from perce_lite.errors import ExportError
 from perce_lite.files import read_json
-from perce_lite.models import Base, hash_tensor, load_base, sketch
+from perce_lite.hashed import hash_tensor
+from perce_lite.models import Base, load_base, sketch
 from perce_lite.pairs import IGNORED, PairMaker, Tokens
 from perce_lite.recipe import Recipe, Template
 from perce_lite.reuse import reused

@@ -112,6 +112,9 @@ class Fleet(Section):
     gate: float | None = Field(
         0.0, description="nats a token on validation rows by which it must beat what it replaces; null: no gate"
     )
+    max_examples: int | None = Field(
+        None, ge=1, description="training rows of a user that are trained on at the most, the last ones; null: all"
+    )
 
 
 class Export(Section):
@@ -139,7 +142,7 @@ class Recipe(Section):
     evaluation: Evaluation = Evaluation()
     fleet: Fleet = Fleet()
     export: Export = Export()
-    lora: dict[str, Any] = Field({}, description="fields of peft.LoraConfig")
+    lora: dict[str, Any] = Field({}, description="fields of peft.LoraConfig, and core_only")
     train: dict[str, Any] = Field({}, description="fields of PerCEConfig, so of trl.SFTConfig")
     _source: str = PrivateAttr("")
 
@@ -174,10 +177,21 @@ class Recipe(Section):
         path = Path(given).expanduser()
         return [one.absolute() for one in ([Path(self.source).parent / path, path] if self.source else [path])]
 
+    @property
+    def core_only(self) -> bool:
+        """`lora.core_only`: A and B of what an adapter starts from are frozen, and a core between them is trained."""
+        return bool(self.lora.get(CORE_ONLY, False))
+
+    def without_cores(self) -> "Recipe":
+        """The same recipe, training whole adapters."""
+        whole = {name: value for name, value in self.lora.items() if name != CORE_ONLY}
+        return self.model_copy(update={"lora": whole})
+
     def fleet_fingerprint(self) -> str:
-        """As `fingerprint`, without which users there are and how many rows: a fleet looks at each user's own."""
+        """As `fingerprint`, without which users and rows there are; how many of a user are trained on at most counts."""
         every = self.data.model_copy(update={"users": None, "max_rows": None})
-        return self.model_copy(update={"data": every}).fingerprint()
+        plain = self.model_copy(update={"data": every}).fingerprint()
+        return plain if self.fleet.max_examples is None else f"{plain} {self.fleet.max_examples}"
 
     @property
     def profile_pass(self) -> str:
@@ -192,12 +206,14 @@ class Recipe(Section):
         if template is not None:  # what it says counts, not where it lies
             plain["train"]["chat_template_path"] = digest(template.read_bytes().hex())
         plain["data"].pop("path")
-        plain.pop("embedding_on_host")
-        plain.pop("evaluation")
-        plain.pop("fleet")
-        plain.pop("export")
+        plain["lora"] = {**plain["lora"], CORE_ONLY: True} if self.core_only else self.without_cores().lora
+        for name in ("embedding_on_host", "evaluation", "fleet", "export"):
+            plain.pop(name)
         return digest(plain)
 
+
+CORE_ONLY = "core_only"
+"""The one field of `lora:` that is ours: see `perce_lite.cores`."""
 
 _NOT_TRAINED_BY = re.compile(
     r"(log|logging|save|hub|gradient_checkpointing)_|(output_dir|store|report_to|run_name|project|disable_tqdm|push_to_hub|"
@@ -303,9 +319,25 @@ def lora_config(recipe: Recipe) -> Any:
     from peft import LoraConfig
 
     try:
-        return LoraConfig(**{**_LORA_DEFAULTS, **recipe.lora})
+        return LoraConfig(**{**_LORA_DEFAULTS, **recipe.without_cores().lora})
     except (ValueError, TypeError, AttributeError) as error:
         raise RecipeError(recipe.source, [f"lora: {error}"]) from error
+
+
+def refuse_cores(recipe: Recipe, command: str) -> None:
+    """For commands that train from nothing: there is no adapter whose A and B could be frozen.
+
+    Raises:
+        RecipeError: `lora.core_only` is set.
+    """
+    if recipe.core_only:
+        raise RecipeError(
+            recipe.source,
+            [
+                f"lora.core_only: perce-lite {command} trains from nothing, and a core stands between the A and B of "
+                "an adapter that is there already. perce-lite fleet has one; here: --set lora.core_only=false"
+            ],
+        )
 
 
 def _recipes_nearby(path: Path) -> str:

@@ -19,6 +19,9 @@ VERSION = 1
 
 FILE = "fleet.sqlite"
 
+KEPT = "slots.pt"
+"""The file beside it that holds users who were stopped in the middle of their training."""
+
 STATES = ("due", "in service", "held back", "failed")
 """due: to be trained; held back: trained, but worse than what it would replace; failed: due, and it did not work."""
 
@@ -83,6 +86,13 @@ class Adapter:
         if not self.due:
             return self.verdict or "due"
         return "failed" if self.failed_run == self.run else "due"
+
+
+def held_out(adapter: Adapter) -> dict[str, float] | None:
+    """{base, start, own, tokens} of its last training on test rows, else on validation rows; None without any."""
+    losses = adapter.metrics.get("losses", {})
+    found: dict[str, float] | None = losses.get("test") or losses.get("validation")
+    return found
 
 
 class Registry:

@@ -58,7 +58,8 @@ def write_figures(
 
 def words(section: Section) -> int:
     """How many columns of `section`, from the left, hold words and not figures."""
-    return section.head.index("profile in the prompt") + 1 if "profile in the prompt" in section.head else 1
+    last = next((name for name in ("profile in the prompt", "state") if name in section.head), section.head[0])
+    return section.head.index(last) + 1
 
 
 def _write(template: str, path: Path, filters: Filters, **values: Any) -> None:

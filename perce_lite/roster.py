@@ -2,20 +2,22 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from perce_lite.adapters import CARD
 from perce_lite.errors import FleetError
-from perce_lite.files import bytes_of, read_json, safe_name
+from perce_lite.files import CARD, bytes_of, read_json, safe_name
 from perce_lite.groups import EVERYBODY, Key, key_of
-from perce_lite.registry import FILE, Adapter, Registry, held
+from perce_lite.registry import FILE, KEPT, Adapter, Registry, held
 
-QUOTING = ("fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json")
-"""What commands leave beside a fleet that quotes its users' texts."""
+PERSONAL = (
+    KEPT, "fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json",
+)  # fmt: skip
+"""What commands leave beside a fleet that quotes its users' texts or was learned from them."""
 
 
 def find(given: Path | None) -> Path:
@@ -88,7 +90,30 @@ def show(registry: Registry, name: str) -> dict[str, Any]:
     found = registry.get(*key_of(name))
     if found is None:
         raise FleetError(f"{name}: the fleet has no such adapter; perce-lite adapters who USER says what serves a user")
-    return {"state": found.state, **asdict(found)}
+    told = {"state": found.state, "trained": trained(found), **asdict(found)}
+    card = read_json(registry.folder / found.folder / "adapter" / CARD)
+    return told if card is None else {**told, **lineage(card)}
+
+
+def lineage(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter's card says of its origin: the model, and fingerprints of base, recipe and data."""
+    return {
+        "model": card["recipe"]["model"],
+        "base_fingerprint": card["base"]["fingerprint"],
+        "recipe_fingerprint": card["recipe_fingerprint"],
+        "data_fingerprint": card["data"]["fingerprint"],
+    }
+
+
+def trained(adapter: Adapter) -> str:
+    """What its training changed: all of A and B, or a core between those of the adapter that it started from."""
+    count = adapter.metrics.get("parameters")
+    if count is None:
+        return "nothing so far"
+    if not adapter.metrics["core_only"]:
+        return f"{count:,} parameters"
+    start = "everybody's" if adapter.parent_kind == "all" else f"{adapter.parent_kind} {adapter.parent_name}'s"
+    return f"a core of {count:,} parameters between A and B of {start} (lora.core_only); saved as a whole LoRA"
 
 
 def verify(registry: Registry) -> list[str]:
@@ -139,8 +164,8 @@ def delete(folder: Path, user: str) -> Receipt:
             _known(registry, user)
         receipt = Receipt(user)
         _remove(folder / "adapters" / "user" / safe_name(user), receipt)
-        for quoting in QUOTING:
-            for file in (folder / quoting, *folder.glob(f".{quoting}.*.tmp")):
+        for personal in PERSONAL:
+            for file in (folder / personal, *folder.glob(f".{personal}.*.tmp")):
                 _remove(file, receipt)
         for store in json.loads(registry.meta("stores") or "[]"):
             for base in sorted(Path(store).iterdir()) if Path(store).is_dir() else []:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perce_lite.metrics import FEW_USERS
-from perce_lite.registry import Adapter
+from perce_lite.registry import Adapter, held_out
 
 PARTS = {"all": "all tokens", "personal": "personal", "others": "others"}
 
@@ -289,31 +289,27 @@ def _point(row: str, series: str, one: Mapping[str, Any] | None) -> Point:
 
 def fleet(book: Sequence[Adapter]) -> list[Section]:
     """The table of a fleet: what others start from, then users, those whom training helped most first."""
-    rows: list[tuple[str, ...]]
     ordered = sorted(book, key=lambda one: (one.kind == "user", one.kind == "cohort", -(one.gain or 0.0)))
-    rows = [
-        (
-            one.name if one.kind == "user" else one.kind if one.kind == "all" else f"cohort {one.name}",
-            one.state + (" (worse than what it replaces)" if one.gain is not None and one.gain < 0 else ""),
-            str(one.examples),
-            "–" if one.gain is None else f"{one.gain:+.3f}",
-            f"{_loss(one, 'base')} / {_loss(one, 'start')} / {_loss(one, 'own')}",
-            f"{one.bytes / 2**20:.1f}",
-        )
-        for one in ordered
-    ]
     note = (
-        "Gain: nats a token on held-out rows against what the adapter started from (positive is better); then the loss "
-        "of the base, of what it started from, and of the adapter."
+        "Gain: nats a token on held-out rows (positive is better) against what the adapter started from, and against "
+        "the base; then the loss of the base, of what it started from, and of the adapter."
     )
-    head = ("adapter", "state", "training rows", "gain", "base / start / own", "MiB")
-    return [Section("Adapters", note, head, rows)]
+    head = ("adapter", "state", "rows", "over start", "over base", "base / start / own", "trained", "MiB")
+    return [Section("Adapters", note, head, [_adapter_row(one) for one in ordered])]
 
 
-def _loss(one: Adapter, who: str) -> str:
-    losses = one.metrics.get("losses", {})
-    judged = losses.get("test") or losses.get("validation")
-    return "–" if judged is None else f"{judged[who]:.3f}"
+def _adapter_row(one: Adapter) -> tuple[str, ...]:
+    losses = held_out(one)
+    figures = ("–", "–", "–")
+    worse = ""
+    if losses is not None:
+        own, base, start = losses["own"], losses["base"], losses["start"]
+        figures = (f"{start - own:+.3f}", f"{base - own:+.3f}", f"{base:.3f} / {start:.3f} / {own:.3f}")
+        worse = " (worse than what it replaces)" if own > start else " (worse than the base)" if own > base else ""
+    count = one.metrics.get("parameters")
+    trained = "–" if count is None else f"{count:,}" + (" core" if one.metrics["core_only"] else "")
+    name = {"user": one.name, "cohort": f"cohort {one.name}"}.get(one.kind, one.kind)
+    return name, one.state + worse, str(one.examples), *figures, trained, f"{one.bytes / 2**20:.1f}"
 
 
 def fleet_sentences(figures: Mapping[str, Any], book: Sequence[Adapter]) -> list[str]:
@@ -323,7 +319,18 @@ def fleet_sentences(figures: Mapping[str, Any], book: Sequence[Adapter]) -> list
     if gains:
         better = sum(gain > 0 for gain in gains)
         told.append(f"Of {len(gains)} users with held-out rows {better} are better served by their own adapter.")
+        told.append(mean_gain(figures["gains"]))
     return told
+
+
+def mean_gain(gains: Mapping[str, float]) -> str:
+    """`fleet.gains` in words."""
+    if not gains["users"]:
+        return "No user of this run has held-out rows."
+    return (
+        f"In the mean over {gains['users']} users their own adapter gains {gains['over_start']:+.3f} nats a token "
+        f"over what it started from, {gains['over_base']:+.3f} over the base."
+    )
 
 
 # export

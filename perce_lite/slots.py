@@ -2,15 +2,14 @@
 
 A 4-bit base pays its de-quantisation once a forward, whatever the number of users in it. `attach` finds the targets as
 peft does, so that an adapter comes out under PEFT's names; `Route.of` says, around a forward and its backward, which
-slot each row of the batch belongs to.
+slot each row of the batch belongs to. With cores (see `perce_lite.cores`) a slot trains an r x r matrix alone, and
+slots that start from the same adapter share its A and B.
 """
 
 import copy
-import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,92 +24,27 @@ from transformers import PreTrainedModel
 
 from perce_lite.adapters import CARD, versions
 from perce_lite.card import model_card
+from perce_lite.cores import folded
 from perce_lite.errors import AdapterError, ConfigError, NonFiniteLossError
 from perce_lite.files import folder_written_aside, write_json, write_text
 from perce_lite.models import fingerprint, keep_base_constant, sketch
-
-BARE = -1
-"""The slot of a row that sees the base alone."""
+from perce_lite.route import Route
 
 _ADAPTER = "default"  # peft's own name for a model's only adapter
-
-
-class Route:
-    """Which slot each row of the batch in flight belongs to; all layers of a model read the same one.
-
-    size: rows of the batch, 0 for any number; None where no route is open, and then every row sees the bare base
-    slots: (G,) the slots that take part, one a group of rows
-    whole: whether these are all slots there are, in their order
-    active: (N,) the rows that have a slot, group after group of N / G; None: all of them
-    """
-
-    def __init__(self, slots: int, device: torch.device) -> None:
-        self._count, self._device = slots, device
-        self._close()
-
-    def _close(self) -> None:
-        self.size: int | None = None
-        self.slots: Tensor | None = None
-        self.active: Tensor | None = None
-        self.whole = False
-
-    @contextmanager
-    def of(self, rows: Sequence[int]) -> Iterator[None]:
-        """Routes the rows of a batch, given the slot of each (`BARE` for the base alone).
-
-        Open it before the forward and keep it open until the backward is done: gradient checkpointing runs the
-        forward again. Rows of one slot that lie together, in equal number, share a product.
-        """
-        if self.size is not None:
-            raise RuntimeError("A route is open already: its backward is not done")
-        wrong = [slot for slot in rows if not BARE <= slot < self._count]
-        if wrong:
-            raise IndexError(f"There are slots 0 to {self._count - 1}, and {BARE} for the bare base; not {wrong[0]}")
-        routed = [slot for slot in rows if slot != BARE]
-        runs = [(slot, len(list(run))) for slot, run in itertools.groupby(routed)]
-        together = len({slot for slot, _ in runs}) == len(runs) and len({length for _, length in runs}) == 1
-        heads = [slot for slot, _ in runs] if together else routed
-        self.size = len(rows)
-        if routed:
-            self.slots = torch.tensor(heads, device=self._device)
-            self.whole = heads == list(range(self._count))
-        if len(routed) < len(rows):
-            places = [place for place, slot in enumerate(rows) if slot != BARE]
-            self.active = torch.tensor(places, device=self._device, dtype=torch.long)
-        try:
-            yield
-        finally:
-            self._close()
-
-    @contextmanager
-    def bare(self) -> Iterator[None]:
-        """Every row sees the base alone, whatever is routed around it: to read what an adapter sleeps through."""
-        kept = self.size, self.slots, self.active, self.whole
-        self._close()
-        try:
-            yield
-        finally:
-            self.size, self.slots, self.active, self.whole = kept
-
-    @contextmanager
-    def everything_to(self, slot: int) -> Iterator[None]:
-        """Every row of every batch belongs to `slot`: to score with one adapter on."""
-        if self.size is not None:
-            raise RuntimeError("A route is open already: its backward is not done")
-        self.size, self.slots = 0, torch.tensor([slot], device=self._device)
-        try:
-            yield
-        finally:
-            self._close()
 
 
 class SlotLoRA(nn.Module):
     """A frozen linear (4-bit or not) with K adapters: `lora_A` (K, r, in), `lora_B` (K, out, r).
 
+    With cores `lora_core` (K, r, r) is trained; `lora_A` and `lora_B` are frozen, one a parent and not a slot.
     The arithmetic is that of peft's LoRA layers: the products run in the autocast dtype, or in the adapters' own.
     """
 
-    def __init__(self, layer: LoraLayer, route: Route, slots: int, dtype: torch.dtype) -> None:
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_core: nn.Parameter | None
+
+    def __init__(self, layer: LoraLayer, route: Route, slots: int, dtype: torch.dtype, core: bool) -> None:
         super().__init__()
         self.base_layer: nn.Module = layer.get_base_layer()
         self.route = route
@@ -118,8 +52,15 @@ class SlotLoRA(nn.Module):
         self.alpha: int = layer.lora_alpha[_ADAPTER]
         self.scaling: float = layer.scaling[_ADAPTER]
         place = {"device": self.base_layer.weight.device, "dtype": dtype}
-        self.lora_A = nn.Parameter(torch.zeros(slots, self.rank, layer.in_features, **place))
-        self.lora_B = nn.Parameter(torch.zeros(slots, layer.out_features, self.rank, **place))
+        held = 0 if core else slots
+        a = torch.zeros(held, self.rank, layer.in_features, **place)
+        b = torch.zeros(held, layer.out_features, self.rank, **place)
+        if core:
+            self.register_buffer("lora_A", a, persistent=False)
+            self.register_buffer("lora_B", b, persistent=False)
+            self.lora_core = nn.Parameter(torch.zeros(slots, self.rank, self.rank, **place))
+        else:
+            self.lora_A, self.lora_B, self.lora_core = nn.Parameter(a), nn.Parameter(b), None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(B, T, in) to (B, T, out)."""
@@ -138,11 +79,29 @@ class SlotLoRA(nn.Module):
         if not torch.is_autocast_enabled(x.device.type):
             taken = taken.to(self.lora_A.dtype)
         grouped = taken.reshape(len(route.slots), -1, x.shape[-1])  # (G, rows of a group * T, in)
-        a = self.lora_A if route.whole else self.lora_A[route.slots]  # (G, r, in)
-        b = self.lora_B if route.whole else self.lora_B[route.slots]  # (G, out, r)
-        learned = torch.bmm(torch.bmm(grouped, a.mT), b.mT) * self.scaling
+        learned = self._learned(grouped) * self.scaling
         learned = learned.reshape(*taken.shape[:-1], -1).to(y.dtype)
         return y + learned if route.active is None else y.index_add(0, route.active, learned)
+
+    def _learned(self, x: Tensor) -> Tensor:
+        """(G, n, in) to (G, n, out), each group with its slot's adapter."""
+        route = self.route
+        if self.lora_core is None:
+            a = self.lora_A if route.whole else self.lora_A[route.slots]  # (G, r, in)
+            b = self.lora_B if route.whole else self.lora_B[route.slots]  # (G, out, r)
+            return torch.bmm(torch.bmm(x, a.mT), b.mT)
+        core = self.lora_core if route.whole else self.lora_core[route.slots]  # (G, r, r)
+        shared = len(self.lora_A) == 1
+        a = self.lora_A if shared else self.lora_A[route.parents]  # (1 or G, r, in)
+        b = self.lora_B if shared else self.lora_B[route.parents]  # (1 or G, out, r)
+        return x @ a.mT @ core.mT @ b.mT
+
+    def set_parent(self, place: int, a: Tensor, b: Tensor) -> None:
+        """Puts a parent's A (r, in) and B (out, r) at `place`, which may be the next new one."""
+        for name, matrix in (("lora_A", a), ("lora_B", b)):
+            held: Tensor = self.get_buffer(name)
+            new = matrix.to(held)[None]
+            setattr(self, name, torch.cat([held[:place], new, held[place + 1 :]]))
 
 
 @dataclass(frozen=True)
@@ -151,6 +110,7 @@ class SlotModel:
 
     config: the adapters' `LoraConfig` as peft would save it
     layers: the wrapped linears by their path in the base, in peft's order
+    parents: with cores, the adapters whose A and B are held, by PEFT's names
     """
 
     base: PreTrainedModel
@@ -158,6 +118,13 @@ class SlotModel:
     layers: Mapping[str, SlotLoRA]
     route: Route
     slots: int
+    core: bool = False
+    parents: list[Mapping[str, Tensor]] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers a slot trains."""
+        return sum(parameter[0].numel() for _, parameter in self._trained())
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
@@ -184,38 +151,76 @@ class SlotModel:
     def load_slot(self, slot: int, state: Mapping[str, Tensor]) -> None:
         """Puts an adapter, by PEFT's names, into a slot; what the slot held is gone, its gradients too.
 
+        With cores it is frozen, shared with the slots that were given the very same mapping, and the core is new.
+
         Raises:
             AdapterError: names or shapes are not those of this model's adapters; the slot is as it was.
         """
-        wanted = {name: parameter[slot] for name, parameter in self._named()}
-        wrong = sorted(set(wanted) ^ set(state))
-        wrong += [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
+        shapes = self._shapes()
+        wrong = sorted(set(shapes) ^ set(state))
+        wrong += [name for name in shapes if name in state and state[name].shape != shapes[name]]
         if wrong:
             raise AdapterError(
                 f"This adapter does not fit: {len(wrong)} tensors are missing, unknown or of another shape, such "
                 f"as {wrong[0]}. Its rank and target modules must be those of the other adapters in the batch."
             )
-        for name, place in wanted.items():
-            place.copy_(state[name])
+        if self.core:
+            self.route.homes[slot] = self._place_of(slot, state)
+        for name, parameter in self._trained():
+            if self.core:
+                torch.nn.init.eye_(parameter[slot])
+            else:
+                parameter[slot].copy_(state[name])
         self.clear_gradients(slot)
 
+    def _place_of(self, slot: int, parent: Mapping[str, Tensor]) -> int:
+        """Where `parent` is held; it takes the place of one that no other slot has, or a new one."""
+        for place, held in enumerate(self.parents):
+            if held is parent:
+                return place
+        taken = {home for other, home in enumerate(self.route.homes) if other != slot}
+        place = next((place for place in range(len(self.parents)) if place not in taken), len(self.parents))
+        self.parents[place : place + 1] = [parent]
+        for path, layer in self.layers.items():
+            layer.set_parent(place, *(parent[name] for name in _names(path)))
+        return place
+
     def read_slot(self, slot: int) -> dict[str, Tensor]:
-        """A slot's adapter by PEFT's names, copied to the CPU."""
-        return {name: parameter[slot].detach().cpu().clone() for name, parameter in self._named()}
+        """A slot's adapter by PEFT's names, copied to the CPU; a core is folded into B."""
+        state: dict[str, Tensor] = {}
+        for path, layer in self.layers.items():
+            place = slot if layer.lora_core is None else self.route.homes[slot]
+            a, b = layer.lora_A[place].detach().cpu().clone(), layer.lora_B[place].detach().cpu().clone()
+            core = None if layer.lora_core is None else layer.lora_core[slot].detach()
+            state |= zip(_names(path), (a, b if core is None else folded(b, core)), strict=True)
+        return state
 
     def parameters_of(self, slot: int) -> list[Tensor]:
         """A slot's tensors for an optimizer of its own: leaves that share their storage with the model's."""
-        return [parameter.detach()[slot].requires_grad_() for _, parameter in self._named()]
+        return [parameter.detach()[slot].requires_grad_() for _, parameter in self._trained()]
 
     def hand_gradients(self, slot: int, parameters: Sequence[Tensor]) -> None:
         """Gives `parameters_of(slot)` the slot's part of the gradients; they share their storage too."""
-        for mine, (_, parameter) in zip(parameters, self._named(), strict=True):
+        for mine, (_, parameter) in zip(parameters, self._trained(), strict=True):
             assert parameter.grad is not None
             mine.grad = parameter.grad[slot]
 
+    def gradients_of(self, slot: int) -> list[Tensor]:
+        """A slot's part of the gradients, copied to the CPU; there must have been a backward."""
+        found = [parameter.grad for _, parameter in self._trained()]
+        return [gradient[slot].cpu().clone() for gradient in found if gradient is not None]
+
+    @torch.no_grad()
+    def add_gradients(self, slot: int, gradients: Sequence[Tensor]) -> None:
+        """Adds what `gradients_of` gave, before a process was stopped, to a slot's part; nothing where it is empty."""
+        for (_, parameter), gradient in zip(self._trained(), gradients, strict=bool(gradients)):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad[slot] += gradient.to(parameter.grad)
+
     def clear_gradients(self, slot: int) -> None:
         """Sets a slot's part of the gradients to zero."""
-        for _, parameter in self._named():
+        for _, parameter in self._trained():
             if parameter.grad is not None:
                 parameter.grad[slot].zero_()
 
@@ -225,9 +230,23 @@ class SlotModel:
             self.base.set_submodule(path, layer.base_layer)
         return self.base
 
-    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained, all slots in one: A and B by PEFT's names, or the cores by their layer's path."""
         for path, layer in self.layers.items():
-            yield from zip(_names(path), (layer.lora_A, layer.lora_B), strict=True)
+            if layer.lora_core is not None:
+                yield path, layer.lora_core
+            else:
+                for name, matrix in zip(_names(path), (layer.lora_A, layer.lora_B), strict=True):
+                    assert isinstance(matrix, nn.Parameter)
+                    yield name, matrix
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        """Of a whole adapter's tensors, by PEFT's names."""
+        return {
+            name: matrix.shape[1:]
+            for path, layer in self.layers.items()
+            for name, matrix in zip(_names(path), (layer.lora_A, layer.lora_B), strict=True)
+        }
 
 
 def _names(path: str) -> tuple[str, str]:
@@ -235,8 +254,12 @@ def _names(path: str) -> tuple[str, str]:
     return f"base_model.model.{path}.lora_A.weight", f"base_model.model.{path}.lora_B.weight"
 
 
-def attach(base: PreTrainedModel, lora: LoraConfig, slots: int, dtype: torch.dtype = torch.float32) -> SlotModel:
+def attach(
+    base: PreTrainedModel, lora: LoraConfig, slots: int, dtype: torch.dtype = torch.float32, core: bool = False
+) -> SlotModel:
     """Wraps the linears that `lora` targets, as peft finds them, for `slots` adapters; the base is frozen.
+
+    core: what `load_slot` gives a slot is frozen, and the slot trains a core
 
     Raises:
         ConfigError: every reason why this `LoraConfig` cannot be trained in slots; the base is as it was.
@@ -265,11 +288,11 @@ def attach(base: PreTrainedModel, lora: LoraConfig, slots: int, dtype: torch.dty
     keep_base_constant(base)
     base.requires_grad_(False)
     route = Route(slots, next(base.parameters()).device)
-    layers = {path: SlotLoRA(layer, route, slots, dtype) for path, layer in found.items()}
+    layers = {path: SlotLoRA(layer, route, slots, dtype, core) for path, layer in found.items()}
     for path, wrapped in layers.items():
         base.set_submodule(path, wrapped)
     config.inference_mode = True  # as peft saves it
-    return SlotModel(base, config, layers, route, slots)
+    return SlotModel(base, config, layers, route, slots, core)
 
 
 def _injected(base: PreTrainedModel) -> dict[str, LoraLayer]:

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.cells import cell_len
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from perce_lite.console import console
 from perce_lite.report import HEALTH, words
-from perce_lite.sections import Section, drifted
+from perce_lite.sections import Section, drifted, mean_gain
 
 _STYLES = {"template": "dim", "profile": "cyan", "query": "yellow", "response": "bold green"}
 
@@ -134,6 +135,8 @@ def show_fleet(figures: dict[str, Any], page: Path | None) -> None:
             f"Trained {figures['trained']}, of them held back {figures['held_back']}; failed {figures['failed']}."
         )
     console.print(", ".join(f"{count} {state}" for state, count in figures["states"].items()))
+    if figures["gains"]["users"]:
+        console.print(Text(mean_gain(figures["gains"])))
     if page is not None:
         console.print(Text.assemble("Page: ", (str(page), "bold")))
 
@@ -160,6 +163,20 @@ def show_sections(sentences: Sequence[str], sections: Sequence[Section], page: P
         console.print(Text(sentence))
     if page is not None:
         console.print(Text.assemble("Page: ", (str(page), "bold")))
+
+
+def show_book(section: Section) -> None:
+    """`perce-lite adapters list`: plain columns, for a table of ten thousand rows takes rich many seconds."""
+    rows = [[control_free(cell) for cell in row] for row in (section.head, *section.rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    filled = ([cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    console.out("\n".join("  ".join(row).rstrip() for row in filled), highlight=False)
+    console.print(Text(section.note, style="dim"), soft_wrap=True)
+
+
+def control_free(text: str) -> str:
+    """`text` without what would move the cursor or break the line."""
+    return text if text.isprintable() else "".join(one if one.isprintable() else "\ufffd" for one in text)
 
 
 def show_store(root: Path, bases: list[dict[str, int | str]]) -> None:

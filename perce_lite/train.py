@@ -14,6 +14,7 @@ from perce_lite import adapters
 from perce_lite.config import PerCEConfig
 from perce_lite.console import progress_bar, say
 from perce_lite.controls import before_and_after, cases
+from perce_lite.cores import freeze
 from perce_lite.data import read_rows
 from perce_lite.errors import DataError, RunError
 from perce_lite.files import digest, read_json, write_json
@@ -22,7 +23,7 @@ from perce_lite.fullcard import full_card_is_clear
 from perce_lite.generate import generate
 from perce_lite.models import Base, fingerprint, load_base, with_adapter
 from perce_lite.pairs import PairMaker
-from perce_lite.recipe import Recipe, training_config
+from perce_lite.recipe import Recipe, refuse_cores, training_config
 from perce_lite.rows import Row, of_split, spread_over_users, to_columns
 from perce_lite.score import store_of
 from perce_lite.trainer import PerCETrainer
@@ -37,6 +38,7 @@ def train(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
         RunError: the output folder belongs to another recipe, data or base.
         CardFullError: the card's memory is full; checkpoints are kept.
     """
+    refuse_cores(recipe, "train")
     rows = read_rows(recipe)
     refuse_exports(recipe)
     run = run_of(recipe, rows)
@@ -219,7 +221,7 @@ def _has_run(path: Path) -> bool:
 def make_trainer(recipe: Recipe, base: Base, rows: Sequence[Row], start: Path | None = None) -> PerCETrainer:
     """A trainer over the recipe's training rows; its validation rows are its `eval_dataset`.
 
-    start: the folder of an adapter whose weights it starts from
+    start: the folder of an adapter whose weights it starts from; with `lora.core_only` they stay as they are
     """
     training, validation = of_split(rows, "train"), of_split(rows, "validation")
     if not training:
@@ -230,6 +232,8 @@ def make_trainer(recipe: Recipe, base: Base, rows: Sequence[Row], start: Path | 
     model = with_adapter(base.model, recipe)
     if start is not None:
         adapters.start_from(model, start)
+    if recipe.core_only:
+        freeze(model)
     trainer = PerCETrainer(
         model,
         config,

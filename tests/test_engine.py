@@ -11,8 +11,9 @@ from test_base import nf4
 from transformers import set_seed
 
 from perce_lite import PerCEConfig, PerCETrainer
-from perce_lite.engine import SlotEngine, UserJob
+from perce_lite.engine import SlotEngine
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
+from perce_lite.learner import UserJob
 from perce_lite.pairs import PairMaker
 from perce_lite.rows import from_columns
 from perce_lite.slots import SlotModel

@@ -16,7 +16,7 @@ from perce_lite.errors import FleetError
 from perce_lite.fleet import fleet
 from perce_lite.inprocess import OneByOne
 from perce_lite.recipe import load_recipe
-from perce_lite.registry import FILE, opened
+from perce_lite.registry import FILE, Registry, opened
 from perce_lite.rows import Row
 
 pytest_plugins = ["cli_fixtures"]
@@ -105,24 +105,25 @@ def test_data_that_makes_no_fleet(recipe, run, change, expected):
 
 
 def test_odd_names_are_names_and_never_paths(recipe, run, monkeypatch):
-    odd = ["../../etc", "a\x07b\nc", "x" * 300, "Ann", "ann"]
-    rows = rows_of(5)
+    odd = ["../../etc", "a\x07b\nc", "x" * 300, "Ann", "ann", "Ren\u00e9", "Rene\u0301"]
+    rows = rows_of(len(odd))
     rows = [{**row, "user": odd[int(row["user"][4:])]} for row in rows]
     path, engine = recipe(rows, TEXT), Clock()
     monkeypatch.setattr("perce_lite.slotted.engine_for", engine)
     code, _, err = run("fleet", path)
     assert code == 0
     assert "differ only in case or Unicode form" in " ".join(err.split())
-    assert len(set(engine.trained)) == 6
+    assert len(set(engine.trained)) == len(odd) + 1
     assert all(one.resolve().is_relative_to(Path("out").resolve()) for one in Path("out").rglob("*"))
     for name in odd:
         assert run("adapters", "who", "--fleet", "out", "--json", "who.json", "--", name)[0] == 0
         assert json.loads(Path("who.json").read_text("utf-8"))["adapter"] == ["user", name]
         assert run("adapters", "show", "--fleet", "out", "--", name)[0] == 0
-    assert run("adapters", "list", "--fleet", "out")[0] == 0
+    code, out, _ = run("adapters", "list", "--fleet", "out")
+    assert (code, len(out.splitlines())) == (0, len(odd) + 3), "a line each, whatever is in a name"
 
 
-def test_ten_thousand_users_grow_linearly(recipe, monkeypatch):
+def test_ten_thousand_users_grow_linearly(recipe, run, monkeypatch):
     """Work is counted, not timed: statements of the book stay proportional to the users, and each is a look-up."""
     counts = {}
     for users in (1000, 10_000):
@@ -150,11 +151,16 @@ def test_ten_thousand_users_grow_linearly(recipe, monkeypatch):
             ]
         assert all(one.startswith("SEARCH") for one in plans), plans
         assert again < 4.1 * users, "a run with nothing to do only enrols"
+        statements.clear()
+        code, out, _ = run("adapters", "list", "--fleet", f"fleet{users}")
+        assert (code, len(out.splitlines())) == (0, users + 3)
+        assert len([one for one in statements if one.startswith("SELECT")]) == 1, "the book alone, in one go"
+        assert not Path(f"fleet{users}/adapters").exists(), "so no adapter's folder can have been read"
     assert counts[10_000] < 10.5 * counts[1000]
 
 
 def traced(statements):
-    class Traced(registry.Registry):
+    class Traced(Registry):
         def __init__(self, folder, connection):
             connection.set_trace_callback(statements.append)
             super().__init__(folder, connection)

@@ -11,6 +11,7 @@ HOUSE = """
 errors
 targets    reuse
 console    files      contrast   profiles   source     metrics    llamacpp   writings   unpacking   cards
+cores      route      hashed
 config
 faults
 recipe
@@ -25,8 +26,8 @@ terms
 plan
 fullcard   plantable
 trainer    slots      generate   controls   check      sections
-charts     engine     proof      gguf_vocabulary   conversation
-report     ggufs      modelfile
+charts     learner    proof      gguf_vocabulary   conversation
+report     ggufs      modelfile  engine
 gguf_model folder_proof
 gguf_proof
 inspection gguf_lora
@@ -93,5 +94,6 @@ def test_top_level_of_the_project():
 
 
 def test_help_and_package_need_no_torch():
-    code = "import perce_lite, perce_lite.cli, perce_lite.recipe, sys; sys.exit('torch' in sys.modules)"
+    rooms = ", ".join(f"perce_lite.{room}" for room in ("cli", "recipe", "roster", "sections", "tables"))
+    code = f"import sys, perce_lite, {rooms}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
