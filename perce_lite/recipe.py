@@ -188,7 +188,7 @@ class Recipe(Section):
         return self.model_copy(update={"lora": whole})
 
     def fleet_fingerprint(self) -> str:
-        """As `fingerprint`, without which users and rows there are; how many of a user are trained on at most counts."""
+        """As `fingerprint`, without which users and rows there are; how many rows of a user at the most counts."""
         every = self.data.model_copy(update={"users": None, "max_rows": None})
         plain = self.model_copy(update={"data": every}).fingerprint()
         return plain if self.fleet.max_examples is None else f"{plain} {self.fleet.max_examples}"
