@@ -33,7 +33,7 @@ Cases = dict[str, list[Case]]
 """By split."""
 
 AGAINST = ("uniform", "shuffled")
-"""Estimators that the others are compared with: plain SFT, and the same weights on the wrong tokens."""
+"""Estimators that all others are compared with: plain SFT, and the same weights on the wrong tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,7 +232,10 @@ def _best(trainings: Sequence[Training], tuning: dict[Training, float], failed: 
 
 
 def _figures(arms: Sequence[Arm], judge: Judge, sums: dict[Training | None, Sums]) -> dict[str, Any]:
-    """Losses of each arm, means over its seeds, and what separates it from plain SFT and from shuffled weights."""
+    """Losses of each arm, means over its seeds, and what separates it from plain SFT and from shuffled weights.
+
+    An arm with options is set against its estimator without them as well.
+    """
     by_arm = {arm.name: [one for one in sums if one is not None and one.arm == arm] for arm in arms}
     means = {name: _mean([sums[one] for one in some]) for name, some in by_arm.items() if some}
     table = [
@@ -243,7 +246,8 @@ def _figures(arms: Sequence[Arm], judge: Judge, sums: dict[Training | None, Sums
     differences = []
     for arm in arms:
         for other in arms:
-            comparable = arm.estimator != "uniform" and other.estimator in AGAINST and other.judged == arm.judged
+            control = arm.estimator != "uniform" and other.estimator in AGAINST
+            comparable = (control or other.name == arm.estimator) and other.judged == arm.judged
             if other == arm or arm.name not in means or other.name not in means or not comparable:
                 continue
             pairs = [(one, two) for one in by_arm[arm.name] for two in by_arm[other.name] if one.seed == two.seed]

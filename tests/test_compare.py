@@ -76,6 +76,10 @@ def test_an_arm_that_sleeps_through_the_profile_is_judged_asleep(path, figures):
         for profile in ("own", "none"):
             by_hand = loss_by_hand(path, folder, "test", profile, arm.recipe.profile_pass)
             assert table[arm.name, profile] == pytest.approx(float(by_hand.sum()) / tokens, abs=1e-4)
+    [one] = told["splits"]["test"]["differences"]
+    assert (one["arm"], one["against"]) == ("base:profile_pass=frozen", "base")
+    apart = table["base:profile_pass=frozen", "own"] - table["base", "own"]
+    assert one["all"]["value"] == pytest.approx(apart, abs=1e-6)
     awake = loss_by_hand(path, folder, "test", "own")
     assert abs(float(awake.sum()) / tokens - table[arm.name, "own"]) > 1e-4, "which way is told apart"
 
