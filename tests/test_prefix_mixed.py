@@ -10,6 +10,7 @@ from test_prefix import exactly, gradients, made, toy, whole
 from test_slots import stirred
 
 from perce_lite import prefix as room
+from perce_lite import score as scoring
 from perce_lite.controls import Case, before_and_after
 from perce_lite.engine import SlotEngine
 from perce_lite.learner import UserJob
@@ -45,14 +46,33 @@ def test_scoring_takes_both_kinds_of_rows(family, alone, monkeypatch):
     """As one evaluation does, of a row with its profile and without."""
     model = toy(family).float()
     sequences = [one for pair in made(family, position="user") for one in (pair.factual, pair.counterfactual)]
-    monkeypatch.setattr(
-        "perce_lite.score._batches", lambda all, **_: [[n] for n in range(len(all))] if alone else [[*range(len(all))]]
-    )
+    every = range(len(sequences))
+    batches = [[index] for index in every] if alone else [[*every]]
+    monkeypatch.setattr(scoring, "_batches", lambda *_, **__: batches)
     found = {}
     log_probs(model, sequences, True, None, found.__setitem__)
     for index, one in enumerate(sequences):
         with torch.no_grad():
             torch.testing.assert_close(found[index], whole(model, one), rtol=0, atol=2e-5)
+
+
+def test_prefixes_that_do_not_fit_together_are_taken_a_few_at_a_time(monkeypatch):
+    """As on a card, where the keys and values of a whole batch may be too many."""
+    model, sequences = toy().float(), mixed()
+    own, sizes = scoring.inputs_of, []
+
+    def full(several, *rest):
+        sizes.append(len(several))
+        if len(several) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(several, *rest)
+
+    monkeypatch.setattr(scoring, "_batches", lambda every, **_: [[*range(len(every))]])
+    monkeypatch.setattr(scoring, "inputs_of", full)
+    found = {}
+    log_probs(model, sequences, True, None, found.__setitem__)
+    assert sizes == [4, 2, 1, 1, 2, 1, 1]
+    assert sorted(found) == [0, 1, 2, 3]
 
 
 def test_before_and_after_of_a_template_without_system_messages():
