@@ -118,7 +118,8 @@ def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: 
     refuse_cores(recipe, "compare")
     rows = read_rows(recipe)
     trained = {row.user for row in of_split(rows, "train")}
-    found = {arm.recipe.profile_pass: _cases(arm.recipe, rows, tuning=len(rates) > 1) for arm in arms}
+    passes = dict.fromkeys(arm.recipe.profile_pass for arm in arms)
+    found = {one: _cases(recipe, rows, one, tuning=len(rates) > 1) for one in passes}
     seed = training_config(recipe).seed
     total = len(arms) * (len(rates) + seeds - 1)
     first = [Training(arm, rate, seed) for arm in arms for rate in rates]
@@ -161,10 +162,13 @@ def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: 
     }
 
 
-def _cases(recipe: Recipe, rows: Sequence[Row], tuning: bool) -> Cases:
-    """Held-out cases: test and unseen to judge by, validation to choose rates by."""
-    config = training_config(recipe)
-    maker = PairMaker.of(recipe, load_tokenizer(recipe), config.max_length)
+def _cases(recipe: Recipe, rows: Sequence[Row], profile_pass: str, tuning: bool) -> Cases:
+    """Held-out cases: test and unseen to judge by, validation to choose rates by.
+
+    They are those of the recipe, whatever else an arm changes: all arms are judged on the same tokens.
+    """
+    limits = training_config(recipe).max_length, recipe.profile.max_tokens
+    maker = PairMaker(load_tokenizer(recipe), recipe.template, *limits, profile_pass)
     found = held_out(recipe, maker, rows)
     if "validation" in found:
         raise DataError("No test rows: compare chooses rates on validation and must judge on others. Raise split.test.")

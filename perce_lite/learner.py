@@ -92,9 +92,9 @@ class Learner:
     ) -> None:
         seed = args.seed if job.seed is None else job.seed
         self.slot, self.job, self.found, self.parameters, self.args = slot, job, found, parameters, args
+        rows = [prefixes.features(trained(pair, args), args.profile_pass) for pair in job.pairs]
         self.features: list[dict[str, Any]] = [
-            {**prefixes.features(trained(pair, args)), **{name: found.columns[name][row] for name in found.columns}}
-            for row, pair in enumerate(job.pairs)
+            {**one, **{name: found.columns[name][row] for name in found.columns}} for row, one in enumerate(rows)
         ]
         self.windows = windows(args, [one["input_ids"] for one in self.features], seed)
         self.total = job.steps if job.steps is not None else steps_of(args, len(self.features))

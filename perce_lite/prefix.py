@@ -53,10 +53,11 @@ class Ahead:
             own.append([one for one in segments for _ in range(row_counts[one])] + [_PADDING] * right)
             ahead = zip(row_sizes, row_counts, strict=True)
             own_places.append([size + place for size, count in ahead for place in range(count)] + [0] * right)
-        self.position_ids = torch.tensor(own_places, device=device)
-        self._owners = torch.tensor(own, device=device)
-        self._key_owners = torch.cat([torch.tensor(owners, device=device), self._owners], 1)  # (B, P + T)
-        self._key_places = torch.cat([torch.tensor(places, device=device), self.position_ids], 1)
+        whole = {"dtype": torch.long, "device": device}  # P may be 0, and then there is no number to tell it by
+        self.position_ids = torch.tensor(own_places, **whole)
+        self._owners = torch.tensor(own, **whole)
+        self._key_owners = torch.cat([torch.tensor(owners, **whole), self._owners], 1)  # (B, P + T)
+        self._key_places = torch.cat([torch.tensor(places, **whole), self.position_ids], 1)
         self._masks: dict[int | None, Tensor] = {}
         self.met: set[int] = set()
 
@@ -71,21 +72,23 @@ class Ahead:
     def joined(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """`key` and `value` (B, heads, T, d) of a layer behind those of the prefixes: (B, heads, P + T, d)."""
         self.met.add(layer)
-        kept = [[cache.layers[layer] for cache in row] for row in self._caches]
-        keys = torch.cat([self._padded([one.keys for one in row]) for row in kept])
-        values = torch.cat([self._padded([one.values for one in row]) for row in kept])
-        return torch.cat([keys.to(key.dtype), key], 2), torch.cat([values.to(value.dtype), value], 2)
+        kept = [[cache.layers[layer] for cache in row if cache.layers] for row in self._caches]
+        keys = [self._padded([one.keys for one in row], key) for row in kept]
+        values = [self._padded([one.values for one in row], value) for row in kept]
+        return torch.cat([torch.cat(keys), key], 2), torch.cat([torch.cat(values), value], 2)
 
-    def _padded(self, parts: Sequence[Tensor]) -> Tensor:
-        """(1, heads, P, d) of a row's prefixes, padded on the left."""
-        whole = torch.cat(list(parts), 2)
+    def _padded(self, parts: Sequence[Tensor], own: Tensor) -> Tensor:
+        """(1, heads, P, d) of a row's prefixes, padded on the left; in dtype and form of the row's `own`."""
+        nothing = own.new_empty(1, own.shape[1], 0, own.shape[3])
+        whole = torch.cat([nothing, *(one.to(own.dtype) for one in parts)], 2)
         return torch.nn.functional.pad(whole, (0, 0, self._width - whole.shape[2], 0))
 
 
 class Prefixes:
     """The prefixes of a data set, each read once by `read` and kept for the next row that has it, while there is room.
 
-    A prefix is read alone, so that what it leaves depends on nothing but itself.
+    A prefix is read alone, so that what it leaves depends on nothing but itself. An empty one, of a row without a
+    profile, leaves nothing.
     """
 
     def __init__(self, read: Callable[[tuple[int, ...]], DynamicCache]) -> None:
@@ -102,18 +105,22 @@ class Prefixes:
             self._ids.append(ids)
         return self._numbers[ids]
 
-    def features(self, tokens: Tokens) -> dict[str, list[int]]:
-        """What a forward is given of a row: `input_ids`, `labels` and, where it has one, the number of its `prefix`."""
+    def features(self, tokens: Tokens, profile_pass: str) -> dict[str, list[int]]:
+        """What a forward is given of a row: `input_ids`, `labels` and, with "frozen", the number of its `prefix`.
+
+        An empty prefix has a number too: rows with one and rows without share a batch.
+        """
         awake = tokens.awake
         features = {"input_ids": awake.ids, "labels": awake.labels}
-        if tokens.prefix:
+        if profile_pass == "frozen":
             features["prefix"] = [self.number(tokens.ahead)] * len(awake.ids)
         return features
 
     def of(self, number: int) -> DynamicCache:
         """Keys and values of a prefix, (1, heads, P, d) a layer."""
         if number not in self._kept:
-            self._kept[number] = self._read(self._ids[number])
+            ids = self._ids[number]
+            self._kept[number] = self._read(ids) if ids else DynamicCache()
             self._bytes += _size(self._kept[number])
         self._kept.move_to_end(number)
         found = self._kept[number]
@@ -130,7 +137,8 @@ class Prefixes:
         rows = numbers.tolist()
         places = [[0]] * len(rows) if position_ids is None else position_ids.tolist()
         segments = [_segments(row, at) for row, at in zip(rows, places, strict=True)]
-        caches = {number: self.of(number) for row in segments for number, _ in row}
+        shared = dict.fromkeys(number for row in segments for number, _ in row)  # once, whether there is room or not
+        caches = {number: self.of(number) for number in shared}
         made = Ahead(
             [[caches[number] for number, _ in row] for row in segments],
             [[count for _, count in row] for row in segments],

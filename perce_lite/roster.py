@@ -172,7 +172,9 @@ def delete(folder: Path, user: str) -> Receipt:
                 for file in base.glob(f"*{safe_name(user)}.safetensors*"):
                     _remove(file, receipt)
         for key in registry.forget(user):
-            receipt.due.append("everybody's adapter" if key == EVERYBODY else f"the adapter of {' '.join(key)}")
+            called = "everybody's adapter" if key == EVERYBODY else f"the adapter of {' '.join(key)}"
+            receipt.due.append(called)
+            receipt.left += _exports(registry, key, called)
         data = registry.meta("data")
         if data:
             receipt.left.append(f"{data}: your own data; as long as it holds the user, fleet runs leave them out")
@@ -180,6 +182,14 @@ def delete(folder: Path, user: str) -> Receipt:
             if (folder / name).is_dir():
                 receipt.left.append(f"{folder / name}: not of the fleet, but it may be trained with the user's texts")
         return receipt
+
+
+def _exports(registry: Registry, key: Key, called: str) -> list[str]:
+    """What lies exported beside an adapter that has seen a deleted user's texts, and others may be served with."""
+    adapter = registry.get(*key)
+    beside = [] if adapter is None else sorted((registry.folder / adapter.folder).glob("adapter-*"))
+    why = f"exported from {called} as it was; remove it, or export it anew (export --all) after the next fleet run"
+    return [f"{place}: {why}" for place in beside]
 
 
 def _remove(path: Path, receipt: Receipt) -> None:

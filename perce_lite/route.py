@@ -65,12 +65,12 @@ class Route:
     @contextmanager
     def bare(self) -> Iterator[None]:
         """Every row sees the base alone, whatever is routed around it: to read what an adapter sleeps through."""
-        kept = self.size, self.slots, self.active, self.whole
+        kept = self.size, self.slots, self.parents, self.active, self.whole
         self._close()
         try:
             yield
         finally:
-            self.size, self.slots, self.active, self.whole = kept
+            self.size, self.slots, self.parents, self.active, self.whole = kept
 
     @contextmanager
     def everything_to(self, slot: int) -> Iterator[None]:

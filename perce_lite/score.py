@@ -148,12 +148,15 @@ def log_probs(
         prefixes = None
     elif prefixes is None:
         prefixes = prefixes_of(model, autocast)
+
+    def scored(rows: Sequence[Tokens]) -> Tensor:
+        return batch_log_probs(forward, inputs_of(rows, 0, device, prefixes), autocast)
+
     with frozen(model, adapters):
         todo = list(_batches(sequences, alone=device.type == "cpu"))
         while todo:
             batch = todo.pop(0)
-            inputs = inputs_of([sequences[index] for index in batch], 0, device, prefixes)
-            flat = _where_it_fits(forward, inputs, autocast)
+            flat = _where_it_fits(scored, [sequences[index] for index in batch])
             if flat is None:
                 torch.cuda.empty_cache()
                 todo[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
@@ -163,14 +166,12 @@ def log_probs(
                 done(index, values.clone())
 
 
-def _where_it_fits(
-    forward: Callable[..., Tensor], inputs: dict[str, Tensor], autocast: torch.dtype | None
-) -> Tensor | None:
-    """`batch_log_probs` on the CPU, or None where a batch of several rows does not fit the card's memory."""
+def _where_it_fits(scored: Callable[[Sequence[Tokens]], Tensor], rows: Sequence[Tokens]) -> Tensor | None:
+    """What `scored` gives, on the CPU, or None where several rows and their prefixes do not fit the card's memory."""
     try:
-        return batch_log_probs(forward, inputs, autocast).cpu()
+        return scored(rows).cpu()
     except torch.OutOfMemoryError:
-        if inputs["input_ids"].shape[0] == 1:
+        if len(rows) == 1:
             raise
         return None
 

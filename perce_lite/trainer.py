@@ -96,7 +96,9 @@ class PerCETrainer(SFTTrainer):
         self.data_collator = PairCollator(
             pad_token_id=self._tokenizer.pad_token_id,
             pad_to_multiple_of=args.pad_to_multiple_of,
-            counterfactuals=[self._prefixes.features(one.counterfactual) for one in self.pairs["train"]]
+            counterfactuals=[
+                self._prefixes.features(one.counterfactual, args.profile_pass) for one in self.pairs["train"]
+            ]
             if bootstrap
             else None,
         )
@@ -113,7 +115,7 @@ class PerCETrainer(SFTTrainer):
         formatting_func: None,
         dataset_name: str,
     ) -> datasets.Dataset:
-        """Columns `input_ids`, `labels`, `prefix` where there is one, and in training `row`, each (T,)."""
+        """Columns `input_ids`, `labels`, `prefix` with `profile_pass: frozen`, and in training `row`, each (T,)."""
         if "input_ids" in dataset.column_names:
             return dataset
         training = "train" not in self.pairs  # TRL prepares the training set first
@@ -126,7 +128,7 @@ class PerCETrainer(SFTTrainer):
         audit = self.audits[dataset_name] = Audit()
         pairs = self.pairs[dataset_name] = maker.make(rows, audit)
         require(pairs, audit, dataset_name)
-        features = [self._prefixes.features(trained(pair, args)) for pair in pairs]
+        features = [self._prefixes.features(trained(pair, args), args.profile_pass) for pair in pairs]
         columns = {name: [one[name] for one in features] for name in features[0]}
         if training:
             columns["row"] = [[index] * len(one["input_ids"]) for index, one in enumerate(features)]

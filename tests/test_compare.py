@@ -14,7 +14,7 @@ from perce_lite import compare as comparing
 from perce_lite.compare import Training, arms_of, grid
 from perce_lite.controls import cases
 from perce_lite.data import read_rows
-from perce_lite.errors import NonFiniteLossError, RecipeError
+from perce_lite.errors import DataError, NonFiniteLossError, RecipeError
 from perce_lite.pairs import PairMaker
 from perce_lite.recipe import load_recipe
 from perce_lite.rows import of_split, spread_over_users
@@ -82,6 +82,26 @@ def test_an_arm_that_sleeps_through_the_profile_is_judged_asleep(path, figures):
     assert one["all"]["value"] == pytest.approx(apart, abs=1e-6)
     awake = loss_by_hand(path, folder, "test", "own")
     assert abs(float(awake.sum()) / tokens - table[arm.name, "own"]) > 1e-4, "which way is told apart"
+
+
+def test_arms_are_judged_on_the_recipes_own_cases(path, monkeypatch):
+    """Not on those of the arm that happens to come last."""
+    recipe = load_recipe(path)
+    arms = arms_of(recipe, "base:profile_pass=frozen,base,base:max_length=64,uniform:max_length=64:profile_pass=frozen")
+    made = []
+
+    def held_out(recipe, maker, rows):
+        made.append((maker.max_length, maker.sleeps))
+        return {}
+
+    def stop(*_):
+        raise DataError("enough")
+
+    monkeypatch.setattr(comparing, "held_out", held_out)
+    monkeypatch.setattr(comparing, "_train", stop)
+    with pytest.raises(DataError, match="enough"):
+        comparing.compare(recipe, arms, [0.02], 1)
+    assert made == [(1024, True), (1024, False)]
 
 
 def test_rates_come_from_validation_and_differences_are_paired(path, figures, trained):

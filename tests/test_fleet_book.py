@@ -200,6 +200,17 @@ def test_a_cohort_that_a_user_has_left_is_due_when_they_are_deleted(recipe):
     assert roster.delete(Path("out"), "user0").due == ["the adapter of cohort c0"], "that of c1 was trained before"
 
 
+def test_exports_of_what_had_seen_a_deleted_user_are_named(recipe):
+    fleet(load_recipe(recipe(rows_of(4, cohorts=2), TEXT)), Clock())
+    with opened(Path("out")) as book:
+        mine, other = (Path("out") / book.get("cohort", name).folder / "adapter-gguf" for name in ("c0", "c1"))
+    mine.mkdir(parents=True)
+    other.mkdir(parents=True)
+    left = roster.delete(Path("out"), "user0").left
+    assert [one for one in left if one.startswith(f"{mine}: exported from the adapter of cohort c0 as it was")]
+    assert not [one for one in left if str(other) in one]
+
+
 def test_a_store_of_another_folder_is_found(recipe, tmp_path, monkeypatch):
     path = recipe(rows_of(2), TEXT)
     fleet(load_recipe(path), OneByOne)

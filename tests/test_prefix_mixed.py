@@ -1,0 +1,172 @@
+"""`profile_pass: frozen`: rows with a prefix and rows without one share a batch, and slots that start from cores."""
+
+import pytest
+import torch
+import toys
+from peft import LoraConfig, get_peft_model_state_dict
+from test_engine import LORA, config, pairs_of, run, toy_base, trained_by_trainer
+from test_loss import stir
+from test_prefix import exactly, gradients, made, toy, whole
+from test_slots import stirred
+
+from perce_lite import prefix as room
+from perce_lite import score as scoring
+from perce_lite.controls import Case, before_and_after
+from perce_lite.engine import SlotEngine
+from perce_lite.learner import UserJob
+from perce_lite.pairs import IGNORED
+from perce_lite.recipe import Template
+from perce_lite.score import Job, kept_log_probs, log_probs
+
+
+def mixed():
+    """Sequences of one batch, two with a prefix and two without."""
+    pairs = made(position="user")
+    sequences = [one for pair in pairs[:2] for one in (pair.counterfactual, pair.factual)]
+    assert [one.prefix > 0 for one in sequences] == [False, True, False, True]
+    return sequences
+
+
+def test_a_batch_of_rows_with_and_without_a_prefix_equals_a_masked_forward():
+    model, sequences = toy(), mixed()
+    expected = torch.cat([whole(model, one) for one in sequences])
+    theirs = gradients(model, expected.sum())
+    for several in (sequences, sequences[1:], [sequences[0], sequences[2]]):
+        found = exactly(model, several)
+        alone = torch.cat([whole(model, one) for one in several])
+        torch.testing.assert_close(found, alone, rtol=0, atol=1e-9)
+    ours = gradients(model, exactly(model, sequences).sum())
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("family", ["chatml", "gemma"])
+def test_scoring_takes_both_kinds_of_rows(family, alone, monkeypatch):
+    """As one evaluation does, of a row with its profile and without."""
+    model = toy(family).float()
+    sequences = [one for pair in made(family, position="user") for one in (pair.factual, pair.counterfactual)]
+    every = range(len(sequences))
+    batches = [[index] for index in every] if alone else [[*every]]
+    monkeypatch.setattr(scoring, "_batches", lambda *_, **__: batches)
+    found = {}
+    log_probs(model, sequences, True, None, found.__setitem__)
+    for index, one in enumerate(sequences):
+        with torch.no_grad():
+            torch.testing.assert_close(found[index], whole(model, one), rtol=0, atol=2e-5)
+
+
+def test_prefixes_that_do_not_fit_together_are_taken_a_few_at_a_time(monkeypatch):
+    """As on a card, where the keys and values of a whole batch may be too many."""
+    model, sequences = toy().float(), mixed()
+    own, sizes = scoring.inputs_of, []
+
+    def full(several, *rest):
+        sizes.append(len(several))
+        if len(several) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(several, *rest)
+
+    monkeypatch.setattr(scoring, "_batches", lambda every, **_: [[*range(len(every))]])
+    monkeypatch.setattr(scoring, "inputs_of", full)
+    found = {}
+    log_probs(model, sequences, True, None, found.__setitem__)
+    assert sizes == [4, 2, 1, 1, 2, 1, 1]
+    assert sorted(found) == [0, 1, 2, 3]
+
+
+def test_before_and_after_of_a_template_without_system_messages():
+    pairs = made("gemma")
+    found = [Case(pair, {"own": pair.factual, "none": pair.counterfactual}) for pair in pairs]
+    own, none = before_and_after(toy("gemma").float(), found, None, None, 0.1)
+    assert (own["profile"], none["profile"]) == ("own", "none")
+    assert own["adapter"] != none["adapter"]
+
+
+def rows_some_with_a_system_message():
+    """Without its profile, a row has a system message, and with that a prefix, only where it brings its own."""
+    rows = toys.toy_rows(2, 3)
+    system = {"role": "system", "content": "Answer in one line."}
+    return [
+        {**row, "prompt": [system] * (number % 2) + [{"role": "user", "content": row["prompt"]}]}
+        for number, row in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_twins_of_bootstrap_need_no_prefix_of_their_own(toy_trainer, packing):
+    trainer = toy_trainer(
+        family="llama3", rows=rows_some_with_a_system_message(), estimator="bootstrap", profile_pass="frozen",
+        template=Template(system=None), packing=packing, max_length=512,
+    )  # fmt: skip
+    stir(trainer.model)
+    twins = [pair.counterfactual for pair in trainer.pairs["train"]]
+    assert {one.prefix > 0 for one in twins} == {True, False}
+    expected = {}
+    log_probs(trainer.model, twins, True, None, expected.__setitem__)
+    seen = []
+    for batch in trainer.get_train_dataloader():
+        rows = list(dict.fromkeys(row for row in batch["row"].flatten().tolist() if row >= 0))
+        found = trainer._without_profile(batch["counterfactual"], batch["labels"])
+        values = found[batch["labels"][:, 1:] != IGNORED]
+        torch.testing.assert_close(values, torch.cat([expected[row] for row in rows]), rtol=0, atol=2e-5)
+        seen += rows
+    assert sorted(seen) == list(range(len(twins)))
+    trainer.train()
+
+
+def test_a_slot_without_a_system_message_trains_what_the_trainer_trains(tmp_path):
+    args = config(tmp_path, estimator="bootstrap", profile_pass="frozen")
+
+    def base():
+        return toys.toy_model("gemma", toys.VOCAB_SIZE)
+
+    trainer = trained_by_trainer(args, 1, base(), family="gemma")
+    assert not any(pair.counterfactual.prefix for pair in trainer.pairs["train"])
+    engine = SlotEngine(base(), toys.toy_tokenizer("gemma"), args, LoraConfig(**LORA), 1)
+    ours = run(engine, [UserJob("user1", trainer.pairs["train"])])["user1"]
+    assert ours.error is None
+    for key, tensor in get_peft_model_state_dict(trainer.model).items():
+        torch.testing.assert_close(ours.adapter[key], tensor, rtol=0, atol=1e-5)
+
+
+def test_a_prefix_that_rows_share_is_read_once_a_batch_even_without_room(monkeypatch):
+    monkeypatch.setattr(room, "_KEPT_BYTES", 1)
+    read = []
+
+    def left_by(ids):
+        read.append(ids)
+        cache = room.DynamicCache()
+        cache.update(torch.zeros(1, 1, len(ids), 4), torch.zeros(1, 1, len(ids), 4), 0)
+        return cache
+
+    prefixes = room.Prefixes(left_by)
+    one, other = prefixes.number((1, 2)), prefixes.number((3,))
+    prefixes.ahead(torch.tensor([[one, one], [other, -1], [one, -1]]))
+    assert read == [(1, 2), (3,)]
+
+
+def test_cores_of_two_parents_sleep_each_beside_their_own(tmp_path):
+    """A prefix is read in the midst of a route, which is afterwards as it was, parents included."""
+    args = config(tmp_path, estimator="bootstrap", profile_pass="frozen", max_steps=2)
+
+    def engine(slots):
+        return SlotEngine(toy_base(), toys.toy_tokenizer("chatml"), args, LoraConfig(**LORA), slots, core=True)
+
+    two = engine(2)
+    parents = [stirred(two.model.fresh(seed), seed) for seed in range(2)]
+    jobs = [UserJob(f"user{u}", pairs_of(u, 3, "frozen"), adapter=parents[u]) for u in range(2)]
+    together = run(two, jobs)
+    held_out = [Job("user0", pair.factual) for pair in pairs_of(2, 2, "frozen")]
+    for slot, job in enumerate(jobs):
+        one = engine(1)
+        alone = run(one, [job])[job.user]
+        assert together[job.user].error is None
+        for name, tensor in alone.adapter.items():
+            torch.testing.assert_close(together[job.user].adapter[name], tensor, rtol=0, atol=1e-5)
+        scored = []
+        for its, place in ((two, slot), (one, 0)):
+            with its.model.route.everything_to(place):
+                scored.append(kept_log_probs(its.model.base, held_out, None, None, "", True, its.prefixes).log_probs)
+        for mine, theirs in zip(*scored, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
