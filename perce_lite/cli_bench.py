@@ -88,7 +88,7 @@ def _report(
     from perce_lite.console import console
     from perce_lite.files import write_json, write_text
     from perce_lite.fleetbench import lengths_of
-    from perce_lite.gpureport import LENGTH, SHAPE, markdown
+    from perce_lite.gpureport import LENGTH, SHAPE, markdown, planned_parts
     from perce_lite.gpureport import gpu_report as run
 
     if out.suffix == ".json":
@@ -96,7 +96,7 @@ def _report(
     rows = [LENGTH] if length is None else lengths_of(length)
     if len(rows) != 1:
         raise typer.BadParameter(f"--lengths {length}: --gpu-report has rows of one length")
-    figures = run(shape or SHAPE, rows[0], *pace)
+    figures = run(shape or SHAPE, rows[0], *pace, planned=planned_parts)
     table = markdown(figures)
     write_text(out, table)
     write_json(out.with_suffix(".json"), figures)

@@ -57,13 +57,18 @@ def keep_on_host(model: PreTrainedModel) -> None:
     if isinstance(table, HostEmbedding):
         return
     if head is not None and head.weight is table.weight:
-        raise ModelError(
-            f"embedding_on_host: the output head of this {model.config.model_type} model is its embedding table "
-            "(tied), and the head computes on the card, so nothing would be saved. Set embedding_on_host: false."
-        )
+        raise tied(model.config.model_type)
     model.set_input_embeddings(HostEmbedding(table.requires_grad_(False).to("cpu")))
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # what the table took goes back to the card
+
+
+def tied(kind: str) -> ModelError:
+    """The error of a model of type `kind` whose head is its embedding table."""
+    return ModelError(
+        f"embedding_on_host: the output head of this {kind} model is its embedding table (tied), and the head computes "
+        "on the card, so nothing would be saved. Set embedding_on_host: false."
+    )
 
 
 def tables_on_host(model: nn.Module) -> list[tuple[str, Tensor]]:

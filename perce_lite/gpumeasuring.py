@@ -123,6 +123,7 @@ def frozen_bytes(model: PreTrainedModel) -> dict[str, int]:
     """Bytes of a model's weights: `base`, in 4 bit with the constants of quantisation, and `unquantized`."""
     quantised = [one.weight for one in model.modules() if isinstance(one, bnb.nn.Linear4bit)]
     constants = [one for weight in quantised for one in weight.quant_state.as_dict().values()]
+    constants += [weight.quant_state.offset for weight in quantised]  # a number in that dictionary, here a tensor
     base = sum(one.nbytes for one in [*quantised, *constants] if isinstance(one, Tensor))
     every = sum(one.nbytes for one in [*model.parameters(), *model.buffers()])
     return {"base": base, "unquantized": every - sum(one.nbytes for one in quantised)}

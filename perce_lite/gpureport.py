@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 
+from perce_lite.cards import of_size, present
 from perce_lite.config import chosen_dtype, pick_device
 from perce_lite.console import progress_bar
 from perce_lite.embedding import keep_on_host
 from perce_lite.errors import BenchError
 from perce_lite.exactrows import TEMPLATE
 from perce_lite.gpumeasuring import SPEED, Place, memory, numerics, slots, speed, told
+from perce_lite.longest import Rows
 from perce_lite.measuring import machine
 from perce_lite.models import Base
+from perce_lite.plan import Plan, held, peak_of_a_step
 from perce_lite.randombase import config_of_shape, elements, random_base, write_shape
 from perce_lite.recipe import Recipe
 
@@ -95,6 +98,21 @@ def gpu_report(
         "bars": judged(found, shape == SHAPE and length == LENGTH and device.type == "cuda"),
         "seconds": time.perf_counter() - started,
     }
+
+
+def planned_parts(recipe: Recipe, device: torch.device) -> dict[str, int]:
+    """Bytes by part of the report's recipe as `perce-lite plan` knows them beforehand, by the names of `PARTS`.
+
+    `reserved` is with what the allocator loses; CUDA itself is in none, as in what is measured.
+    """
+    if chosen_dtype(recipe.dtype, device) == torch.float32:
+        recipe = recipe.model_copy(update={"dtype": "float32"})
+    length = recipe.train["max_length"]
+    plan = Plan(recipe, Rows(length, length // 3, length, "rows of one length"))
+    parts = plan.parts(plan.choice, present() or of_size(8))
+    reserved, step = parts["total"] - parts["context"], held(parts) + peak_of_a_step(parts)
+    working = step - sum(parts[name] for name in ("base", "unquantized", "adapter"))
+    return {**parts, "working": working, "total": reserved - parts["spill"], "reserved": reserved}
 
 
 def recipe_of_report(folder: Path, length: int) -> Recipe:

@@ -36,6 +36,8 @@ class Weights:
     trained: elements of each trained tensor, float32
     adapters: of each layer, the rank of LoRA by the name of the projection
     largest: elements of the largest 4-bit weight, which is whole for a moment whenever it is used
+    table: bytes of the embedding table, a part of `unquantized`; 0 where it cannot leave the card, since it is the
+        head's too or trained
     """
 
     base: int
@@ -43,6 +45,7 @@ class Weights:
     trained: tuple[int, ...]
     adapters: tuple[dict[str, int], ...] = field(repr=False)
     largest: int
+    table: int = 0
     dropout: bool = False
 
     @property
@@ -54,7 +57,8 @@ class Weights:
 class Step(NamedTuple):
     """A batch: rows, tokens a row, tokens a row that carry loss, and how the card computes.
 
-    prefix: tokens of each row that are read without gradients, so save nothing but keys and values
+    length: tokens of a row, those of its prefix among them
+    prefix: tokens of each row that the bare base reads ahead (`profile_pass: frozen`); 0: the ordinary way
     itemsize: bytes of the compute dtype
     padded: whether rows of unlike length share the batch, so that attention takes a mask
     flash: whether torch's attention never builds the scores of all pairs of tokens
@@ -76,7 +80,7 @@ def weights_of(config: PretrainedConfig, recipe: Recipe, itemsize: int) -> Weigh
         RecipeError: a `lora` section that does not go with the model.
     """
     model = on_meta(config)
-    head = model.get_output_embeddings()
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
     linears = [one for one in model.modules() if isinstance(one, nn.Linear) and one is not head]
     quantized = [one.weight for one in linears] if recipe.quantization == "nf4" else []
     in_4_bit = {id(one) for one in quantized}
@@ -84,6 +88,7 @@ def weights_of(config: PretrainedConfig, recipe: Recipe, itemsize: int) -> Weigh
     buffers = sum(one.numel() * one.element_size() for one in model.buffers())
     lora: LoraConfig = lora_config(recipe)
     wrapped = with_adapter(model, recipe)
+    free = head.weight is not table.weight and model.get_input_embeddings() is table
     adapters: list[dict[str, int]] = [{} for _ in range(config.get_text_config().num_hidden_layers)]
     for name, module in wrapped.named_modules():
         place = re.search(r"\blayers\.(\d+)\.(?:self_attn|mlp)\.(\w+)$", name)
@@ -95,6 +100,7 @@ def weights_of(config: PretrainedConfig, recipe: Recipe, itemsize: int) -> Weigh
         trained=tuple(one.numel() for one in wrapped.parameters() if one.requires_grad),
         adapters=tuple(adapters),
         largest=max((one.numel() for one in quantized), default=0),
+        table=table.weight.numel() * itemsize if free else 0,
         dropout=lora.lora_dropout > 0,
     )
 
@@ -139,13 +145,7 @@ def saved(shape: Shape, weights: Weights, step: Step, checkpointing: bool) -> in
         layers = sum(saved_by_layer(shape, weights, step, index) for index in range(shape.layers))
         layers -= _ahead_of_the_first_adapter(shape, weights, step, tokens)
         layers += casts(weights.elements, step) + _rotary(shape, step)
-    return layers + _prefix(shape, step) + _after_the_layers(shape, step, tokens)
-
-
-def _prefix(shape: Shape, step: Step) -> int:
-    """Keys and values of a prefix that was read without gradients, of every layer."""
-    width = 2 * shape.kv_heads * shape.head_dim * step.itemsize
-    return shape.layers * width * step.rows * step.prefix
+    return layers + _after_the_layers(shape, step, tokens)
 
 
 def _ahead_of_the_first_adapter(shape: Shape, weights: Weights, step: Step, tokens: int) -> int:
@@ -168,8 +168,12 @@ def _after_the_layers(shape: Shape, step: Step, tokens: int) -> int:
 
 
 def _rotary(shape: Shape, step: Step) -> int:
-    """Sine and cosine of the positions; one set for each kind of attention in the model."""
-    return len(set(shape.windows)) * 2 * step.length * shape.head_dim * step.itemsize
+    """Sine and cosine of the positions; one set for each kind of attention in the model.
+
+    Behind prefixes every row has positions of its own.
+    """
+    places = step.rows * (step.length - step.prefix) if step.prefix else step.length
+    return len(set(shape.windows)) * 2 * places * shape.head_dim * step.itemsize
 
 
 def casts(elements: int, step: Step) -> int:
@@ -182,22 +186,22 @@ def saved_by_layer(shape: Shape, weights: Weights, step: Step, index: int) -> in
     tokens = step.rows * (step.length - step.prefix)
     norms = shape.norms * (FLOAT32 * shape.hidden + FLOAT32) * tokens + _head_norms(shape, tokens)
     ranks = weights.adapters[index]
-    inputs = _lora_inputs(shape, ranks, weights.dropout)
+    inputs = _lora_inputs(shape, ranks, weights.dropout, shape.eager or step.prefix > 0)
     mlp = 3 * shape.intermediate  # what the activation reads and gives, and what it is multiplied by
     return norms + (inputs + mlp) * step.itemsize * tokens + _saved_by_attention(shape, step, index)
 
 
-def _lora_inputs(shape: Shape, ranks: dict[str, int], dropout: bool) -> int:
+def _lora_inputs(shape: Shape, ranks: dict[str, int], dropout: bool, result: bool) -> int:
     """Elements a token that LoRA keeps in a layer: its inputs, once for projections that share one, and its ranks.
 
-    The output projection reads what attention keeps anyway, unless attention is eager.
+    result: whether attention itself does not keep its result, which the output projection reads
     """
     queries = shape.heads * shape.head_dim
     widths = {"q_proj": shape.hidden, "k_proj": shape.hidden, "v_proj": shape.hidden, "o_proj": queries,
               "gate_proj": shape.hidden, "up_proj": shape.hidden, "down_proj": shape.intermediate}  # fmt: skip
     shared = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
     inputs = sum(widths[group[0]] for group in shared if set(group) & set(ranks))
-    if shape.eager and "o_proj" in ranks:
+    if result and "o_proj" in ranks:
         inputs += queries
     if dropout:  # noise, and an input of its own, for each
         inputs = 2 * sum(widths[name] for name in ranks)
@@ -205,24 +209,29 @@ def _lora_inputs(shape: Shape, ranks: dict[str, int], dropout: bool) -> int:
 
 
 def _saved_by_attention(shape: Shape, step: Step, index: int) -> int:
-    """Query, key, value, result and what the kernel adds; keys and values of the prefix are there too."""
-    tokens, all_tokens = step.rows * (step.length - step.prefix), step.rows * step.length
+    """Query, key, value, result and what the kernel adds; behind a prefix the first three alone (see `prefix`)."""
+    tokens = step.rows * (step.length - step.prefix)
+    queries = shape.heads * shape.head_dim
+    if step.prefix:
+        return (queries + 2 * shape.kv_heads * shape.head_dim) * step.itemsize * tokens
     pairs = tokens * step.length
     window = shape.windows[index]
     masked = step.padded or (window is not None and step.length > window)
-    queries = shape.heads * shape.head_dim
     expanded = masked or shape.eager or not step.flash  # keys and values are then repeated for every head
     keys_and_values = 2 * (shape.heads if expanded else shape.kv_heads) * shape.head_dim
     if shape.eager:  # tanh, softmax in float32 and its copy in the compute dtype
         scores = shape.heads * pairs * (FLOAT32 + step.itemsize + (0 if step.itemsize == FLOAT32 else step.itemsize))
-        return (queries * tokens + keys_and_values * all_tokens) * step.itemsize + scores
+        return (queries + keys_and_values) * step.itemsize * tokens + scores
     if not step.flash:  # torch's plain attention, in float32
         scores = shape.heads * pairs * FLOAT32
-        own = (queries * tokens + keys_and_values * all_tokens) * FLOAT32 + queries * tokens * step.itemsize
-        return own + scores
+        return ((queries + keys_and_values) * FLOAT32 + queries * step.itemsize) * tokens + scores
     mask = pairs * step.itemsize if masked else 0
-    own = (2 * queries * tokens + keys_and_values * all_tokens) * step.itemsize
-    return own + FLOAT32 * shape.heads * tokens + mask
+    return (2 * queries + keys_and_values) * step.itemsize * tokens + FLOAT32 * shape.heads * tokens + mask
+
+
+def prefixes(shape: Shape, step: Step) -> int:
+    """Keys and values of the batch's prefixes, of every layer, as if no two rows shared one."""
+    return shape.layers * 2 * shape.kv_heads * shape.head_dim * step.itemsize * step.rows * step.prefix
 
 
 # What works in a step for a moment
@@ -230,7 +239,21 @@ def _saved_by_attention(shape: Shape, step: Step, index: int) -> int:
 
 def attention(shape: Shape, step: Step) -> int:
     """What one layer's attention saves, at the most, and the masks; a part of what is saved or at work."""
-    return max(_saved_by_attention(shape, step, index) for index in range(shape.layers)) + _masks(shape, step)
+    kept = max(_saved_by_attention(shape, step, index) for index in range(shape.layers))
+    return kept + _joined(shape, step) + _masks(shape, step)
+
+
+def _joined(shape: Shape, step: Step) -> int:
+    """What attention behind a prefix makes anew: keys and values of both parts, repeated for every head, with the
+    gradients of these, and its mask in the compute dtype.
+    """
+    if not step.prefix:
+        return 0
+    repeated = 2 * shape.heads if shape.heads > shape.kv_heads else shape.heads
+    if not (step.flash or shape.eager):  # torch's plain attention has them in float32 once more
+        repeated += shape.heads * FLOAT32 // step.itemsize
+    width = 2 * shape.head_dim * step.itemsize * step.rows * step.length
+    return (shape.kv_heads + repeated) * width + step.rows * (step.length - step.prefix) * step.length * step.itemsize
 
 
 def layer_at_work(shape: Shape, weights: Weights, step: Step, checkpointing: bool) -> int:
@@ -252,12 +275,18 @@ def layer_at_work(shape: Shape, weights: Weights, step: Step, checkpointing: boo
     queries = 4 * shape.heads * shape.head_dim * step.itemsize * tokens
     scores = 2 * FLOAT32 * shape.heads * tokens * step.length if shape.eager or not step.flash else 0
     mlp = max(2 * wide, wide + weight)
-    attention = queries + scores - gone
+    attention = queries + scores + _joined(shape, step) - gone
     return again + max(mlp, attention) + stream + _masks(shape, step)
 
 
 def _masks(shape: Shape, step: Step) -> int:
-    """Which token may see which: one mask, kept all the while, for each kind of attention that takes one."""
+    """Which token may see which: one mask, kept all the while, for each kind of attention that takes one.
+
+    Behind prefixes each takes one; eager attention then keeps another of its own in every layer.
+    """
+    if step.prefix:
+        own = shape.layers * step.itemsize if shape.eager else 0
+        return (len(set(shape.windows)) + own) * step.rows * (step.length - step.prefix) * step.length
     windows = {
         window for window in shape.windows if step.padded or shape.eager or (window or step.length) < step.length
     }
@@ -277,10 +306,21 @@ def scoring(shape: Shape, weights: Weights, step: Step) -> int:
     The head has a tile of logits, the part of its weight that goes with it, and the scored hidden states, all float32.
     A batch of several rows that does not fit is halved by itself, down to one row.
     """
-    wide = (4 * shape.intermediate + 3 * shape.hidden) * step.itemsize * step.length
-    if shape.eager or not step.flash:
-        wide += 2 * FLOAT32 * shape.heads * step.length**2
-    layer = wide + weights.largest * step.itemsize
+    layer = _layer_without_gradients(shape, weights, step, step.length)
     tile = min(step.scored, TOKEN_CHUNK_SIZE) * _CHUNKED_LOGPROB_CHUNK_SIZE * FLOAT32
     part = min(shape.vocabulary, _CHUNKED_LOGPROB_CHUNK_SIZE) * shape.hidden * FLOAT32
     return max(layer, tile + part + step.scored * shape.hidden * FLOAT32)
+
+
+def reading(shape: Shape, weights: Weights, step: Step) -> int:
+    """A no-grad pass of the bare base over one row's prefix, and the keys and values that it leaves."""
+    alone = prefixes(shape, step) // step.rows
+    return alone + _layer_without_gradients(shape, weights, step, step.prefix) if step.prefix else 0
+
+
+def _layer_without_gradients(shape: Shape, weights: Weights, step: Step, length: int) -> int:
+    """The wide tensors of one MLP over a row of `length` tokens, and a weight that is whole for a moment."""
+    wide = (4 * shape.intermediate + 3 * shape.hidden) * step.itemsize * length
+    if shape.eager or not step.flash:
+        wide += 2 * FLOAT32 * shape.heads * length**2
+    return wide + weights.largest * step.itemsize

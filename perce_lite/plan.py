@@ -6,15 +6,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from perce_lite import memory
 from perce_lite.cards import GIB, Card
 from perce_lite.config import PerCEConfig
-from perce_lite.data import read_rows
-from perce_lite.errors import DataError, ModelError, TemplateError
-from perce_lite.models import load_tokenizer
-from perce_lite.pairs import IGNORED, PairMaker
+from perce_lite.embedding import tied
+from perce_lite.longest import Rows, packed, rows_of
+from perce_lite.prefix import KEPT_BYTES
 from perce_lite.recipe import Recipe, train_defaults
-from perce_lite.rows import of_split
 from perce_lite.shapes import KNOWN, model_config, shape_of
 
 CONTEXT = int(0.45 * GIB)
@@ -28,16 +28,6 @@ _STASH = 5
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Tokens of the longest row in training, of them with loss, of the longest scored row; where that is from."""
-
-    length: int
-    scored: int
-    read: int
-    source: str
-
-
-@dataclass(frozen=True)
 class Choice:
     """What a recipe may change to need less memory. `rank` None: as its `lora` has it."""
 
@@ -48,6 +38,8 @@ class Choice:
     offload: bool
     optim: str
     quantization: str
+    embedding_on_host: bool = False
+    profile_pass: str = "full"
     rank: int | None = None
 
 
@@ -57,7 +49,8 @@ class Plan:
     rows: what batches are made of; None: as the recipe's data says, else `train.max_length`
 
     Raises:
-        ModelError: the model's configuration can neither be read nor is it known by heart.
+        ModelError: the model's configuration can neither be read nor is it known by heart; or its head is tied to the
+            embedding table, which `embedding_on_host` is to keep off the card.
         PlanError: a family whose memory is not known beforehand.
     """
 
@@ -65,10 +58,12 @@ class Plan:
         self.recipe = recipe
         self.config, self.at_hand = model_config(recipe)
         self.shape = shape_of(self.config)
+        if recipe.embedding_on_host and _is_tied(self.config):
+            raise tied(self.config.model_type)
         self._train = {**train_defaults(on_cpu=False), **recipe.train}
         self.positions: int = self.config.get_text_config().max_position_embeddings
         limit = self._option("max_length")
-        self.rows = rows or (_packed(limit) if self._option("packing") else rows_of(recipe, limit, self.positions))
+        self.rows = rows or (packed(limit) if self._option("packing") else rows_of(recipe, limit, self.positions))
         self.itemsize = memory.FLOAT32 if recipe.dtype == "float32" else 2
         self.choice = Choice(
             batch=self._option("per_device_train_batch_size"),
@@ -78,25 +73,24 @@ class Plan:
             offload=bool(self._option("activation_offloading")),
             optim=str(self._option("optim")),
             quantization=recipe.quantization,
+            embedding_on_host=recipe.embedding_on_host,
+            profile_pass=recipe.profile_pass,
         )
         self._weights = lru_cache(maxsize=16)(self._weights_of)
 
-    def parts(self, choice: Choice, card: Card, prefix: int = 0) -> dict[str, int]:
-        """Bytes by part, and the sum at the peak as `total`.
-
-        prefix: tokens of each row that are read without gradients
-        """
+    def parts(self, choice: Choice, card: Card) -> dict[str, int]:
+        """Bytes by part, and the sum at the peak as `total`."""
         weights = self._weights(choice.rank, choice.quantization)
-        step = self._step(choice, card, prefix)
+        step = self._step(choice, card)
         kept = {name: memory.saved(self.shape, weights, step, name) for name in (True, False)}
         saved = kept[choice.checkpointing]
         if choice.offload:
             width = self.shape.hidden if choice.checkpointing else self.shape.intermediate
-            saved = min(saved, _STASH * width * step.itemsize * step.rows * (step.length - prefix))
+            saved = min(saved, _STASH * width * step.itemsize * step.rows * (step.length - step.prefix))
         alone = step._replace(rows=1, length=self._read(choice.length), scored=min(step.scored, choice.length))
         found = {
             "base": weights.base,
-            "unquantized": weights.unquantized,
+            "unquantized": weights.unquantized - (weights.table if choice.embedding_on_host else 0),
             "adapter": memory.FLOAT32 * weights.elements,
             "gradients": memory.FLOAT32 * weights.elements,
             "optimizer": memory.optimizer_bytes(weights.trained, choice.optim),
@@ -106,34 +100,35 @@ class Plan:
             "layer": memory.layer_at_work(self.shape, weights, step, choice.checkpointing),
             "attention": memory.attention(self.shape, step),
             "head": memory.head_at_work(self.shape, step) + memory.casts(weights.elements, step),
+            "prefixes": max(memory.prefixes(self.shape, step), KEPT_BYTES) if step.prefix else 0,
+            "reading": memory.reading(self.shape, weights, step),
             "scoring": 0 if self._option("estimator") == "uniform" else memory.scoring(self.shape, weights, alone),
         }
         peak = max(peak_of_a_step(found), found["scoring"])
         found["spill"], found["context"] = int(SPILL * peak), CONTEXT
         return {**found, "total": held(found) + peak + found["spill"] + found["context"]}
 
-    def fits(self, choice: Choice, card: Card, prefix: int = 0) -> bool:
+    def fits(self, choice: Choice, card: Card) -> bool:
         """Whether the peak stays within what a program sees of the card."""
-        return self.parts(choice, card, prefix)["total"] <= card.bytes
+        return self.parts(choice, card)["total"] <= card.bytes
 
-    def longest_row(self, choice: Choice, card: Card, prefix: int = 0) -> int:
+    def longest_row(self, choice: Choice, card: Card) -> int:
         """Tokens of the longest row that fits with the batch of `choice`, at most what the model can read; 0: none."""
         return 16 * _largest(
-            self.positions // 16,
-            lambda many: self.fits(replace(choice, length=16 * many), card, min(prefix, 16 * many)),
+            self.positions // 16, lambda many: self.fits(replace(choice, length=16 * many), card)
         )
 
-    def largest_batch(self, choice: Choice, card: Card, prefix: int = 0) -> int:
+    def largest_batch(self, choice: Choice, card: Card) -> int:
         """Rows of a batch of the longest rows that fits; 0: not even one."""
-        return _largest(256, lambda many: self.fits(replace(choice, batch=many), card, prefix))
+        return _largest(256, lambda many: self.fits(replace(choice, batch=many), card))
 
     def smallest_change(self, card: Card) -> tuple[list[str], Choice] | None:
         """The fewest and mildest overrides of the recipe with which it fits on `card`; None: nothing in it would do.
 
         In this order: what costs time alone, then what changes the rows, then what changes the adapter.
         """
-        kinds = [list(kind) for kind in (self._cheaper(), self._batches(), self._offloaded(), self._ranks())]
-        kinds = [kind for kind in kinds if kind]
+        every = (self._cheaper(), self._batches(), self._offloaded(), self._asleep(), self._ranks())
+        kinds = [kind for kind in map(list, every) if kind]
         shorter: list[bool] = [False, True]
         ways = [
             (len(chosen) + cut, chosen, cut)
@@ -156,13 +151,20 @@ class Plan:
                     return words, choice
         return None
 
-    def smaller_model(self, card: Card) -> str | None:
-        """The Hub id of the first model known by heart with which the recipe, else as it is, fits on `card`."""
+    def smaller_model(self, card: Card) -> list[str] | None:
+        """The overrides that take the first model known by heart with which the recipe, else as it is, fits on `card`.
+
+        A table that has to stay on the card, since the head is tied to it, is left there.
+        """
         for name in KNOWN.values():
             recipe = self.recipe.model_copy(update={"model": name})
+            words = [f"model={name}"]
+            if recipe.embedding_on_host and _is_tied(model_config(recipe)[0]):
+                recipe = recipe.model_copy(update={"embedding_on_host": False})
+                words.append("embedding_on_host=false")
             other = Plan(recipe, self.rows)
             if name != self.recipe.model and other.fits(other.choice, card):
-                return name
+                return words
         return None
 
     # The kinds of change, each mildest first: what is replaced, and the overrides that say so
@@ -173,6 +175,8 @@ class Plan:
             todo.append(({"checkpointing": True}, ["train.gradient_checkpointing=true"]))
         if self.choice.optim not in memory.EIGHT_BIT:
             todo.append(({"optim": "paged_adamw_8bit"}, ["train.optim=paged_adamw_8bit"]))
+        if self._weights(None, self.choice.quantization).table and not self.choice.embedding_on_host:
+            todo.append(({"embedding_on_host": True}, ["embedding_on_host=true"]))
         if self.choice.quantization != "nf4":
             todo.append(({"quantization": "nf4"}, ["quantization=nf4"]))
         for many in range(1, len(todo) + 1):
@@ -193,6 +197,11 @@ class Plan:
         if not self.choice.offload:
             yield {"offload": True}, ["train.activation_offloading=true"]
 
+    def _asleep(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        possible = self.rows.prefix > 0 and self._option("train_on") == "factual"
+        if possible and self.choice.profile_pass == "full":
+            yield {"profile_pass": "frozen"}, ["train.profile_pass=frozen"]
+
     def _ranks(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
         given = self.recipe.lora.get("r", 16)
         yield from (({"rank": rank}, [f"lora.r={rank}"]) for rank in (16, 8, 4) if rank < given)
@@ -203,14 +212,22 @@ class Plan:
         """A field of `train:` as it is on a GPU."""
         return self._train.get(name, PerCEConfig.__dataclass_fields__[name].default)
 
-    def _step(self, choice: Choice, card: Card, prefix: int) -> memory.Step:
-        """The batch of a choice; packed rows lie end to end in one, and attention takes a mask as for unlike rows."""
-        scored = min(choice.length, -(-choice.length * self.rows.scored // self.rows.length))
-        rows, length = choice.batch, choice.length
-        packed = bool(self._option("packing"))
-        if packed:
-            rows, length, scored = 1, rows * length, rows * scored
-        return memory.Step(rows, length, scored, prefix, self.itemsize, choice.batch > 1 or packed, card.flash)
+    def _step(self, choice: Choice, card: Card) -> memory.Step:
+        """The batch of a choice; packed rows lie end to end in one, and attention takes a mask as for unlike rows.
+
+        Where the profile is read ahead, the longest prefix meets the longest rest.
+        """
+        rows, many, whole = choice.batch, 1, self.rows.length
+        prefix = choice.length * self.rows.prefix // whole if choice.profile_pass == "frozen" else 0
+        awake = -(-choice.length * self.rows.awake // whole) if prefix else choice.length
+        scored = min(awake, -(-choice.length * self.rows.scored // whole))
+        end_to_end = bool(self._option("packing"))
+        if end_to_end:
+            rows, many = 1, choice.batch
+        padded = choice.batch > 1 or end_to_end
+        return memory.Step(
+            rows, many * (prefix + awake), many * scored, many * prefix, self.itemsize, padded, card.flash
+        )
 
     def _read(self, length: int) -> int:
         """Tokens of the longest scored row where the longest trained one has `length`."""
@@ -225,13 +242,20 @@ class Plan:
 
 
 def peak_of_a_step(parts: dict[str, int]) -> int:
-    """The most that a training step holds beside weights and optimizer: saved, with a layer or the head at work."""
-    return parts["saved"] + max(parts["layer"], parts["head"])
+    """The most that a training step holds beside weights and optimizer: saved, with a layer or the head at work.
+
+    With `profile_pass: frozen` prefixes are there all the while, and each is read before anything is saved.
+    """
+    return parts["prefixes"] + max(parts["saved"] + max(parts["layer"], parts["head"]), parts["reading"])
 
 
 def held(parts: dict[str, int]) -> int:
     """What lies on the card all the time in training."""
     return sum(parts[name] for name in ("base", "unquantized", "adapter", "gradients", "optimizer"))
+
+
+def _is_tied(config: PretrainedConfig) -> bool:
+    return bool(config.get_text_config().tie_word_embeddings)
 
 
 def _largest(most: int, fits: Callable[[int], bool]) -> int:
@@ -243,40 +267,12 @@ def _largest(most: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _packed(limit: int) -> Rows:
-    """Rows that are filled up to the limit; all of their tokens may be response."""
-    return Rows(limit, limit, limit, "packed rows of train.max_length")
-
-
-def rows_of(recipe: Recipe, max_length: int | None, positions: int) -> Rows:
-    """The longest training row: of the recipe's data where data and tokenizer are at hand, else of `max_length` tokens.
-
-    positions: the most that the model can read, for a recipe without a limit
-    """
-    why = "no row is left"
-    try:
-        maker = PairMaker.of(recipe, load_tokenizer(recipe), max_length)
-        pairs = maker.make(of_split(read_rows(recipe), "train"))
-    except ModelError:
-        pairs, why = [], "the tokenizer is not at hand"
-    except (DataError, TemplateError) as error:
-        pairs, why = [], str(error).partition(". ")[0]
-    if not pairs:
-        length = max_length or min(positions, 4096)
-        return Rows(length, length, length, f"{'train.max_length' if max_length else 'no limit is set'}, as {why}")
-    counterfactual = recipe.train.get("train_on") == "counterfactual"
-    passes = [pair.counterfactual if counterfactual else pair.factual for pair in pairs]
-    scored = max(sum(label != IGNORED for label in one.labels) for one in passes)
-    read = max(len(pair.factual.ids) for pair in pairs)
-    return Rows(max(len(one.ids) for one in passes), scored, read, f"the longest of {len(pairs)} training rows")
-
-
 def figures(plan: Plan, cards: Sequence[Card]) -> dict[str, Any]:
     """What `perce-lite plan` shows, bytes and tokens, for each card."""
     return {
         "model": plan.recipe.model,
         "shape_from": "its config.json" if plan.at_hand else "a shape known by heart",
-        "rows": {"longest": plan.rows.length, "with_loss": plan.rows.scored, "source": plan.rows.source},
+        "rows": {"longest": plan.rows.length, "with_loss": plan.rows.scored, "prefix": plan.rows.prefix, "source": plan.rows.source},
         "settings": vars(plan.choice) | {"rank": plan.recipe.lora.get("r", 16)},
         "cards": [_on(plan, card) for card in cards],
     }

@@ -23,6 +23,10 @@ _AT_WORK = {
     "head": "head: a tile of logits",
     "scoring": "scoring pass",
 }
+_ASLEEP = {
+    "prefixes": "keys and values of prefixes, with those kept for later rows",
+    "reading": "reading a prefix, before anything is saved",
+}
 _REST = {"spill": "lost to the allocator", "context": "CUDA itself"}
 
 
@@ -36,7 +40,8 @@ def show_plan(figures: dict[str, Any], recipe: str) -> None:
     for name in ("part", "GiB"):
         table.add_column(name, justify="right" if name == "GiB" else "left")
     parts = first["parts"]
-    for names in (_HELD, _AT_WORK, _REST):
+    asleep = settings["profile_pass"] == "frozen"
+    for names in (_HELD, {**_AT_WORK, **(_ASLEEP if asleep else {})}, _REST):
         for name, what in names.items():
             table.add_row(what, _gib(parts[name]))
         table.add_section()
@@ -49,6 +54,8 @@ def show_plan(figures: dict[str, Any], recipe: str) -> None:
         "The peak: the first five, what is saved with a layer or the head at work (or scoring, which is never there "
         "at the same time), and the last two. An estimate: no weights were loaded.",
     ]
+    if asleep:
+        told.append(f"With profile_pass: frozen the prefixes are there too; the longest has {rows['prefix']} tokens.")
     for sentence in told:
         console.print(Text(sentence))
     console.print(_cards(figures["cards"]))
@@ -77,9 +84,8 @@ def _advice(one: dict[str, Any], recipe: str) -> str:
         line = " ".join(f"--set {word}" for word in one["change"])
         return f"{one['card']}: fits ({_gib(one['total_after_change'])} GiB) with\n  {command} {line}"
     if one["smaller_model"] is not None:
-        return (
-            f"{one['card']}: fits with a smaller model alone, such as\n  {command} --set model={one['smaller_model']}"
-        )
+        line = " ".join(f"--set {word}" for word in one["smaller_model"])
+        return f"{one['card']}: fits with a smaller model alone, such as\n  {command} {line}"
     return f"{one['card']}: nothing that is known makes it fit; take a smaller model and shorter rows."
 
 

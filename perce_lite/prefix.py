@@ -23,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from perce_lite.errors import ConfigError
 from perce_lite.pairs import Tokens
 
-_KEPT_BYTES = 256 * 2**20
+KEPT_BYTES = 256 * 2**20
 """Of keys and values that wait for the next row with the same prefix."""
 
 _NOBODY, _PADDING = -2, -1
@@ -124,7 +124,7 @@ class Prefixes:
             self._bytes += _size(self._kept[number])
         self._kept.move_to_end(number)
         found = self._kept[number]
-        while self._bytes > _KEPT_BYTES and self._kept:
+        while self._bytes > KEPT_BYTES and self._kept:
             self._bytes -= _size(self._kept.popitem(last=False)[1])
         return found
 

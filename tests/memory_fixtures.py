@@ -40,8 +40,11 @@ def recipe_for(folder: Path, kind: str, shape: dict, lora: str = "r: 4", quantiz
     return load_recipe(path)
 
 
-def trainer_for(recipe: Recipe, dtype=torch.float32, words: int = 1, **options) -> PerCETrainer:
-    """The trainer over the recipe's model as a GPU would hold it: what stays unquantised in the compute dtype."""
+def trainer_for(recipe: Recipe, dtype=torch.float32, words: int = 1, profile: int = 1, **options) -> PerCETrainer:
+    """The trainer over the recipe's model as a GPU would hold it: what stays unquantised in the compute dtype.
+
+    words, profile: how many times as long completions and profiles are
+    """
     base = load_base(recipe)
     for module in base.model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -49,7 +52,10 @@ def trainer_for(recipe: Recipe, dtype=torch.float32, words: int = 1, **options) 
     for parameter in base.model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    rows = [{**row, "completion": row["completion"] * words} for row in toys.toy_rows(users=1, per_user=4)]
+    rows = [
+        {**row, "completion": row["completion"] * words, "profile": row["profile"] * profile}
+        for row in toys.toy_rows(users=1, per_user=4)
+    ]
     defaults = {"max_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "max_length": 4096,
                 "estimator": "uniform", "gradient_checkpointing": False}  # fmt: skip
     return PerCETrainer(

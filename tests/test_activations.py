@@ -35,6 +35,7 @@ def saved_in_training(trainer: PerCETrainer, flash: bool = True) -> tuple[int, m
             return tensor
 
         found["ids"], found["labels"], found["mask"] = inputs["input_ids"], inputs["labels"], inputs["attention_mask"]
+        found["asleep"] = "prefix" in inputs
         kernel = contextlib.nullcontext() if flash else sdpa_kernel(SDPBackend.MATH)
         with kernel, torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
             loss = original(model, inputs, **kwargs)
@@ -45,11 +46,12 @@ def saved_in_training(trainer: PerCETrainer, flash: bool = True) -> tuple[int, m
     trainer.compute_loss = watched
     with pytest.raises(Seen):
         trainer.train()
-    rows, length = found["ids"].shape
+    rows, awake = found["ids"].shape
+    prefix = max(pair.factual.prefix for pair in trainer.pairs["train"]) if found["asleep"] else 0
     scored = int((found["labels"][:, 1:] != -100).sum()) // rows
     padded = not bool(found["mask"].all())
     itemsize = 2 if trainer.args.bf16 else 4
-    return found["bytes"], memory.Step(rows, length, scored, itemsize=itemsize, padded=padded, flash=flash)
+    return found["bytes"], memory.Step(rows, prefix + awake, scored, prefix, itemsize, padded, flash)
 
 
 @pytest.fixture
@@ -109,6 +111,37 @@ def test_saved_by_plain_attention(tmp_path, as_on_a_gpu, kind):
     assert estimate(recipe, step) == pytest.approx(measured, rel=0.03)
 
 
+ASLEEP = {
+    "llama, bf16": ("llama", "r: 4", torch.bfloat16, {}),
+    "llama, checkpointed": ("llama", "r: 4", torch.bfloat16, {"gradient_checkpointing": True}),
+    "qwen3, unlike rows": ("qwen3", "r: 8", torch.float32, {"per_device_train_batch_size": 4}),
+    "gemma2, eager": ("gemma2", "r: 4", torch.bfloat16, {}),
+    "gemma3, two projections": ("gemma3_text", "r: 8, target_modules: [q_proj, v_proj]", torch.bfloat16, {}),
+    "llama, the MLP alone": ("llama", "r: 8, target_modules: [gate_proj, up_proj, down_proj]", torch.float32, {}),
+}
+
+
+@pytest.mark.parametrize(("kind", "lora", "dtype", "options"), ASLEEP.values(), ids=ASLEEP)
+def test_saved_behind_a_prefix(tmp_path, as_on_a_gpu, kind, lora, dtype, options):
+    """`profile_pass: frozen`: what follows the prefix alone is saved, so a profile six times as long saves no more."""
+    recipe = recipe_for(tmp_path, kind, {}, lora)
+    given = {"profile_pass": "frozen", "per_device_train_batch_size": 1, "words": 3, **options}
+    checkpointing = given.get("gradient_checkpointing", False)
+    seen = []
+    for profile in (1, 6):
+        measured, step = saved_in_training(trainer_for(recipe, dtype, profile=profile, **given))
+        told = estimate(recipe, step, checkpointing)
+        assert told == pytest.approx(measured, rel=0.05)
+        seen.append((step, measured, told))
+    (short, first, told_first), (long, second, told_second) = seen
+    assert long.prefix > 3 * short.prefix > 50
+    assert long.length - long.prefix == short.length - short.prefix
+    assert second == pytest.approx(first, rel=0.01)
+    assert told_second == told_first
+    facts = shape(recipe)
+    assert memory.prefixes(facts, long) / memory.prefixes(facts, short) == long.prefix / short.prefix
+
+
 def test_growth(tmp_path):
     recipe = recipe_for(tmp_path, "llama", {"num_hidden_layers": 4})
     counted, facts = weights(recipe, 2), shape(recipe)
@@ -120,8 +153,8 @@ def test_growth(tmp_path):
     assert at(rows=2) - casts == pytest.approx(2 * (at() - casts), rel=0.02)
     assert at(length=1024) - casts == pytest.approx(2 * (at() - casts), rel=0.02)
     assert at(length=2048, flash=False) > 3.5 * at(length=1024, flash=False)
-    steps = [at(prefix=prefix) for prefix in (0, 128, 256)]
-    assert steps[0] > steps[1] > steps[2]
+    steps = [at(prefix=prefix) for prefix in (128, 256, 384)]
+    assert at() > steps[0] > steps[1] > steps[2]
     assert steps[0] - steps[1] == pytest.approx(steps[1] - steps[2], rel=0.01)
     assert at(checkpointing=True) < 0.2 * at()
     tail = 4 * 64 * 512

@@ -9,9 +9,9 @@ import toys
 
 from perce_lite import gpumeasuring, gpureport
 from perce_lite.errors import BenchError
-from perce_lite.gpureport import CARD, GIB, HOST, PARTS, SHAPE, gpu_report, judged, markdown
+from perce_lite.gpureport import CARD, GIB, HOST, PARTS, SHAPE, gpu_report, judged, markdown, planned_parts
 from perce_lite.models import load_base
-from perce_lite.randombase import SHAPES, byte_tokenizer, config_of_shape, elements, random_base, write_shape
+from perce_lite.randombase import TOY, byte_tokenizer, config_of_shape, elements, random_base, write_shape
 from perce_lite.recipe import Recipe
 
 pytest_plugins = ["cli_fixtures"]
@@ -24,16 +24,13 @@ def report():
     """One report on the toy shape."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = gpu_report(
-        "toy", LENGTH, 1, 0, 1, planned=lambda recipe, device: {"base": 3 * GIB, "total": recipe.lora["r"]}
-    )
+    found = gpu_report("toy", LENGTH, 1, 0, 1, planned=planned_parts)
     torch.set_num_threads(before)
     return found
 
 
 def test_parts_of_memory_are_those_of_the_shape(report):
-    shape = SHAPES["toy"][1]
-    width, wide, vocabulary, layers = 64, 128, shape["vocab_size"], 2
+    width, wide, vocabulary, layers = 64, 128, TOY["vocab_size"], 2
     linear = {"q": (64, 64), "k": (64, 32), "v": (64, 32), "o": (64, 64)}
     linear |= {"gate": (width, wide), "up": (width, wide), "down": (wide, width)}
     on_card, on_host = report["memory"][CARD], report["memory"][HOST]
@@ -51,6 +48,16 @@ def test_parts_of_memory_are_those_of_the_shape(report):
     assert {name: on_card[name] for name in ("base", "adapter")} == {
         name: on_host[name] for name in ("base", "adapter")
     }
+
+
+def test_the_plan_stands_beside_what_was_measured(report):
+    planned, on_card = report["plan"], report["memory"][CARD]
+    assert all(planned[part] > 0 for part in PARTS)
+    exact = ("base", "unquantized", "adapter", "gradients")
+    assert {name: planned[name] for name in exact} == {name: on_card[name] for name in exact}
+    held = sum(planned[name] for name in ("base", "unquantized", "adapter"))
+    assert planned["total"] >= held + planned["working"] > held + planned["gradients"] + planned["optimizer"]
+    assert planned["reserved"] > planned["total"]
 
 
 def test_every_estimator_is_timed_beside_plain_sft(report):
@@ -98,7 +105,8 @@ def test_the_page_holds_what_was_measured(report):
             [line] = [line for line in page.splitlines() if line.startswith(f"| {text} |")]
             assert f"{report['memory'][CARD][name] / GIB:.4f} | {report['memory'][HOST][name] / GIB:.4f}" in line
     assert "| memory, GiB | table on the card | table on the host | plan |" in page
-    assert re.search(r"^\| base in 4 bit, with its constants \|.* 3\.0000 \|$", page, re.M)
+    [line] = [line for line in page.splitlines() if line.startswith("| peak |")]
+    assert line.endswith(f" {report['plan']['total'] / GIB:.4f} |")
     for arm, one in report["speed"].items():
         assert f"| {arm} | {one['tokens_per_second']:.0f} |" in page
     assert re.findall(r"^\| ([148]) \|", page, re.M) == ["1", "4", "8"]
@@ -154,15 +162,15 @@ def test_the_8b_needs_a_gpu(run, monkeypatch, tmp_path):
 def test_the_command_writes_table_and_figures(run, report, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     asked = []
-    monkeypatch.setattr(gpureport, "gpu_report", lambda *words: asked.append(words) or report)
+    monkeypatch.setattr(gpureport, "gpu_report", lambda *words, **options: asked.append((words, options)) or report)
     code, out, err = run("bench", "--gpu-report", "--shape", "toy", "--lengths", "128", "--steps", "2")
-    assert (code, asked) == (0, [("toy", 128, 2, 1, 2, 3)]), err
+    assert (code, asked) == (0, [(("toy", 128, 2, 1, 2, 3), {"planned": planned_parts})]), err
     page = (tmp_path / "runs" / "gpu-report.md").read_text("utf-8")
     assert page == markdown(report)
     assert page in out
     assert (tmp_path / "runs" / "gpu-report.json").is_file()
     assert run("bench", "--gpu-report", "--out", "mine.md")[0] == 0
-    assert asked[1] == (SHAPE, 2048, 3, 1, 2, 3)
+    assert asked[1][0] == (SHAPE, 2048, 3, 1, 2, 3)
     assert {"mine.md", "mine.json"} <= {one.name for one in tmp_path.iterdir()}
 
 

@@ -20,7 +20,7 @@ documents  texts
 data       models     store      chat       reading
 card       importing
 pairs      adapters   footprint
-collator   head       prefix     shapes
+collator   head       prefix     shapes     longest
 score      memory
 terms
 plan

@@ -21,11 +21,15 @@ SIZES = {
     "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 8,
     "num_key_value_heads": 4, "head_dim": 32,
 }  # fmt: skip
+ASLEEP = {"profile_pass": "frozen", "profile": 4}
 CASES = {
     "llama": ("llama", True, {}, True),
     "qwen3, unlike rows": ("qwen3", True, {"per_device_train_batch_size": 2, "words": 6}, True),
     "gemma3": ("gemma3_text", True, {}, True),
     "gemma2": ("gemma2", True, {}, True),
+    "llama behind a prefix": ("llama", True, ASLEEP, True),
+    "llama behind a prefix without checkpointing": ("llama", False, ASLEEP, True),
+    "llama behind a prefix, all scores": ("llama", True, ASLEEP, False),
     "llama without checkpointing": ("llama", False, {}, True),
     "llama on a card that builds all scores": ("llama", True, {}, False),
 }
@@ -59,11 +63,13 @@ def test_peak_of_a_step(tmp_path, monkeypatch, kind, checkpointing, options, fla
     trainer.train()
     rows, length = found["input_ids"].shape
     scored = int((found["labels"][:, 1:] != -100).sum()) // rows
-    step = memory.Step(rows, length, scored, padded=not bool(found["attention_mask"].all()), flash=flash)
+    prefix = max(pair.factual.prefix for pair in trainer.pairs["train"]) if "prefix" in found else 0
+    padded = not bool(found["attention_mask"].all())
+    step = memory.Step(rows, prefix + length, scored, prefix, padded=padded, flash=flash)
     counted, shape = weights(recipe, 2), shape_of(AutoConfig.from_pretrained(recipe.model_folder))
     at_work = max(
         memory.layer_at_work(shape, counted, step, checkpointing),
         memory.head_at_work(shape, step) + memory.casts(counted.elements, step),
     )
-    estimate = memory.saved(shape, counted, step, checkpointing) + at_work
+    estimate = memory.prefixes(shape, step) + memory.saved(shape, counted, step, checkpointing) + at_work
     assert 0.95 * found["peak"] < estimate < 1.15 * found["peak"]

@@ -1,0 +1,84 @@
+"""The longest training row of a recipe: of its data where data and tokenizer are at hand, else as long as allowed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from perce_lite.data import read_rows
+from perce_lite.errors import DataError, ModelError, TemplateError
+from perce_lite.models import load_tokenizer
+from perce_lite.pairs import IGNORED, Pair, PairMaker
+from perce_lite.recipe import Recipe
+from perce_lite.rows import Row, of_split
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Tokens of the longest row in training, of them with loss, of the longest scored row; where that is from.
+
+    prefix: tokens of the longest prefix that the bare base can read ahead of an adapter (`profile_pass: frozen`);
+        0: it cannot
+    awake: tokens of the longest rest that follows a prefix
+    """
+
+    length: int
+    scored: int
+    read: int
+    source: str
+    prefix: int = 0
+    awake: int = 0
+
+
+def alike(length: int, source: str) -> Rows:
+    """Rows of `length` tokens, all of which may be response; where the profile is read ahead, it is two thirds."""
+    prefix = 2 * length // 3
+    return Rows(length, length, length, source, prefix, length - prefix)
+
+
+def packed(limit: int) -> Rows:
+    """Rows that are filled up to `limit`; prefixes, twice as long as what follows them, are not packed with it."""
+    return Rows(limit, limit, limit, "packed rows of train.max_length", 2 * limit, limit)
+
+
+def rows_of(recipe: Recipe, max_length: int | None, positions: int) -> Rows:
+    """The longest training row: of the recipe's data where data and tokenizer are at hand, else of `max_length` tokens.
+
+    positions: the most that the model can read, for a recipe without a limit
+    """
+    why = "no row is left"
+    try:
+        pairs = _pairs(recipe, load_tokenizer(recipe), of_split(read_rows(recipe), "train"), max_length)
+    except ModelError:
+        pairs, why = [], "the tokenizer is not at hand"
+    except (DataError, TemplateError) as error:
+        pairs, why = [], str(error).partition(". ")[0]
+    if not pairs:
+        length = max_length or min(positions, 4096)
+        return alike(length, f"{'train.max_length' if max_length else 'no limit is set'}, as {why}")
+    passes = [pair.counterfactual if _without_profile(recipe) else pair.factual for pair in pairs]
+    return Rows(
+        length=max(len(one.ids) for one in passes),
+        scored=max(sum(label != IGNORED for label in one.labels) for one in passes),
+        read=max(len(pair.factual.ids) for pair in pairs),
+        source=f"the longest of {len(pairs)} training rows",
+        prefix=max(one.prefix for one in passes),
+        awake=max(len(one.awake.ids) for one in passes),
+    )
+
+
+def _pairs(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_length: int | None
+) -> list[Pair]:
+    """The recipe's pairs, which say where a prefix ends, unless the template cannot have one."""
+    if _without_profile(recipe):
+        return PairMaker.of(recipe, tokenizer, max_length).make(rows)
+    asleep = recipe.model_copy(update={"train": {**recipe.train, "profile_pass": "frozen"}})
+    try:
+        return PairMaker.of(asleep, tokenizer, max_length).make(rows)
+    except TemplateError:
+        return PairMaker.of(recipe, tokenizer, max_length).make(rows)
+
+
+def _without_profile(recipe: Recipe) -> bool:
+    return recipe.train.get("train_on") == "counterfactual"
