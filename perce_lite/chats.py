@@ -89,7 +89,7 @@ def message_of(record: Any) -> Message | None:
 def _name(value: Any) -> str:
     if isinstance(value, Mapping):  # {"role": "user"}, {"username": "ann"}
         value = next((value[key] for key in ("name", "username", "login", "role", "id") if value.get(key)), "")
-    return str(value).strip() if isinstance(value, str | int) else ""
+    return tidy(str(value)) if isinstance(value, str | int) else ""
 
 
 def flat(value: Any) -> str:

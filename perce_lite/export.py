@@ -192,7 +192,7 @@ def _verify_vllm(folder: Path, proof: Proof) -> dict[str, Any]:
 
 def _verify_ollama(folder: Path, proof: Proof) -> dict[str, Any]:
     """The Modelfile read back, and the GGUF as for gguf."""
-    modelfile.check(folder, proof)
+    modelfile.check(folder, proof, gguf_model.FILE)
     return gguf_proof.verify(folder, proof)
 
 

@@ -95,6 +95,8 @@ def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: boo
         raise DataError(f"--out {out}: what is written is JSON, one record a line; end the name with .jsonl")
     if out.exists() and not (append or force):
         raise DataError(f"{out} is there already. Add to it with --append, or replace it with --force.")
+    if path.resolve() == out.resolve():
+        raise DataError(f"--out {out}: is what is read, and would be lost; give another --out")
     before = _kept(out) if append and out.exists() else []
     files = [one for one in files_of(path) if (path / one.name).resolve() != out.resolve()]
     notes = Notes()

@@ -1,6 +1,7 @@
 """A real llama.cpp, in this process: log-probs of given ids under a GGUF model, with an adapter GGUF on it or not."""
 
 import importlib.util
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -117,7 +118,7 @@ class Llama:
         self._path, self._lora = base.path, lora
 
     def log_probs(self, ids: Sequence[int], scored: int, scale: float = 1.0) -> list[float]:
-        """Log-probs of the last `scored` tokens of `ids`, in nats, with the adapter at `scale`.
+        """Log-probs of the last `scored` tokens of `ids`, in nats, with the adapter at `scale`; NaN where it has none.
 
         The server's own interface gives no log-probs of a prompt, so each token is asked for behind those ahead of it.
         """
@@ -155,9 +156,7 @@ class Llama:
 
     def _of(self, wanted: int, answer: Mapping[str, Any]) -> float:
         told = self._said(answer)
-        if told is None or told[0] != wanted:
-            raise ExportError(f"llama.cpp gives no log-prob of token {wanted} with {self._path}")
-        return told[1]
+        return math.nan if told is None or told[0] != wanted else told[1]
 
     def _said(self, answer: Mapping[str, Any]) -> tuple[int, float] | None:
         """Id and log-prob of the one token of an answer; None where it says none."""
@@ -166,4 +165,5 @@ class Llama:
         told = answer["choices"][0].get("logprobs")
         if not told or not told["content"]:
             return None
-        return told["content"][0]["id"], float(told["content"][0]["logprob"])
+        said = told["content"][0]
+        return None if said["logprob"] is None else (said["id"], float(said["logprob"]))

@@ -70,8 +70,11 @@ def read(path: Path) -> Modelfile:
     return Modelfile(said["FROM"][0].removeprefix("./"), said["TEMPLATE"][0], stops, "".join(said.get("SYSTEM", [])))
 
 
-def check(folder: Path, proof: Proof) -> None:
-    """Raises ExportError where the Modelfile in `folder` does not say what it did when it was written."""
+def check(folder: Path, proof: Proof, weights: str) -> None:
+    """Raises ExportError where the Modelfile in `folder` does not say what it did when it was written.
+
+    weights: the file that is proven, so the one that it has to name
+    """
     path = folder / NAME
     found = read(path)
     for prompt, one in zip(proof.rendered, dialogues(proof.messages), strict=True):
@@ -86,8 +89,10 @@ def check(folder: Path, proof: Proof) -> None:
         )
     if found.system != system_of(proof.messages):
         raise ExportError(f"{path}: another system prompt than that of training. Export again.")
-    if not (folder / found.weights).is_file():
-        raise ExportError(f"{path}: FROM names {found.weights}, which is not there. Export again.")
+    if found.weights != weights:
+        raise ExportError(f"{path}: FROM names {found.weights}, and what is proven is {weights}. Export again.")
+    if not (folder / weights).is_file():
+        raise ExportError(f"{path}: FROM names {weights}, which is not there. Export again.")
 
 
 def system_of(messages: Sequence[Message]) -> str:

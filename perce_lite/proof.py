@@ -123,7 +123,7 @@ def read_proof(folder: Path) -> Proof:
     except ValidationError as error:
         faults = ", ".join(sorted({".".join(map(str, fault["loc"])) for fault in error.errors()}))
         raise ExportError(f"{folder / PROOF}: damaged, or of another version of PerCE Lite: {faults}") from error
-    if not len(proof.adapter) == len(proof.base) < len(proof.ids):
+    if not 0 < len(proof.adapter) == len(proof.base) < len(proof.ids):
         raise ExportError(f"{folder / PROOF}: damaged: log-probs and ids do not go together")
     return proof
 

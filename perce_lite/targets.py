@@ -60,8 +60,9 @@ def _gguf_lora_faults(lora: Mapping[str, Any]) -> list[str]:
     if lora.get("modules_to_save"):
         saved = ", ".join(lora["modules_to_save"])
         found.append(f"it holds whole layers (modules_to_save: {saved}), and an adapter GGUF holds LoRA alone")
-    if lora.get("lora_bias"):
-        found.append("it was trained with lora_bias, which llama.cpp does not know")
+    for name in ("bias", "lora_bias", "trainable_token_indices"):
+        if lora.get(name, "none") not in ("none", None, False):
+            found.append(f"it was trained with {name}, which llama.cpp does not know")
     if "embed_tokens" in vocabulary_modules(lora):
         found.append("it has LoRA on embed_tokens, which is not converted")
     return found
@@ -78,6 +79,8 @@ def _vllm_faults(lora: Mapping[str, Any]) -> list[str]:
         )
     if lora.get("bias", "none") != "none" or lora.get("lora_bias"):
         found.append("it trains biases (bias, lora_bias), which vLLM rejects")
+    if lora.get("trainable_token_indices"):
+        found.append("it trains rows of the embedding (trainable_token_indices), which vLLM does not read")
     for name in ("rank_pattern", "alpha_pattern"):
         if lora.get(name):
             found.append(f"its layers differ in scale ({name}), and vLLM gives all layers one")

@@ -31,7 +31,7 @@ def from_text(text: str, source: str) -> Writing:
 def from_markdown(text: str, source: str) -> Writing:
     """A Markdown file: title and date of its front matter, else its first heading and a date in the file's name."""
     body, front = _front_matter(tidy(text))
-    title = str(front.get("title") or "").strip()
+    title = tidy(str(front.get("title") or ""))  # YAML may write a control as letters
     heading = re.match(r"\s*#\s+([^\n]+?)\s*#*\s*(?:\n|\Z)", body)
     if heading and title in ("", heading[1]):
         title, body = heading[1], body[heading.end() :]

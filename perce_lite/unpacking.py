@@ -28,7 +28,7 @@ MOST_FILES = 100_000
 class Found:
     """A file that was found.
 
-    name: as it stands in the folder or the ZIP; only shown, never used as a path
+    name: as it stands in the folder or the ZIP, what no terminal and no file in UTF-8 takes replaced; never a path
     open: gives it for reading; OSError where it cannot be read
     """
 
@@ -72,12 +72,20 @@ def files_of(path: Path) -> list[Found]:
     elif path.suffix.lower() == ".zip":  # other files are ZIPs inside too, .docx and the like
         found = _in_zip(path)
     else:
-        found = [Found(path.name, partial(_file, path))]
+        found = [Found(_shown(path.name), partial(_file, path))]
     if not found:
         raise DataError(f"{path}: there are no files in it")
     if len(found) > MOST_FILES:
         raise DataError(f"{path}: {len(found)} files; at most {MOST_FILES} are read. Name a folder in it.")
     return sorted(found, key=lambda one: _natural(one.name))
+
+
+_UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Controls, which a stranger's ZIP may steer a terminal with, and what stands for bytes that are no UTF-8."""
+
+
+def _shown(name: str) -> str:
+    return _UNSHOWN.sub("\ufffd", name)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -95,24 +103,25 @@ def _in_folder(folder: Path) -> list[Found]:
     for root, folders, names in os.walk(folder, followlinks=False):  # a link may lead round in a circle
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [Path(root) / name for name in names]
-        found += [Found(one.relative_to(folder).as_posix(), partial(_file, one)) for one in paths if one.is_file()]
+        files = [one for one in paths if one.is_file()]
+        found += [Found(_shown(one.relative_to(folder).as_posix()), partial(_file, one)) for one in files]
     return found
 
 
 def _in_zip(path: Path) -> list[Found]:
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, OSError, NotImplementedError, ValueError) as error:  # the last: names that are no text
         raise DataError(f"{path}: not a ZIP that can be read: {error}") from error
     meter = _Meter(path)
     entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-    return [Found(entry.filename, partial(_opened, archive, entry, meter)) for entry in entries]
+    return [Found(_shown(entry.filename), partial(_opened, archive, entry, meter)) for entry in entries]
 
 
 def _opened(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, meter: "_Meter") -> IO[bytes]:
     try:
         return io.BufferedReader(_Metered(archive.open(entry), meter))
-    except (RuntimeError, zipfile.BadZipFile) as error:  # a password, a compression that nobody knows, a torn entry
+    except (RuntimeError, zipfile.BadZipFile, ValueError) as error:  # a password, an unknown compression, a torn entry
         raise OSError(str(error)) from error
 
 

@@ -249,6 +249,8 @@ def test_a_swapped_tokenizer_fails(made, tmp_path):
         ({"use_dora": True}, "DoRA"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: lm_head"),
         ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "all"}, "trained with bias, which"),
+        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
     ],
 )
 @pytest.mark.without_llama_cpp

@@ -21,6 +21,7 @@ REFUSED = [
     ({"use_dora": True}, "DoRA"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save: lm_head"),
     ({"bias": "all"}, "biases"),
+    ({"trainable_token_indices": [3]}, "trainable_token_indices"),
     ({"r": 513}, "its rank is 513, and vLLM takes 512 at the most"),
     ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
     ({"alpha_pattern": {"k_proj": 3}}, "alpha_pattern"),

@@ -230,6 +230,11 @@ def test_a_corrupted_tensor_or_file_fails(exported):
     rewrite(path, lambda name, one: one + 1e-4 * (name == "blk.1.ffn_up.weight"))
     with pytest.raises(ExportError, match=r"a corrupted tensor: blk\.1\.ffn_up\.weight"):
         exports.verify(exported)
+    rewrite(path, lambda name, one: one * float("nan") if name == "blk.1.ffn_norm.weight" else one)
+    for quant in ("F32", "Q8_0"):
+        change_json(exported / PROOF, quant=quant)
+        with pytest.raises(ExportError, match=r"a corrupted tensor: blk\.1\.ffn_(up|norm)\.weight"):
+            exports.verify(exported)
     path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(ExportError, match="no GGUF file of a language model"):
         exports.verify(exported)
@@ -270,7 +275,7 @@ def test_a_changed_modelfile_fails(exported):
         ("{{ end }}{{ end }}", "{{ end }}", "an `if` without its end"),
         ('stop "<|im_end|>"', 'stop "</s>"', "other stop tokens: </s>"),
         ("You are a helpful assistant", "You are a pirate", "another system prompt"),
-        ("FROM ./model.gguf", "FROM ./mine.gguf", "FROM names mine.gguf, which is not there"),
+        ("FROM ./model.gguf", "FROM ./README.md", r"FROM names README\.md, and what is proven is model\.gguf"),
         ("TEMPLATE", "TEMPLATES", "damaged"),
     ):
         assert old in whole, old

@@ -184,6 +184,23 @@ def test_what_was_written_is_not_read_again(run, imported):  # noqa: F811
     assert (code, "tables" in out, len(rows("in/texts.jsonl"))) == (0, False, 3)
 
 
+def test_what_is_read_is_never_written_over(run, imported):  # noqa: F811
+    imported(**notes(3))
+    before = Path("texts.jsonl").read_bytes()
+    for word in ("--force", "--append"):
+        code, _, err = run("import", "texts.jsonl", "--user", "bo", "--yes", word)
+        assert (code, Path("texts.jsonl").read_bytes()) == (2, before)
+        assert "is what is read, and would be lost" in err
+
+
+def test_what_no_file_can_hold_is_taken_out_of_titles_and_names(imported):
+    chat = [{"from": name, "text": prose(number)} for number, name in enumerate(["Bo\ud83d", "C\x1b[2J", "Ann"] * 2)]
+    post = f'---\ntitle: "Rain\\x1b[2J"\n---\n{prose(9)}'
+    found = imported("--me", "ann", chat__json={"messages": chat}, a__md=post)
+    assert {one["query"].partition(":")[0] for one in found} == {"Bo?", 'Write a text with the title "Rain[2J".'}
+    assert "C[2J: " in found[1]["query"]
+
+
 def test_only_documents_are_added_to(run, put):  # noqa: F811
     other = '{"user": "ann", "prompt": "x", "completion": "y"}\n'
     put(**notes(2))

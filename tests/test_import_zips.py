@@ -1,5 +1,6 @@
 """Folders and ZIPs, hostile ones too."""
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -52,6 +53,27 @@ def test_names_that_lead_out_of_a_zip_write_nothing(tmp_path):
     assert {one.text for one in found} == {prose(number) for number in range(4)}
     assert notes.skipped == {"hidden file": ["__MACOSX/._a.txt"]}
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_names_that_are_no_text_or_steer_a_terminal_are_shown_harmlessly(tmp_path):
+    (tmp_path / "in").mkdir()
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/in/caf\xe9.txt")).write_text(prose(1))
+    assert [one.source for one in read(tmp_path / "in")[0]] == ["caf\ufffd.txt"]
+    archive = zipped(tmp_path / "z.zip", {"a\x1b[2Jb.txt": prose(2).encode(), "\u202egpj.txt": prose(3).encode()})
+    assert sorted(one.source for one in read(archive)[0]) == ["a\ufffd[2Jb.txt", "\ufffdgpj.txt"]
+
+
+def test_names_in_a_zip_that_are_no_utf8_after_all(tmp_path):
+    """The directory's are an error, for nothing can be found by it; those beside a file cost that file alone."""
+    whole = zipped(tmp_path / "z.zip", {"aé.txt": prose(1).encode(), "b.txt": prose(2).encode()}).read_bytes()
+    name = "aé.txt".encode()
+    (tmp_path / "z.zip").write_bytes(whole.replace(name, b"a\xff\xff.txt", 1))
+    found, notes = read(tmp_path / "z.zip")
+    assert [one.text for one in found] == [prose(2)]
+    assert notes.skipped["cannot be read"][0].startswith("aé.txt (")
+    (tmp_path / "z.zip").write_bytes(whole.replace(name, b"a\xff\xff.txt"))
+    with pytest.raises(DataError, match="not a ZIP that can be read"):
+        files_of(tmp_path / "z.zip")
 
 
 def test_a_zip_bomb_is_stopped_by_what_comes_out_of_it(tmp_path, monkeypatch):
