@@ -23,7 +23,7 @@ from perce_lite.head import never_met, scoring_forward, training_forward
 from perce_lite.learner import Learner, Result, Unfinished, UserJob
 from perce_lite.pairs import IGNORED
 from perce_lite.prefix import Prefixes, look_ahead
-from perce_lite.score import batch_log_probs, behind, frozen, in_dtype, inputs_of, read_prefix, store_of
+from perce_lite.score import batch_log_probs, behind, frozen, in_dtype, inputs_of, read_prefixes, store_of
 from perce_lite.slots import attach
 from perce_lite.terms import constants, needed_terms
 
@@ -67,9 +67,9 @@ class SlotEngine:
         if args.profile_pass == "frozen":
             look_ahead(base, self.prefixes)
 
-    def _read(self, ids: tuple[int, ...]) -> DynamicCache:
+    def _read(self, prefixes: Sequence[tuple[int, ...]]) -> list[DynamicCache]:
         with self.model.route.bare():
-            return read_prefix(self.model.base, ids, self.args.autocast)
+            return read_prefixes(self.model.base, prefixes, self.args.autocast)
 
     def run(self, jobs: Iterable[UserJob], done: Callable[[Result], None], kept: Unfinished | None = None) -> None:
         """Trains all `jobs`, calling `done` for each as it ends, failed or not; `jobs` is read as slots come free.

@@ -10,7 +10,7 @@ checkpointing too, where a cache of transformers' would be thrown away.
 
 import functools
 import inspect
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -85,14 +85,17 @@ class Ahead:
 
 
 class Prefixes:
-    """The prefixes of a data set, each read once by `read` and kept for the next row that has it, while there is room.
+    """The prefixes of a data set, as `read` gives them: for several ids what each leaves, (1, heads, P, d) a layer.
 
-    A prefix is read alone, so that what it leaves depends on nothing but itself. An empty one, of a row without a
-    profile, leaves nothing.
+    One that several rows share is read alone, so that what it leaves depends on nothing but itself, and kept for the
+    next of them while there is room. Those of one row each are read together, a batch at a time, which is cheaper. So
+    what is read depends on the batch alone, and not on what came before: a resumed run ends in the same adapter. An
+    empty prefix, of a row without a profile, leaves nothing.
     """
 
-    def __init__(self, read: Callable[[tuple[int, ...]], DynamicCache]) -> None:
+    def __init__(self, read: Callable[[Sequence[tuple[int, ...]]], list[DynamicCache]]) -> None:
         self._read = read
+        self._rows: Counter[int] = Counter()
         self._numbers: dict[tuple[int, ...], int] = {}
         self._ids: list[tuple[int, ...]] = []
         self._kept: OrderedDict[int, DynamicCache] = OrderedDict()
@@ -113,14 +116,23 @@ class Prefixes:
         awake = tokens.awake
         features = {"input_ids": awake.ids, "labels": awake.labels}
         if profile_pass == "frozen":
-            features["prefix"] = [self.number(tokens.ahead)] * len(awake.ids)
+            number = self.number(tokens.ahead)
+            self._rows[number] += 1
+            features["prefix"] = [number] * len(awake.ids)
         return features
 
-    def of(self, number: int) -> DynamicCache:
-        """Keys and values of a prefix, (1, heads, P, d) a layer."""
+    def _of(self, numbers: Sequence[int]) -> dict[int, DynamicCache]:
+        """What the prefixes of a batch leave."""
+        company = [number for number in numbers if self._ids[number] and self._rows[number] < 2]
+        if len(company) < 2:
+            return {number: self._alone(number) for number in numbers}
+        together = dict(zip(company, self._read([self._ids[number] for number in company]), strict=True))
+        return {number: together[number] if number in together else self._alone(number) for number in numbers}
+
+    def _alone(self, number: int) -> DynamicCache:
         if number not in self._kept:
             ids = self._ids[number]
-            self._kept[number] = self._read(ids) if ids else DynamicCache()
+            self._kept[number] = self._read([ids])[0] if ids else DynamicCache()
             self._bytes += _size(self._kept[number])
         self._kept.move_to_end(number)
         found = self._kept[number]
@@ -137,8 +149,7 @@ class Prefixes:
         rows = numbers.tolist()
         places = [[0]] * len(rows) if position_ids is None else position_ids.tolist()
         segments = [_segments(row, at) for row, at in zip(rows, places, strict=True)]
-        shared = dict.fromkeys(number for row in segments for number, _ in row)  # once, whether there is room or not
-        caches = {number: self.of(number) for number in shared}
+        caches = self._of(list(dict.fromkeys(number for row in segments for number, _ in row)))
         made = Ahead(
             [[caches[number] for number, _ in row] for row in segments],
             [[count for _, count in row] for row in segments],

@@ -95,10 +95,33 @@ def read_prefix(
     cache: an empty one to fill
     """
     cache = DynamicCache() if cache is None else cache
+    _read(model, [ids], autocast, cache)
+    return cache
+
+
+def read_prefixes(
+    model: torch.nn.Module, prefixes: Sequence[Sequence[int]], autocast: torch.dtype | None
+) -> list[DynamicCache]:
+    """As `read_prefix`, of several in one forward: they are padded behind their ends, where none of them looks."""
+    whole, length = DynamicCache(), max(map(len, prefixes))
+    _read(model, [[*ids, *[0] * (length - len(ids))] for ids in prefixes], autocast, whole)
+    if len(prefixes) == 1:
+        return [whole]
+    found = [DynamicCache() for _ in prefixes]
+    for number, layer in enumerate(whole.layers):
+        for row, (ids, cache) in enumerate(zip(prefixes, found, strict=True)):
+            mine = slice(row, row + 1), slice(None), slice(len(ids))
+            cache.update(layer.keys[mine], layer.values[mine], number)
+    return found
+
+
+def _read(
+    model: torch.nn.Module, ids: Sequence[Sequence[int]], autocast: torch.dtype | None, cache: DynamicCache
+) -> None:
+    """Fills `cache` with what the bare base has for `ids` (B, P)."""
     device = next(model.parameters()).device
     with frozen(model, adapters=False), in_dtype(device, autocast):
-        base_of(model).base_model(input_ids=torch.tensor([ids], device=device), past_key_values=cache, use_cache=True)
-    return cache
+        base_of(model).base_model(input_ids=torch.tensor(ids, device=device), past_key_values=cache, use_cache=True)
 
 
 def prefixes_of(model: torch.nn.Module, autocast: torch.dtype | None) -> Prefixes:
@@ -107,7 +130,7 @@ def prefixes_of(model: torch.nn.Module, autocast: torch.dtype | None) -> Prefixe
     Raises:
         ConfigError: its attention cannot.
     """
-    prefixes = Prefixes(lambda ids: read_prefix(model, ids, autocast))
+    prefixes = Prefixes(lambda several: read_prefixes(model, several, autocast))
     look_ahead(base_of(model), prefixes)
     return prefixes
 

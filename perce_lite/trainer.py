@@ -29,7 +29,7 @@ from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.prefix import Prefixes, look_ahead
 from perce_lite.recipe import Template
 from perce_lite.rows import from_columns
-from perce_lite.score import batch_log_probs, behind, frozen, read_prefix
+from perce_lite.score import batch_log_probs, behind, frozen, read_prefixes
 from perce_lite.terms import constants, not_finite, train_sampler, trained
 
 _REFUSED_ARGUMENTS = {
@@ -76,7 +76,7 @@ class PerCETrainer(SFTTrainer):
         self.audits: dict[str, Audit] = {}
         self.pairs: dict[str, list[Pair]] = {}
         self._template, self._max_profile_tokens = template, max_profile_tokens
-        self._prefixes = Prefixes(lambda ids: read_prefix(self.model, ids, self.autocast))
+        self._prefixes = Prefixes(lambda several: read_prefixes(self.model, several, self.autocast))
         given = {name: p.data for name, p in model.named_parameters()} if isinstance(model, PeftModel) else {}
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         # TRL makes a 4-bit model's adapter bf16, in which small updates round away and fp16's scaler fails.

@@ -107,7 +107,7 @@ def test_a_head_of_its_own_takes_lora(made, tmp_path):
     _, base = made("llama-untied")
     adapter = adapter_for(base.parent / "toy", tmp_path / "run", target_modules=["v_proj", "lm_head"])
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.parent / "toy"), adapter)
-    prints, _ = gguf_lora.write(tmp_path / "adapter.gguf", model)
+    prints, _ = gguf_lora.write(tmp_path / "adapter.gguf", model, [])
     assert "output.weight.lora_b" in prints
     ids = list(range(40, 80))
     got = llamacpp.Llama(llamacpp.read_base(base), tmp_path / "adapter.gguf", 200).log_probs(ids, 20)

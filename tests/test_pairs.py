@@ -41,7 +41,7 @@ def make(pair_maker, one):
 def scored(tokens):
     """The scored ids, each of which must stand at its own place in the ids."""
     assert len(tokens.ids) == len(tokens.labels)
-    assert all(label in (IGNORED, token) for token, label in zip(*tokens, strict=True))
+    assert all(label in (IGNORED, token) for token, label in zip(tokens.ids, tokens.labels, strict=True))
     return [label for label in tokens.labels if label != IGNORED]
 
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from perce_lite import prefix as room
+from perce_lite import trainer as training
 from perce_lite.errors import ConfigError, TemplateError
 from perce_lite.generate import generate
 from perce_lite.head import training_forward
@@ -16,7 +17,18 @@ from perce_lite.models import keep_base_constant
 from perce_lite.pairs import IGNORED, PairMaker
 from perce_lite.recipe import Template
 from perce_lite.rows import from_columns
-from perce_lite.score import Job, frozen, inputs_of, kept_log_probs, log_probs, padded, prefixes_of, store_of
+from perce_lite.score import (
+    Job,
+    frozen,
+    inputs_of,
+    kept_log_probs,
+    log_probs,
+    padded,
+    prefixes_of,
+    read_prefix,
+    read_prefixes,
+    store_of,
+)
 
 FAMILIES = ("chatml", "llama3", "gemma", "qwen3")
 
@@ -266,14 +278,12 @@ def test_rows_that_share_a_prefix_read_it_once(toy_trainer, monkeypatch):
     rows = toys.toy_rows(2, 6)
     shared = [{**one, "profile": rows[0 if one["user"] == "user0" else 6]["profile"]} for one in rows]
     read = []
-    own = room.Prefixes.of
 
-    def counted(self, number):
-        if number not in self._kept:
-            read.append(number)
-        return own(self, number)
+    def counted(model, prefixes, autocast):
+        read.extend(map(tuple, prefixes))
+        return read_prefixes(model, prefixes, autocast)
 
-    monkeypatch.setattr(room.Prefixes, "of", counted)
+    monkeypatch.setattr(training, "read_prefixes", counted)
     trainer = toy_trainer(rows=shared, profile_pass="frozen", max_steps=12)
     read.clear()
     trainer.train()
@@ -285,9 +295,35 @@ def test_rows_that_share_a_prefix_read_it_once(toy_trainer, monkeypatch):
     assert len(read) > 4, "without room a prefix is read in every batch that has it"
 
 
-def test_without_room_the_adapter_is_the_same(toy_trainer, monkeypatch):
+def test_prefixes_of_one_row_each_are_read_together_and_each_as_if_alone(toy_trainer, monkeypatch):
+    read = []
+
+    def counted(model, prefixes, autocast):
+        read.append(len(prefixes))
+        return read_prefixes(model, prefixes, autocast)
+
+    monkeypatch.setattr(training, "read_prefixes", counted)
+    trainer = toy_trainer(profile_pass="frozen", max_steps=3)
+    read.clear()
+    trainer.train()
+    assert read == [2, 2, 2], "a forward a batch of two rows"
+    prefixes = [one.factual.ahead for one in trainer.pairs["train"]][:4]
+    assert len({len(one) for one in prefixes}) > 1
+    for ids, found in zip(prefixes, read_prefixes(trainer.model, prefixes, None), strict=True):
+        alone = read_prefix(trainer.model, ids, None)
+        assert found.get_seq_length() == len(ids)
+        for one, other in zip(found.layers, alone.layers, strict=True):
+            torch.testing.assert_close(one.keys, other.keys, rtol=0, atol=1e-5)
+            torch.testing.assert_close(one.values, other.values, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("each", [1, 6])
+def test_without_room_the_adapter_is_the_same(toy_trainer, monkeypatch, each):
+    rows = toys.toy_rows(2, 6)
+    rows = [{**one, "profile": rows[index // each * each]["profile"]} for index, one in enumerate(rows)]
+
     def trained():
-        trainer = toy_trainer(profile_pass="frozen", max_steps=6)
+        trainer = toy_trainer(rows=rows, profile_pass="frozen", max_steps=6)
         trainer.train()
         return {name: one.detach().clone() for name, one in trainer.model.named_parameters() if one.requires_grad}
 

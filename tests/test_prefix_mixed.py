@@ -14,7 +14,7 @@ from perce_lite import score as scoring
 from perce_lite.controls import Case, before_and_after
 from perce_lite.engine import SlotEngine
 from perce_lite.learner import UserJob
-from perce_lite.pairs import IGNORED
+from perce_lite.pairs import IGNORED, Tokens
 from perce_lite.recipe import Template
 from perce_lite.score import Job, kept_log_probs, log_probs
 
@@ -131,19 +131,23 @@ def test_a_slot_without_a_system_message_trains_what_the_trainer_trains(tmp_path
 
 
 def test_a_prefix_that_rows_share_is_read_once_a_batch_even_without_room(monkeypatch):
-    monkeypatch.setattr(room, "_KEPT_BYTES", 1)
+    monkeypatch.setattr(room, "KEPT_BYTES", 1)
     read = []
 
-    def left_by(ids):
-        read.append(ids)
-        cache = room.DynamicCache()
-        cache.update(torch.zeros(1, 1, len(ids), 4), torch.zeros(1, 1, len(ids), 4), 0)
-        return cache
+    def left_by(several):
+        read.append(several)
+        caches = [room.DynamicCache() for _ in several]
+        for ids, cache in zip(several, caches, strict=True):
+            cache.update(torch.zeros(1, 1, len(ids), 4), torch.zeros(1, 1, len(ids), 4), 0)
+        return caches
 
     prefixes = room.Prefixes(left_by)
-    one, other = prefixes.number((1, 2)), prefixes.number((3,))
+    rows = [Tokens([1, 2, 7, 8], [-100, -100, -100, 8], 2), Tokens([3, 7, 8], [-100, -100, 8], 1)]
+    one, other = (prefixes.features(row, "frozen")["prefix"][0] for row in rows)
+    for row in rows:
+        prefixes.features(row, "frozen")
     prefixes.ahead(torch.tensor([[one, one], [other, -1], [one, -1]]))
-    assert read == [(1, 2), (3,)]
+    assert read == [[(1, 2)], [(3,)]]
 
 
 def test_cores_of_two_parents_sleep_each_beside_their_own(tmp_path):
