@@ -114,9 +114,7 @@ class Plan:
 
     def longest_row(self, choice: Choice, card: Card) -> int:
         """Tokens of the longest row that fits with the batch of `choice`, at most what the model can read; 0: none."""
-        return 16 * _largest(
-            self.positions // 16, lambda many: self.fits(replace(choice, length=16 * many), card)
-        )
+        return 16 * _largest(self.positions // 16, lambda many: self.fits(replace(choice, length=16 * many), card))
 
     def largest_batch(self, choice: Choice, card: Card) -> int:
         """Rows of a batch of the longest rows that fits; 0: not even one."""
@@ -272,7 +270,12 @@ def figures(plan: Plan, cards: Sequence[Card]) -> dict[str, Any]:
     return {
         "model": plan.recipe.model,
         "shape_from": "its config.json" if plan.at_hand else "a shape known by heart",
-        "rows": {"longest": plan.rows.length, "with_loss": plan.rows.scored, "prefix": plan.rows.prefix, "source": plan.rows.source},
+        "rows": {
+            "longest": plan.rows.length,
+            "with_loss": plan.rows.scored,
+            "prefix": plan.rows.prefix,
+            "source": plan.rows.source,
+        },
         "settings": vars(plan.choice) | {"rank": plan.recipe.lora.get("r", 16)},
         "cards": [_on(plan, card) for card in cards],
     }

@@ -5,7 +5,6 @@ Time and memory of a training do not depend on what the weights say, so an 8B mo
 
 import string
 from pathlib import Path
-from typing import Any
 
 import bitsandbytes as bnb
 import torch
