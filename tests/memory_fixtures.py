@@ -71,6 +71,12 @@ def weights(recipe: Recipe, itemsize: int) -> memory.Weights:
     return memory.weights_of(AutoConfig.from_pretrained(recipe.model_folder), recipe, itemsize)
 
 
+def prefix_of(trainer: PerCETrainer, inputs: dict) -> int:
+    """Tokens of the longest prefix that stands ahead of a batch; 0: none does."""
+    pairs = trainer.pairs["train"]
+    return max(pairs[row].factual.prefix for row in inputs["row"][:, 0].tolist()) if "prefix" in inputs else 0
+
+
 def size_of(tensors: list[torch.Tensor]) -> int:
     """Bytes of the tensors' storages, each once."""
     return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())

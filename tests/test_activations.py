@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from memory_fixtures import WIDE, recipe_for, trainer_for, weights
+from memory_fixtures import WIDE, prefix_of, recipe_for, trainer_for, weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig
 
@@ -35,7 +35,7 @@ def saved_in_training(trainer: PerCETrainer, flash: bool = True) -> tuple[int, m
             return tensor
 
         found["ids"], found["labels"], found["mask"] = inputs["input_ids"], inputs["labels"], inputs["attention_mask"]
-        found["asleep"] = "prefix" in inputs
+        found["prefix"] = prefix_of(trainer, inputs)
         kernel = contextlib.nullcontext() if flash else sdpa_kernel(SDPBackend.MATH)
         with kernel, torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
             loss = original(model, inputs, **kwargs)
@@ -47,10 +47,10 @@ def saved_in_training(trainer: PerCETrainer, flash: bool = True) -> tuple[int, m
     with pytest.raises(Seen):
         trainer.train()
     rows, awake = found["ids"].shape
-    prefix = max(pair.factual.prefix for pair in trainer.pairs["train"]) if found["asleep"] else 0
     scored = int((found["labels"][:, 1:] != -100).sum()) // rows
     padded = not bool(found["mask"].all())
     itemsize = 2 if trainer.args.bf16 else 4
+    prefix = found["prefix"]
     return found["bytes"], memory.Step(rows, prefix + awake, scored, prefix, itemsize, padded, flash)
 
 

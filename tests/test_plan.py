@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from perce_lite import PerCETrainer, probe
 from perce_lite.cards import CARDS, COMMON_SIZES, GIB, card, of_size
-from perce_lite.errors import PlanError
+from perce_lite.errors import ModelError, PlanError
 from perce_lite.footprint import on_meta
+from perce_lite.longest import Rows, alike
 from perce_lite.memory import nf4_bytes
-from perce_lite.plan import Plan, Rows
+from perce_lite.plan import Plan
 from perce_lite.recipe import load_recipe
 from perce_lite.shapes import KNOWN, known_config, shape_of
 
@@ -83,7 +84,7 @@ def test_nf4_by_hand():
 def plan_of(tmp_path: Path, model: str, *overrides: str, length: int = 2048) -> Plan:
     path = tmp_path / "mine.yaml"
     path.write_text(f"model: {model}\ndata: {{path: rows.jsonl}}\n")
-    return Plan(load_recipe(path, overrides), Rows(length, length, length, ""))
+    return Plan(load_recipe(path, overrides), alike(length, ""))
 
 
 @pytest.mark.parametrize("model", ["Llama-3.1-8B", "Gemma-3-4B"])
@@ -95,7 +96,7 @@ def test_the_longest_row_and_the_largest_batch_are_the_last_that_fit(tmp_path, m
     for fitting, more in (({"length": length}, {"length": length + 16}), ({"batch": batch}, {"batch": batch + 1})):
         assert plan.fits(replace(plan.choice, **fitting), here)
         assert not plan.fits(replace(plan.choice, **more), here)
-    assert plan.longest_row(plan.choice, here, prefix=1024) > length
+    assert plan.longest_row(replace(plan.choice, profile_pass="frozen"), here) > length
 
 
 def test_a_larger_card_a_smaller_rank_and_a_shorter_row_never_need_more(tmp_path):
@@ -118,7 +119,7 @@ TIGHT = {
     "a batch": ("Llama-3.1-8B", ["train.per_device_train_batch_size=8"], 12, ["per_device_train_batch_size", "accum"]),
     "no checkpointing": ("Qwen3-4B", ["train.gradient_checkpointing=false"], 8, ["train.gradient_checkpointing=true"]),
     "a whole base": ("Qwen3-4B", ["quantization=none"], 8, ["quantization=nf4"]),
-    "long rows": ("Llama-3.1-8B", ["train.max_length=4096"], 8, ["train."]),
+    "long rows": ("Llama-3.1-8B", ["train.max_length=4096"], 8, ["embedding_on_host=true"]),
     "several": (
         "SmolLM2-1.7B",
         ["train.gradient_checkpointing=false", "train.per_device_train_batch_size=16", "quantization=none"],
@@ -153,7 +154,41 @@ def test_what_nothing_makes_fit(tmp_path):
     plan = plan_of(tmp_path, KNOWN["Llama-3.1-8B"])
     assert plan.smallest_change(of_size(4)) is None
     assert plan.longest_row(plan.choice, of_size(4)) == 0
-    assert plan.smaller_model(of_size(6)) == "Qwen/Qwen3-4B"
+    assert plan.smaller_model(of_size(6)) == ["model=Qwen/Qwen3-4B"]
+
+
+def test_the_table_on_the_host_is_off_the_card(tmp_path):
+    """Llama-3.1-8B's table: 128,256 rows of 4,096 in bf16; a tied one stays, and loading refuses it as the plan does."""
+    here = of_size(8)
+    plan = plan_of(tmp_path, KNOWN["Llama-3.1-8B"])
+    hosted = plan_of(tmp_path, KNOWN["Llama-3.1-8B"], "embedding_on_host=true")
+    both = [one.parts(one.choice, here) for one in (plan, hosted)]
+    assert both[0]["unquantized"] - both[1]["unquantized"] == 128_256 * 4096 * 2
+    assert both[0]["total"] - both[1]["total"] == 128_256 * 4096 * 2
+    trained = plan_of(tmp_path, KNOWN["Llama-3.1-8B"], "lora.modules_to_save=[embed_tokens]", "train.max_length=512")
+    assert not any("embedding_on_host" in word for values, words in trained._cheaper() for word in words)
+    with pytest.raises(ModelError, match=r"embedding_on_host: .*qwen3.*tied.*Set embedding_on_host: false"):
+        plan_of(tmp_path, KNOWN["Qwen3-4B"], "embedding_on_host=true")
+    assert hosted.smaller_model(of_size(6)) == ["model=Qwen/Qwen3-4B", "embedding_on_host=false"]
+
+
+def test_prefixes_are_part_of_the_plan(tmp_path, recipe):
+    """Rows of 3,072 tokens, two thirds of them prefix: keys and values of 32 layers, 8 heads of 128, in bf16."""
+    whole, asleep = (
+        plan_of(tmp_path, KNOWN["Llama-3.1-8B"], "train.per_device_train_batch_size=1", *given, length=3072)
+        for given in ([], ["train.profile_pass=frozen"])
+    )
+    full, frozen = (one.parts(one.choice, of_size(8)) for one in (whole, asleep))
+    assert (full["prefixes"], full["reading"]) == (0, 0)
+    assert frozen["prefixes"] == max(32 * 2 * 8 * 128 * 2 * 2048, 256 * 2**20)
+    assert frozen["saved"] == pytest.approx(full["saved"] / 3, rel=0.01)
+    assert frozen["scoring"] == full["scoring"] > frozen["reading"] - frozen["prefixes"] > 0
+    assert asleep.parts(replace(asleep.choice, batch=4), of_size(8))["prefixes"] == 4 * frozen["prefixes"]
+    words = "train.profile_pass=frozen"
+    assert [told for _, told in whole._asleep()] == [[words]]
+    assert list(asleep._asleep()) == []
+    alone = Plan(load_recipe(recipe(), ["train.train_on=counterfactual"]))
+    assert (alone.rows.prefix, list(alone._asleep())) == (0, [])
 
 
 def test_rows_are_those_of_the_data(recipe):
@@ -161,6 +196,8 @@ def test_rows_are_those_of_the_data(recipe):
     assert 50 < short.length <= 300
     assert 0 < short.scored < short.length
     assert "the longest of 14 training rows" in short.source
+    assert 0 < short.prefix < short.length < short.prefix + short.awake + 1
+    assert Plan(load_recipe(recipe(), ["train.max_length=300", "train.profile_pass=frozen"])).rows == short
     without = Plan(load_recipe(recipe(), ["train.train_on=counterfactual"])).rows
     assert without.length < without.read == short.read
     packed, here = Plan(load_recipe(recipe(), ["train.packing=true", "train.max_length=900"])), of_size(8)
@@ -187,7 +224,7 @@ def test_the_command(recipe, figures, run, monkeypatch):
     given = [f"model={model}", "train.max_length=4096", "dtype=auto", "quantization=nf4"]
     code, out, err = run("plan", path, "--gpu", "8GB", *(word for one in given for word in ("--set", one)))
     assert code == 0, err
-    assert re.search(r"8 GB: fits \(\d\.\d\d GiB\) with\n  perce-lite train \S+mine.yaml --set train\.", out)
+    assert re.search(r"8 GB: fits \(\d\.\d\d GiB\) with\n  perce-lite train \S+mine.yaml --set embedding_on_host=true", out)
     code, out, err = run("plan", path, "--gpu", "RTX 9999")
     assert (code, out, "did you mean" in err, "Traceback" in err) == (2, "", True, False)
 
@@ -248,7 +285,8 @@ def test_the_table_of_the_readme_is_the_codes():
     """As `perce-lite plan recipes/rtx-8gb.yaml --set model=...` prints it where the tokenizer is not at hand."""
     recipe = Path(__file__).resolve().parents[1] / "recipes" / "rtx-8gb.yaml"
     for name in list(KNOWN)[:5]:
-        plan = Plan(load_recipe(recipe, [f"model={KNOWN[name]}"]), Rows(2048, 2048, 2048, ""))
-        longest = [plan.longest_row(plan.choice, of_size(size)) for size in COMMON_SIZES]
-        row = " | ".join(f"{one:,}" if one else "none" for one in longest)
+        plan = Plan(load_recipe(recipe, [f"model={KNOWN[name]}"]), alike(2048, ""))
+        asleep = replace(plan.choice, profile_pass="frozen")
+        both = [[plan.longest_row(one, of_size(size)) for one in (plan.choice, asleep)] for size in COMMON_SIZES]
+        row = " | ".join(" / ".join(f"{one:,}" if one else "none" for one in cell) for cell in both)
         assert f"| {name} | {row} |" in README

@@ -9,7 +9,7 @@ import contextlib
 import pytest
 import torch
 import trl.trainer.utils
-from memory_fixtures import recipe_for, trainer_for, weights
+from memory_fixtures import prefix_of, recipe_for, trainer_for, weights
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
@@ -63,7 +63,7 @@ def test_peak_of_a_step(tmp_path, monkeypatch, kind, checkpointing, options, fla
     trainer.train()
     rows, length = found["input_ids"].shape
     scored = int((found["labels"][:, 1:] != -100).sum()) // rows
-    prefix = max(pair.factual.prefix for pair in trainer.pairs["train"]) if "prefix" in found else 0
+    prefix = prefix_of(trainer, found)
     padded = not bool(found["attention_mask"].all())
     step = memory.Step(rows, prefix + length, scored, prefix, padded=padded, flash=flash)
     counted, shape = weights(recipe, 2), shape_of(AutoConfig.from_pretrained(recipe.model_folder))
