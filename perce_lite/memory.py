@@ -313,14 +313,15 @@ def scoring(shape: Shape, weights: Weights, step: Step) -> int:
 
 
 def reading(shape: Shape, weights: Weights, step: Step) -> int:
-    """A no-grad pass of the bare base over one row's prefix, and the keys and values that it leaves."""
-    alone = prefixes(shape, step) // step.rows
-    return alone + _layer_without_gradients(shape, weights, step, step.prefix) if step.prefix else 0
+    """A no-grad pass of the bare base over the batch's prefixes, and the keys and values that it leaves."""
+    if not step.prefix:
+        return 0
+    return prefixes(shape, step) + _layer_without_gradients(shape, weights, step, step.prefix, step.rows)
 
 
-def _layer_without_gradients(shape: Shape, weights: Weights, step: Step, length: int) -> int:
-    """The wide tensors of one MLP over a row of `length` tokens, and a weight that is whole for a moment."""
+def _layer_without_gradients(shape: Shape, weights: Weights, step: Step, length: int, rows: int = 1) -> int:
+    """The wide tensors of one MLP over rows of `length` tokens, and a weight that is whole for a moment."""
     wide = (4 * shape.intermediate + 3 * shape.hidden) * step.itemsize * length
     if shape.eager or not step.flash:
         wide += 2 * FLOAT32 * shape.heads * length**2
-    return wide + weights.largest * step.itemsize
+    return rows * wide + weights.largest * step.itemsize

@@ -108,7 +108,8 @@ def read_prefixes(
     if len(prefixes) == 1:
         return [whole]
     found = [DynamicCache() for _ in prefixes]
-    for number, layer in enumerate(whole.layers):
+    for number in range(len(whole.layers)):
+        layer = whole.layers.pop(0)  # so that never two copies of all layers are there
         for row, (ids, cache) in enumerate(zip(prefixes, found, strict=True)):
             mine = slice(row, row + 1), slice(None), slice(len(ids))
             cache.update(layer.keys[mine], layer.values[mine], number)

@@ -158,7 +158,7 @@ def test_what_nothing_makes_fit(tmp_path):
 
 
 def test_the_table_on_the_host_is_off_the_card(tmp_path):
-    """Llama-3.1-8B's table: 128,256 rows of 4,096 in bf16; a tied one stays, and loading refuses it as the plan does."""
+    """Llama-3.1-8B's table: 128,256 rows of 4,096 in bf16; a tied one stays, and is refused as at loading."""
     here = of_size(8)
     plan = plan_of(tmp_path, KNOWN["Llama-3.1-8B"])
     hosted = plan_of(tmp_path, KNOWN["Llama-3.1-8B"], "embedding_on_host=true")
@@ -182,7 +182,8 @@ def test_prefixes_are_part_of_the_plan(tmp_path, recipe):
     assert (full["prefixes"], full["reading"]) == (0, 0)
     assert frozen["prefixes"] == max(32 * 2 * 8 * 128 * 2 * 2048, 256 * 2**20)
     assert frozen["saved"] == pytest.approx(full["saved"] / 3, rel=0.01)
-    assert frozen["scoring"] == full["scoring"] > frozen["reading"] - frozen["prefixes"] > 0
+    # All that is awake may be response: a third of the row, whose whole is scored all the same.
+    assert full["scoring"] > frozen["scoring"] > frozen["reading"] - frozen["prefixes"] > 0
     assert asleep.parts(replace(asleep.choice, batch=4), of_size(8))["prefixes"] == 4 * frozen["prefixes"]
     words = "train.profile_pass=frozen"
     assert [told for _, told in whole._asleep()] == [[words]]
@@ -224,7 +225,7 @@ def test_the_command(recipe, figures, run, monkeypatch):
     given = [f"model={model}", "train.max_length=4096", "dtype=auto", "quantization=nf4"]
     code, out, err = run("plan", path, "--gpu", "8GB", *(word for one in given for word in ("--set", one)))
     assert code == 0, err
-    assert re.search(r"8 GB: fits \(\d\.\d\d GiB\) with\n  perce-lite train \S+mine.yaml --set embedding_on_host=true", out)
+    assert re.search(r"8 GB: fits \(\d\.\d\d GiB\) with\n  perce-lite train \S+mine.yaml --set train\.", out)
     code, out, err = run("plan", path, "--gpu", "RTX 9999")
     assert (code, out, "did you mean" in err, "Traceback" in err) == (2, "", True, False)
 
