@@ -1,5 +1,6 @@
 """An export to the Hub: private unless asked otherwise, and only after a warning."""
 
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -57,7 +58,7 @@ def push(folder: Path, repo: str, public: bool) -> str:
     except _REFUSALS as error:
         raise ExportError(
             f"--push-to-hub {repo}: the Hub did not take it: {_first_line(error)} The export is whole: {folder}. Push "
-            f"it with: hf upload {repo} {folder}"
+            f"it with: hf upload {repo} {shlex.quote(str(folder))}"
         ) from error
     return f"https://huggingface.co/{repo}"
 

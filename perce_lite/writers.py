@@ -1,5 +1,7 @@
 """What each target of an export consists of: written into a folder aside, with the proof that it will be held to."""
 
+import json
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -83,25 +85,27 @@ def _vllm_use(job: Job, recipe: Recipe, rank: int) -> str:
     """How vLLM and LoRAX are given the adapter."""
     base = model_source(recipe) if recipe.model in BUILT_IN else recipe.model
     place = job.place.absolute()
+    named, path = shlex.quote(f"personal={place}"), json.dumps(str(place), ensure_ascii=False)
+    model, template = json.dumps(str(base), ensure_ascii=False), shlex.quote(str(place / "chat_template.jinja"))
     return "\n".join(
         [
             "## Use",
             "",
             f"vLLM; the adapter's rank is {rank}, so it needs a max_lora_rank of {max_rank(rank)} or more:",
             "",
-            f"    vllm serve {base} --enable-lora --max-lora-rank {max_rank(rank)} \\",
-            f"        --lora-modules personal={place} --chat-template {place / 'chat_template.jinja'}",
+            f"    vllm serve {shlex.quote(str(base))} --enable-lora --max-lora-rank {max_rank(rank)} \\",
+            f"        --lora-modules {named} --chat-template {template}",
             "",
             "    from vllm import LLM",
             "    from vllm.lora.request import LoRARequest",
             "",
-            f'    llm = LLM(model="{base}", enable_lora=True, max_lora_rank={max_rank(rank)})',
-            f'    lora_request = LoRARequest("personal", 1, "{place}")',
+            f"    llm = LLM(model={model}, enable_lora=True, max_lora_rank={max_rank(rank)})",
+            f'    lora_request = LoRARequest("personal", 1, {path})',
             "    llm.chat(messages, lora_request=lora_request)",
             "",
             "LoRAX:",
             "",
-            f'    client.generate(prompt, adapter_id="{place}", adapter_source="local")',
+            f'    client.generate(prompt, adapter_id={path}, adapter_source="local")',
             "",
         ]
     )

@@ -47,17 +47,18 @@ def test_ranks():
 
 
 def test_the_folder_is_pefts_and_says_how_vllm_is_given_it(adapter, tmp_path):
-    figures = exports.export(adapter, "vllm", tmp_path / "out", False)
+    figures = exports.export(adapter, "vllm", tmp_path / "my out", False)
     assert figures["max_lora_rank"] == 16
     assert figures["proof"]["off_adapter"] < 1e-3 < figures["proof"]["effect"]
-    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 9
-    card = (tmp_path / "out/README.md").read_text()
-    place = str(tmp_path / "out")
+    assert json.loads((tmp_path / "my out/adapter_config.json").read_text())["r"] == 9
+    card = (tmp_path / "my out/README.md").read_text()
+    place = str(tmp_path / "my out")
     assert f'LoRARequest("personal", 1, "{place}")' in card
     assert "--enable-lora --max-lora-rank 16" in card
+    assert f"--lora-modules 'personal={place}' --chat-template '{place}/chat_template.jinja'" in card
     assert f'adapter_id="{place}", adapter_source="local"' in card
     assert str(tmp_path) not in card.replace(place, ""), "nothing of the folder that it was written in aside"
-    assert exports.verify(tmp_path / "out")["proof"] == figures["proof"]
+    assert exports.verify(tmp_path / "my out")["proof"] == figures["proof"]
 
 
 @pytest.mark.parametrize(("lora", "told"), REFUSED)
