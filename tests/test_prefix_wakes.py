@@ -1,0 +1,102 @@
+"""Where the adapter wakes: the prefix holds the profile and nothing of the query; what cannot be told is refused."""
+
+import pytest
+import toys
+from test_prefix import FAMILIES, made, maker
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from perce_lite.errors import ConfigError, TemplateError
+from perce_lite.pairs import IGNORED, PairMaker
+from perce_lite.recipe import Template
+from perce_lite.rows import from_columns
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_prefix_holds_the_profile_and_nothing_of_the_query(family):
+    tokenizer = toys.toy_tokenizer(family)
+    for pair in made(family, 9):
+        ahead, awake = tokenizer.decode(pair.factual.ahead), tokenizer.decode(pair.factual.awake.ids)
+        assert pair.profile in ahead
+        assert pair.row.query in awake
+        assert pair.row.query not in ahead
+        assert all(label == IGNORED for label in pair.factual.labels[: pair.factual.prefix + 1])
+        assert tokenizer.decode(pair.counterfactual.awake.ids).endswith(awake.strip()[-20:])
+
+
+def test_a_system_message_ends_with_its_own_turn():
+    """So that others find where to wake by the header of the user's message."""
+    tokenizer = toys.toy_tokenizer("chatml")
+    for pair in made():
+        for tokens in (pair.factual, pair.counterfactual):
+            assert tokenizer.decode(tokens.awake.ids).startswith("\n<|im_start|>user\n")
+
+
+def test_a_prompt_to_answer_has_the_prefix_of_training():
+    for family in FAMILIES:
+        own = maker(family)
+        for pair in made(family):
+            asked = own.prompt(pair.row.prompt, pair.row.profile)
+            assert asked.ids == own.prompt_ids(pair.row.prompt, pair.row.profile)
+            assert (asked.prefix, asked.ahead) == (pair.factual.prefix, pair.factual.ahead)
+
+
+def test_a_token_that_reaches_from_the_profile_into_the_query_is_asleep():
+    tokenizer = toys.toy_tokenizer("gemma")
+    row = from_columns({"user": "u", "profile": "likes tea\n", "prompt": "?", "completion": "yes"}, "a row")
+    template = {"profile": "{profile}", "separator": "\n"}
+    (pair,) = maker("gemma", **template).make([row])
+    text = tokenizer.decode(pair.factual.ids)
+    assert "tea" in tokenizer.decode(pair.factual.ahead)
+    assert tokenizer.decode(pair.factual.ahead) + tokenizer.decode(pair.factual.awake.ids) == text
+
+
+SYSTEM_LAST = r"""
+{%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' -%}
+{%- for message in messages if message['role'] != 'system' -%}
+    {{- '<|im_start|>' + message['role'] + '\n' + message['content'] -}}
+    {%- if message['role'] == 'user' and system -%} {{- '\n' + system -}} {%- endif -%}
+    {{- '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%} {{- '<|im_start|>assistant\n' -}} {%- endif -%}
+"""
+
+
+def test_a_profile_behind_the_query_is_refused():
+    tokenizer = toys.toy_tokenizer("chatml")
+    tokenizer.chat_template = SYSTEM_LAST
+    row = from_columns(toys.toy_rows()[0], "rows.jsonl line 1")
+    PairMaker(tokenizer, profile_pass="full").make([row])
+    with pytest.raises(TemplateError, match=r"rows.jsonl line 1.*ahead of every query"):
+        PairMaker(tokenizer, profile_pass="frozen").make([row])
+    (pair,) = PairMaker(tokenizer, Template(position="user"), profile_pass="frozen").make([row])
+    assert pair.factual.prefix
+
+
+def test_nothing_to_freeze_is_a_fault_of_the_config(toy_trainer):
+    with pytest.raises(ConfigError, match="has no profile"):
+        toy_trainer(profile_pass="frozen", train_on="counterfactual")
+    with pytest.raises(ConfigError, match="'asleep' is not one of full, frozen"):
+        toy_trainer(profile_pass="asleep")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"attention_dropout": 0.1}, "attention_dropout of 0, not 0.1"),
+        ({"_attn_implementation": "flex_attention"}, "sdpa or eager, not flex_attention"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "also has linear_attention"),
+    ],
+)
+def test_an_attention_that_cannot_is_refused(toy_trainer, change, told):
+    model = toys.toy_model("chatml", toys.VOCAB_SIZE)
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ConfigError, match=told):
+        toy_trainer(model=model, profile_pass="frozen")
+
+
+def test_a_layer_that_would_not_look_ahead_is_found(toy_trainer, monkeypatch):
+    own = LlamaAttention.forward
+    monkeypatch.setattr(LlamaAttention, "forward", lambda self, *args, ahead=None, **rest: own(self, *args, **rest))
+    with pytest.raises(ConfigError, match="does not reach every layer of LlamaForCausalLM"):
+        toy_trainer(profile_pass="frozen")
