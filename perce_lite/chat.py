@@ -40,7 +40,7 @@ class Chat:
 
     def prompt_ids(self, prompt: Sequence[Message], profile: Profiled) -> list[int]:
         """Ids (T,) of a prompt that waits for an answer, `profile` in it where there is one; for generation."""
-        return self.ids(self._render(self.composed(prompt, profile), "the prompt", add_generation_prompt=True))
+        return self.ids(self.render(self.composed(prompt, profile), "the prompt", add_generation_prompt=True))
 
     def composed(self, prompt: Sequence[Message], profile: Profiled) -> list[Message]:
         """The messages that the chat template is given of a prompt, `profile` in them where there is one."""
@@ -76,7 +76,7 @@ class Chat:
             {**one, "content": f"{mark}{next(turns)}."} if one["role"] == "assistant" else one for one in completion
         ]
         messages = self._messages([*prompt, *marked], profile, where)
-        pieces = re.split(rf"{mark}\d+\.", self._render(messages, where))
+        pieces = re.split(rf"{mark}\d+\.", self.render(messages, where))
         expected = sum(one["role"] == "assistant" for one in completion) + 1
         if len(pieces) != expected:
             raise TemplateError(
@@ -86,7 +86,7 @@ class Chat:
         if expected == 2:  # what precedes a single answer is exactly what generation will see
             ahead = list(itertools.takewhile(lambda one: one["role"] != "assistant", completion))
             asked = self._messages([*prompt, *ahead], profile, where)
-            pieces[0] = self._render(asked, where, add_generation_prompt=True)
+            pieces[0] = self.render(asked, where, add_generation_prompt=True)
         return pieces
 
     def segments(self, prompt: list[Message], completion: list[Message], profile: str, where: str) -> list[list[Span]]:
@@ -119,7 +119,7 @@ class Chat:
         lead = list(itertools.takewhile(lambda one: one["role"] == "system", messages))
         if lead and self._position == "system":
             try:
-                head = self._render(lead, where)
+                head = self.render(lead, where)
             except TemplateError:  # there are templates that want a user's message
                 head = ""
             if head and context.startswith(head):
@@ -157,7 +157,8 @@ class Chat:
         # Once more: two harmless halves may have met.
         return [{**one, "content": self.safe(one["content"])[0]} for one in [*first, *rest]]
 
-    def _render(self, messages: list[Message], where: str, add_generation_prompt: bool = False) -> str:
+    def render(self, messages: list[Message], where: str, add_generation_prompt: bool = False) -> str:
+        """What the chat template makes of `messages`; raises TemplateError where it refuses them."""
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
@@ -174,10 +175,10 @@ class Chat:
         """Whether the chat template shows a system message, and the text that it puts in where there is none."""
         user = {"role": "user", "content": "x"}
         try:
-            before, shown, after = self._render([{"role": "system", "content": "probe7"}, user], "").partition("probe7")
+            before, shown, after = self.render([{"role": "system", "content": "probe7"}, user], "").partition("probe7")
         except TemplateError:
             return False, ""
-        bare = self._render([user], "the template")
+        bare = self.render([user], "the template")
         fills_in = shown and bare.startswith(before) and bare.endswith(after) and len(bare) > len(before) + len(after)
         return bool(shown), bare[len(before) : len(bare) - len(after)] if fills_in else ""
 

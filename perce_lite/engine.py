@@ -137,10 +137,10 @@ class SlotEngine:
         """state: of `_state`, where the user was stopped in the middle."""
         if not job.pairs:
             raise DataError(f"No rows of user {job.user} can be trained on")
-        seed = self.args.seed if job.seed is None else job.seed
-        found = constants(self.model.base, job.pairs, self.args, seed, self.store)
         if job.adapter is None and self.model.core:
             raise AdapterError(f"user {job.user}: a core needs an adapter to start from (lora.core_only)")
+        seed = self.args.seed if job.seed is None else job.seed
+        found = constants(self.model.base, job.pairs, self.args, seed, self.store)
         self.model.load_slot(slot, self.model.fresh(seed) if job.adapter is None else job.adapter)
         learner = Learner(slot, job, found, self.model.parameters_of(slot), self.args, self.prefixes)
         if state is not None:
@@ -151,6 +151,7 @@ class SlotEngine:
     def _result(self, training: Learner, error: PerceLiteError | None) -> Result:
         adapter = {} if error is not None else self.model.read_slot(training.slot)
         self.model.clear_gradients(training.slot)
+        self.prefixes.forget(training.features)
         return Result(training.job.user, training.slot, adapter, training.log, training.found.hits, error)
 
     def _step(self, trainings: Sequence[Learner]) -> dict[int, PerceLiteError]:

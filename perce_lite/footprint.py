@@ -83,9 +83,8 @@ def trained_bytes(recipe: Recipe) -> int:
     """As `adapter_bytes`, of what is trained: with `lora.core_only` a matrix of r x r a layer."""
     if not recipe.core_only:
         return adapter_bytes(recipe)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of(recipe))
-    ranks = (layer.r for layer in with_adapter(model, recipe).modules() if isinstance(layer, LoraLayer))
+    model = with_adapter(on_meta(config_of(recipe)), recipe)
+    ranks = (layer.r for layer in model.modules() if isinstance(layer, LoraLayer))
     return 4 * sum(rank**2 for one in ranks for rank in one.values())
 
 

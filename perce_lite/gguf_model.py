@@ -1,6 +1,5 @@
 """A whole model as GGUF, as llama.cpp reads it: sizes, names, order of rows, rounding, the tokenizer."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import gguf
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from perce_lite.errors import ExportError
 from perce_lite.gguf_vocabulary import add_vocabulary
@@ -133,15 +133,14 @@ def _add_rope(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def _llama3_factors(config: Any) -> Tensor | None:
-    """By how much each rotary frequency is slowed, (head / 2,), as Llama 3.1 defines it; None where nothing is."""
+    """By how much each rotary frequency is slowed, (head / 2,), in Llama 3's scaling; None where nothing is."""
     given = config.rope_parameters
     if given.get("rope_type") != "llama3":
         return None
-    size, context = _head_size(config), given["original_max_position_embeddings"]
-    low, high, factor = given["low_freq_factor"], given["high_freq_factor"], given["factor"]
-    lengths = 2 * math.pi * given["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
-    smooth = ((context / lengths - low) / (high - low)).clamp(0, 1)  # 0: slowed by the whole factor, 1: not at all
-    return (1 / ((1 - smooth) / factor + smooth)).float()
+    size = _head_size(config)
+    plain = 1 / given["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+    slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
+    return plain / slowed
 
 
 def _tensors(model: PreTrainedModel, config: Any, architecture: gguf.MODEL_ARCH) -> Iterator[tuple[str, Tensor]]:

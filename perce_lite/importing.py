@@ -91,6 +91,7 @@ def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: boo
     Raises:
         DataError: nothing to read, nothing of the person's, an `out` that is in the way or holds something else.
     """
+    files = files_of(path)
     if out.suffix != ".jsonl":
         raise DataError(f"--out {out}: what is written is JSON, one record a line; end the name with .jsonl")
     if out.exists() and not (append or force):
@@ -98,7 +99,7 @@ def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: boo
     if path.resolve() == out.resolve():
         raise DataError(f"--out {out}: is what is read, and would be lost; give another --out")
     before = _kept(out) if append and out.exists() else []
-    files = [one for one in files_of(path) if (path / one.name).resolve() != out.resolve()]
+    files = [one for one in files if (path / one.name).resolve() != out.resolve()]
     notes = Notes()
     reader = Reader(notes, wanted.text_column, alone=len(files) == 1)
     reader.read(files)

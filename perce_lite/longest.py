@@ -41,16 +41,19 @@ def packed(limit: int) -> Rows:
     return Rows(limit, limit, limit, "packed rows of train.max_length", 2 * limit, limit)
 
 
-def rows_of(recipe: Recipe, max_length: int | None, positions: int) -> Rows:
+def rows_of(recipe: Recipe, max_length: int | None, positions: int, at_hand: bool) -> Rows:
     """The longest training row: of the recipe's data where data and tokenizer are at hand, else of `max_length` tokens.
 
     positions: the most that the model can read, for a recipe without a limit
+    at_hand: whether the model's configuration was; else its tokenizer is not asked for, which may take minutes
     """
-    why = "no row is left"
+    pairs, why = [], "the tokenizer is not at hand"
     try:
-        pairs = _pairs(recipe, load_tokenizer(recipe), of_split(read_rows(recipe), "train"), max_length)
+        if at_hand:
+            tokenizer, why = load_tokenizer(recipe), "no row is left"
+            pairs = _pairs(recipe, tokenizer, of_split(read_rows(recipe), "train"), max_length)
     except ModelError:
-        pairs, why = [], "the tokenizer is not at hand"
+        pass
     except (DataError, TemplateError) as error:
         pairs, why = [], str(error).partition(". ")[0]
     if not pairs:

@@ -9,10 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2.exceptions import TemplateError as JinjaError
-
 from perce_lite.chat import Chat
-from perce_lite.errors import ExportError
+from perce_lite.errors import ExportError, TemplateError
 from perce_lite.proof import ANSWER, QUESTION, Proof
 from perce_lite.rows import Message
 
@@ -134,13 +132,9 @@ def _rendered(chat: Chat, messages: Sequence[Message]) -> str:
 
 def _apply(chat: Chat, messages: Sequence[Message]) -> str:
     try:
-        return str(
-            chat.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **chat.template.chat_template_kwargs
-            )
-        )
-    except JinjaError as error:
-        raise ExportError(f"ollama: the chat template refuses a dialogue: {error}") from error
+        return chat.render(list(messages), "a dialogue", add_generation_prompt=True)
+    except TemplateError as error:
+        raise ExportError(f"ollama: {error}") from error
 
 
 def _knows_system(chat: Chat) -> bool:

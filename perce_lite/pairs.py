@@ -152,7 +152,7 @@ class PairMaker(Chat):
             return count == 0 or self.max_length is None or len(self.prompt_ids(prompt, part)) <= self.max_length
 
         units = len(profile.split()) if isinstance(profile, str) else len(profile)
-        return _first(profile, _most_that_fit(units, fits))
+        return _first(profile, most_that_fit(units, fits))
 
     def spans(self, pair: Pair, with_profile: bool) -> list[Span]:
         """The row of `pair` as one pass sees it, decoded from its very ids, in spans that say what each piece is."""
@@ -207,7 +207,7 @@ class PairMaker(Chat):
                 return True
             return len(self._tokens(prompt, completion, text, responses, row.where).ids) <= self.max_length
 
-        taken = _most_that_fit(units, lambda count: fits(_first(row.profile, count)))
+        taken = most_that_fit(units, lambda count: fits(_first(row.profile, count)))
         chosen = _first(row.profile, taken)
         text, broken_in_profile = self.safe_profile(chosen)
         if not text.strip() and not isinstance(row.profile, str):
@@ -224,6 +224,8 @@ class PairMaker(Chat):
                 f"{row.where}: the profile leaves no trace in the prompt: with and without it the template renders "
                 "the same text. Try template.position: user, or another template."
             )
+        factual = self._asleep(factual, prompt, completion, text, row.where)
+        counterfactual = self._asleep(counterfactual, prompt, completion, "", row.where)
         return Pair(row, factual, counterfactual, text, units - taken, broken + broken_in_profile)
 
     def _cleaned(self, row: Row) -> tuple[list[Message], list[Message], int]:
@@ -249,19 +251,24 @@ class PairMaker(Chat):
             end = after[: self.end_of_turn(after)] if ends_turns else []
             ids += response + after
             labels += response + end + [IGNORED] * (len(after) - len(end))
-        prefix = self._prefix(contexts[0], prompt, completion, profile, where) if self.sleeps else 0
-        return _without_tail(ids, labels, prefix)
+        return _without_tail(ids, labels)
 
     def prompt(self, prompt: Sequence[Message], profile: Profiled) -> Tokens:
         """As `prompt_ids`, with the prefix that an adapter sleeps through; nothing in it is scored."""
-        ids, text = self.prompt_ids(prompt, profile), self.profile_text(profile)
+        ids = self.prompt_ids(prompt, profile)
         messages = [{"role": self.safe(one["role"])[0], "content": self.safe(one["content"])[0]} for one in prompt]
         answer: list[Message] = [{"role": "assistant", "content": "."}]
-        prefix = 0
-        if self.sleeps:
-            ahead = self.contexts(messages, answer, text, "the prompt")[0]
-            prefix = self._prefix(ahead, messages, answer, text, "the prompt")
-        return Tokens(ids, [IGNORED] * len(ids), prefix)
+        asked = Tokens(ids, [IGNORED] * len(ids))
+        return self._asleep(asked, messages, answer, self.profile_text(profile), "the prompt")
+
+    def _asleep(
+        self, tokens: Tokens, prompt: list[Message], completion: list[Message], profile: str, where: str
+    ) -> Tokens:
+        """`tokens` of that prompt, with the prefix that an adapter sleeps through, if it does."""
+        if not self.sleeps:
+            return tokens
+        context = self.contexts(prompt, completion, profile, where)[0]
+        return tokens._replace(prefix=self._prefix(context, prompt, completion, profile, where))
 
     def invocation(self) -> list[int]:
         """Ids at whose start an adapter wakes, for programs that look for them (activated LoRA).
@@ -308,8 +315,8 @@ def _first(profile: Profiled, count: int) -> Profiled:
     return "".join(words[:count]).strip()
 
 
-def _most_that_fit(total: int, fits: Callable[[int], bool]) -> int:
-    """The largest count from 0 to `total` for which `fits` holds; fewer always fit where more do."""
+def most_that_fit(total: int, fits: Callable[[int], bool]) -> int:
+    """The largest count from 0 to `total` for which `fits` holds; 0 always fits, and fewer do where more do."""
     if fits(total):
         return total
     low, high = 0, total  # low fits (nothing is always allowed), high does not
@@ -319,7 +326,7 @@ def _most_that_fit(total: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _without_tail(ids: list[int], labels: list[int], prefix: int) -> Tokens:
+def _without_tail(ids: list[int], labels: list[int]) -> Tokens:
     """Cuts what follows the last scored token: it would be computed for nothing."""
     last = max(index for index, label in enumerate(labels) if label != IGNORED)
-    return Tokens(ids[: last + 1], labels[: last + 1], prefix)
+    return Tokens(ids[: last + 1], labels[: last + 1])

@@ -1,7 +1,7 @@
 """Will it fit? Memory by part before a run, per card: the longest row, the largest batch, the smallest change."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -13,6 +13,7 @@ from perce_lite.cards import GIB, Card
 from perce_lite.config import PerCEConfig
 from perce_lite.embedding import tied
 from perce_lite.longest import Rows, packed, rows_of
+from perce_lite.pairs import most_that_fit
 from perce_lite.prefix import KEPT_BYTES
 from perce_lite.recipe import Recipe, train_defaults
 from perce_lite.shapes import KNOWN, model_config, shape_of
@@ -63,7 +64,8 @@ class Plan:
         self._train = {**train_defaults(on_cpu=False), **recipe.train}
         self.positions: int = self.config.get_text_config().max_position_embeddings
         limit = self._option("max_length")
-        self.rows = rows or (packed(limit) if self._option("packing") else rows_of(recipe, limit, self.positions))
+        full = packed(limit) if self._option("packing") else None
+        self.rows = rows or full or rows_of(recipe, limit, self.positions, self.at_hand)
         self.itemsize = memory.FLOAT32 if recipe.dtype == "float32" else 2
         self.choice = Choice(
             batch=self._option("per_device_train_batch_size"),
@@ -114,11 +116,11 @@ class Plan:
 
     def longest_row(self, choice: Choice, card: Card) -> int:
         """Tokens of the longest row that fits with the batch of `choice`, at most what the model can read; 0: none."""
-        return 16 * _largest(self.positions // 16, lambda many: self.fits(replace(choice, length=16 * many), card))
+        return 16 * most_that_fit(self.positions // 16, lambda many: self.fits(replace(choice, length=16 * many), card))
 
     def largest_batch(self, choice: Choice, card: Card) -> int:
         """Rows of a batch of the longest rows that fits; 0: not even one."""
-        return _largest(256, lambda many: self.fits(replace(choice, batch=many), card))
+        return most_that_fit(256, lambda many: self.fits(replace(choice, batch=many), card))
 
     def smallest_change(self, card: Card) -> tuple[list[str], Choice] | None:
         """The fewest and mildest overrides of the recipe with which it fits on `card`; None: nothing in it would do.
@@ -254,15 +256,6 @@ def held(parts: dict[str, int]) -> int:
 
 def _is_tied(config: PretrainedConfig) -> bool:
     return bool(config.get_text_config().tie_word_embeddings)
-
-
-def _largest(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest count from 0 to `most` that fits; fewer always fit where more do."""
-    low, high = 0, most + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def figures(plan: Plan, cards: Sequence[Card]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ checkpointing too, where a cache of transformers' would be thrown away.
 
 import functools
 import inspect
+import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from perce_lite.pairs import Tokens
 
 KEPT_BYTES = 256 * 2**20
 """Of keys and values that wait for the next row with the same prefix."""
+
+Ids = tuple[int, ...]
+"""A prefix (P,)."""
 
 _NOBODY, _PADDING = -2, -1
 """Owners of a place among the keys that no token may look at, and of a token that is padding."""
@@ -93,55 +97,59 @@ class Prefixes:
     empty prefix, of a row without a profile, leaves nothing.
     """
 
-    def __init__(self, read: Callable[[Sequence[tuple[int, ...]]], list[DynamicCache]]) -> None:
+    def __init__(self, read: Callable[[Sequence[Ids]], list[DynamicCache]]) -> None:
         self._read = read
-        self._rows: Counter[int] = Counter()
-        self._numbers: dict[tuple[int, ...], int] = {}
-        self._ids: list[tuple[int, ...]] = []
-        self._kept: OrderedDict[int, DynamicCache] = OrderedDict()
+        self._numbers: dict[Ids, int] = {}
+        self._ids: dict[int, Ids] = {}
+        self._rows: Counter[Ids] = Counter()
+        self._fresh = itertools.count()
+        self._kept: OrderedDict[Ids, DynamicCache] = OrderedDict()
         self._bytes = 0
 
-    def number(self, ids: tuple[int, ...]) -> int:
-        """The number of a prefix; rows that share it have the same."""
-        if ids not in self._numbers:
-            self._numbers[ids] = len(self._ids)
-            self._ids.append(ids)
-        return self._numbers[ids]
+    def __len__(self) -> int:
+        """How many prefixes there are rows of."""
+        return len(self._ids)
 
     def features(self, tokens: Tokens, profile_pass: str) -> dict[str, list[int]]:
         """What a forward is given of a row: `input_ids`, `labels` and, with "frozen", the number of its `prefix`.
 
         An empty prefix has a number too: rows with one and rows without share a batch.
         """
-        awake = tokens.awake
+        awake, ids = tokens.awake, tokens.ahead
         features = {"input_ids": awake.ids, "labels": awake.labels}
         if profile_pass == "frozen":
-            number = self.number(tokens.ahead)
-            self._rows[number] += 1
-            features["prefix"] = [number] * len(awake.ids)
+            if ids not in self._numbers:
+                number = self._numbers[ids] = next(self._fresh)
+                self._ids[number] = ids
+            self._rows[ids] += 1
+            features["prefix"] = [self._numbers[ids]] * len(awake.ids)
         return features
 
-    def _of(self, numbers: Sequence[int]) -> dict[int, DynamicCache]:
-        """What the prefixes of a batch leave."""
-        company = [number for number in numbers if self._ids[number] and self._rows[number] < 2]
-        if len(company) < 2:
-            return {number: self._alone(number) for number in numbers}
-        together = dict(zip(company, self._read([self._ids[number] for number in company]), strict=True))
-        return {number: together[number] if number in together else self._alone(number) for number in numbers}
+    def forget(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Rows, as `features` gave them, that will not come again: a fleet has more users than memory."""
+        for ids in [self._ids[row["prefix"][0]] for row in rows if "prefix" in row]:
+            self._rows[ids] -= 1
+            if not self._rows[ids]:
+                del self._rows[ids], self._ids[self._numbers.pop(ids)]
 
-    def _alone(self, number: int) -> DynamicCache:
-        if number not in self._kept:
-            ids = self._ids[number]
-            self._kept[number] = self._read([ids])[0] if ids else DynamicCache()
-            self._bytes += _size(self._kept[number])
-        self._kept.move_to_end(number)
-        found = self._kept[number]
+    def _of(self, prefixes: Sequence[Ids]) -> dict[Ids, DynamicCache]:
+        """What the prefixes of a batch leave."""
+        company = [ids for ids in prefixes if ids and self._rows[ids] < 2]
+        together = dict(zip(company, self._read(company), strict=True)) if len(company) > 1 else {}
+        return {ids: together[ids] if ids in together else self._alone(ids) for ids in prefixes}
+
+    def _alone(self, ids: Ids) -> DynamicCache:
+        if ids not in self._kept:
+            self._kept[ids] = self._read([ids])[0] if ids else DynamicCache()
+            self._bytes += _size(self._kept[ids])
+        self._kept.move_to_end(ids)
+        found = self._kept[ids]
         while self._bytes > KEPT_BYTES and self._kept:
             self._bytes -= _size(self._kept.popitem(last=False)[1])
         return found
 
     def ahead(self, numbers: Tensor, position_ids: Tensor | None = None) -> dict[str, Any]:
-        """Inputs of a forward of rows (B, T): `position_ids` and `ahead`; for `mask` in place of an attention mask.
+        """As `before`, of rows that came through `features`.
 
         numbers: (B, T), of each token's prefix; -1 for padding
         position_ids: (B, T) of packed rows, starting anew at each segment; None: a row is one segment
@@ -149,12 +157,20 @@ class Prefixes:
         rows = numbers.tolist()
         places = [[0]] * len(rows) if position_ids is None else position_ids.tolist()
         segments = [_segments(row, at) for row, at in zip(rows, places, strict=True)]
-        caches = self._of(list(dict.fromkeys(number for row in segments for number, _ in row)))
+        named = [[(self._ids[number], count) for number, count in row] for row in segments]
+        return self.before(named, numbers.shape[1], numbers.device)
+
+    def before(self, segments: Sequence[Sequence[tuple[Ids, int]]], length: int, device: Any) -> dict[str, Any]:
+        """Inputs of a forward of rows (B, `length`): `position_ids` and `ahead`, in the place of an attention mask.
+
+        segments: of each row, the prefix and the tokens of each of its segments
+        """
+        caches = self._of(list(dict.fromkeys(ids for row in segments for ids, _ in row)))
         made = Ahead(
-            [[caches[number] for number, _ in row] for row in segments],
+            [[caches[ids] for ids, _ in row] for row in segments],
             [[count for _, count in row] for row in segments],
-            numbers.shape[1],
-            numbers.device,
+            length,
+            device,
         )
         return {"position_ids": made.position_ids, "ahead": made}
 
@@ -250,10 +266,9 @@ def look_ahead(base: PreTrainedModel, prefixes: Prefixes) -> None:
     if faults:
         raise ConfigError(faults)
     base.set_attn_implementation(_OURS[given])
-    ids = torch.tensor([[prefixes.number((0,))]], device=base.device)
-    met = prefixes.ahead(ids)
+    met = prefixes.before([[((0,), 1)]], 1, base.device)
     with torch.no_grad():
-        base.base_model(input_ids=torch.zeros_like(ids), use_cache=False, **met)
+        base.base_model(input_ids=torch.zeros_like(met["position_ids"]), use_cache=False, **met)
     if met["ahead"].met != set(range(config.num_hidden_layers)):
         base.set_attn_implementation(given)
         raise ConfigError(

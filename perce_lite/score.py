@@ -142,9 +142,11 @@ def inputs_of(
     """Inputs of a forward: of the whole sequences (B, T), or with `prefixes` of what follows each one's prefix."""
     if prefixes is None:
         return dict(padded(sequences, pad_id, device))
-    inputs = padded([one.awake for one in sequences], pad_id, device)
-    numbers = torch.tensor([prefixes.number(one.ahead) for one in sequences], device=device)
-    return behind(inputs, torch.where(inputs["attention_mask"] > 0, numbers[:, None], -1), prefixes)
+    awake = [one.awake for one in sequences]
+    inputs = padded(awake, pad_id, device)
+    del inputs["attention_mask"]  # what is ahead has its own
+    segments = [[(whole.ahead, len(rest.ids))] for whole, rest in zip(sequences, awake, strict=True)]
+    return {**inputs, **prefixes.before(segments, inputs["input_ids"].shape[1], device)}
 
 
 def behind(inputs: Mapping[str, Any], numbers: Tensor, prefixes: Prefixes) -> dict[str, Any]:

@@ -96,7 +96,9 @@ def test_a_slot_trains_what_the_trainer_trains(tmp_path, name):
     trainer = trained_by_trainer(args, 1, toy_base())
     # User 1 shares its batches with two others; user 0's rows are fewer.
     jobs = [UserJob(f"user{u}", pairs_of(u, 3 if u == 0 else 5, args.profile_pass)) for u in range(3)]
-    results = run(engine(args, 3), jobs)
+    loop = engine(args, 3)
+    results = run(loop, jobs)
+    assert len(loop.prefixes) == 0, "of users who are done nothing is kept"
     logs = [log for log in trainer.state.log_history if "loss" in log]
     ours = results["user1"]
     assert ours.error is None

@@ -23,6 +23,20 @@ def test_the_prefix_holds_the_profile_and_nothing_of_the_query(family):
         assert tokenizer.decode(pair.counterfactual.awake.ids).endswith(awake.strip()[-20:])
 
 
+def test_where_it_wakes_is_asked_once_a_pass_however_long_the_search_for_what_fits(monkeypatch):
+    asked = []
+    own = PairMaker.wakes_at
+    monkeypatch.setattr(PairMaker, "wakes_at", lambda self, *args: asked.append(1) or own(self, *args))
+    row = {**toys.toy_rows()[0], "profile": "tea and otters " * 200}
+    (pair,) = PairMaker(toys.toy_tokenizer("chatml"), max_length=120, profile_pass="frozen").make(
+        [from_columns(row, "a row")]
+    )
+    assert pair.items_left_out > 0
+    assert len(asked) == 2
+    PairMaker(toys.toy_tokenizer("chatml")).prompt(pair.row.prompt, "tea")
+    assert len(asked) == 2, "an adapter that is awake asks nothing"
+
+
 def test_a_system_message_ends_with_its_own_turn():
     """So that others find where to wake by the header of the user's message."""
     tokenizer = toys.toy_tokenizer("chatml")
