@@ -24,7 +24,7 @@ from perce_lite.learner import Learner, Result, Unfinished, UserJob
 from perce_lite.pairs import IGNORED
 from perce_lite.prefix import Prefixes, look_ahead
 from perce_lite.score import batch_log_probs, behind, frozen, in_dtype, inputs_of, read_prefixes, store_of
-from perce_lite.slots import attach
+from perce_lite.slots import SlotModel, attach
 from perce_lite.terms import constants, needed_terms
 
 _GIVEN = ("input_ids", "labels", "attention_mask", "position_ids", "ahead")
@@ -63,13 +63,9 @@ class SlotEngine:
         self.store = store_of(args.store, base, args.autocast) if needed_terms(args) else None
         self.forward = training_forward(base)
         self.scoring_forward = scoring_forward(base)
-        self.prefixes = Prefixes(self._read)
+        self.prefixes = Prefixes(_reader(self.model, args))
         if args.profile_pass == "frozen":
             look_ahead(base, self.prefixes)
-
-    def _read(self, prefixes: Sequence[tuple[int, ...]]) -> list[DynamicCache]:
-        with self.model.route.bare():
-            return read_prefixes(self.model.base, prefixes, self.args.autocast)
 
     def run(self, jobs: Iterable[UserJob], done: Callable[[Result], None], kept: Unfinished | None = None) -> None:
         """Trains all `jobs`, calling `done` for each as it ends, failed or not; `jobs` is read as slots come free.
@@ -175,7 +171,10 @@ class SlotEngine:
             training.record(loss)
             if training.closes:
                 due.append(training)
-        return errors | self._update(due)
+        errors |= self._update(due)
+        if len(due) == len(trainings):
+            self.model.drop_gradients()
+        return errors
 
     def _losses(self, trainings: Sequence[Learner], batch: dict[str, Any]) -> list[Tensor]:
         """Each user's weighted loss, nats a token of that user's accumulation window."""
@@ -226,8 +225,19 @@ class SlotEngine:
                 training.update(norm)
             else:
                 errors[training.slot] = training.named(training.window, f"The gradient's norm is {norm}")
+            training.optimizer.zero_grad()  # its view of them
             self.model.clear_gradients(training.slot)
         return errors
+
+
+def _reader(model: SlotModel, args: PerCEConfig) -> Callable[[Sequence[tuple[int, ...]]], list[DynamicCache]]:
+    """Reads prefixes under the bare base. It does not know the engine, whose memory is free as soon as it is let go."""
+
+    def read(prefixes: Sequence[tuple[int, ...]]) -> list[DynamicCache]:
+        with model.route.bare():
+            return read_prefixes(model.base, prefixes, args.autocast)
+
+    return read
 
 
 def _faults(base: PreTrainedModel, args: PerCEConfig) -> list[str]:

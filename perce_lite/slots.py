@@ -218,6 +218,11 @@ class SlotModel:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad[slot] += gradient.to(parameter.grad)
 
+    def drop_gradients(self) -> None:
+        """Lets go of all gradients, so that the next forward has their memory; every slot's window must be closed."""
+        for _, parameter in self._trained():
+            parameter.grad = None
+
     def clear_gradients(self, slot: int) -> None:
         """Sets a slot's part of the gradients to zero."""
         for _, parameter in self._trained():
