@@ -80,11 +80,11 @@ def _check(card: dict[str, Any], folder: Path) -> None:
             return
     except ValidationError as error:
         missing = [".".join(map(str, fault["loc"])) for fault in error.errors()]
-    written = card.get("versions", {}).get("perce-lite", "unknown")
+    written, here = card.get("versions", {}).get("perce-lite", "unknown"), importlib.metadata.version("perce-lite")
+    whose = "an earlier state of this version" if written == here else f"another version, {written}; this is {here}"
     raise AdapterError(
-        f"{folder}: its {CARD} was written by another version of PerCE Lite ({written}, this is "
-        f"{importlib.metadata.version('perce-lite')}); it does not fit in: {', '.join(missing)}. Install that "
-        "version, or load the folder with peft."
+        f"{folder}: its {CARD} was written by PerCE Lite in {whose}. It does not fit in: {', '.join(missing)}. Train "
+        "it anew, install what wrote it, or load the folder with peft."
     )
 
 

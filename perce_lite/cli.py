@@ -80,10 +80,12 @@ def inspect(
 
     read = load_recipe(recipe, set_ or [])
     from perce_lite import tables
+    from perce_lite.fullcard import full_card_in_scoring
     from perce_lite.inspection import inspect as run
     from perce_lite.report import write_inspection
 
-    figures = run(read, adapter, rows, user, top)
+    with full_card_in_scoring(read):
+        figures = run(read, adapter, rows, user, top)
     page = out or read.output_dir / "inspect.html"
     write_inspection(figures, page)
     write(json, figures)
@@ -104,9 +106,11 @@ def evaluate(
     read = load_recipe(recipe, set_ or [])
     from perce_lite import sections, tables
     from perce_lite.evaluate import evaluate as run
+    from perce_lite.fullcard import full_card_in_scoring
     from perce_lite.report import write_figures
 
-    figures = run(read, adapter)
+    with full_card_in_scoring(read):
+        figures = run(read, adapter)
     page = out or read.output_dir / "eval.html"
     told, made = sections.evaluation_sentences(figures), sections.evaluation(figures)
     lead = f"{recipe}, {figures['model']}; the base, and the adapters {', '.join(list(figures['arms'])[1:])}."
@@ -136,9 +140,11 @@ def compare(
     from perce_lite import sections, tables
     from perce_lite.compare import ARMS, arms_of, grid
     from perce_lite.compare import compare as run
+    from perce_lite.fullcard import full_card_in_scoring
     from perce_lite.report import write_figures
 
-    figures = run(read, arms_of(read, arms or ARMS), grid(read, rates), seeds)
+    with full_card_in_scoring(read):
+        figures = run(read, arms_of(read, arms or ARMS), grid(read, rates), seeds)
     page = out or read.output_dir / "compare.html"
     told, made = sections.comparison_sentences(figures), sections.comparison(figures)
     lead = f"{recipe}, {figures['model']}; {len(figures['arms'])} arms, {seeds} seeds."

@@ -74,9 +74,7 @@ def _only(given: dict[str, Any], fleet: bool, gpu_report: bool) -> None:
     for name, value in given.items():
         if value is not None and name not in takes[kind]:
             where = " or ".join(one for one, names in takes.items() if one and name in names)
-            raise typer.BadParameter(
-                f"{name} goes with {where}" if where and not kind else f"{name} goes without {kind}"
-            )
+            raise typer.BadParameter(f"{name} has no part in {kind}" if kind else f"{name} goes with {where}")
     if not gpu_report and given["RECIPE"] is None:
         raise typer.BadParameter("give a recipe, such as recipes/quickstart.yaml, or --gpu-report")
 

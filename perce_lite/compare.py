@@ -15,6 +15,7 @@ from perce_lite.data import read_rows
 from perce_lite.errors import DataError, NonFiniteLossError, RecipeError
 from perce_lite.evaluate import held_out
 from perce_lite.files import safe_name
+from perce_lite.fullcard import full_card_is_clear
 from perce_lite.models import load_base, load_tokenizer
 from perce_lite.pairs import PairMaker
 from perce_lite.recipe import Recipe, refuse_cores, training_config, with_train
@@ -191,7 +192,8 @@ def _train(trainings: Sequence[Training], rows: Sequence[Row], before: int, tota
             say(f"{told}: trained before")
             continue
         try:
-            fit(recipe, load_base(recipe), rows, run, told)
+            with full_card_is_clear(training.arm.recipe, run.newest_checkpoint):
+                fit(recipe, load_base(recipe), rows, run, told)
             run.drop_checkpoints()
         except NonFiniteLossError as error:
             warn(f"{told}: left out. {error}")

@@ -15,6 +15,7 @@ PerceLiteError              the command line prints it as one clean line and exi
 |- NotebookError            a command in a notebook that ended badly
 |- PlanError                a card that is not known, or a model whose memory cannot be told beforehand
 |- CardFullError            a card whose memory is full; says what would fit
+|  `- BaseTooLargeError     the base alone does not fit
 |- DiskFullError            no space left where something had to be written
 `- NonFiniteLossError       a loss that is not a number; names the rows
 """
@@ -90,6 +91,10 @@ class PlanError(PerceLiteError):
 
 class CardFullError(PerceLiteError):
     """A card whose memory is full. Says what is kept and which `--set` would fit."""
+
+
+class BaseTooLargeError(CardFullError):
+    """A base that does not fit the card."""
 
 
 class DiskFullError(PerceLiteError):

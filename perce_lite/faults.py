@@ -11,10 +11,22 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from perce_lite import targets
 from perce_lite.source import Lines, where
 
+_MEANT = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "modules": "target_modules",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+}
+"""Other programs' names of an option, which are not written alike."""
+
 
 def nearest(name: str, allowed: typing.Iterable[str]) -> str:
     allowed = sorted(allowed)
-    near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
+    meant = _MEANT.get(name.lower())
+    near = [meant] if meant in allowed else difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
     if near:
         return f"did you mean {near[0]}?"
     return f"allowed: {', '.join(allowed)}" if len(allowed) < 30 else f"{len(allowed)} names are allowed, none like it"
@@ -141,6 +153,9 @@ def _generation_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
 def _type_fault(hint: Any, value: Any) -> str | None:
     """What `value` should have been, or None where it fits `hint`."""
     plain = typing.get_args(hint) if _is_union(hint) else (hint,)
+    choices = [one for kind in plain if typing.get_origin(kind) is typing.Literal for one in typing.get_args(kind)]
+    if len(plain) == 1 and choices:
+        return None if value in choices else f"one of {', '.join(choices)}; {nearest(str(value), choices)}"
     checkable = [one for one in plain if one in (bool, int, float, str, types.NoneType, dict, list)]
     if len(checkable) < len(plain):  # enums, nested generics and classes: the class itself will tell
         return None

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perce_lite.capacity import users_at_once
 from perce_lite.console import progress_bar, say, warn
 from perce_lite.data import read_rows
 from perce_lite.errors import FleetError, PerceLiteError
-from perce_lite.footprint import adapter_bytes, refuse_exports, source_fingerprint, trained_bytes, users_at_once
+from perce_lite.footprint import adapter_bytes, refuse_exports, source_fingerprint, trained_bytes
 from perce_lite.groups import Group, Key, Plan, key_of, plan, run_fingerprint
 from perce_lite.inprocess import Engine, Outcome, Task
 from perce_lite.models import same_base
@@ -220,12 +221,16 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
     with progress_bar() as bar:
         progress = bar.add_task("Adapters", total=total, note="")
 
-        def tell(note: str) -> None:
-            bar.advance(progress)
+        def told(loss: float | None) -> None:
             speed = bar.tasks[0].speed
             rate = "" if speed is None else f"{3600 * speed:.0f} an hour"
             failures = f"{tally.failed} failed" if tally.failed else ""
-            bar.update(progress, note=", ".join(part for part in (rate, note, failures) if part))
+            now = "" if loss is None else f"loss {loss:.3f}"
+            bar.update(progress, note=", ".join(part for part in (rate, now, failures) if part))
+
+        def ended() -> None:
+            bar.advance(progress)
+            told(None)
 
         def tasks(kind: str) -> Iterator[Task]:
             for adapter in registry.due(kind, work.wanted(kind)):
@@ -233,7 +238,7 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
                 parent = None if group.parent is None else registry.get(*group.parent)
                 if parent is not None and parent.due:
                     _failed(registry, adapter, f"{' '.join(parent.key)}, which it starts from, was not trained", tally)
-                    tell("")
+                    ended()
                     continue
                 start = None if parent is None else registry.folder / parent.folder / "adapter"
                 at_work[adapter.key] = adapter
@@ -242,10 +247,11 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
                 yield Task(adapter.key, work.recipes[adapter.key], group.rows, folder, adapter.run, start)
 
         def done(task: Task, outcome: Outcome | PerceLiteError) -> None:
-            tell(_note(registry, at_work.pop(task.key), task.recipe, outcome, tally))
+            _note(registry, at_work.pop(task.key), task.recipe, outcome, tally)
+            ended()
 
         for kind in reversed(KINDS):
-            engine.run(tasks(kind), done)
+            engine.run(tasks(kind), done, told)
 
 
 def gains(book: Sequence[Adapter]) -> dict[str, float]:
@@ -270,11 +276,13 @@ def _failed(registry: Registry, adapter: Adapter, why: str, tally: Tally) -> Non
     tally.failed += 1
 
 
-def _note(registry: Registry, adapter: Adapter, recipe: Recipe, outcome: Outcome | PerceLiteError, tally: Tally) -> str:
-    """Writes down what came of one; gives what is said of it beside the bar."""
+def _note(
+    registry: Registry, adapter: Adapter, recipe: Recipe, outcome: Outcome | PerceLiteError, tally: Tally
+) -> None:
+    """Writes down what came of one."""
     if isinstance(outcome, PerceLiteError):
         _failed(registry, adapter, str(outcome), tally)
-        return ""
+        return
     found, why = verdict(recipe, adapter.kind, outcome.losses)
     test = outcome.losses.get("test") or outcome.losses.get("validation")
     gain = None if test is None else test["start"] - test["own"]
@@ -283,7 +291,6 @@ def _note(registry: Registry, adapter: Adapter, recipe: Recipe, outcome: Outcome
     registry.done(adapter, found, why, outcome.bytes, gain, metrics)
     tally.trained += 1
     tally.held_back += found == "held back"
-    return "" if test is None else f"loss {test['own']:.3f}"
 
 
 def verdict(recipe: Recipe, kind: str, losses: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import psutil
 import torch
 import xxhash
 from peft.tuners.lora import LoraLayer
@@ -11,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from perce_lite import targets
 from perce_lite.errors import ModelError, RecipeError
 from perce_lite.models import model_source, not_there, with_adapter
-from perce_lite.recipe import Recipe, lora_config, training_config
+from perce_lite.recipe import Recipe, lora_config
 
 
 def config_of(recipe: Recipe) -> PretrainedConfig:
@@ -86,20 +85,3 @@ def trained_bytes(recipe: Recipe) -> int:
     model = with_adapter(on_meta(config_of(recipe)), recipe)
     ranks = (layer.r for layer in model.modules() if isinstance(layer, LoraLayer))
     return 4 * sum(rank**2 for one in ranks for rank in one.values())
-
-
-def users_at_once(recipe: Recipe) -> int:
-    """`fleet.slots`; where it is `auto`, as many users as half of the free memory takes, 1 to 16.
-
-    A user takes what is trained four times (weights, gradients, two moments) and what its rows keep for the backward,
-    estimated for the longest row: 34 bytes a token, layer and hidden unit, or 2 with gradient checkpointing.
-    """
-    if recipe.fleet.slots != "auto":
-        return recipe.fleet.slots
-    args = training_config(recipe)
-    config = config_of(recipe).get_text_config()
-    kept = 2 if args.gradient_checkpointing else 34
-    tokens = args.per_device_train_batch_size * (args.max_length or 1024)
-    one = 4 * trained_bytes(recipe) + tokens * config.num_hidden_layers * config.hidden_size * kept
-    free = psutil.virtual_memory().available if args.use_cpu else torch.cuda.mem_get_info()[0]
-    return max(1, min(16, int(free / 2 / one)))

@@ -8,21 +8,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from perce_lite import adapters
 from perce_lite.config import PerCEConfig
 from perce_lite.console import no_bars
-from perce_lite.errors import (
-    AdapterError,
-    ConfigError,
-    DeviceError,
-    DiskFullError,
-    ModelError,
-    PerceLiteError,
-    RecipeError,
-)
+from perce_lite.errors import ConfigError, DeviceError, DiskFullError, ModelError, PerceLiteError, RecipeError
 from perce_lite.files import bytes_of, digest
+from perce_lite.fullcard import full_card_in_a_fleet
 from perce_lite.groups import Key
 from perce_lite.hashed import hash_once
 from perce_lite.models import Base, fingerprint, load_base, sketch
@@ -73,6 +66,8 @@ class Outcome:
 
 
 Done = Callable[[Task, Outcome | PerceLiteError], None]
+Told = Callable[[float], None]
+"""Called after each step with the loss a token, nats, of those who are at work, the mean over them."""
 
 
 class Engine(Protocol):
@@ -81,7 +76,7 @@ class Engine(Protocol):
     def base(self) -> dict[str, Any]:
         """The sketch of its base, by which a fleet's folder knows it again."""
 
-    def run(self, tasks: Iterator[Task], done: Done) -> None:
+    def run(self, tasks: Iterator[Task], done: Done, told: Told) -> None:
         """Trains each, calling `done` as it ends, with the error where it cannot be trained; reads on as it has room.
 
         An error that is not the user's own (no disk space) is raised.
@@ -102,28 +97,26 @@ class OneByOne:
     def base(self) -> dict[str, Any]:
         return sketch(self._base().model)
 
-    def run(self, tasks: Iterator[Task], done: Done) -> None:
+    def run(self, tasks: Iterator[Task], done: Done, told: Told) -> None:
         for task in tasks:
             outcome: Outcome | PerceLiteError
             try:
-                outcome = self._train(task)
+                with full_card_in_a_fleet(task.recipe, 1):
+                    outcome = self._train(task, told)
             except EVERYBODYS:
                 raise
-            except PerceLiteError as error:
+            except PerceLiteError as error:  # a full card too: other users may have shorter rows
                 outcome = error
-            except torch.OutOfMemoryError as error:
-                outcome = AdapterError(
-                    f"Out of memory: lower train.per_device_train_batch_size or max_length ({error})"
-                )
             done(task, outcome)
 
-    def _train(self, task: Task) -> Outcome:
+    def _train(self, task: Task, told: Told) -> Outcome:
         run = Run(task.folder, task.begun, task.run)
         recipe = task.recipe.model_copy(update={"train": {**task.recipe.train, "output_dir": str(task.folder)}})
         base = self._base()
         with no_bars(), bare(base.model):
             run.make_way(fingerprint(base.model))
             trainer = make_trainer(recipe, base, task.rows, task.start)
+            trainer.add_callback(_Tells(told))
             before = _losses(trainer, recipe, task.rows, ("base", "start"))
             to_the_end(trainer, recipe, task.rows, run)
             after = _losses(trainer, recipe, task.rows, ("own",))
@@ -135,9 +128,21 @@ class OneByOne:
 
     def _base(self) -> Base:
         if self._loaded is None:
-            self._loaded = load_base(self._recipe)
+            with full_card_in_a_fleet(self._recipe, 1):
+                self._loaded = load_base(self._recipe)
             hash_once(self._loaded.model)
         return self._loaded
+
+
+class _Tells(TrainerCallback):
+    """Says the loss of each step that is logged."""
+
+    def __init__(self, told: Told) -> None:
+        self._told = told
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "unweighted_loss" in logs:
+            self._told(float(logs["unweighted_loss"]))
 
 
 @contextmanager

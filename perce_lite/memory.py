@@ -36,6 +36,7 @@ class Weights:
     trained: elements of each trained tensor, float32
     adapters: of each layer, the rank of LoRA by the name of the projection
     largest: elements of the largest 4-bit weight, which is whole for a moment whenever it is used
+    cores: elements of each core, where users train those alone over one frozen adapter (`lora.core_only`)
     table: bytes of the embedding table, a part of `unquantized`; 0 where it cannot leave the card, since it is the
         head's too or trained
     """
@@ -47,11 +48,16 @@ class Weights:
     largest: int
     table: int = 0
     dropout: bool = False
+    cores: tuple[int, ...] = ()
 
     @property
-    def elements(self) -> int:
-        """Trained elements."""
-        return sum(self.trained)
+    def by_user(self) -> tuple[int, ...]:
+        """Elements of each tensor that a user trains."""
+        return self.cores or self.trained
+
+    def elements(self, users: int) -> int:
+        """Of the adapters of so many users: all that they train, and what their cores share."""
+        return users * sum(self.by_user) + (sum(self.trained) if self.cores else 0)
 
 
 class Step(NamedTuple):
@@ -62,6 +68,7 @@ class Step(NamedTuple):
     itemsize: bytes of the compute dtype
     padded: whether rows of unlike length share the batch, so that attention takes a mask
     flash: whether torch's attention never builds the scores of all pairs of tokens
+    users: whose rows these are, in slots; each has an adapter of their own
     """
 
     rows: int
@@ -71,6 +78,7 @@ class Step(NamedTuple):
     itemsize: int = 2
     padded: bool = False
     flash: bool = True
+    users: int = 1
 
 
 def weights_of(config: PretrainedConfig, recipe: Recipe, itemsize: int) -> Weights:
@@ -89,6 +97,7 @@ def weights_of(config: PretrainedConfig, recipe: Recipe, itemsize: int) -> Weigh
     lora: LoraConfig = lora_config(recipe)
     wrapped = with_adapter(model, recipe)
     free = head.weight is not table.weight and model.get_input_embeddings() is table
+    cores = [next(iter(one.r.values())) ** 2 for one in wrapped.modules() if isinstance(one, LoraLayer)]
     adapters: list[dict[str, int]] = [{} for _ in range(config.get_text_config().num_hidden_layers)]
     for name, module in wrapped.named_modules():
         place = re.search(r"\blayers\.(\d+)\.(?:self_attn|mlp)\.(\w+)$", name)
@@ -102,6 +111,7 @@ def weights_of(config: PretrainedConfig, recipe: Recipe, itemsize: int) -> Weigh
         largest=max((one.numel() for one in quantized), default=0),
         table=table.weight.numel() * itemsize if free else 0,
         dropout=lora.lora_dropout > 0,
+        cores=tuple(cores) if recipe.core_only else (),
     )
 
 
@@ -144,7 +154,7 @@ def saved(shape: Shape, weights: Weights, step: Step, checkpointing: bool) -> in
     else:
         layers = sum(saved_by_layer(shape, weights, step, index) for index in range(shape.layers))
         layers -= _ahead_of_the_first_adapter(shape, weights, step, tokens)
-        layers += casts(weights.elements, step) + _rotary(shape, step)
+        layers += casts(weights, step) + _rotary(shape, step)
     return layers + _after_the_layers(shape, step, tokens)
 
 
@@ -176,9 +186,9 @@ def _rotary(shape: Shape, step: Step) -> int:
     return len(set(shape.windows)) * 2 * places * shape.head_dim * step.itemsize
 
 
-def casts(elements: int, step: Step) -> int:
+def casts(weights: Weights, step: Step) -> int:
     """Copies of LoRA weights in the compute dtype, which autocast makes and keeps until the forward is over."""
-    return 0 if step.itemsize == FLOAT32 else elements * step.itemsize
+    return 0 if step.itemsize == FLOAT32 else weights.elements(step.users) * step.itemsize
 
 
 def saved_by_layer(shape: Shape, weights: Weights, step: Step, index: int) -> int:
@@ -267,7 +277,7 @@ def layer_at_work(shape: Shape, weights: Weights, step: Step, checkpointing: boo
     again = 0
     if checkpointing:
         again = max(saved_by_layer(shape, weights, step, index) for index in range(shape.layers))
-        again += casts(weights.elements, step) // shape.layers
+        again += casts(weights, step) // shape.layers
     wide = shape.intermediate * step.itemsize * tokens
     weight = weights.largest * step.itemsize
     stream = 2 * shape.hidden * step.itemsize * tokens

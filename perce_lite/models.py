@@ -31,7 +31,7 @@ from perce_lite.config import chosen_dtype, pick_device
 from perce_lite.console import errors as console
 from perce_lite.console import say
 from perce_lite.embedding import keep_on_host, tables_on_host
-from perce_lite.errors import ModelError, RecipeError, TemplateError
+from perce_lite.errors import BaseTooLargeError, ModelError, RecipeError, TemplateError
 from perce_lite.files import disk_full_is_clear, folder_written_aside, home, read_json
 from perce_lite.hashed import hash_parameter, remembered
 from perce_lite.recipe import Recipe, lora_config
@@ -103,7 +103,7 @@ def load_base(recipe: Recipe) -> Base:
     Raises:
         ModelError: not there, not whole, or not a causal language model; says what to do offline. Or its embedding
             table cannot be kept on the host, as the recipe asks.
-        DeviceError: CUDA is asked for and absent.
+        DeviceError: CUDA is asked for and absent; BaseTooLargeError: it does not fit the card.
     """
     device = pick_device(recipe.device)
     dtype = chosen_dtype(recipe.dtype, device)
@@ -125,7 +125,12 @@ def load_base(recipe: Recipe) -> Base:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=kept, quantization_config=quantization, device_map={"": device.type}
         )
-    except (torch.OutOfMemoryError, ImportError) as error:
+    except torch.OutOfMemoryError as error:
+        raise BaseTooLargeError(
+            f"model: {recipe.model} does not fit the card: {_first_line(error)}. Close other programs that use "
+            "the card (nvidia-smi lists them), or set CUDA_VISIBLE_DEVICES= to go without it."
+        ) from error
+    except ImportError as error:
         raise ModelError(f"model: {recipe.model} could not be loaded here: {_first_line(error)}") from error
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         raise ModelError(not_there(recipe, error)) from error

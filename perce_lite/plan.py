@@ -1,7 +1,7 @@
 """Will it fit? Memory by part before a run, per card: the longest row, the largest batch, the smallest change."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -24,13 +24,19 @@ CONTEXT = int(0.45 * GIB)
 SPILL = 0.06
 """Share of what a step allocates and frees that the allocator cannot use again. Experience, not measured here."""
 
+MOST_USERS = 16
+"""Users at once that `fleet.slots: auto` takes at the most."""
+
 _STASH = 5
 """Tensors that TRL's activation offloading leaves on the card while they are on their way to the host."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a recipe may change to need less memory. `rank` None: as its `lora` has it."""
+    """What a recipe may change to need less memory. `rank` None: as its `lora` has it.
+
+    users: trained at once in slots, each with a batch and an optimizer of their own
+    """
 
     batch: int
     accumulation: int
@@ -42,12 +48,18 @@ class Choice:
     embedding_on_host: bool = False
     profile_pass: str = "full"
     rank: int | None = None
+    users: int = 1
+
+
+Need = Callable[[Choice, Card], int]
+"""Bytes that something takes on a card."""
 
 
 class Plan:
     """A recipe's memory on any card. No weights are loaded: the model is there on the meta device alone.
 
     rows: what batches are made of; None: as the recipe's data says, else `train.max_length`
+    on_cpu: with a recipe's defaults for a CPU, which has no context of CUDA and works in float32
 
     Raises:
         ModelError: the model's configuration can neither be read nor is it known by heart; or its head is tied to the
@@ -55,18 +67,19 @@ class Plan:
         PlanError: a family whose memory is not known beforehand.
     """
 
-    def __init__(self, recipe: Recipe, rows: Rows | None = None) -> None:
+    def __init__(self, recipe: Recipe, rows: Rows | None = None, on_cpu: bool = False) -> None:
         self.recipe = recipe
         self.config, self.at_hand = model_config(recipe)
         self.shape = shape_of(self.config)
         if recipe.embedding_on_host and _is_tied(self.config):
             raise tied(self.config.model_type)
-        self._train = {**train_defaults(on_cpu=False), **recipe.train}
+        self._train = {**train_defaults(on_cpu), **recipe.train}
         self.positions: int = self.config.get_text_config().max_position_embeddings
         limit = self._option("max_length")
         full = packed(limit) if self._option("packing") else None
         self.rows = rows or full or rows_of(recipe, limit, self.positions, self.at_hand)
-        self.itemsize = memory.FLOAT32 if recipe.dtype == "float32" else 2
+        self.itemsize = memory.FLOAT32 if on_cpu or recipe.dtype == "float32" else 2
+        self.context = 0 if on_cpu else CONTEXT
         self.choice = Choice(
             batch=self._option("per_device_train_batch_size"),
             accumulation=self._option("gradient_accumulation_steps"),
@@ -89,40 +102,63 @@ class Plan:
         if choice.offload:
             width = self.shape.hidden if choice.checkpointing else self.shape.intermediate
             saved = min(saved, _STASH * width * step.itemsize * step.rows * (step.length - step.prefix))
-        alone = step._replace(rows=1, length=self._read(choice.length), scored=min(step.scored, choice.length))
         found = {
             "base": weights.base,
             "unquantized": weights.unquantized - (weights.table if choice.embedding_on_host else 0),
-            "adapter": memory.FLOAT32 * weights.elements,
-            "gradients": memory.FLOAT32 * weights.elements,
-            "optimizer": memory.optimizer_bytes(weights.trained, choice.optim),
+            "adapter": memory.FLOAT32 * weights.elements(choice.users),
+            "gradients": memory.FLOAT32 * choice.users * sum(weights.by_user),
+            "optimizer": choice.users * memory.optimizer_bytes(weights.by_user, choice.optim),
             "saved": saved,
             "saved_with_checkpointing": kept[True],
             "saved_without": kept[False],
             "layer": memory.layer_at_work(self.shape, weights, step, choice.checkpointing),
             "attention": memory.attention(self.shape, step),
-            "head": memory.head_at_work(self.shape, step) + memory.casts(weights.elements, step),
+            "head": memory.head_at_work(self.shape, step) + memory.casts(weights, step),
             "prefixes": max(memory.prefixes(self.shape, step), KEPT_BYTES) if step.prefix else 0,
             "reading": memory.reading(self.shape, weights, step),
-            "scoring": 0 if self._option("estimator") == "uniform" else memory.scoring(self.shape, weights, alone),
+            "scoring": 0 if self._option("estimator") == "uniform" else self._scoring(choice, card),
         }
         peak = max(peak_of_a_step(found), found["scoring"])
-        found["spill"], found["context"] = int(SPILL * peak), CONTEXT
+        found["spill"], found["context"] = int(SPILL * peak), self.context
         return {**found, "total": held(found) + peak + found["spill"] + found["context"]}
 
-    def fits(self, choice: Choice, card: Card) -> bool:
-        """Whether the peak stays within what a program sees of the card."""
-        return self.parts(choice, card)["total"] <= card.bytes
+    def training(self, choice: Choice, card: Card) -> int:
+        """Bytes of training at its peak."""
+        return self.parts(choice, card)["total"]
 
-    def longest_row(self, choice: Choice, card: Card) -> int:
+    def evaluation(self, choice: Choice, card: Card) -> int:
+        """Bytes of scoring with an adapter on, at its peak: what `eval` and `inspect` need."""
+        parts = self.parts(choice, card)
+        held = parts["base"] + parts["unquantized"] + parts["adapter"]
+        return held + int((1 + SPILL) * self._scoring(choice, card)) + parts["context"]
+
+    def _scoring(self, choice: Choice, card: Card) -> int:
+        """Bytes that work while the longest row is scored alone."""
+        step = self._step(choice, card)
+        alone = step._replace(rows=1, length=self._read(choice.length), scored=min(step.scored, choice.length))
+        return memory.scoring(self.shape, self._weights(choice.rank, choice.quantization), alone)
+
+    def fits(self, choice: Choice, card: Card, need: Need | None = None) -> bool:
+        """Whether `need` (training where it is None) stays within what a program sees of the card."""
+        return (need or self.training)(choice, card) <= card.bytes
+
+    def longest_row(self, choice: Choice, card: Card, need: Need | None = None) -> int:
         """Tokens of the longest row that fits with the batch of `choice`, at most what the model can read; 0: none."""
-        return 16 * most_that_fit(self.positions // 16, lambda many: self.fits(replace(choice, length=16 * many), card))
+        return 16 * most_that_fit(
+            self.positions // 16, lambda many: self.fits(replace(choice, length=16 * many), card, need)
+        )
 
     def largest_batch(self, choice: Choice, card: Card) -> int:
         """Rows of a batch of the longest rows that fits; 0: not even one."""
         return most_that_fit(256, lambda many: self.fits(replace(choice, batch=many), card))
 
-    def smallest_change(self, card: Card) -> tuple[list[str], Choice] | None:
+    def most_users(self, choice: Choice, card: Card) -> int:
+        """Users at once in slots that fit, at most `MOST_USERS`; 0: not even one. Slots do not pack rows."""
+        if self._option("packing"):
+            return int(self.fits(choice, card))
+        return most_that_fit(MOST_USERS, lambda many: self.fits(replace(choice, users=many), card))
+
+    def smallest_change(self, card: Card, need: Need | None = None) -> tuple[list[str], Choice] | None:
         """The fewest and mildest overrides of the recipe with which it fits on `card`; None: nothing in it would do.
 
         In this order: what costs time alone, then what changes the rows, then what changes the adapter.
@@ -143,11 +179,11 @@ class Plan:
                 for values, said in changes:
                     choice, words = replace(choice, **values), [*words, *said]
                 if cut:
-                    length = min(self.longest_row(choice, card), choice.length - 1) // 64 * 64
+                    length = min(self.longest_row(choice, card, need), choice.length - 1) // 64 * 64
                     if length < 128:
                         continue
                     choice, words = replace(choice, length=length), [*words, f"train.max_length={length}"]
-                if self.fits(choice, card):
+                if self.fits(choice, card, need):
                     return words, choice
         return None
 
@@ -217,17 +253,16 @@ class Plan:
 
         Where the profile is read ahead, the longest prefix meets the longest rest.
         """
-        rows, many, whole = choice.batch, 1, self.rows.length
+        rows, many, whole = choice.users * choice.batch, 1, self.rows.length
         prefix = choice.length * self.rows.prefix // whole if choice.profile_pass == "frozen" else 0
         awake = -(-choice.length * self.rows.awake // whole) if prefix else choice.length
         scored = min(awake, -(-choice.length * self.rows.scored // whole))
         end_to_end = bool(self._option("packing"))
         if end_to_end:
             rows, many = 1, choice.batch
-        padded = choice.batch > 1 or end_to_end
-        return memory.Step(
-            rows, many * (prefix + awake), many * scored, many * prefix, self.itemsize, padded, card.flash
-        )
+        padded = rows > 1 or end_to_end
+        sizes = rows, many * (prefix + awake), many * scored, many * prefix
+        return memory.Step(*sizes, self.itemsize, padded, card.flash, choice.users)
 
     def _read(self, length: int) -> int:
         """Tokens of the longest scored row where the longest trained one has `length`."""
@@ -270,6 +305,7 @@ def figures(plan: Plan, cards: Sequence[Card]) -> dict[str, Any]:
             "source": plan.rows.source,
         },
         "settings": vars(plan.choice) | {"rank": plan.recipe.lora.get("r", 16)},
+        "fleet": "fleet" in plan.recipe.model_fields_set,
         "cards": [_on(plan, card) for card in cards],
     }
 
@@ -287,6 +323,7 @@ def _on(plan: Plan, card: Card) -> dict[str, Any]:
         "longest_row": plan.longest_row(plan.choice, card),
         "longest_row_alone": plan.longest_row(replace(plan.choice, batch=1), card),
         "largest_batch": plan.largest_batch(plan.choice, card),
+        "users_at_once": plan.most_users(plan.choice, card),
         "change": None if change is None else change[0],
         "smaller_model": None if fits or change is not None else plan.smaller_model(card),
         "total_after_change": None if change is None else plan.parts(change[1], card)["total"],

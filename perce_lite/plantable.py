@@ -58,20 +58,23 @@ def show_plan(figures: dict[str, Any], recipe: str) -> None:
         told.append(f"With profile_pass: frozen the prefixes are there too; the longest has {rows['prefix']} tokens.")
     for sentence in told:
         console.print(Text(sentence))
-    console.print(_cards(figures["cards"]))
+    console.print(_cards(figures["cards"], figures["fleet"]))
     for one in figures["cards"]:
         console.print(Text(_advice(one, recipe)), soft_wrap=True)
 
 
-def _cards(cards: list[dict[str, Any]]) -> Table:
+def _cards(cards: list[dict[str, Any]], fleet: bool) -> Table:
+    """fleet: whether the recipe speaks of one, so that users at once are of interest"""
     table = Table(title="Cards", title_justify="left")
-    for name in ("card", "GiB seen", "peak", "fits", "longest row", "longest row, batch 1", "largest batch"):
+    names = ["card", "GiB seen", "peak", "fits", "longest row", "longest row, batch 1", "largest batch"]
+    for name in [*names, *(["users at once"] if fleet else [])]:
         table.add_column(name, justify="left" if name == "card" else "right")
     for one in cards:
         fits = Text("yes", style="green") if one["fits"] else Text("no", style="red")
         table.add_row(
             one["card"], _gib(one["bytes"]), _gib(one["parts"]["total"]), fits, _or_none(one["longest_row"]),
             _or_none(one["longest_row_alone"]), _or_none(one["largest_batch"]),
+            *([_or_none(one["users_at_once"])] if fleet else []),
         )  # fmt: skip
     return table
 

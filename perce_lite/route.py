@@ -3,12 +3,26 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 BARE = -1
 """The slot of a row that sees the base alone."""
+
+
+class _SharedCopy(torch.autograd.Function):
+    """A copy of `x` in another dtype, made before; the gradient goes to `x` in its own dtype, as if it were alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.to(ctx.dtype), None
 
 
 class Route:
@@ -33,6 +47,21 @@ class Route:
         self.parents: Tensor | None = None
         self.active: Tensor | None = None
         self.whole = False
+        self._read: tuple[Tensor, int, Tensor] | None = None
+
+    def rows_of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The rows of `x` (B, T, in) that have a slot, in `dtype`: (N, T, in).
+
+        Layers that read the same `x` one after another, as q, k and v do, share one copy of it, and so what is saved.
+        """
+        if self.active is not None:
+            return x[self.active].to(dtype)
+        if x.dtype == dtype:
+            return x
+        if self._read is None or self._read[0] is not x or self._read[1] != x._version:
+            self._read = x, x._version, x.detach().to(dtype)
+        shared: Tensor = _SharedCopy.apply(x, self._read[2])
+        return shared
 
     @contextmanager
     def of(self, rows: Sequence[int]) -> Iterator[None]:

@@ -75,9 +75,8 @@ class SlotLoRA(nn.Module):
                     "tokens without their rows, as the experts of a mixture do; take it out of target_modules"
                 ]
             )
-        taken = x if route.active is None else x[route.active]
-        if not torch.is_autocast_enabled(x.device.type):
-            taken = taken.to(self.lora_A.dtype)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        taken = route.rows_of(x, torch.get_autocast_dtype(x.device.type) if autocast else self.lora_A.dtype)
         grouped = taken.reshape(len(route.slots), -1, x.shape[-1])  # (G, rows of a group * T, in)
         learned = self._learned(grouped) * self.scaling
         learned = learned.reshape(*taken.shape[:-1], -1).to(y.dtype)

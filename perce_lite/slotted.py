@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perce_lite.adapters import about
+from perce_lite.capacity import users_at_once
 from perce_lite.console import no_bars, say
 from perce_lite.engine import SlotEngine
 from perce_lite.errors import ConfigError, NonFiniteLossError, PerceLiteError
 from perce_lite.files import bytes_of, digest
-from perce_lite.footprint import users_at_once
-from perce_lite.inprocess import EVERYBODYS, Done, Engine, OneByOne, Outcome, Task, held_out_jobs, loss_of
+from perce_lite.fullcard import full_card_in_a_fleet
+from perce_lite.inprocess import EVERYBODYS, Done, Engine, OneByOne, Outcome, Task, Told, held_out_jobs, loss_of
 from perce_lite.learner import Result, Unfinished, UserJob
 from perce_lite.models import fingerprint
 from perce_lite.pairs import Audit, PairMaker, require
@@ -37,14 +38,14 @@ class Slotted(OneByOne):
         super().__init__(recipe)
         self._slots, self._may_fall_back = slots, may_fall_back
 
-    def run(self, tasks: Iterator[Task], done: Done) -> None:
+    def run(self, tasks: Iterator[Task], done: Done, told: Told) -> None:
         for (kind, recipe), group in itertools.groupby(tasks, lambda task: (task.key[0], task.recipe)):
             if kind == "user":
-                self._together(recipe, group, done)
+                self._together(recipe, group, done, told)
             else:
-                super().run(group, done)
+                super().run(group, done, told)
 
-    def _together(self, recipe: Recipe, tasks: Iterator[Task], done: Done) -> None:
+    def _together(self, recipe: Recipe, tasks: Iterator[Task], done: Done, told: Told) -> None:
         """Trains the tasks, all of one recipe; measures and saves each as it ends."""
         base, args = self._base(), training_config(recipe)
         kept = Unfinished(Path(args.output_dir) / KEPT)
@@ -59,12 +60,14 @@ class Slotted(OneByOne):
             if not self._may_fall_back:
                 raise
             say(f"One user after another: slots cannot do what the recipe asks for. {error}")
-            super().run(itertools.chain(first, tasks), done)
+            super().run(itertools.chain(first, tasks), done, told)
             return
+        say(f"{count} users at once (fleet.slots)")
         try:
-            with no_bars():
+            with no_bars(), full_card_in_a_fleet(recipe, count):
                 maker = PairMaker.of(recipe, base.tokenizer, args.max_length)
-                _Users(engine, maker, done).train(itertools.chain(first, tasks), kept, fingerprint(base.model))
+                users = _Users(engine, maker, done)
+                users.train(itertools.chain(first, tasks), kept, fingerprint(base.model), told)
         finally:
             engine.model.detach()
 
@@ -80,9 +83,9 @@ class _Users:
         # What users start from, of each slot at the most: a cohort's users come from one mapping, which cores share.
         self._start_of = functools.lru_cache(maxsize=engine.model.slots)(_weights)
 
-    def train(self, tasks: Iterator[Task], kept: Unfinished, base: str) -> None:
+    def train(self, tasks: Iterator[Task], kept: Unfinished, base: str, told: Told) -> None:
         """base: its fingerprint."""
-        self._engine.run(self._jobs(tasks, base), self._ended, kept)
+        self._engine.run(self._jobs(tasks, base), self._ended, kept, told)
 
     def _jobs(self, tasks: Iterator[Task], base: str) -> Iterator[UserJob]:
         for task in tasks:
@@ -144,5 +147,4 @@ def engine_for(recipe: Recipe) -> Engine:
     count = users_at_once(recipe)
     if count == 1:
         return OneByOne(recipe)
-    say(f"{count} users at once (fleet.slots)")
     return Slotted(recipe, count, may_fall_back=recipe.fleet.slots == "auto")

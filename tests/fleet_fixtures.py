@@ -36,7 +36,7 @@ class Clock:
     def base(self):
         return {"shape": ["toy", 1, 1, 1, True], "embedding": [1.0]}
 
-    def run(self, tasks, done):
+    def run(self, tasks, done, told):
         for task in tasks:
             try:
                 done(task, self.train(task))

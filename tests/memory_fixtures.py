@@ -1,5 +1,6 @@
 """Random models of every family for the plan's tests: saved, loaded and trained as on a GPU."""
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -9,7 +10,7 @@ import toys
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from perce_lite import PerCEConfig, PerCETrainer, memory
-from perce_lite.models import load_base, with_adapter
+from perce_lite.models import Base, load_base, with_adapter
 from perce_lite.recipe import Recipe, load_recipe
 
 TOKENIZERS = {"qwen2": "qwen3", "qwen3": "qwen3", "gemma2": "gemma", "gemma3_text": "gemma"}
@@ -40,11 +41,8 @@ def recipe_for(folder: Path, kind: str, shape: dict, lora: str = "r: 4", quantiz
     return load_recipe(path)
 
 
-def trainer_for(recipe: Recipe, dtype=torch.float32, words: int = 1, profile: int = 1, **options) -> PerCETrainer:
-    """The trainer over the recipe's model as a GPU would hold it: what stays unquantised in the compute dtype.
-
-    words, profile: how many times as long completions and profiles are
-    """
+def base_as_on_a_card(recipe: Recipe, dtype: torch.dtype) -> Base:
+    """The recipe's model as a GPU would hold it: what stays unquantised in the compute dtype."""
     base = load_base(recipe)
     for module in base.model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
@@ -52,6 +50,33 @@ def trainer_for(recipe: Recipe, dtype=torch.float32, words: int = 1, profile: in
     for parameter in base.model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+    return base
+
+
+@contextmanager
+def what_is_saved(model: torch.nn.Module):
+    """A dict that has, afterwards, the `bytes` that were saved for a backward: each storage once, no parameters."""
+    parameters = {one.untyped_storage().data_ptr() for one in model.parameters()}
+    storages, alive, found = {}, [], {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # so that no storage takes the place of another
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
+        yield found
+    found["bytes"] = sum(storages.values())
+
+
+def trainer_for(recipe: Recipe, dtype=torch.float32, words: int = 1, profile: int = 1, **options) -> PerCETrainer:
+    """The trainer over the recipe's model as a GPU would hold it.
+
+    words, profile: how many times as long completions and profiles are
+    """
+    base = base_as_on_a_card(recipe, dtype)
     rows = [
         {**row, "completion": row["completion"] * words, "profile": row["profile"] * profile}
         for row in toys.toy_rows(users=1, per_user=4)

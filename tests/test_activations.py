@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from memory_fixtures import WIDE, prefix_of, recipe_for, trainer_for, weights
+from memory_fixtures import WIDE, prefix_of, recipe_for, trainer_for, weights, what_is_saved
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig
 
@@ -24,23 +24,13 @@ def saved_in_training(trainer: PerCETrainer, flash: bool = True) -> tuple[int, m
     original = trainer.compute_loss
 
     def watched(model, inputs, **kwargs):
-        parameters = {one.untyped_storage().data_ptr() for one in model.parameters()}
-        storages, alive = {}, []
-
-        def pack(tensor):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                storages[storage.data_ptr()] = storage.nbytes()
-                alive.append(tensor)  # so that no storage takes the place of another
-            return tensor
-
         found["ids"], found["labels"], found["mask"] = inputs["input_ids"], inputs["labels"], inputs["attention_mask"]
         found["prefix"] = prefix_of(trainer, inputs)
         kernel = contextlib.nullcontext() if flash else sdpa_kernel(SDPBackend.MATH)
-        with kernel, torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
+        with kernel, what_is_saved(model) as saved:
             loss = original(model, inputs, **kwargs)
         assert loss.requires_grad
-        found["bytes"] = sum(storages.values())
+        found.update(saved)
         raise Seen
 
     trainer.compute_loss = watched
@@ -149,7 +139,7 @@ def test_growth(tmp_path):
     def at(rows=1, length=512, prefix=0, checkpointing=False, flash=True):
         return memory.saved(facts, counted, memory.Step(rows, length, 64, prefix, flash=flash), checkpointing)
 
-    casts = 2 * counted.elements
+    casts = 2 * counted.elements(1)
     assert at(rows=2) - casts == pytest.approx(2 * (at() - casts), rel=0.02)
     assert at(length=1024) - casts == pytest.approx(2 * (at() - casts), rel=0.02)
     assert at(length=2048, flash=False) > 3.5 * at(length=1024, flash=False)

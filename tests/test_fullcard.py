@@ -8,9 +8,13 @@ import pytest
 import torch
 import toys
 from cli_fixtures import TRAIN
+from fleet_fixtures import rows_of
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from perce_lite import PerCETrainer, memory, score
+from perce_lite.engine import SlotEngine
+from perce_lite.learner import Learner
 from perce_lite.score import log_probs
 
 pytest_plugins = ["cli_fixtures"]
@@ -121,3 +125,87 @@ def test_scoring_halves_a_batch_that_does_not_fit(toy_trainer, monkeypatch):
     assert sorted(together) == sorted(alone)
     for index, values in alone.items():
         torch.testing.assert_close(together[index], values, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def no_room(monkeypatch):
+    """The base itself does not fit, as torch says it."""
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError(TELLS)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+
+
+@pytest.mark.parametrize("command", ["train", "inspect", "compare", "fleet"])
+def test_a_base_that_does_not_fit(recipe, run, no_room, command):
+    """A whole base is asked for; in 4 bit it is a quarter, and each command that takes a recipe says so."""
+    text = recipe_text(gradient_checkpointing=True, per_device_train_batch_size=1, max_length=64)
+    code, out, err = run(command, recipe(rows_of(2), text))
+    told = err[err.index("error: ") :]
+    assert (code, out, "Traceback" in err) == (2, "", False)
+    assert "The card's memory is full: CUDA out of memory. What" in told or "Who was trained stays so." in told
+    assert "--set" in overrides(told)
+
+
+def test_a_base_that_does_not_fit_and_no_recipe_to_change(recipe, run, monkeypatch):
+    assert run("train", recipe(text=TRAIN))[0] == 0
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError(TELLS)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    code, _, err = run("generate", "--adapter", "out/adapter", "--prompt", "Hello?", "--no-profile")
+    assert (code, "does not fit the card" in err, "CUDA_VISIBLE_DEVICES=" in err) == (2, True, True)
+
+
+def test_a_full_card_while_adapters_are_judged(recipe, run, monkeypatch):
+    path = recipe(text=TRAIN)
+    assert run("train", path)[0] == 0
+
+    def full(*args):
+        raise torch.OutOfMemoryError(TELLS)
+
+    monkeypatch.setattr(score, "batch_log_probs", full)
+    code, _, err = run("eval", path, "--adapter", "out/adapter", "--set", "train.store=elsewhere")
+    told = err[err.index("error: ") :]
+    assert (code, "What was scored is kept." in told, "Traceback" in err) == (2, True, False)
+    assert any("=" in word for word in overrides(told))
+    assert "gradient_checkpointing" not in told, "nothing is trained"
+
+
+FLEET = "fleet: {min_examples: 4, gate: null, init_from: none, slots: 4}\n"
+
+
+def test_a_full_card_with_many_users_at_once(recipe, run, monkeypatch):
+    """Fewer at once fit; the line says how many, and with it the fleet goes on from what is kept."""
+    original, batches = SlotEngine._step, []
+
+    def step(self, trainings):
+        batches.append(len(trainings))
+        if len(trainings) > 2 and len(batches) > 1:
+            raise torch.OutOfMemoryError(TELLS)
+        return original(self, trainings)
+
+    monkeypatch.setattr(SlotEngine, "_step", step)
+    monkeypatch.setattr(memory, "_CHUNKED_LOGPROB_CHUNK_SIZE", toys.VOCAB_SIZE)
+    path = recipe(rows_of(4), recipe_text(gradient_checkpointing=True) + FLEET)
+    code, _, err = run("fleet", path)
+    told = err[err.index("error: ") :]
+    assert (code, "Who was trained stays so." in told, "Traceback" in err) == (2, True, False)
+    [_, word] = overrides(told)
+    assert re.fullmatch(r"fleet\.slots=[123]", word)
+    restored, real = [], Learner.restore
+    monkeypatch.setattr(Learner, "restore", lambda self, state: (restored.append(self.job.user), real(self, state)))
+    code, _, err = run("fleet", path, "--set", word, "--set", "fleet.slots=2")
+    assert (code, restored) == (0, ["user0", "user1", "user2", "user3"])
+
+
+def test_one_user_whose_rows_do_not_fit_leaves_the_others_alone(recipe, run, full_card):
+    full_card(0)
+    path = recipe(rows_of(2), recipe_text(gradient_checkpointing=True) + FLEET.replace("slots: 4", "slots: 1"))
+    code, _, err = run("fleet", path)
+    assert (code, err.count("left out. The card's memory is full")) == (3, 2)
+    assert "lora.r=" in err or "train.max_length=" in err or "per_device_train_batch_size=1" in err
+    full_card(None)
+    assert run("fleet", path)[0] == 0

@@ -178,8 +178,8 @@ def test_the_command_writes_table_and_figures(run, report, monkeypatch, tmp_path
     ("words", "told"),
     [
         (["--gpu-report", "--fleet"], "one of --fleet and --gpu-report"),
-        (["--gpu-report", "--arms", "base"], "--arms goes without --gpu-report"),
-        (["--gpu-report", "x.yaml"], "RECIPE goes without --gpu-report"),
+        (["--gpu-report", "--arms", "base"], "--arms has no part in --gpu-report"),
+        (["--gpu-report", "x.yaml"], "RECIPE has no part in --gpu-report"),
         (["x.yaml", "--shape", "toy"], "--shape goes with --gpu-report"),
         (["--shape", "toy"], "--shape goes with --gpu-report"),
         ([], "give a recipe"),

@@ -24,7 +24,7 @@ collator   head       prefix     shapes     longest
 score      memory
 terms
 plan
-fullcard   plantable
+fullcard   plantable  capacity
 trainer    slots      generate   controls   check      sections
 charts     learner    proof      gguf_vocabulary   conversation
 report     ggufs      modelfile  engine

@@ -62,8 +62,8 @@ def recipe(folder: Path) -> Path:
     return path
 
 
-def run(path: Path, bomb: str = "::", **env: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", _DRIVER, bomb, "train", str(path)]
+def run(path: Path, bomb: str = "::", command: str = "train", **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", _DRIVER, bomb, command, str(path)]
     return subprocess.run(command, cwd=path.parent, env={**os.environ, **env}, capture_output=True, text=True)
 
 

@@ -69,7 +69,7 @@ def test_peak_of_a_step(tmp_path, monkeypatch, kind, checkpointing, options, fla
     counted, shape = weights(recipe, 2), shape_of(AutoConfig.from_pretrained(recipe.model_folder))
     at_work = max(
         memory.layer_at_work(shape, counted, step, checkpointing),
-        memory.head_at_work(shape, step) + memory.casts(counted.elements, step),
+        memory.head_at_work(shape, step) + memory.casts(counted, step),
     )
     estimate = memory.prefixes(shape, step) + memory.saved(shape, counted, step, checkpointing) + at_work
     assert 0.95 * found["peak"] < estimate < 1.15 * found["peak"]

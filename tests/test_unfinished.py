@@ -1,6 +1,7 @@
 """Users who are stopped in the middle of a slot go on, to the bit, wherever the process was killed."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from fleet_fixtures import TEXT, rows_of
 from peft import LoraConfig
 from safetensors.torch import load_file
 from test_engine import LORA, config, pairs_of, toy_base
+from test_resume import run as run_alone
 from test_slots import stirred
 
 from perce_lite import roster
@@ -132,6 +134,23 @@ def test_a_stopped_fleet_goes_on_in_its_slots(recipe, monkeypatch):
     Unfinished(Path("out", KEPT)).write({"user9": {"begun": "who was trained one by one since"}})
     fleet(load_recipe(path, ["data.users=[user1, user2, user3, user4]"]), engine_for, retrain=["user4"])
     assert not Path("out", KEPT).exists(), "nobody is due"
+
+
+def test_a_fleet_that_the_system_kills_goes_on_to_the_bit(recipe):
+    """SIGKILL in the middle of a step of two users; the second two have not begun."""
+    text = TEXT.replace("gate: null", "gate: null, slots: 2, init_from: none").replace("max_steps: 3", "max_steps: 6")
+    path = Path(recipe(rows_of(4), text.replace("train: {", "train: {save_steps: 2, "))).absolute()
+    assert run_alone(path, command="fleet").returncode == 0
+    shutil.move("out", "whole")
+    killed = run_alone(path, "perce_lite.engine:SlotEngine._step:6", command="fleet")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert Unfinished(Path("out", KEPT)).users == ["user0", "user1"]
+    resumed = run_alone(path, "perce_lite.engine:SlotEngine._step:99", command="fleet")
+    assert resumed.returncode == 0, resumed.stderr
+    for user in ("user0", "user1", "user2", "user3"):
+        [mine], [theirs] = (list(Path(at).rglob(f"{user}-*/adapter/*.safetensors")) for at in ("out", "whole"))
+        one, other = load_file(mine), load_file(theirs)
+        assert all(torch.equal(one[name], other[name]) for name in other), user
 
 
 def test_deleting_a_user_removes_what_slots_kept(recipe):

@@ -1,0 +1,116 @@
+"""What the plan says of many users at once, against real slots: what is saved and held, how many fit."""
+
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+import toys
+from memory_fixtures import base_as_on_a_card, recipe_for, size_of, weights, what_is_saved
+from transformers import AutoConfig
+
+from perce_lite import PerCEConfig, capacity, memory
+from perce_lite.capacity import users_at_once
+from perce_lite.cards import GIB, of_size
+from perce_lite.engine import SlotEngine
+from perce_lite.learner import UserJob
+from perce_lite.longest import alike
+from perce_lite.pairs import PairMaker
+from perce_lite.plan import MOST_USERS, Plan
+from perce_lite.recipe import Recipe, load_recipe, lora_config
+from perce_lite.rows import from_columns
+from perce_lite.shapes import KNOWN, shape_of
+
+
+def engine_of(recipe: Recipe, users: int, dtype: torch.dtype, folder, **options) -> tuple[SlotEngine, list[UserJob]]:
+    base = base_as_on_a_card(recipe, dtype)
+    given = {"estimator": "uniform", "max_length": 4096, "gradient_checkpointing": False, "report_to": "none",
+             "per_device_train_batch_size": 1}  # fmt: skip
+    args = PerCEConfig(str(folder / "out"), **{**given, "bf16": dtype == torch.bfloat16, **options})
+    maker = PairMaker.of(recipe, base.tokenizer, args.max_length)
+    rows = [from_columns({**row, "completion": row["completion"] * 3}, "") for row in toys.toy_rows(users, 3)]
+    engine = SlotEngine(base.model, base.tokenizer, args, lora_config(recipe), users, core=recipe.core_only)
+    parent = engine.model.fresh(0) if recipe.core_only else None
+    names = dict.fromkeys(row.user for row in rows)
+    pairs = {name: maker.make([row for row in rows if row.user == name]) for name in names}
+    return engine, [UserJob(name, made, steps=2, adapter=parent) for name, made in pairs.items()]
+
+
+CASES = {
+    "llama": ("llama", 3, torch.float32, "r: 8", {}),
+    "qwen3, two rows a user": ("qwen3", 4, torch.float32, "r: 4", {"per_device_train_batch_size": 2}),
+    "gemma3, checkpointed": ("gemma3_text", 4, torch.bfloat16, "r: 4", {"gradient_checkpointing": True}),
+    "llama, cores": ("llama", 5, torch.float32, "r: 4, core_only: true", {}),
+}
+
+
+@pytest.mark.parametrize(("kind", "users", "dtype", "lora", "options"), CASES.values(), ids=CASES)
+def test_what_slots_hold_and_save(tmp_path, kind, users, dtype, lora, options):
+    recipe = recipe_for(tmp_path, kind, {}, lora)
+    engine, jobs = engine_of(recipe, users, dtype, tmp_path, **options)
+    found, steps, losses = {}, [], engine._losses
+
+    def watched(trainings, batch):
+        rows, length = batch["input_ids"].shape
+        scored = int((batch["labels"][:, 1:] != -100).sum()) // rows
+        padded = not bool(batch["attention_mask"].all())
+        steps.append(memory.Step(rows, length, scored, itemsize=dtype.itemsize, padded=padded, users=users))
+        with what_is_saved(engine.model.base) as saved:
+            made = losses(trainings, batch)
+        found.update(saved)
+        found["learners"] = list(trainings)
+        return made
+
+    engine._losses = watched
+    engine.run(jobs, lambda result: None)
+    counted, step = weights(recipe, dtype.itemsize), steps[-1]
+    facts = shape_of(AutoConfig.from_pretrained(recipe.model_folder))
+    assert step.users == users
+    assert step.rows == users * options.get("per_device_train_batch_size", 1)
+    told = memory.saved(facts, counted, step, options.get("gradient_checkpointing", False))
+    assert told == pytest.approx(found["bytes"], rel=0.03)
+    trained = [tensor for learner in found["learners"] for tensor in learner.parameters]
+    held = [tensor for layer in engine.model.layers.values() for tensor in (layer.lora_A, layer.lora_B)]
+    frozen = size_of(held) if recipe.core_only else 0
+    assert 4 * counted.elements(users) == size_of(trained) + frozen
+    states = [learner.optimizer.state.values() for learner in found["learners"]]
+    kept = [one for some in states for state in some for one in state.values() if isinstance(one, torch.Tensor)]
+    assert users * memory.optimizer_bytes(counted.by_user, "adamw_torch") == size_of(kept)
+
+
+def fleet_recipe(tmp_path, *overrides: str) -> Recipe:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"model: {KNOWN['Llama-3.1-8B']}\ndata: {{path: rows.jsonl}}\nfleet: {{slots: auto}}\n")
+    return load_recipe(path, ["train.per_device_train_batch_size=1", *overrides])
+
+
+def test_the_most_users_are_the_last_that_fit(tmp_path):
+    plan = Plan(fleet_recipe(tmp_path), alike(512, ""))
+    by_size = [plan.most_users(plan.choice, of_size(size)) for size in (6, 10, 12, 80)]
+    assert by_size[0] == 0
+    assert 1 <= by_size[1] < by_size[2] < MOST_USERS == by_size[3]
+    for users, fits in ((by_size[1], True), (by_size[1] + 1, False)):
+        assert plan.fits(replace(plan.choice, users=users), of_size(10)) == fits
+    packed = Plan(fleet_recipe(tmp_path, "train.packing=true", "train.max_length=512"), alike(512, ""))
+    assert packed.most_users(packed.choice, of_size(24)) == 1, "slots do not pack"
+
+
+def test_auto_takes_what_the_memory_here_takes(tmp_path, monkeypatch):
+    def with_free(gib: float, *overrides: str) -> int:
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Free", (), {"available": int(2 * gib * GIB)}))
+        return users_at_once(fleet_recipe(tmp_path, "device=cpu", "train.max_length=256", *overrides))
+
+    some = with_free(16)
+    assert 1 < some < with_free(24) < MOST_USERS
+    assert with_free(0.5) == 1
+    assert with_free(400) == MOST_USERS
+    assert with_free(16, "fleet.train.max_length=128") > some
+    assert with_free(0.5, "fleet.slots=5") == 5
+    monkeypatch.setattr(capacity, "Plan", plan_that_does_not_know)
+    assert with_free(400) == 1
+
+
+def plan_that_does_not_know(*args, **kwargs):
+    from perce_lite.errors import PlanError
+
+    raise PlanError("a family that nobody has looked into")
