@@ -196,7 +196,9 @@ def saved_by_layer(shape: Shape, weights: Weights, step: Step, index: int) -> in
     tokens = step.rows * (step.length - step.prefix)
     norms = shape.norms * (FLOAT32 * shape.hidden + FLOAT32) * tokens + _head_norms(shape, tokens)
     ranks = weights.adapters[index]
-    inputs = _lora_inputs(shape, ranks, weights.dropout, shape.eager or step.prefix > 0)
+    inputs = sum(ranks.values())  # all that a core needs: behind a frozen A, the input itself is not kept
+    if not weights.cores:
+        inputs = _lora_inputs(shape, ranks, weights.dropout, shape.eager or step.prefix > 0)
     mlp = 3 * shape.intermediate  # what the activation reads and gives, and what it is multiplied by
     return norms + (inputs + mlp) * step.itemsize * tokens + _saved_by_attention(shape, step, index)
 

@@ -1,5 +1,6 @@
 """Random models of every family for the plan's tests: saved, loaded and trained as on a GPU."""
 
+import itertools
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -55,8 +56,9 @@ def base_as_on_a_card(recipe: Recipe, dtype: torch.dtype) -> Base:
 
 @contextmanager
 def what_is_saved(model: torch.nn.Module):
-    """A dict that has, afterwards, the `bytes` that were saved for a backward: each storage once, no parameters."""
-    parameters = {one.untyped_storage().data_ptr() for one in model.parameters()}
+    """A dict that has, afterwards, the `bytes` saved for a backward: each storage once, none of the model's own."""
+    own = itertools.chain(model.parameters(), model.buffers())
+    parameters = {one.untyped_storage().data_ptr() for one in own}
     storages, alive, found = {}, [], {}
 
     def pack(tensor):

@@ -51,6 +51,8 @@ def test_what_slots_hold_and_save(tmp_path, kind, users, dtype, lora, options):
     found, steps, losses = {}, [], engine._losses
 
     def watched(trainings, batch):
+        if steps:  # later ones may be smaller
+            return losses(trainings, batch)
         rows, length = batch["input_ids"].shape
         scored = int((batch["labels"][:, 1:] != -100).sum()) // rows
         padded = not bool(batch["attention_mask"].all())
@@ -63,7 +65,7 @@ def test_what_slots_hold_and_save(tmp_path, kind, users, dtype, lora, options):
 
     engine._losses = watched
     engine.run(jobs, lambda result: None)
-    counted, step = weights(recipe, dtype.itemsize), steps[-1]
+    counted, step = weights(recipe, dtype.itemsize), steps[0]
     facts = shape_of(AutoConfig.from_pretrained(recipe.model_folder))
     assert step.users == users
     assert step.rows == users * options.get("per_device_train_batch_size", 1)
