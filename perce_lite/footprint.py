@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from perce_lite import targets
 from perce_lite.errors import ModelError, RecipeError
 from perce_lite.models import model_source, not_there, with_adapter
+from perce_lite.offline import hub_options
 from perce_lite.recipe import Recipe, lora_config
 
 
@@ -20,7 +21,8 @@ def config_of(recipe: Recipe) -> PretrainedConfig:
         ModelError: as `load_base`.
     """
     try:
-        return AutoConfig.from_pretrained(model_source(recipe))
+        source = model_source(recipe)
+        return AutoConfig.from_pretrained(source, **hub_options(source))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(not_there(recipe, error)) from error
 

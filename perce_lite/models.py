@@ -34,6 +34,7 @@ from perce_lite.embedding import keep_on_host, tables_on_host
 from perce_lite.errors import BaseTooLargeError, ModelError, RecipeError, TemplateError
 from perce_lite.files import disk_full_is_clear, folder_written_aside, home, read_json
 from perce_lite.hashed import hash_parameter, remembered
+from perce_lite.offline import hub_options
 from perce_lite.recipe import Recipe, lora_config
 
 
@@ -79,7 +80,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         ModelError: as `load_base`; TemplateError: no such template file.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_source(recipe))
+        source = model_source(recipe)
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub_options(source))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(not_there(recipe, error)) from error
     given = recipe.train.get("chat_template_path")
@@ -107,7 +109,7 @@ def load_base(recipe: Recipe) -> Base:
     """
     device = pick_device(recipe.device)
     dtype = chosen_dtype(recipe.dtype, device)
-    folder = model_source(recipe)
+    source = model_source(recipe)
     tokenizer = load_tokenizer(recipe)
     quantization = (
         BitsAndBytesConfig(
@@ -122,9 +124,8 @@ def load_base(recipe: Recipe) -> Base:
     # On a CPU the parts that stay unquantised are kept in float32; autocast makes the products fast.
     kept = torch.float32 if device.type == "cpu" else dtype
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=kept, quantization_config=quantization, device_map={"": device.type}
-        )
+        options = {"dtype": kept, "quantization_config": quantization, "device_map": {"": device.type}}
+        model = AutoModelForCausalLM.from_pretrained(source, **options, **hub_options(source))
     except torch.OutOfMemoryError as error:
         raise BaseTooLargeError(
             f"model: {recipe.model} does not fit the card: {_first_line(error)}. Close other programs that use "

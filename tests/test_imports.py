@@ -11,7 +11,7 @@ HOUSE = """
 errors
 targets    reuse
 console    files      contrast   profiles   source     metrics    llamacpp   writings   unpacking   cards
-cores      route      hashed
+cores      route      hashed     offline
 config
 faults
 recipe

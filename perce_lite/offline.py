@@ -1,0 +1,32 @@
+"""Whether the Hub can be reached. Where not, what is on this machine is taken, without half a minute of retries."""
+
+import functools
+import socket
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from perce_lite.console import say
+
+
+def hub_options(source: str) -> dict[str, bool]:
+    """Options of `from_pretrained` for a folder or a Hub id: without a network nothing but the local cache is asked."""
+    return {"local_files_only": not Path(source).is_dir() and not reachable()}
+
+
+@functools.cache
+def reachable() -> bool:
+    """Whether the Hub's name can be looked up, asked once a process; behind a proxy that does the looking up, yes."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    host = urlsplit(constants.ENDPOINT)
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(host.hostname, host.port or host.scheme)
+    except OSError:
+        say(f"{host.hostname} cannot be reached; what is not on this machine is not asked for.")
+        return False
+    return True

@@ -1,0 +1,57 @@
+"""Without a network only what is on this machine is asked for, and the question is asked once."""
+
+import socket
+import urllib.request
+
+import pytest
+from huggingface_hub import constants
+
+from perce_lite import offline
+
+
+@pytest.fixture
+def network(monkeypatch):
+    """Says whether names can be looked up; counts how often one was."""
+    asked: list[object] = []
+
+    def make(there: bool, proxies: bool = False, told_offline: bool = False) -> list[object]:
+        def looked_up(host, port, *args):
+            asked.append((host, port))
+            if not there:
+                raise socket.gaierror(-2, "Name or service not known")
+            return []
+
+        monkeypatch.setattr(socket, "getaddrinfo", looked_up)
+        monkeypatch.setattr(urllib.request, "getproxies", lambda: {"https": "http://proxy"} if proxies else {})
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", told_offline)
+        monkeypatch.setattr(constants, "ENDPOINT", "https://hub.example:8443")
+        return asked
+
+    offline.reachable.cache_clear()
+    yield make
+    offline.reachable.cache_clear()
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_for_once(network, capfd):
+    asked = network(there=False)
+    assert offline.hub_options("someone/model") == {"local_files_only": True}
+    assert offline.hub_options("someone/other") == {"local_files_only": True}
+    assert asked == [("hub.example", 8443)]
+    assert capfd.readouterr().err.count("hub.example cannot be reached") == 1
+
+
+def test_a_hub_that_is_there_a_proxy_and_a_folder(network, tmp_path):
+    asked = network(there=True)
+    assert offline.hub_options("someone/model") == {"local_files_only": False}
+    assert len(asked) == 1
+    offline.reachable.cache_clear()
+    network(there=False, proxies=True)
+    assert offline.hub_options("someone/model") == {"local_files_only": False}, "a proxy looks names up itself"
+    assert offline.hub_options(str(tmp_path)) == {"local_files_only": False}
+    assert len(asked) == 1
+
+
+def test_a_user_who_says_so_is_offline(network):
+    asked = network(there=True, told_offline=True)
+    assert offline.hub_options("someone/model") == {"local_files_only": True}
+    assert asked == []
