@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from perce_lite.card import model_card
-from perce_lite.cores import plain_state
 from perce_lite.errors import AdapterError, NonFiniteLossError
 from perce_lite.files import CARD as CARD
 from perce_lite.files import folder_written_aside, read_json, write_json, write_text
+from perce_lite.fleets.cores import plain_state
 from perce_lite.models import fingerprint, same_base, sketch
 from perce_lite.recipe import Recipe
 

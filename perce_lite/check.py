@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from perce_lite.data import read_rows
-from perce_lite.footprint import refuse_exports
 from perce_lite.models import load_tokenizer
 from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, require
+from perce_lite.planning.footprint import refuse_exports
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.rows import SPLIT_NAMES, of_split
 

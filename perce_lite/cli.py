@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from perce_lite import cli_bench, cli_export, cli_fleet, cli_import, cli_plan
-from perce_lite.cli_options import Json, RecipePath, Set, write
+from perce_lite.commands import cli_bench, cli_export, cli_fleet, cli_import, cli_plan
+from perce_lite.commands.cli_options import Json, RecipePath, Set, write
 from perce_lite.console import errors, quiet
 from perce_lite.errors import PerceLiteError
 
@@ -80,8 +80,8 @@ def inspect(
 
     read = load_recipe(recipe, set_ or [])
     from perce_lite import tables
-    from perce_lite.fullcard import full_card_in_scoring
     from perce_lite.inspection import inspect as run
+    from perce_lite.planning.fullcard import full_card_in_scoring
     from perce_lite.report import write_inspection
 
     with full_card_in_scoring(read):
@@ -106,7 +106,7 @@ def evaluate(
     read = load_recipe(recipe, set_ or [])
     from perce_lite import sections, tables
     from perce_lite.evaluate import evaluate as run
-    from perce_lite.fullcard import full_card_in_scoring
+    from perce_lite.planning.fullcard import full_card_in_scoring
     from perce_lite.report import write_figures
 
     with full_card_in_scoring(read):
@@ -140,7 +140,7 @@ def compare(
     from perce_lite import sections, tables
     from perce_lite.compare import ARMS, arms_of, grid
     from perce_lite.compare import compare as run
-    from perce_lite.fullcard import full_card_in_scoring
+    from perce_lite.planning.fullcard import full_card_in_scoring
     from perce_lite.report import write_figures
 
     with full_card_in_scoring(read):

@@ -15,9 +15,9 @@ from perce_lite.data import read_rows
 from perce_lite.errors import DataError, NonFiniteLossError, RecipeError
 from perce_lite.evaluate import held_out
 from perce_lite.files import safe_name
-from perce_lite.fullcard import full_card_is_clear
 from perce_lite.models import load_base, load_tokenizer
 from perce_lite.pairs import PairMaker
+from perce_lite.planning.fullcard import full_card_is_clear
 from perce_lite.recipe import Recipe, refuse_cores, training_config, with_train
 from perce_lite.rows import Row, of_split
 from perce_lite.score import store_of

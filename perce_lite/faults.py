@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from perce_lite import targets
+from perce_lite.exports import targets
 from perce_lite.source import Lines, where
 
 _MEANT = {

@@ -213,7 +213,7 @@ class Recipe(Section):
 
 
 CORE_ONLY = "core_only"
-"""The one field of `lora:` that is ours: see `perce_lite.cores`."""
+"""The one field of `lora:` that is ours: see `perce_lite.fleets.cores`."""
 
 _NOT_TRAINED_BY = re.compile(
     r"(log|logging|save|hub|gradient_checkpointing)_|(output_dir|store|report_to|run_name|project|disable_tqdm|push_to_hub|"

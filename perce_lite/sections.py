@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from perce_lite.fleets.registry import Adapter, held_out
 from perce_lite.metrics import FEW_USERS
-from perce_lite.registry import Adapter, held_out
 
 PARTS = {"all": "all tokens", "personal": "personal", "others": "others"}
 

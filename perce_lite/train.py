@@ -14,15 +14,15 @@ from perce_lite import adapters
 from perce_lite.config import PerCEConfig
 from perce_lite.console import progress_bar, say
 from perce_lite.controls import before_and_after, cases
-from perce_lite.cores import freeze
 from perce_lite.data import read_rows
 from perce_lite.errors import DataError, RunError
 from perce_lite.files import digest, read_json, write_json
-from perce_lite.footprint import refuse_exports
-from perce_lite.fullcard import full_card_is_clear
+from perce_lite.fleets.cores import freeze
 from perce_lite.generate import generate
 from perce_lite.models import Base, fingerprint, load_base, with_adapter
 from perce_lite.pairs import PairMaker
+from perce_lite.planning.footprint import refuse_exports
+from perce_lite.planning.fullcard import full_card_is_clear
 from perce_lite.recipe import Recipe, refuse_cores, training_config
 from perce_lite.rows import Row, of_split, spread_over_users, to_columns
 from perce_lite.score import store_of

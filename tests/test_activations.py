@@ -9,9 +9,10 @@ from memory_fixtures import WIDE, prefix_of, recipe_for, trainer_for, weights, w
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig
 
-from perce_lite import PerCETrainer, memory
+from perce_lite import PerCETrainer
+from perce_lite.planning import memory
+from perce_lite.planning.shapes import FAMILIES, Shape, shape_of
 from perce_lite.recipe import Recipe
-from perce_lite.shapes import FAMILIES, Shape, shape_of
 
 
 class Seen(Exception):

@@ -17,7 +17,7 @@ import torch
 import toys
 from trl import SFTTrainer
 
-from perce_lite import bench, children, measuring, workload
+from perce_lite.benchmarks import bench, children, measuring, workload
 from perce_lite.errors import BenchError, RecipeError
 from perce_lite.recipe import load_recipe
 from perce_lite.trainer import PerCETrainer

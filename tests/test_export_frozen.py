@@ -12,9 +12,9 @@ from test_prefix import whole
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perce_lite.errors import ExportError, RecipeError
-from perce_lite.export import export, verify
+from perce_lite.exports.export import export, verify
+from perce_lite.exports.proof import PROOF, plain_log_probs
 from perce_lite.pairs import IGNORED, PairMaker, Tokens
-from perce_lite.proof import PROOF, plain_log_probs
 from perce_lite.recipe import load_recipe
 
 

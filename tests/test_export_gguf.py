@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from toy_gguf import write_base
 from transformers import AutoModelForCausalLM
 
-from perce_lite import export as exports
-from perce_lite import gguf_lora, ggufs, llamacpp, writers
 from perce_lite.errors import DiskFullError, ExportError
-from perce_lite.proof import PROOF, gap, plain_log_probs, read_proof
+from perce_lite.exports import export as exports
+from perce_lite.exports import gguf_lora, ggufs, llamacpp, writers
+from perce_lite.exports.proof import PROOF, gap, plain_log_probs, read_proof
 
 pytest_plugins = ["cli_fixtures"]
 

@@ -12,10 +12,10 @@ from peft import PeftModel
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from perce_lite import export as exports
-from perce_lite import gguf_model, gguf_vocabulary, ggufs, llamacpp, modelfile, writers
 from perce_lite.errors import ExportError
-from perce_lite.proof import PROOF, gap, plain_log_probs, read_proof
+from perce_lite.exports import export as exports
+from perce_lite.exports import gguf_model, gguf_vocabulary, ggufs, llamacpp, modelfile, writers
+from perce_lite.exports.proof import PROOF, gap, plain_log_probs, read_proof
 
 pytest_plugins = ["cli_fixtures"]
 

@@ -11,15 +11,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_inspect import full_logits
 
-from perce_lite import fleet as fleets
-from perce_lite import models, slotted
-from perce_lite.fleet import fleet
+from perce_lite import models
+from perce_lite.fleets import fleet as fleets
+from perce_lite.fleets import slotted
+from perce_lite.fleets.fleet import fleet
+from perce_lite.fleets.inprocess import OneByOne
+from perce_lite.fleets.registry import opened
+from perce_lite.fleets.slotted import Slotted, engine_for
 from perce_lite.hashed import hash_once
-from perce_lite.inprocess import OneByOne
 from perce_lite.pairs import PairMaker
 from perce_lite.recipe import load_recipe
-from perce_lite.registry import opened
-from perce_lite.slotted import Slotted, engine_for
 from perce_lite.trainer import PerCETrainer
 
 pytest_plugins = ["cli_fixtures"]
@@ -59,7 +60,7 @@ def test_cohorts_come_before_their_users(recipe):
 
 def test_a_failing_user_is_left_out_and_the_fleet_goes_on(run, recipe, figures, monkeypatch):
     path, engine = recipe(rows_of(3), TEXT), Clock(fails=("user1",))
-    monkeypatch.setattr("perce_lite.slotted.engine_for", engine)
+    monkeypatch.setattr("perce_lite.fleets.slotted.engine_for", engine)
     code, out, err = run("fleet", path)
     assert code == 3
     assert "user user1: left out. The loss is nan" in err
@@ -74,7 +75,7 @@ def test_a_failing_user_is_left_out_and_the_fleet_goes_on(run, recipe, figures, 
 
 def test_an_adapter_that_is_worse_is_held_back(recipe, run, figures, monkeypatch):
     path, engine = recipe(rows_of(2), TEXT.replace("gate: null", "gate: 0.0")), Clock(gain=-0.2)
-    monkeypatch.setattr("perce_lite.slotted.engine_for", engine)
+    monkeypatch.setattr("perce_lite.fleets.slotted.engine_for", engine)
     told = figures("fleet", path)
     assert told["held_back"] == 2
     assert told["states"]["in service"] == 1

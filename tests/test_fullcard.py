@@ -12,9 +12,10 @@ from fleet_fixtures import rows_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from perce_lite import PerCETrainer, memory, score
-from perce_lite.engine import SlotEngine
-from perce_lite.learner import Learner
+from perce_lite import PerCETrainer, score
+from perce_lite.fleets.engine import SlotEngine
+from perce_lite.fleets.learner import Learner
+from perce_lite.planning import memory
 from perce_lite.score import log_probs
 
 pytest_plugins = ["cli_fixtures"]

@@ -6,8 +6,9 @@ import torch
 from memory_fixtures import recipe_for, size_of, trainer_for, weights
 from transformers import TrainerCallback
 
-from perce_lite import PerCETrainer, memory
-from perce_lite.shapes import FAMILIES
+from perce_lite import PerCETrainer
+from perce_lite.planning import memory
+from perce_lite.planning.shapes import FAMILIES
 
 
 class Gradients(TrainerCallback):

@@ -12,8 +12,8 @@ from test_slots import stirred
 from perce_lite import prefix as room
 from perce_lite import score as scoring
 from perce_lite.controls import Case, before_and_after
-from perce_lite.engine import SlotEngine
-from perce_lite.learner import UserJob
+from perce_lite.fleets.engine import SlotEngine
+from perce_lite.fleets.learner import UserJob
 from perce_lite.pairs import IGNORED, Tokens
 from perce_lite.recipe import Template
 from perce_lite.score import Job, kept_log_probs, log_probs

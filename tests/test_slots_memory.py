@@ -9,17 +9,19 @@ import toys
 from memory_fixtures import base_as_on_a_card, recipe_for, size_of, weights, what_is_saved
 from transformers import AutoConfig
 
-from perce_lite import PerCEConfig, capacity, memory
-from perce_lite.capacity import users_at_once
-from perce_lite.cards import GIB, of_size
-from perce_lite.engine import SlotEngine
-from perce_lite.learner import UserJob
-from perce_lite.longest import alike
+from perce_lite import PerCEConfig
+from perce_lite.fleets import capacity
+from perce_lite.fleets.capacity import users_at_once
+from perce_lite.fleets.engine import SlotEngine
+from perce_lite.fleets.learner import UserJob
 from perce_lite.pairs import PairMaker
-from perce_lite.plan import MOST_USERS, Plan
+from perce_lite.planning import memory
+from perce_lite.planning.cards import GIB, of_size
+from perce_lite.planning.longest import alike
+from perce_lite.planning.plan import MOST_USERS, Plan
+from perce_lite.planning.shapes import KNOWN, shape_of
 from perce_lite.recipe import Recipe, load_recipe, lora_config
 from perce_lite.rows import from_columns
-from perce_lite.shapes import KNOWN, shape_of
 
 
 def engine_of(recipe: Recipe, users: int, dtype: torch.dtype, folder, **options) -> tuple[SlotEngine, list[UserJob]]:

@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
-from perce_lite import memory
-from perce_lite.shapes import shape_of
+from perce_lite.planning import memory
+from perce_lite.planning.shapes import shape_of
 
 SIZES = {
     "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 3, "num_attention_heads": 8,

@@ -1,0 +1,1 @@
+"""What it costs: each measurement in a process of its own, side by side."""

@@ -1,0 +1,42 @@
+"""The command `perce-lite plan`. Heavy modules are imported inside it."""
+
+from typing import Annotated, Any
+
+import typer
+
+from perce_lite.commands.cli_options import Json, RecipePath, Set, write
+
+
+def plan(
+    recipe: RecipePath,
+    gpu: Annotated[
+        list[str] | None, typer.Option(help='A card, such as 8GB or "RTX 4070"; once for each. Else the one here.')
+    ] = None,
+    probe: Annotated[bool, typer.Option("--probe", help="Run one real step on the card here and compare.")] = False,
+    set_: Set = None,
+    json: Json = None,
+) -> None:
+    """Say whether the recipe fits a card, what takes the memory and what to change. Loads no weights."""
+    from perce_lite.planning.cards import card
+    from perce_lite.recipe import load_recipe
+
+    if probe and gpu:
+        raise typer.BadParameter("--probe measures the card of this machine; leave --gpu out")
+    named = [card(one) for one in gpu or []]
+    read = load_recipe(recipe, set_ or [])
+    from perce_lite.planning import plantable
+    from perce_lite.planning.cards import COMMON_SIZES, of_size, present
+    from perce_lite.planning.plan import Plan, figures
+
+    if probe:
+        from perce_lite.planning.probe import probe as run
+
+        measured = run(read)
+        write(json, measured)
+        plantable.show_probe(measured)
+        return
+    here = present()
+    cards = named or ([here] if here is not None else [of_size(size) for size in COMMON_SIZES])
+    told: dict[str, Any] = figures(Plan(read), cards)
+    write(json, told)
+    plantable.show_plan(told, str(recipe))

@@ -1,0 +1,1 @@
+"""A person's writing becomes rows: text, Markdown, CSV, mail, chats, ZIP files."""

@@ -1,0 +1,330 @@
+"""Will it fit? Memory by part before a run, per card: the longest row, the largest batch, the smallest change."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from perce_lite.config import PerCEConfig
+from perce_lite.embedding import tied
+from perce_lite.pairs import most_that_fit
+from perce_lite.planning import memory
+from perce_lite.planning.cards import GIB, Card
+from perce_lite.planning.longest import Rows, packed, rows_of
+from perce_lite.planning.shapes import KNOWN, model_config, shape_of
+from perce_lite.prefix import KEPT_BYTES
+from perce_lite.recipe import Recipe, train_defaults
+
+CONTEXT = int(0.45 * GIB)
+"""Bytes that CUDA, cuBLAS and loaded kernels take. Experience, not measured here."""
+
+SPILL = 0.06
+"""Share of what a step allocates and frees that the allocator cannot use again. Experience, not measured here."""
+
+MOST_USERS = 16
+"""Users at once that `fleet.slots: auto` takes at the most."""
+
+_STASH = 5
+"""Tensors that TRL's activation offloading leaves on the card while they are on their way to the host."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a recipe may change to need less memory. `rank` None: as its `lora` has it.
+
+    users: trained at once in slots, each with a batch and an optimizer of their own
+    """
+
+    batch: int
+    accumulation: int
+    length: int
+    checkpointing: bool
+    offload: bool
+    optim: str
+    quantization: str
+    embedding_on_host: bool = False
+    profile_pass: str = "full"
+    rank: int | None = None
+    users: int = 1
+
+
+Need = Callable[[Choice, Card], int]
+"""Bytes that something takes on a card."""
+
+
+class Plan:
+    """A recipe's memory on any card. No weights are loaded: the model is there on the meta device alone.
+
+    rows: what batches are made of; None: as the recipe's data says, else `train.max_length`
+    on_cpu: with a recipe's defaults for a CPU, which has no context of CUDA and works in float32
+
+    Raises:
+        ModelError: the model's configuration can neither be read nor is it known by heart; or its head is tied to the
+            embedding table, which `embedding_on_host` is to keep off the card.
+        PlanError: a family whose memory is not known beforehand.
+    """
+
+    def __init__(self, recipe: Recipe, rows: Rows | None = None, on_cpu: bool = False) -> None:
+        self.recipe = recipe
+        self.config, self.at_hand = model_config(recipe)
+        self.shape = shape_of(self.config)
+        if recipe.embedding_on_host and _is_tied(self.config):
+            raise tied(self.config.model_type)
+        self._train = {**train_defaults(on_cpu), **recipe.train}
+        self.positions: int = self.config.get_text_config().max_position_embeddings
+        limit = self._option("max_length")
+        full = packed(limit) if self._option("packing") else None
+        self.rows = rows or full or rows_of(recipe, limit, self.positions, self.at_hand)
+        self.itemsize = memory.FLOAT32 if on_cpu or recipe.dtype == "float32" else 2
+        self.context = 0 if on_cpu else CONTEXT
+        self.choice = Choice(
+            batch=self._option("per_device_train_batch_size"),
+            accumulation=self._option("gradient_accumulation_steps"),
+            length=self.rows.length,
+            checkpointing=bool(self._option("gradient_checkpointing")),
+            offload=bool(self._option("activation_offloading")),
+            optim=str(self._option("optim")),
+            quantization=recipe.quantization,
+            embedding_on_host=recipe.embedding_on_host,
+            profile_pass=recipe.profile_pass,
+        )
+        self._weights = lru_cache(maxsize=16)(self._weights_of)
+
+    def parts(self, choice: Choice, card: Card) -> dict[str, int]:
+        """Bytes by part, and the sum at the peak as `total`."""
+        weights = self._weights(choice.rank, choice.quantization)
+        step = self._step(choice, card)
+        kept = {name: memory.saved(self.shape, weights, step, name) for name in (True, False)}
+        saved = kept[choice.checkpointing]
+        if choice.offload:
+            width = self.shape.hidden if choice.checkpointing else self.shape.intermediate
+            saved = min(saved, _STASH * width * step.itemsize * step.rows * (step.length - step.prefix))
+        found = {
+            "base": weights.base,
+            "unquantized": weights.unquantized - (weights.table if choice.embedding_on_host else 0),
+            "adapter": memory.FLOAT32 * weights.elements(choice.users),
+            "gradients": memory.FLOAT32 * choice.users * sum(weights.by_user),
+            "optimizer": choice.users * memory.optimizer_bytes(weights.by_user, choice.optim),
+            "saved": saved,
+            "saved_with_checkpointing": kept[True],
+            "saved_without": kept[False],
+            "layer": memory.layer_at_work(self.shape, weights, step, choice.checkpointing),
+            "attention": memory.attention(self.shape, step),
+            "head": memory.head_at_work(self.shape, step) + memory.casts(weights, step),
+            "prefixes": max(memory.prefixes(self.shape, step), KEPT_BYTES) if step.prefix else 0,
+            "reading": memory.reading(self.shape, weights, step),
+            "scoring": 0 if self._option("estimator") == "uniform" else self._scoring(choice, card),
+        }
+        peak = max(peak_of_a_step(found), found["scoring"])
+        found["spill"], found["context"] = int(SPILL * peak), self.context
+        return {**found, "total": held(found) + peak + found["spill"] + found["context"]}
+
+    def training(self, choice: Choice, card: Card) -> int:
+        """Bytes of training at its peak."""
+        return self.parts(choice, card)["total"]
+
+    def evaluation(self, choice: Choice, card: Card) -> int:
+        """Bytes of scoring with an adapter on, at its peak: what `eval` and `inspect` need."""
+        parts = self.parts(choice, card)
+        held = parts["base"] + parts["unquantized"] + parts["adapter"]
+        return held + int((1 + SPILL) * self._scoring(choice, card)) + parts["context"]
+
+    def _scoring(self, choice: Choice, card: Card) -> int:
+        """Bytes that work while the longest row is scored alone."""
+        step = self._step(choice, card)
+        alone = step._replace(rows=1, length=self._read(choice.length), scored=min(step.scored, choice.length))
+        return memory.scoring(self.shape, self._weights(choice.rank, choice.quantization), alone)
+
+    def fits(self, choice: Choice, card: Card, need: Need | None = None) -> bool:
+        """Whether `need` (training where it is None) stays within what a program sees of the card."""
+        return (need or self.training)(choice, card) <= card.bytes
+
+    def longest_row(self, choice: Choice, card: Card, need: Need | None = None) -> int:
+        """Tokens of the longest row that fits with the batch of `choice`, at most what the model can read; 0: none."""
+        return 16 * most_that_fit(
+            self.positions // 16, lambda many: self.fits(replace(choice, length=16 * many), card, need)
+        )
+
+    def largest_batch(self, choice: Choice, card: Card) -> int:
+        """Rows of a batch of the longest rows that fits; 0: not even one."""
+        return most_that_fit(256, lambda many: self.fits(replace(choice, batch=many), card))
+
+    def most_users(self, choice: Choice, card: Card) -> int:
+        """Users at once in slots that fit, at most `MOST_USERS`; 0: not even one. Slots do not pack rows."""
+        if self._option("packing"):
+            return int(self.fits(choice, card))
+        return most_that_fit(MOST_USERS, lambda many: self.fits(replace(choice, users=many), card))
+
+    def smallest_change(self, card: Card, need: Need | None = None) -> tuple[list[str], Choice] | None:
+        """The fewest and mildest overrides of the recipe with which it fits on `card`; None: nothing in it would do.
+
+        In this order: what costs time alone, then what changes the rows, then what changes the adapter.
+        """
+        every = (self._cheaper(), self._batches(), self._offloaded(), self._asleep(), self._ranks())
+        kinds = [kind for kind in map(list, every) if kind]
+        shorter: list[bool] = [False, True]
+        ways = [
+            (len(chosen) + cut, chosen, cut)
+            for many in range(len(kinds) + 1)
+            for chosen in itertools.combinations(kinds, many)
+            for cut in shorter
+        ]
+        for count, chosen, cut in sorted(ways, key=lambda way: (way[0], way[2])):
+            for changes in itertools.product(*chosen) if count else ():
+                choice = self.choice
+                words: list[str] = []
+                for values, said in changes:
+                    choice, words = replace(choice, **values), [*words, *said]
+                if cut:
+                    length = min(self.longest_row(choice, card, need), choice.length - 1) // 64 * 64
+                    if length < 128:
+                        continue
+                    choice, words = replace(choice, length=length), [*words, f"train.max_length={length}"]
+                if self.fits(choice, card, need):
+                    return words, choice
+        return None
+
+    def smaller_model(self, card: Card) -> list[str] | None:
+        """The overrides that take the first model known by heart with which the recipe, else as it is, fits on `card`.
+
+        A table that has to stay on the card, since the head is tied to it, is left there.
+        """
+        for name in KNOWN.values():
+            recipe = self.recipe.model_copy(update={"model": name})
+            words = [f"model={name}"]
+            if recipe.embedding_on_host and _is_tied(model_config(recipe)[0]):
+                recipe = recipe.model_copy(update={"embedding_on_host": False})
+                words.append("embedding_on_host=false")
+            other = Plan(recipe, self.rows)
+            if name != self.recipe.model and other.fits(other.choice, card):
+                return words
+        return None
+
+    # The kinds of change, each mildest first: what is replaced, and the overrides that say so
+
+    def _cheaper(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        todo: list[tuple[dict[str, Any], list[str]]] = []
+        if not self.choice.checkpointing:
+            todo.append(({"checkpointing": True}, ["train.gradient_checkpointing=true"]))
+        if self.choice.optim not in memory.EIGHT_BIT:
+            todo.append(({"optim": "paged_adamw_8bit"}, ["train.optim=paged_adamw_8bit"]))
+        if self._weights(None, self.choice.quantization).table and not self.choice.embedding_on_host:
+            todo.append(({"embedding_on_host": True}, ["embedding_on_host=true"]))
+        if self.choice.quantization != "nf4":
+            todo.append(({"quantization": "nf4"}, ["quantization=nf4"]))
+        for many in range(1, len(todo) + 1):
+            for some in itertools.combinations(todo, many):
+                values = {name: value for one, _ in some for name, value in one.items()}
+                yield values, [word for _, words in some for word in words]
+
+    def _batches(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        whole = self.choice.batch * self.choice.accumulation
+        for batch in range(self.choice.batch - 1, 0, -1):
+            if whole % batch == 0:
+                accumulation = whole // batch
+                words = [f"train.per_device_train_batch_size={batch}"]
+                words.append(f"train.gradient_accumulation_steps={accumulation}")
+                yield {"batch": batch, "accumulation": accumulation}, words
+
+    def _offloaded(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        if not self.choice.offload:
+            yield {"offload": True}, ["train.activation_offloading=true"]
+
+    def _asleep(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        possible = self.rows.prefix > 0 and self._option("train_on") == "factual"
+        if possible and self.choice.profile_pass == "full":
+            yield {"profile_pass": "frozen"}, ["train.profile_pass=frozen"]
+
+    def _ranks(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+        given = self.recipe.lora.get("r", 16)
+        yield from (({"rank": rank}, [f"lora.r={rank}"]) for rank in (16, 8, 4) if rank < given)
+
+    # What the numbers are made of
+
+    def _option(self, name: str) -> Any:
+        """A field of `train:` as it is on a GPU."""
+        return self._train.get(name, PerCEConfig.__dataclass_fields__[name].default)
+
+    def _step(self, choice: Choice, card: Card) -> memory.Step:
+        """The batch of a choice; packed rows lie end to end in one, and attention takes a mask as for unlike rows.
+
+        Where the profile is read ahead, the longest prefix meets the longest rest.
+        """
+        rows, many, whole = choice.users * choice.batch, 1, self.rows.length
+        prefix = choice.length * self.rows.prefix // whole if choice.profile_pass == "frozen" else 0
+        awake = -(-choice.length * self.rows.awake // whole) if prefix else choice.length
+        scored = min(awake, -(-choice.length * self.rows.scored // whole))
+        end_to_end = bool(self._option("packing"))
+        if end_to_end:
+            rows, many = 1, choice.batch
+        padded = rows > 1 or end_to_end
+        sizes = rows, many * (prefix + awake), many * scored, many * prefix
+        return memory.Step(*sizes, self.itemsize, padded, card.flash, choice.users)
+
+    def _read(self, length: int) -> int:
+        """Tokens of the longest scored row where the longest trained one has `length`."""
+        if length == self.rows.length:
+            return self.rows.read
+        return max(self.rows.read, length) if length > self.rows.length else min(self.rows.read, length)
+
+    def _weights_of(self, rank: int | None, quantization: str) -> memory.Weights:
+        lora = self.recipe.lora if rank is None else {**self.recipe.lora, "r": rank}
+        recipe = self.recipe.model_copy(update={"lora": lora, "quantization": quantization})
+        return memory.weights_of(self.config, recipe, self.itemsize)
+
+
+def peak_of_a_step(parts: dict[str, int]) -> int:
+    """The most that a training step holds beside weights and optimizer: saved, with a layer or the head at work.
+
+    With `profile_pass: frozen` prefixes are there all the while, and each is read before anything is saved.
+    """
+    return parts["prefixes"] + max(parts["saved"] + max(parts["layer"], parts["head"]), parts["reading"])
+
+
+def held(parts: dict[str, int]) -> int:
+    """What lies on the card all the time in training."""
+    return sum(parts[name] for name in ("base", "unquantized", "adapter", "gradients", "optimizer"))
+
+
+def _is_tied(config: PretrainedConfig) -> bool:
+    return bool(config.get_text_config().tie_word_embeddings)
+
+
+def figures(plan: Plan, cards: Sequence[Card]) -> dict[str, Any]:
+    """What `perce-lite plan` shows, bytes and tokens, for each card."""
+    return {
+        "model": plan.recipe.model,
+        "shape_from": "its config.json" if plan.at_hand else "a shape known by heart",
+        "rows": {
+            "longest": plan.rows.length,
+            "with_loss": plan.rows.scored,
+            "prefix": plan.rows.prefix,
+            "source": plan.rows.source,
+        },
+        "settings": vars(plan.choice) | {"rank": plan.recipe.lora.get("r", 16)},
+        "fleet": "fleet" in plan.recipe.model_fields_set,
+        "cards": [_on(plan, card) for card in cards],
+    }
+
+
+def _on(plan: Plan, card: Card) -> dict[str, Any]:
+    parts = plan.parts(plan.choice, card)
+    fits = parts["total"] <= card.bytes
+    change = None if fits else plan.smallest_change(card)
+    return {
+        "card": card.name,
+        "bytes": card.bytes,
+        "dtype": "float32" if plan.itemsize == memory.FLOAT32 else "bfloat16" if card.bf16 else "float16",
+        "fits": fits,
+        "parts": parts,
+        "longest_row": plan.longest_row(plan.choice, card),
+        "longest_row_alone": plan.longest_row(replace(plan.choice, batch=1), card),
+        "largest_batch": plan.largest_batch(plan.choice, card),
+        "users_at_once": plan.most_users(plan.choice, card),
+        "change": None if change is None else change[0],
+        "smaller_model": None if fits or change is not None else plan.smaller_model(card),
+        "total_after_change": None if change is None else plan.parts(change[1], card)["total"],
+    }
