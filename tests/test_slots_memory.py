@@ -1,5 +1,6 @@
 """What the plan says of many users at once, against real slots: what is saved and held, how many fit."""
 
+import json
 from dataclasses import replace
 
 import psutil
@@ -22,6 +23,8 @@ from perce_lite.planning.plan import MOST_USERS, Plan
 from perce_lite.planning.shapes import KNOWN, shape_of
 from perce_lite.recipe import Recipe, load_recipe, lora_config
 from perce_lite.rows import from_columns
+
+pytest_plugins = ["cli_fixtures"]
 
 
 def engine_of(recipe: Recipe, users: int, dtype: torch.dtype, folder, **options) -> tuple[SlotEngine, list[UserJob]]:
@@ -118,3 +121,16 @@ def plan_that_does_not_know(*args, **kwargs):
     from perce_lite.errors import PlanError
 
     raise PlanError("a family that nobody has looked into")
+
+
+def test_the_plan_of_a_fleet_tells_how_many_users_fit(tmp_path, run):
+    fleet_recipe(tmp_path)
+    path, size = tmp_path / "mine.yaml", ("--gpu", "10GB", "--json", tmp_path / "plan.json")
+    short = ("--set", "train.max_length=512", "--set", "train.per_device_train_batch_size=1")
+    code, out, _ = run("plan", path, *size, *short)
+    most = json.loads((tmp_path / "plan.json").read_text())["cards"][0]["users_at_once"]
+    assert (code, "users at" in out, "fits as it is" in out, 1 <= most < MOST_USERS) == (0, True, True, True)
+    code, out, _ = run("plan", path, *size, *short, "--set", f"fleet.slots={most + 1}")
+    assert f"perce-lite fleet {path} --set fleet.slots={most}" in out
+    _, out, _ = run("plan", path, *size, *short, "--set", f"fleet.slots={most}")
+    assert "fits as it is" in out

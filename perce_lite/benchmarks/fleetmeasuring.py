@@ -65,7 +65,7 @@ def measure(job: FleetJob) -> dict[str, Any]:
             raise outcome
         outcomes.append(outcome)
 
-    def told(loss: float) -> None:
+    def told(loss: float, share: float) -> None:
         """Nobody watches."""
 
     if job.warmup:

@@ -72,12 +72,13 @@ class SlotEngine:
         jobs: Iterable[UserJob],
         done: Callable[[Result], None],
         kept: Unfinished | None = None,
-        told: Callable[[float], None] | None = None,
+        told: Callable[[float, float], None] | None = None,
     ) -> None:
         """Trains all `jobs`, calling `done` for each as it ends, failed or not; `jobs` is read as slots come free.
 
         kept: where users go on from, and where all that are in slots are kept every `save_steps` batches
-        told: called after each batch with the unweighted loss a token, nats, of those in slots, the mean over them
+        told: called after each batch with the unweighted loss a token, nats, of those in slots, the mean over them, and
+            with the sum of their shares of steps that are done
         """
         waiting = iter(jobs)
         base = self.model.base
@@ -91,9 +92,10 @@ class SlotEngine:
                 if not self._fill(running, waiting, done, kept):
                     break
                 errors = self._step([running[slot] for slot in sorted(running)])
-                last = [training.log[-1]["unweighted_loss"] for training in running.values() if training.log]
-                if told is not None and last:
-                    told(sum(last) / len(last))
+                begun = [training for training in running.values() if training.log]
+                if told is not None and begun:
+                    loss = sum(training.log[-1]["unweighted_loss"] for training in begun) / len(begun)
+                    told(loss, sum(len(training.log) / training.total for training in begun))
                 for slot, training in list(running.items()):
                     if slot in errors or training.finished:
                         done(self._result(training, errors.get(slot)))

@@ -221,16 +221,14 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
     with progress_bar() as bar:
         progress = bar.add_task("Adapters", total=total, note="")
 
-        def told(loss: float | None) -> None:
+        def told(loss: float | None, share: float) -> None:
             speed = bar.tasks[0].speed
             rate = "" if speed is None else f"{3600 * speed:.0f} an hour"
-            failures = f"{tally.failed} failed" if tally.failed else ""
             now = "" if loss is None else f"loss {loss:.3f}"
-            bar.update(progress, note=", ".join(part for part in (rate, now, failures) if part))
-
-        def ended() -> None:
-            bar.advance(progress)
-            told(None)
+            failures = f"{tally.failed} failed" if tally.failed else ""
+            note = ", ".join(part for part in (rate, now, failures) if part)
+            so_far = tally.trained + tally.failed + share
+            bar.update(progress, completed=max(so_far, bar.tasks[0].completed), note=note)
 
         def tasks(kind: str) -> Iterator[Task]:
             for adapter in registry.due(kind, work.wanted(kind)):
@@ -238,7 +236,7 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
                 parent = None if group.parent is None else registry.get(*group.parent)
                 if parent is not None and parent.due:
                     _failed(registry, adapter, f"{' '.join(parent.key)}, which it starts from, was not trained", tally)
-                    ended()
+                    told(None, 0)
                     continue
                 start = None if parent is None else registry.folder / parent.folder / "adapter"
                 at_work[adapter.key] = adapter
@@ -247,8 +245,8 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
                 yield Task(adapter.key, work.recipes[adapter.key], group.rows, folder, adapter.run, start)
 
         def done(task: Task, outcome: Outcome | PerceLiteError) -> None:
-            _note(registry, at_work.pop(task.key), task.recipe, outcome, tally)
-            ended()
+            _write_down(registry, at_work.pop(task.key), task.recipe, outcome, tally)
+            told(None, 0)
 
         for kind in reversed(KINDS):
             engine.run(tasks(kind), done, told)
@@ -276,7 +274,7 @@ def _failed(registry: Registry, adapter: Adapter, why: str, tally: Tally) -> Non
     tally.failed += 1
 
 
-def _note(
+def _write_down(
     registry: Registry, adapter: Adapter, recipe: Recipe, outcome: Outcome | PerceLiteError, tally: Tally
 ) -> None:
     """Writes down what came of one."""

@@ -66,8 +66,10 @@ class Outcome:
 
 
 Done = Callable[[Task, Outcome | PerceLiteError], None]
-Told = Callable[[float], None]
-"""Called after each step with the loss a token, nats, of those who are at work, the mean over them."""
+Told = Callable[[float, float], None]
+"""Called after each step with the loss a token, nats, of those at work, the mean over them, and with what of their
+training is done, in adapters: three users who are halfway are 1.5.
+"""
 
 
 class Engine(Protocol):
@@ -142,7 +144,7 @@ class _Tells(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "unweighted_loss" in logs:
-            self._told(float(logs["unweighted_loss"]))
+            self._told(float(logs["unweighted_loss"]), state.global_step / state.max_steps)
 
 
 @contextmanager

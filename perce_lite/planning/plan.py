@@ -305,7 +305,7 @@ def figures(plan: Plan, cards: Sequence[Card]) -> dict[str, Any]:
             "source": plan.rows.source,
         },
         "settings": vars(plan.choice) | {"rank": plan.recipe.lora.get("r", 16)},
-        "fleet": "fleet" in plan.recipe.model_fields_set,
+        "fleet": plan.recipe.fleet.slots if "fleet" in plan.recipe.model_fields_set else None,
         "cards": [_on(plan, card) for card in cards],
     }
 
@@ -314,6 +314,7 @@ def _on(plan: Plan, card: Card) -> dict[str, Any]:
     parts = plan.parts(plan.choice, card)
     fits = parts["total"] <= card.bytes
     change = None if fits else plan.smallest_change(card)
+    slots = plan.recipe.fleet.slots
     return {
         "card": card.name,
         "bytes": card.bytes,
@@ -324,6 +325,7 @@ def _on(plan: Plan, card: Card) -> dict[str, Any]:
         "longest_row_alone": plan.longest_row(replace(plan.choice, batch=1), card),
         "largest_batch": plan.largest_batch(plan.choice, card),
         "users_at_once": plan.most_users(plan.choice, card),
+        "slots_fit": slots == "auto" or plan.fits(replace(plan.choice, users=slots), card),
         "change": None if change is None else change[0],
         "smaller_model": None if fits or change is not None else plan.smaller_model(card),
         "total_after_change": None if change is None else plan.parts(change[1], card)["total"],

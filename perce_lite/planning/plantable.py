@@ -60,29 +60,31 @@ def show_plan(figures: dict[str, Any], recipe: str) -> None:
         console.print(Text(sentence))
     console.print(_cards(figures["cards"], figures["fleet"]))
     for one in figures["cards"]:
-        console.print(Text(_advice(one, recipe)), soft_wrap=True)
+        console.print(Text(_advice(one, recipe, figures["fleet"])), soft_wrap=True)
 
 
-def _cards(cards: list[dict[str, Any]], fleet: bool) -> Table:
-    """fleet: whether the recipe speaks of one, so that users at once are of interest"""
+def _cards(cards: list[dict[str, Any]], fleet: str | int | None) -> Table:
+    """fleet: `fleet.slots` of a recipe that speaks of a fleet, so that users at once are of interest; else None"""
     table = Table(title="Cards", title_justify="left")
     names = ["card", "GiB seen", "peak", "fits", "longest row", "longest row, batch 1", "largest batch"]
-    for name in [*names, *(["users at once"] if fleet else [])]:
+    for name in [*names, *([] if fleet is None else ["users at once"])]:
         table.add_column(name, justify="left" if name == "card" else "right")
     for one in cards:
         fits = Text("yes", style="green") if one["fits"] else Text("no", style="red")
         table.add_row(
             one["card"], _gib(one["bytes"]), _gib(one["parts"]["total"]), fits, _or_none(one["longest_row"]),
             _or_none(one["longest_row_alone"]), _or_none(one["largest_batch"]),
-            *([_or_none(one["users_at_once"])] if fleet else []),
+            *([] if fleet is None else [_or_none(one["users_at_once"])]),
         )  # fmt: skip
     return table
 
 
-def _advice(one: dict[str, Any], recipe: str) -> str:
+def _advice(one: dict[str, Any], recipe: str, fleet: str | int | None) -> str:
+    command = f"perce-lite {'train' if fleet is None else 'fleet'} {shlex.quote(recipe)}"
+    if one["fits"] and fleet is not None and not one["slots_fit"]:
+        return f"{one['card']}: fits with fewer users at once\n  {command} --set fleet.slots={one['users_at_once']}"
     if one["fits"]:
         return f"{one['card']}: fits as it is."
-    command = f"perce-lite train {shlex.quote(recipe)}"
     if one["change"] is not None:
         line = " ".join(f"--set {word}" for word in one["change"])
         return f"{one['card']}: fits ({_gib(one['total_after_change'])} GiB) with\n  {command} {line}"
