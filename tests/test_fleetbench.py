@@ -86,7 +86,7 @@ def test_every_arm_trains_its_users(recipe, here, monkeypatch):
     for engine in (OneByOne, Slotted):
         run = engine.run
         monkeypatch.setattr(
-            engine, "run", lambda self, tasks, done, run=run: (engines.append(type(self)), run(self, tasks, done))[1]
+            engine, "run", lambda self, *given, run=run: (engines.append(type(self)), run(self, *given))[1]
         )
     path = recipe(text="train: {output_dir: out, per_device_train_batch_size: 2}\nlora: {r: 4}\n")
     found = fleetbench.fleet_bench(load_recipe(path), [32], [1, 2], steps=1, warmup=1, repeats=2, users=2)
@@ -205,7 +205,10 @@ def test_bad_lists():
 
 def test_options_that_do_not_go_together(recipe, run):
     path = recipe()
-    for words, told in ((["--slots", "2"], "--slots goes with --fleet"), (["--fleet", "--arms", "base"], "without")):
+    for words, told in (
+        (["--slots", "2"], "--slots goes with --fleet"),
+        (["--fleet", "--arms", "base"], "no part in --fleet"),
+    ):
         code, _, err = run("bench", path, *words)
         assert (code, told in err, "Traceback" in err) == (2, True, False)
 
