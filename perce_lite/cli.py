@@ -143,7 +143,7 @@ def compare(
     from perce_lite.planning.fullcard import full_card_in_scoring
     from perce_lite.report import write_figures
 
-    with full_card_in_scoring(read):
+    with full_card_in_scoring(read, own_folder=True):
         figures = run(read, arms_of(read, arms or ARMS), grid(read, rates), seeds)
     page = out or read.output_dir / "compare.html"
     told, made = sections.comparison_sentences(figures), sections.comparison(figures)

@@ -1,12 +1,10 @@
 """Arms against arms: one budget, seeds, data order and grid of rates; rates chosen on validation, judged on test."""
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from perce_lite import adapters
 from perce_lite.console import say, warn
@@ -17,7 +15,7 @@ from perce_lite.evaluate import held_out
 from perce_lite.files import safe_name
 from perce_lite.models import load_base, load_tokenizer
 from perce_lite.pairs import PairMaker
-from perce_lite.planning.fullcard import full_card_is_clear
+from perce_lite.planning.fullcard import full_card_is_clear, let_go
 from perce_lite.recipe import Recipe, refuse_cores, training_config, with_train
 from perce_lite.rows import Row, of_split
 from perce_lite.score import store_of
@@ -198,9 +196,7 @@ def _train(trainings: Sequence[Training], rows: Sequence[Row], before: int, tota
         except NonFiniteLossError as error:
             warn(f"{told}: left out. {error}")
             failed.add(training)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        let_go()
     return failed
 
 

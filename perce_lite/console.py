@@ -58,12 +58,12 @@ def progress_bar(refresh_per_second: float = 10) -> Progress:
 def say(message: str) -> None:
     """One dim line about what is going on, on standard error."""
     if not _silent.get():
-        errors.print(message, style="dim", markup=False)
+        errors.print(message, style="dim", markup=False, soft_wrap=True)
 
 
 def warn(message: str) -> None:
     """One line about something that went another way than asked, on standard error."""
-    errors.print(f"warning: {message}", style="yellow", markup=False)
+    errors.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
 
 def quiet() -> None:

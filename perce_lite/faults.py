@@ -25,11 +25,17 @@ _MEANT = {
 
 def nearest(name: str, allowed: typing.Iterable[str]) -> str:
     allowed = sorted(allowed)
+    near = _like(name, allowed)
+    if near:
+        return f"did you mean {near}?"
+    return f"allowed: {', '.join(allowed)}" if len(allowed) < 30 else f"{len(allowed)} names are allowed, none like it"
+
+
+def _like(name: str, allowed: typing.Sequence[str]) -> str | None:
+    """What was meant, as it seems."""
     meant = _MEANT.get(name.lower())
     near = [meant] if meant in allowed else difflib.get_close_matches(name, allowed, n=1, cutoff=0.5)
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"allowed: {', '.join(allowed)}" if len(allowed) < 30 else f"{len(allowed)} names are allowed, none like it"
+    return near[0] if near else None
 
 
 def pydantic_fault(fault: Any, root: type[BaseModel], lines: Lines) -> str:
@@ -155,7 +161,9 @@ def _type_fault(hint: Any, value: Any) -> str | None:
     plain = typing.get_args(hint) if _is_union(hint) else (hint,)
     choices = [one for kind in plain if typing.get_origin(kind) is typing.Literal for one in typing.get_args(kind)]
     if len(plain) == 1 and choices:
-        return None if value in choices else f"one of {', '.join(choices)}; {nearest(str(value), choices)}"
+        near = _like(str(value), choices)
+        mend = f"; did you mean {near}?" if near else ""
+        return None if value in choices else f"one of {', '.join(choices)}{mend}"
     checkable = [one for one in plain if one in (bool, int, float, str, types.NoneType, dict, list)]
     if len(checkable) < len(plain):  # enums, nested generics and classes: the class itself will tell
         return None

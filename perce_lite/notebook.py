@@ -13,6 +13,7 @@ from typing import Any
 from perce_lite.cli import main
 from perce_lite.console import console, errors
 from perce_lite.errors import NotebookError
+from perce_lite.offline import reachable
 
 
 def load_ipython_extension(shell: Any) -> None:
@@ -41,8 +42,9 @@ def perce(line: str) -> None:
 
 
 def _let_go() -> None:
-    """Frees what a command left on the GPU: in a terminal its end would have done so."""
+    """Frees what a command left on the GPU, and forgets whether there was a network, as its end would have done."""
     gc.collect()
+    reachable.cache_clear()
     if "torch" in sys.modules:
         import torch
 

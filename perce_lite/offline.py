@@ -22,7 +22,7 @@ def reachable() -> bool:
     if constants.HF_HUB_OFFLINE:
         return False
     host = urlsplit(constants.ENDPOINT)
-    if urllib.request.getproxies():
+    if {host.scheme, "all"} & set(urllib.request.getproxies()):
         return True
     try:
         socket.getaddrinfo(host.hostname, host.port or host.scheme)

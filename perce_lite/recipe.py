@@ -4,7 +4,6 @@
 imported only when those two are checked.
 """
 
-import difflib
 import re
 import typing
 from pathlib import Path
@@ -15,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from perce_lite.errors import RecipeError
 from perce_lite.faults import cross_faults, export_faults, pydantic_fault, third_party_faults
 from perce_lite.files import digest, home
-from perce_lite.source import apply_overrides, read_yaml
+from perce_lite.source import apply_overrides, read_yaml, recipes_nearby
 
 
 class Section(BaseModel):
@@ -187,6 +186,10 @@ class Recipe(Section):
         whole = {name: value for name, value in self.lora.items() if name != CORE_ONLY}
         return self.model_copy(update={"lora": whole})
 
+    def of_users(self) -> "Recipe":
+        """The recipe of a fleet's adapters that start from another: `fleet.train` goes before `train`."""
+        return self.model_copy(update={"train": {**self.train, **self.fleet.train}})
+
     def fleet_fingerprint(self) -> str:
         """As `fingerprint`, without which users and rows there are; how many rows of a user at the most counts."""
         every = self.data.model_copy(update={"users": None, "max_rows": None})
@@ -253,7 +256,7 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     """
     path = Path(path)
     if not path.is_file():
-        raise RecipeError(str(path), [f"there is no such recipe. {_recipes_nearby(path)}"])
+        raise RecipeError(str(path), [f"there is no such recipe. {recipes_nearby(path)}"])
     plain, lines = read_yaml(path)
     faults = apply_overrides(plain, lines, overrides)
     recipe = None
@@ -338,12 +341,3 @@ def refuse_cores(recipe: Recipe, command: str) -> None:
                 "an adapter that is there already. perce-lite fleet has one; here: --set lora.core_only=false"
             ],
         )
-
-
-def _recipes_nearby(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else Path("recipes")
-    found = sorted(str(other) for other in folder.glob("*.yaml"))
-    near = difflib.get_close_matches(str(path), found, n=1)
-    if near:
-        return f"Did you mean {near[0]}?"
-    return f"Recipes here: {', '.join(found)}" if found else "Give the path of a YAML file."

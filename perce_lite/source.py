@@ -1,5 +1,6 @@
 """YAML 1.2 that remembers where each key stands, so that a fault can name its line."""
 
+import difflib
 import typing
 from pathlib import Path
 from typing import Any
@@ -88,3 +89,13 @@ def where(at: KeyPath, lines: Lines) -> str:
         if at[:depth] in lines:
             return f"{lines[at[:depth]]}: "
     return ""
+
+
+def recipes_nearby(path: Path) -> str:
+    """What to say of a recipe that is not there."""
+    folder = path.parent if path.parent.is_dir() else Path("recipes")
+    found = sorted(str(other) for other in folder.glob("*.yaml"))
+    near = difflib.get_close_matches(str(path), found, n=1)
+    if near:
+        return f"Did you mean {near[0]}?"
+    return f"Recipes here: {', '.join(found)}" if found else "Give the path of a YAML file."

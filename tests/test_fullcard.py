@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from fleet_fixtures import rows_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from perce_lite import PerCETrainer, score
+from perce_lite import PerCETrainer, compare, evaluate, score
 from perce_lite.fleets.engine import SlotEngine
 from perce_lite.fleets.learner import Learner
 from perce_lite.planning import memory
@@ -101,7 +102,7 @@ def test_a_full_card_while_scoring(recipe, run, monkeypatch):
 
     monkeypatch.setattr(score, "batch_log_probs", full)
     code, out, err = run("train", recipe(text=TRAIN))
-    assert (code, out, "what was scored is kept" in err, "Traceback" in err) == (2, "", True, False)
+    assert (code, out, "What was scored under the base is kept." in err, "Traceback" in err) == (2, "", True, False)
 
 
 def test_scoring_halves_a_batch_that_does_not_fit(toy_trainer, monkeypatch):
@@ -147,7 +148,7 @@ def test_a_base_that_does_not_fit(recipe, run, no_room, command):
     told = err[err.index("error: ") :]
     assert (code, out, "Traceback" in err) == (2, "", False)
     assert "The card's memory is full: CUDA out of memory." in told
-    assert "what was scored is kept" in told.lower() or "Who was trained stays so." in told
+    assert "What was scored under the base is kept." in told or "Who was trained stays so." in told
     assert "--set" in overrides(told)
 
 
@@ -162,53 +163,89 @@ def test_a_base_that_does_not_fit_and_no_recipe_to_change(recipe, run, monkeypat
     assert (code, "does not fit the card" in err, "CUDA_VISIBLE_DEVICES=" in err) == (2, True, True)
 
 
-def test_a_full_card_while_adapters_are_judged(recipe, run, monkeypatch):
-    path = recipe(text=TRAIN)
+@pytest.mark.parametrize("command", ["eval", "compare"])
+def test_a_full_card_while_adapters_are_judged(recipe, run, monkeypatch, command):
+    """Nothing is trained there, so what spares memory in training alone is not named; the named line works."""
+    path = recipe(rows_of(2), recipe_text(gradient_checkpointing=False, per_device_train_batch_size=4))
     assert run("train", path)[0] == 0
+    words = {
+        "eval": ("eval", path, "--adapter", "out/adapter", "--set", "train.store=elsewhere"),
+        "compare": ("compare", path, "--arms", "base,uniform", "--seeds", "1", "--rates", "1e-3"),
+    }[command]
+    monkeypatch.setattr(memory, "_CHUNKED_LOGPROB_CHUNK_SIZE", toys.VOCAB_SIZE)
 
-    def full(*args):
+    def full(*args, **kwargs):
         raise torch.OutOfMemoryError(TELLS)
 
-    monkeypatch.setattr(score, "batch_log_probs", full)
-    code, _, err = run("eval", path, "--adapter", "out/adapter", "--set", "train.store=elsewhere")
+    with monkeypatch.context() as patched:
+        patched.setattr({"eval": evaluate, "compare": compare}[command], "score_cases", full)
+        code, _, err = run(*words)
     told = err[err.index("error: ") :]
-    assert (code, "What was scored is kept." in told, "Traceback" in err) == (2, True, False)
-    assert any("=" in word for word in overrides(told))
-    assert "gradient_checkpointing" not in told, "nothing is trained"
+    assert (code, "What was scored under the base is kept." in told, "Traceback" in err) == (2, True, False)
+    named = {word.partition("=")[0] for word in overrides(told) if "=" in word}
+    folder = {"train.output_dir"} if command == "compare" else set()
+    assert folder <= named <= folder | {"quantization", "embedding_on_host", "train.max_length"}
+    code, _, err = run(*words, *overrides(told))
+    assert code == 0, err
 
 
 FLEET = "fleet: {min_examples: 4, gate: null, init_from: none, slots: 4}\n"
 
 
 def test_a_full_card_with_many_users_at_once(recipe, run, monkeypatch):
-    """Fewer at once fit; the line says how many, and with it the fleet goes on from what is kept."""
-    original, batches = SlotEngine._step, []
+    """Fewer at once fit; the line says how many, and with exactly that the fleet goes on from what is kept."""
+    original, most = SlotEngine._step, {"users": 4}
 
     def step(self, trainings):
-        batches.append(len(trainings))
-        if len(trainings) > 2 and len(batches) > 1:
+        if len(trainings) > most["users"] and trainings[0].log:
             raise torch.OutOfMemoryError(TELLS)
         return original(self, trainings)
 
     monkeypatch.setattr(SlotEngine, "_step", step)
     monkeypatch.setattr(memory, "_CHUNKED_LOGPROB_CHUNK_SIZE", toys.VOCAB_SIZE)
     path = recipe(rows_of(4), recipe_text(gradient_checkpointing=True) + FLEET)
+    most["users"] = 3
     code, _, err = run("fleet", path)
     told = err[err.index("error: ") :]
     assert (code, "Who was trained stays so." in told, "Traceback" in err) == (2, True, False)
     [_, word] = overrides(told)
-    assert re.fullmatch(r"fleet\.slots=[123]", word)
+    most["users"] = int(word.removeprefix("fleet.slots="))
+    assert 1 < most["users"] < 4
     restored, real = [], Learner.restore
     monkeypatch.setattr(Learner, "restore", lambda self, state: (restored.append(self.job.user), real(self, state)))
-    code, _, err = run("fleet", path, "--set", word, "--set", "fleet.slots=2")
+    code, _, err = run("fleet", path, "--set", word)
     assert (code, restored) == (0, ["user0", "user1", "user2", "user3"])
 
 
-def test_one_user_whose_rows_do_not_fit_leaves_the_others_alone(recipe, run, full_card):
+def test_users_have_options_of_their_own(recipe, run, full_card):
+    """What `fleet.train` sets is lowered there, since it would win over `train`."""
     full_card(0)
-    path = recipe(rows_of(2), recipe_text(gradient_checkpointing=True) + FLEET.replace("slots: 4", "slots: 1"))
-    code, _, err = run("fleet", path)
-    assert (code, err.count("left out. The card's memory is full")) == (3, 2)
-    assert "lora.r=" in err or "train.max_length=" in err or "per_device_train_batch_size=1" in err
+    text = recipe_text(gradient_checkpointing=True) + FLEET.replace("init_from: none", "init_from: all")
+    path = recipe(rows_of(2), text.replace("slots: 4", "slots: 1, train: {per_device_train_batch_size: 4}"))
     full_card(None)
-    assert run("fleet", path)[0] == 0
+    assert run("fleet", path, "--set", "fleet.group_by=all")[0] == 0
+    full_card(0)
+    code, _, err = run("fleet", path)
+    assert code == 3
+    assert "fleet.train.per_device_train_batch_size=" in err
+    assert " train.per_device_train_batch_size=" not in err
+
+
+def test_one_user_whose_rows_do_not_fit_leaves_the_others_alone(recipe, run, monkeypatch):
+    """The next user has the whole card: nothing of the one who failed is kept."""
+    original, failed = PerCETrainer.training_step, []
+
+    def step(self, *args, **kwargs):
+        if self.pairs["train"][0].row.user == "user0":
+            failed.append(weakref.ref(self))
+            raise torch.OutOfMemoryError(TELLS)
+        assert all(one() is None for one in failed)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(PerCETrainer, "training_step", step)
+    monkeypatch.setattr(memory, "_CHUNKED_LOGPROB_CHUNK_SIZE", toys.VOCAB_SIZE)
+    path = recipe(rows_of(2), recipe_text(gradient_checkpointing=True) + FLEET.replace("slots: 4", "slots: 1"))
+    code, out, err = run("fleet", path)
+    assert (code, err.count("left out. The card's memory is full"), len(failed)) == (3, 1, 1)
+    assert "Trained 1" in out
+    assert overrides(err)

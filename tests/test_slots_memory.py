@@ -1,6 +1,8 @@
 """What the plan says of many users at once, against real slots: what is saved and held, how many fit."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 
 import psutil
@@ -15,6 +17,7 @@ from perce_lite.fleets import capacity
 from perce_lite.fleets.capacity import users_at_once
 from perce_lite.fleets.engine import SlotEngine
 from perce_lite.fleets.learner import UserJob
+from perce_lite.fleets.route import Route
 from perce_lite.pairs import PairMaker
 from perce_lite.planning import memory
 from perce_lite.planning.cards import GIB, of_size
@@ -35,10 +38,13 @@ def engine_of(recipe: Recipe, users: int, dtype: torch.dtype, folder, **options)
     maker = PairMaker.of(recipe, base.tokenizer, args.max_length)
     rows = [from_columns({**row, "completion": row["completion"] * 3}, "") for row in toys.toy_rows(users, 3)]
     engine = SlotEngine(base.model, base.tokenizer, args, lora_config(recipe), users, core=recipe.core_only)
-    parent = engine.model.fresh(0) if recipe.core_only else None
+    one_parent = recipe.fleet.init_from == "all"
     names = dict.fromkeys(row.user for row in rows)
     pairs = {name: maker.make([row for row in rows if row.user == name]) for name in names}
-    return engine, [UserJob(name, made, steps=2, adapter=parent) for name, made in pairs.items()]
+    parents = [engine.model.fresh(seed) for seed in range(users)] if recipe.core_only else [None] * users
+    starts = [parents[0] if one_parent else parent for parent in parents]
+    jobs = zip(pairs.items(), starts, strict=True)
+    return engine, [UserJob(name, made, steps=2, adapter=start) for (name, made), start in jobs]
 
 
 CASES = {
@@ -46,12 +52,16 @@ CASES = {
     "qwen3, two rows a user": ("qwen3", 4, torch.float32, "r: 4", {"per_device_train_batch_size": 2}),
     "gemma3, checkpointed": ("gemma3_text", 4, torch.bfloat16, "r: 4", {"gradient_checkpointing": True}),
     "llama, cores": ("llama", 5, torch.float32, "r: 4, core_only: true", {}),
+    "llama, cores of several parents": ("llama", 3, torch.float32, "r: 4, core_only: true", {"init_from": "cohort"}),
 }
 
 
 @pytest.mark.parametrize(("kind", "users", "dtype", "lora", "options"), CASES.values(), ids=CASES)
 def test_what_slots_hold_and_save(tmp_path, kind, users, dtype, lora, options):
+    options = dict(options)
+    starts = {"init_from": options.pop("init_from", "all")}
     recipe = recipe_for(tmp_path, kind, {}, lora)
+    recipe = recipe.model_copy(update={"fleet": recipe.fleet.model_copy(update=starts)})
     engine, jobs = engine_of(recipe, users, dtype, tmp_path, **options)
     found, steps, losses = {}, [], engine._losses
 
@@ -134,3 +144,66 @@ def test_the_plan_of_a_fleet_tells_how_many_users_fit(tmp_path, run):
     assert f"perce-lite fleet {path} --set fleet.slots={most}" in out
     _, out, _ = run("plan", path, *size, *short, "--set", f"fleet.slots={most}")
     assert "fits as it is" in out
+
+
+def test_an_engine_is_free_as_soon_as_it_is_let_go(tmp_path):
+    """Without a collection: a fleet makes the next one at once, beside what the first would hold."""
+    engine, jobs = engine_of(recipe_for(tmp_path, "llama", {}), 2, torch.float32, tmp_path)
+    gc.collect()
+    gc.disable()
+    try:
+        engine.run(jobs, lambda result: None)
+        gone = weakref.ref(engine.model.layers["model.layers.0.self_attn.q_proj"])
+        engine.model.detach()
+        del engine
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_gradients_are_there_while_a_window_is_open_alone(tmp_path):
+    """Two batches a step for each: after the first all gradients wait, after the second none is left."""
+    options = {"gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    engine, jobs = engine_of(recipe_for(tmp_path, "llama", {}), 2, torch.float32, tmp_path, **options)
+    waiting, step = [], engine._step
+
+    def watched(trainings):
+        errors = step(trainings)
+        waiting.append([parameter.grad is not None for _, parameter in engine.model._trained()])
+        return errors
+
+    engine._step = watched
+    engine.run(jobs, lambda result: None)
+    assert [all(some) for some in waiting[:2]] == [True, False]
+    assert not any(waiting[1])
+
+
+def test_layers_that_read_the_same_share_what_is_saved_of_it(tmp_path, monkeypatch):
+    """A float32 base under bf16, as on a CPU: q, k and v keep one copy of their input, gate and up another."""
+
+    def copies(folder) -> int:
+        engine, jobs = engine_of(recipe_for(folder, "llama", {}), 2, torch.float32, folder, bf16=True)
+        counted, losses = [], engine._losses
+
+        def watched(trainings, batch):
+            kept = {}
+
+            def pack(tensor):
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
+                made = losses(trainings, batch)
+            size = 2 * batch["input_ids"].numel() * engine.model.base.config.hidden_size
+            of_size = [one for one in kept.values() if one.untyped_storage().nbytes() == size]
+            counted.append(sum(one.dtype == torch.bfloat16 for one in of_size))
+            return made
+
+        engine._losses = watched
+        engine.run(jobs, lambda result: None)
+        return counted[0]
+
+    shared = copies(tmp_path / "shared")
+    monkeypatch.setattr(Route, "rows_of", lambda self, x, dtype: x.to(dtype))
+    layers = 2
+    assert copies(tmp_path / "alone") - shared == layers * (2 + 1)

@@ -26,7 +26,7 @@ def plan(
     read = load_recipe(recipe, set_ or [])
     from perce_lite.planning import plantable
     from perce_lite.planning.cards import COMMON_SIZES, of_size, present
-    from perce_lite.planning.plan import Plan, figures
+    from perce_lite.planning.plan import figures
 
     if probe:
         from perce_lite.planning.probe import probe as run
@@ -37,6 +37,6 @@ def plan(
         return
     here = present()
     cards = named or ([here] if here is not None else [of_size(size) for size in COMMON_SIZES])
-    told: dict[str, Any] = figures(Plan(read), cards)
+    told: dict[str, Any] = figures(read, cards)
     write(json, told)
     plantable.show_plan(told, str(recipe))

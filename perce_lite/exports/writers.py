@@ -37,6 +37,7 @@ from perce_lite.exports.proof import (
 from perce_lite.exports.targets import max_rank
 from perce_lite.files import bytes_of, digest, read_json, write_json, write_text
 from perce_lite.models import BUILT_IN, load_base, model_source
+from perce_lite.offline import hub_options
 from perce_lite.recipe import Recipe
 from perce_lite.sections import drifted
 
@@ -213,7 +214,8 @@ def _kept_dtype(recipe: Recipe) -> torch.dtype:
     Raises:
         ExportError: they are quantised, so there are no original weights to merge into.
     """
-    config = AutoConfig.from_pretrained(model_source(recipe))
+    source = model_source(recipe)
+    config = AutoConfig.from_pretrained(source, **hub_options(source))
     if "quantization_config" in config.to_dict():
         raise ExportError(
             f"{recipe.model}: its own files are quantised, so there are no original weights to merge into."

@@ -77,8 +77,8 @@ class SlotEngine:
         """Trains all `jobs`, calling `done` for each as it ends, failed or not; `jobs` is read as slots come free.
 
         kept: where users go on from, and where all that are in slots are kept every `save_steps` batches
-        told: called after each batch with the unweighted loss a token, nats, of those in slots, the mean over them, and
-            with the sum of their shares of steps that are done
+        told: called after each batch, once a step was taken, with the unweighted loss a token, nats, of the last step
+            of those in slots, the mean over them, and with the sum of their shares of steps that are done
         """
         waiting = iter(jobs)
         base = self.model.base
@@ -95,7 +95,7 @@ class SlotEngine:
                 begun = [training for training in running.values() if training.log]
                 if told is not None and begun:
                     loss = sum(training.log[-1]["unweighted_loss"] for training in begun) / len(begun)
-                    told(loss, sum(len(training.log) / training.total for training in begun))
+                    told(loss, sum(len(training.log) / max(1, training.total) for training in begun))
                 for slot, training in list(running.items()):
                     if slot in errors or training.finished:
                         done(self._result(training, errors.get(slot)))
@@ -183,9 +183,12 @@ class SlotEngine:
             training.record(loss)
             if training.closes:
                 due.append(training)
+        left = len(trainings) - len(errors) - len(due)  # users whose window is still open
         errors |= self._update(due)
-        if len(due) == len(trainings):
+        if not left:
             self.model.drop_gradients()
+        for training in due if left else ():
+            self.model.clear_gradients(training.slot)
         return errors
 
     def _losses(self, trainings: Sequence[Learner], batch: dict[str, Any]) -> list[Tensor]:
@@ -237,8 +240,7 @@ class SlotEngine:
                 training.update(norm)
             else:
                 errors[training.slot] = training.named(training.window, f"The gradient's norm is {norm}")
-            training.optimizer.zero_grad()  # its view of them
-            self.model.clear_gradients(training.slot)
+            training.optimizer.zero_grad()  # its view of them; the gradients themselves are the model's
         return errors
 
 

@@ -11,12 +11,12 @@ from typing import Any
 from perce_lite.console import progress_bar, say, warn
 from perce_lite.data import read_rows
 from perce_lite.errors import FleetError, PerceLiteError
-from perce_lite.fleets.capacity import users_at_once
 from perce_lite.fleets.groups import Group, Key, Plan, key_of, plan, run_fingerprint
 from perce_lite.fleets.inprocess import Engine, Outcome, Task
 from perce_lite.fleets.registry import KEPT, KINDS, Adapter, Registry, held, held_out, imagined
 from perce_lite.models import same_base
 from perce_lite.planning.footprint import adapter_bytes, refuse_exports, source_fingerprint, trained_bytes
+from perce_lite.planning.plan import MOST_USERS
 from perce_lite.recipe import Recipe, training_config
 
 PAGE = "fleet.html"
@@ -104,7 +104,7 @@ class Work:
     def of(cls, recipe: Recipe, planned: Plan, only: Sequence[str]) -> "Work":
         """`fleet.train` and `lora.core_only` count for groups that start from another."""
         first = recipe.without_cores()
-        later = recipe.model_copy(update={"train": {**recipe.train, **recipe.fleet.train}})
+        later = recipe.of_users()
         training_config(later)  # its faults, before anything is trained
         groups = {group.key: group for group in planned.groups}
         recipes = {key: first if group.parent is None else later for key, group in groups.items()}
@@ -187,7 +187,7 @@ def _disk(recipe: Recipe, count: int) -> int:
     if not count:
         return 0
     size = adapter_bytes(recipe)
-    at_once = min(count, users_at_once(recipe))
+    at_once = min(count, MOST_USERS if recipe.fleet.slots == "auto" else recipe.fleet.slots)
     need = size * (count + 6 * at_once)  # two checkpoints of those at work, each with two moments of the optimizer
     folder = recipe.output_dir.absolute()
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free

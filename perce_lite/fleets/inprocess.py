@@ -19,7 +19,7 @@ from perce_lite.fleets.groups import Key
 from perce_lite.hashed import hash_once
 from perce_lite.models import Base, fingerprint, load_base, sketch
 from perce_lite.pairs import PairMaker
-from perce_lite.planning.fullcard import full_card_in_a_fleet
+from perce_lite.planning.fullcard import full_card_in_a_fleet, let_go
 from perce_lite.recipe import Recipe
 from perce_lite.rows import Row, of_split, spread_over_users
 from perce_lite.score import Job, kept_log_probs, store_of
@@ -90,10 +90,13 @@ EVERYBODYS = (DiskFullError, DeviceError, ModelError, RecipeError, ConfigError)
 
 
 class OneByOne:
-    """Trains with `PerCETrainer`, one adapter after another, over a base that is loaded once."""
+    """Trains with `PerCETrainer`, one adapter after another, over a base that is loaded once.
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._recipe = recipe
+    users: how many are to be trained at once, for what is said where not even the base fits
+    """
+
+    def __init__(self, recipe: Recipe, users: int = 1) -> None:
+        self._recipe, self._slots = recipe, users
         self._loaded: Base | None = None
 
     def base(self) -> dict[str, Any]:
@@ -103,15 +106,21 @@ class OneByOne:
         for task in tasks:
             outcome: Outcome | PerceLiteError
             try:
-                with full_card_in_a_fleet(task.recipe, 1):
-                    outcome = self._train(task, told)
+                outcome = self._train(task, told)
             except EVERYBODYS:
                 raise
             except PerceLiteError as error:  # a full card too: other users may have shorter rows
                 outcome = error
             done(task, outcome)
+            if isinstance(outcome, PerceLiteError):
+                del outcome  # its frames hold what was on the card
+                let_go()
 
     def _train(self, task: Task, told: Told) -> Outcome:
+        with full_card_in_a_fleet(task.recipe, 1, lambda: task.rows, of_users=task.start is not None):
+            return self._trained(task, told)
+
+    def _trained(self, task: Task, told: Told) -> Outcome:
         run = Run(task.folder, task.begun, task.run)
         recipe = task.recipe.model_copy(update={"train": {**task.recipe.train, "output_dir": str(task.folder)}})
         base = self._base()
@@ -130,7 +139,7 @@ class OneByOne:
 
     def _base(self) -> Base:
         if self._loaded is None:
-            with full_card_in_a_fleet(self._recipe, 1):
+            with full_card_in_a_fleet(self._recipe, self._slots, lambda: (), of_users=False):
                 self._loaded = load_base(self._recipe)
             hash_once(self._loaded.model)
         return self._loaded

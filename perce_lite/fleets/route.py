@@ -47,7 +47,7 @@ class Route:
         self.parents: Tensor | None = None
         self.active: Tensor | None = None
         self.whole = False
-        self._read: tuple[Tensor, int, Tensor] | None = None
+        self._read: tuple[Tensor, tuple[int, torch.dtype], Tensor] | None = None
 
     def rows_of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """The rows of `x` (B, T, in) that have a slot, in `dtype`: (N, T, in).
@@ -58,8 +58,9 @@ class Route:
             return x[self.active].to(dtype)
         if x.dtype == dtype:
             return x
-        if self._read is None or self._read[0] is not x or self._read[1] != x._version:
-            self._read = x, x._version, x.detach().to(dtype)
+        same = (x._version, dtype)
+        if self._read is None or self._read[0] is not x or self._read[1] != same:
+            self._read = x, same, x.detach().to(dtype)
         shared: Tensor = _SharedCopy.apply(x, self._read[2])
         return shared
 

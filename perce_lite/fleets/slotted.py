@@ -22,7 +22,7 @@ from perce_lite.models import fingerprint
 from perce_lite.pairs import Audit, PairMaker, require
 from perce_lite.planning.fullcard import full_card_in_a_fleet
 from perce_lite.recipe import Recipe, lora_config, training_config
-from perce_lite.rows import of_split
+from perce_lite.rows import Row, of_split
 from perce_lite.score import Job, kept_log_probs, store_of
 from perce_lite.train import describe
 
@@ -35,8 +35,8 @@ class Slotted(OneByOne):
     """
 
     def __init__(self, recipe: Recipe, slots: int, may_fall_back: bool = False) -> None:
-        super().__init__(recipe)
-        self._slots, self._may_fall_back = slots, may_fall_back
+        super().__init__(recipe, slots)
+        self._may_fall_back = may_fall_back
 
     def run(self, tasks: Iterator[Task], done: Done, told: Told) -> None:
         for (kind, recipe), group in itertools.groupby(tasks, lambda task: (task.key[0], task.recipe)):
@@ -54,32 +54,39 @@ class Slotted(OneByOne):
         first = list(itertools.islice(tasks, self._slots + len(order)))
         first.sort(key=lambda task: order.get(task.key[1], len(order)))
         count = min(self._slots, len(first))
-        try:
-            engine = SlotEngine(base.model, base.tokenizer, args, lora_config(recipe), count, core=recipe.core_only)
-        except ConfigError as error:
-            if not self._may_fall_back:
-                raise
-            say(f"One user after another: slots cannot do what the recipe asks for. {error}")
-            super().run(itertools.chain(first, tasks), done, told)
-            return
-        say(f"{count} users at once (fleet.slots)")
-        try:
-            with no_bars(), full_card_in_a_fleet(recipe, count):
-                maker = PairMaker.of(recipe, base.tokenizer, args.max_length)
-                users = _Users(engine, maker, done)
-                users.train(itertools.chain(first, tasks), kept, fingerprint(base.model), told)
-        finally:
-            engine.model.detach()
+        at_work: dict[str, tuple[Task, UserJob]] = {}
+
+        def rows() -> list[Row]:
+            return [row for task in ([task for task, _ in at_work.values()] or first) for row in task.rows]
+
+        with full_card_in_a_fleet(recipe, count, rows, of_users=first[0].start is not None):
+            try:
+                engine = SlotEngine(base.model, base.tokenizer, args, lora_config(recipe), count, core=recipe.core_only)
+            except ConfigError as error:
+                if not self._may_fall_back:
+                    raise
+                say(f"One user after another: slots cannot do what the recipe asks for. {error}")
+                super().run(itertools.chain(first, tasks), done, told)
+                return
+            say(f"{count} users at once (fleet.slots)")
+            try:
+                with no_bars():
+                    maker = PairMaker.of(recipe, base.tokenizer, args.max_length)
+                    users = _Users(engine, maker, done, at_work)
+                    users.train(itertools.chain(first, tasks), kept, fingerprint(base.model), told)
+            finally:
+                engine.model.detach()
 
 
 class _Users:
-    """Tasks of one recipe on their way through an engine's slots."""
+    """Tasks of one recipe on their way through an engine's slots; `at_work` has those who are in one, by user."""
 
-    def __init__(self, engine: SlotEngine, maker: PairMaker, done: Done) -> None:
-        self._engine, self._maker, self._done = engine, maker, done
+    def __init__(
+        self, engine: SlotEngine, maker: PairMaker, done: Done, at_work: dict[str, tuple[Task, UserJob]]
+    ) -> None:
+        self._engine, self._maker, self._done, self._at_work = engine, maker, done, at_work
         args = engine.args
         self._store = engine.store or store_of(args.store, engine.model.base, args.autocast)
-        self._at_work: dict[str, tuple[Task, UserJob]] = {}
         # What users start from, of each slot at the most: a cohort's users come from one mapping, which cores share.
         self._start_of = functools.lru_cache(maxsize=engine.model.slots)(_weights)
 

@@ -1,17 +1,20 @@
 """A card whose memory is full: what is kept, and the override of the recipe that the plan says will fit."""
 
+import gc
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from perce_lite.errors import BaseTooLargeError, CardFullError, ModelError, PlanError
+from perce_lite.errors import BaseTooLargeError, CardFullError, DataError, ModelError, PlanError, TemplateError
 from perce_lite.planning.cards import GIB, Card, of_size, present
-from perce_lite.planning.plan import CONTEXT, Choice, Need, Plan
-from perce_lite.recipe import Recipe
+from perce_lite.planning.longest import Rows, longest_of
+from perce_lite.planning.plan import CONTEXT, Choice, Plan
+from perce_lite.recipe import Recipe, training_config
+from perce_lite.rows import Row
 from perce_lite.source import apply_overrides
 
 _LESS = 0.9
@@ -35,17 +38,33 @@ def full_card_is_clear(recipe: Recipe, checkpoint: Callable[[], Path | None]) ->
 
 
 @contextmanager
-def full_card_in_scoring(recipe: Recipe) -> Iterator[None]:
-    """As `full_card_is_clear` where log-probs are scored and nothing is trained."""
-    with _told(lambda: f"What was scored is kept. {_for_scoring(recipe)}"):
+def full_card_in_scoring(recipe: Recipe, own_folder: bool = False) -> Iterator[None]:
+    """As `full_card_is_clear` where log-probs are scored and nothing is trained.
+
+    own_folder: what the output folder holds was made by this very recipe, so another one needs another folder
+    """
+    with _told(lambda: f"{_scored(recipe)}{_for_scoring(recipe, own_folder)}"):
         yield
 
 
 @contextmanager
-def full_card_in_a_fleet(recipe: Recipe, users: int) -> Iterator[None]:
-    """As `full_card_is_clear` for `users` that are trained at once in slots, or one after another."""
-    with _told(lambda: f"Who was trained stays so. {_for_a_fleet(recipe, users)}"):
+def full_card_in_a_fleet(
+    recipe: Recipe, users: int, rows: Callable[[], Sequence[Row]], of_users: bool
+) -> Iterator[None]:
+    """As `full_card_is_clear` for `users` that are trained at once in slots, or one after another.
+
+    rows: those that are trained, asked for when it comes to that
+    of_users: whether this is `recipe.of_users()`, so that an override of `train` may have to be one of `fleet.train`
+    """
+    with _told(lambda: f"Who was trained stays so. {_for_a_fleet(recipe, users, rows(), of_users)}"):
         yield
+
+
+def let_go() -> None:
+    """Frees what an error that is forgotten had kept on the card."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -63,68 +82,95 @@ def _what_is_full(error: BaseException | None) -> str:
     return f"The card's memory is full: {first.split('. ')[0].rstrip('.')}."
 
 
-def _less(recipe: Recipe, users: int, need: Callable[[Plan], Need]) -> tuple[Plan, Card] | None:
-    """The plan, and a card on which what did not fit here would not fit either; None: the plan does not know."""
+def _scored(recipe: Recipe) -> str:
+    return "What was scored under the base is kept. " if training_config(recipe).store else ""
+
+
+def _less(plan: Plan, need: int, here: Card) -> Card:
+    """A card on which what did not fit here, which needs so many bytes by the plan, would not fit either."""
+    return replace(here, bytes=min(here.bytes, CONTEXT + int(_LESS * (need - CONTEXT))))
+
+
+def _planned(recipe: Recipe, rows: Rows | None = None) -> tuple[Plan, Card] | None:
+    """The plan and the card here; None: the plan does not know."""
     try:
-        plan = Plan(recipe)
+        return Plan(recipe, rows), present() or of_size(1024)
     except (PlanError, ModelError):
         return None
-    here = present() or of_size(1024)
-    too_much = need(plan)(replace(plan.choice, users=users), here) - CONTEXT
-    return plan, replace(here, bytes=min(here.bytes, CONTEXT + int(_LESS * too_much)))
 
 
 def _for_a_run(recipe: Recipe, checkpoint: Path | None) -> str:
     """What is kept, the overrides that fit, and what the same command does with them."""
-    kept = "No checkpoint had been written; what was scored is kept."
+    kept = f"No checkpoint had been written. {_scored(recipe)}"
     if checkpoint is not None:
-        kept = f"What was trained up to {checkpoint} is kept."
-    found = _less(recipe, 1, lambda plan: plan.training)
+        kept = f"What was trained up to {checkpoint} is kept. "
+    found = _planned(recipe)
     if found is None:
-        return f"{kept} {_CLOSE}, or lower train.per_device_train_batch_size, train.max_length or lora.r."
-    plan, target = found
+        return f"{kept}{_CLOSE}, or lower train.per_device_train_batch_size, train.max_length or lora.r."
+    plan, here = found
+    target = _less(plan, plan.training(plan.choice, here), here)
     change = plan.smallest_change(target)
     if change is None:
-        return f"{kept} {_NOTHING}"
+        return f"{kept}{_NOTHING}"
     words, choice = change
-    then = "and goes on from there (without --restart)" if checkpoint is not None else "and starts at the first step"
-    if changed(recipe, words).fingerprint() != recipe.fingerprint():
-        words = [*words, f"train.output_dir={recipe.output_dir}-smaller"]
+    then = "and goes on from there" if checkpoint is not None else "and starts at the first step"
+    folder = _another_folder(recipe, words)
+    if folder:
         then = "in a folder of its own: it trains other batches, rows or weights, so it starts at the first step"
-    return f"{kept} {_line(words, plan.training(choice, target))}, {then}."
+    return f"{kept}{_line([*words, *folder], plan.training(choice, target))}, {then}."
 
 
-def _for_scoring(recipe: Recipe) -> str:
-    found = _less(recipe, 1, lambda plan: plan.evaluation)
+def _for_scoring(recipe: Recipe, own_folder: bool) -> str:
+    found = _planned(recipe)
     if found is None:
         return f"{_CLOSE}, or lower train.max_length."
-    plan, target = found
-    change = plan.smallest_change(target, plan.evaluation)
+    plan, here = found
+    target = _less(plan, plan.scoring(plan.choice, here), here)
+    change = plan.smallest_change(target, scoring=True)
     if change is None:
         return _NOTHING
     words, choice = change
-    return f"{_line(words, plan.evaluation(choice, target))}."
+    folder = _another_folder(recipe, words) if own_folder else []
+    return f"{_line([*words, *folder], plan.scoring(choice, target))}."
 
 
-def _for_a_fleet(recipe: Recipe, users: int) -> str:
-    found = _less(recipe, users, lambda plan: plan.training)
+def _for_a_fleet(recipe: Recipe, users: int, rows: Sequence[Row], of_users: bool) -> str:
+    try:
+        longest = longest_of(recipe, rows, training_config(recipe).max_length) if rows else None
+    except (DataError, TemplateError, ModelError):
+        longest = None
+    found = _planned(recipe, longest)
     if found is None:
         return f"{_CLOSE}, or lower fleet.slots, train.per_device_train_batch_size or train.max_length."
-    plan, target = found
+    plan, here = found
+    together: Choice = replace(plan.choice, users=users)
+    target = _less(plan, plan.training(together, here), here)
     fewer = min(plan.most_users(plan.choice, target), users - 1)
-    if fewer:
-        choice: Choice = replace(plan.choice, users=fewer)
-        need = plan.training(choice, target)
+    if fewer > 1:
+        need = plan.training(replace(plan.choice, users=fewer), target)
         return f"{_line([f'fleet.slots={fewer}'], need)}, and goes on from what is kept."
-    change = plan.smallest_change(target)
+    change = ([], plan.choice) if fewer else plan.smallest_change(target)
     if change is None:
         return _NOTHING
     words, choice = change
-    then = "and goes on from what is kept"
+    own = [_of_users(word, recipe) if of_users else word for word in words]
+    slots = [] if recipe.fleet.slots == 1 else ["fleet.slots=1"]
+    then = "Who was in the middle of the training starts anew"
     if changed(recipe, words).fleet_fingerprint() != recipe.fleet_fingerprint():
-        then = "and trains everybody anew, as it is another recipe"
-    slots = ["fleet.slots=1"] if users > 1 else []
-    return f"{_line([*slots, *words], plan.training(choice, target))}, {then}."
+        then = "It is another recipe, so it trains everybody anew"
+    return f"{_line([*slots, *own], plan.training(choice, target))}. {then}."
+
+
+def _of_users(word: str, recipe: Recipe) -> str:
+    """The override under `fleet.train`, where that has the key and would win."""
+    name = word.partition("=")[0].removeprefix("train.")
+    return f"fleet.{word}" if word.startswith("train.") and name in recipe.fleet.train else word
+
+
+def _another_folder(recipe: Recipe, words: list[str]) -> list[str]:
+    """An override that takes another output folder, where the others make it another run."""
+    same = changed(recipe, words).fingerprint() == recipe.fingerprint()
+    return [] if same else [f"train.output_dir={recipe.output_dir}-smaller"]
 
 
 def _line(words: list[str], need: int) -> str:

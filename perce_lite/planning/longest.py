@@ -12,6 +12,9 @@ from perce_lite.pairs import IGNORED, Pair, PairMaker
 from perce_lite.recipe import Recipe
 from perce_lite.rows import Row, of_split
 
+NO_LIMIT = 4096
+"""Tokens of the rows that are reckoned with where no limit is set and the data are not at hand."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -47,18 +50,29 @@ def rows_of(recipe: Recipe, max_length: int | None, positions: int, at_hand: boo
     positions: the most that the model can read, for a recipe without a limit
     at_hand: whether the model's configuration was; else its tokenizer is not asked for, which may take minutes
     """
-    pairs, why = [], "the tokenizer is not at hand"
+    why = "the tokenizer is not at hand"
     try:
         if at_hand:
-            tokenizer, why = load_tokenizer(recipe), "no row is left"
-            pairs = _pairs(recipe, tokenizer, of_split(read_rows(recipe), "train"), max_length)
+            return longest_of(recipe, read_rows(recipe), max_length)
     except ModelError:
         pass
     except (DataError, TemplateError) as error:
-        pairs, why = [], str(error).partition(". ")[0]
+        why = str(error).partition(". ")[0]
+    length = max_length or min(positions, NO_LIMIT)
+    return alike(length, f"{'train.max_length' if max_length else 'no limit is set'}, as {why}")
+
+
+def longest_of(recipe: Recipe, rows: Sequence[Row], max_length: int | None) -> Rows:
+    """The longest of the training rows among `rows`; `max_length` is that of the recipe's `PerCEConfig`.
+
+    Raises:
+        ModelError: the tokenizer is not at hand; TemplateError: it has no template for these rows.
+        DataError: no row is left.
+    """
+    tokenizer = load_tokenizer(recipe)
+    pairs = _pairs(recipe, tokenizer, of_split(rows, "train"), max_length)
     if not pairs:
-        length = max_length or min(positions, 4096)
-        return alike(length, f"{'train.max_length' if max_length else 'no limit is set'}, as {why}")
+        raise DataError("no row is left")
     passes = [pair.counterfactual if _without_profile(recipe) else pair.factual for pair in pairs]
     return Rows(
         length=max(len(one.ids) for one in passes),

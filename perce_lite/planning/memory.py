@@ -36,7 +36,8 @@ class Weights:
     trained: elements of each trained tensor, float32
     adapters: of each layer, the rank of LoRA by the name of the projection
     largest: elements of the largest 4-bit weight, which is whole for a moment whenever it is used
-    cores: elements of each core, where users train those alone over one frozen adapter (`lora.core_only`)
+    cores: elements of each core, where users train those alone over a frozen adapter (`lora.core_only`)
+    parents: whether the users of a batch may start from different adapters, each of which is then there
     table: bytes of the embedding table, a part of `unquantized`; 0 where it cannot leave the card, since it is the
         head's too or trained
     """
@@ -49,6 +50,7 @@ class Weights:
     table: int = 0
     dropout: bool = False
     cores: tuple[int, ...] = ()
+    parents: bool = False
 
     @property
     def by_user(self) -> tuple[int, ...]:
@@ -56,8 +58,9 @@ class Weights:
         return self.cores or self.trained
 
     def elements(self, users: int) -> int:
-        """Of the adapters of so many users: all that they train, and what their cores share."""
-        return users * sum(self.by_user) + (sum(self.trained) if self.cores else 0)
+        """Of the adapters of so many users: all that they train, and what stands frozen around their cores."""
+        frozen = sum(self.trained) if self.cores else 0
+        return users * sum(self.by_user) + (users if self.parents else 1) * frozen
 
 
 class Step(NamedTuple):
@@ -112,6 +115,7 @@ def weights_of(config: PretrainedConfig, recipe: Recipe, itemsize: int) -> Weigh
         table=table.weight.numel() * itemsize if free else 0,
         dropout=lora.lora_dropout > 0,
         cores=tuple(cores) if recipe.core_only else (),
+        parents=recipe.fleet.init_from != "all",
     )
 
 
@@ -187,8 +191,12 @@ def _rotary(shape: Shape, step: Step) -> int:
 
 
 def casts(weights: Weights, step: Step) -> int:
-    """Copies of LoRA weights in the compute dtype, which autocast makes and keeps until the forward is over."""
-    return 0 if step.itemsize == FLOAT32 else weights.elements(step.users) * step.itemsize
+    """Copies of LoRA weights in the compute dtype, which autocast makes and keeps until the forward is over.
+
+    Cores of several parents gather A and B in float32 ahead of that.
+    """
+    gathered = FLOAT32 * step.users * sum(weights.trained) if weights.cores and weights.parents else 0
+    return gathered + (0 if step.itemsize == FLOAT32 else weights.elements(step.users) * step.itemsize)
 
 
 def saved_by_layer(shape: Shape, weights: Weights, step: Step, index: int) -> int:

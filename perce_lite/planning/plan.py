@@ -76,7 +76,8 @@ class Plan:
         self._train = {**train_defaults(on_cpu), **recipe.train}
         self.positions: int = self.config.get_text_config().max_position_embeddings
         limit = self._option("max_length")
-        full = packed(limit) if self._option("packing") else None
+        self.packs = bool(self._option("packing"))
+        full = packed(limit) if self.packs else None
         self.rows = rows or full or rows_of(recipe, limit, self.positions, self.at_hand)
         self.itemsize = memory.FLOAT32 if on_cpu or recipe.dtype == "float32" else 2
         self.context = 0 if on_cpu else CONTEXT
@@ -116,7 +117,7 @@ class Plan:
             "head": memory.head_at_work(self.shape, step) + memory.casts(weights, step),
             "prefixes": max(memory.prefixes(self.shape, step), KEPT_BYTES) if step.prefix else 0,
             "reading": memory.reading(self.shape, weights, step),
-            "scoring": 0 if self._option("estimator") == "uniform" else self._scoring(choice, card),
+            "scoring": 0 if self._option("estimator") == "uniform" else self._pass(choice, card),
         }
         peak = max(peak_of_a_step(found), found["scoring"])
         found["spill"], found["context"] = int(SPILL * peak), self.context
@@ -126,13 +127,13 @@ class Plan:
         """Bytes of training at its peak."""
         return self.parts(choice, card)["total"]
 
-    def evaluation(self, choice: Choice, card: Card) -> int:
+    def scoring(self, choice: Choice, card: Card) -> int:
         """Bytes of scoring with an adapter on, at its peak: what `eval` and `inspect` need."""
         parts = self.parts(choice, card)
-        held = parts["base"] + parts["unquantized"] + parts["adapter"]
-        return held + int((1 + SPILL) * self._scoring(choice, card)) + parts["context"]
+        lasting = parts["base"] + parts["unquantized"] + parts["adapter"] + parts["prefixes"]
+        return lasting + int((1 + SPILL) * self._pass(choice, card)) + parts["context"]
 
-    def _scoring(self, choice: Choice, card: Card) -> int:
+    def _pass(self, choice: Choice, card: Card) -> int:
         """Bytes that work while the longest row is scored alone."""
         step = self._step(choice, card)
         alone = step._replace(rows=1, length=self._read(choice.length), scored=min(step.scored, choice.length))
@@ -154,16 +155,20 @@ class Plan:
 
     def most_users(self, choice: Choice, card: Card) -> int:
         """Users at once in slots that fit, at most `MOST_USERS`; 0: not even one. Slots do not pack rows."""
-        if self._option("packing"):
+        if self.packs:
             return int(self.fits(choice, card))
         return most_that_fit(MOST_USERS, lambda many: self.fits(replace(choice, users=many), card))
 
-    def smallest_change(self, card: Card, need: Need | None = None) -> tuple[list[str], Choice] | None:
+    def smallest_change(self, card: Card, scoring: bool = False) -> tuple[list[str], Choice] | None:
         """The fewest and mildest overrides of the recipe with which it fits on `card`; None: nothing in it would do.
 
         In this order: what costs time alone, then what changes the rows, then what changes the adapter.
+
+        scoring: it is to be scored with an adapter that is there, not trained
         """
-        every = (self._cheaper(), self._batches(), self._offloaded(), self._asleep(), self._ranks())
+        need = self.scoring if scoring else self.training
+        in_training = () if scoring else (self._batches(), self._offloaded(), self._asleep(), self._ranks())
+        every = (self._cheaper(scoring), *in_training)
         kinds = [kind for kind in map(list, every) if kind]
         shorter: list[bool] = [False, True]
         ways = [
@@ -205,11 +210,11 @@ class Plan:
 
     # The kinds of change, each mildest first: what is replaced, and the overrides that say so
 
-    def _cheaper(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    def _cheaper(self, scoring: bool = False) -> Iterator[tuple[dict[str, Any], list[str]]]:
         todo: list[tuple[dict[str, Any], list[str]]] = []
-        if not self.choice.checkpointing:
+        if not (scoring or self.choice.checkpointing):
             todo.append(({"checkpointing": True}, ["train.gradient_checkpointing=true"]))
-        if self.choice.optim not in memory.EIGHT_BIT:
+        if not scoring and self.choice.optim not in memory.EIGHT_BIT:
             todo.append(({"optim": "paged_adamw_8bit"}, ["train.optim=paged_adamw_8bit"]))
         if self._weights(None, self.choice.quantization).table and not self.choice.embedding_on_host:
             todo.append(({"embedding_on_host": True}, ["embedding_on_host=true"]))
@@ -257,10 +262,9 @@ class Plan:
         prefix = choice.length * self.rows.prefix // whole if choice.profile_pass == "frozen" else 0
         awake = -(-choice.length * self.rows.awake // whole) if prefix else choice.length
         scored = min(awake, -(-choice.length * self.rows.scored // whole))
-        end_to_end = bool(self._option("packing"))
-        if end_to_end:
+        if self.packs:
             rows, many = 1, choice.batch
-        padded = rows > 1 or end_to_end
+        padded = rows > 1 or self.packs
         sizes = rows, many * (prefix + awake), many * scored, many * prefix
         return memory.Step(*sizes, self.itemsize, padded, card.flash, choice.users)
 
@@ -293,10 +297,16 @@ def _is_tied(config: PretrainedConfig) -> bool:
     return bool(config.get_text_config().tie_word_embeddings)
 
 
-def figures(plan: Plan, cards: Sequence[Card]) -> dict[str, Any]:
-    """What `perce-lite plan` shows, bytes and tokens, for each card."""
+def figures(recipe: Recipe, cards: Sequence[Card]) -> dict[str, Any]:
+    """What `perce-lite plan` shows, bytes and tokens, for each card: of one adapter, and how many users fit at once.
+
+    Raises:
+        ModelError, PlanError: as `Plan`.
+    """
+    plan = Plan(recipe.without_cores())
+    users = Plan(recipe.of_users()) if recipe.core_only or recipe.fleet.train else plan
     return {
-        "model": plan.recipe.model,
+        "model": recipe.model,
         "shape_from": "its config.json" if plan.at_hand else "a shape known by heart",
         "rows": {
             "longest": plan.rows.length,
@@ -304,9 +314,9 @@ def figures(plan: Plan, cards: Sequence[Card]) -> dict[str, Any]:
             "prefix": plan.rows.prefix,
             "source": plan.rows.source,
         },
-        "settings": vars(plan.choice) | {"rank": plan.recipe.lora.get("r", 16)},
-        "fleet": plan.recipe.fleet.slots if "fleet" in plan.recipe.model_fields_set else None,
-        "cards": [_on(plan, card) for card in cards],
+        "settings": vars(plan.choice) | {"rank": recipe.lora.get("r", 16)},
+        "fleet": recipe.fleet.slots if "fleet" in recipe.model_fields_set else None,
+        "cards": [{**_on(plan, card), **_together(users, card)} for card in cards],
     }
 
 
@@ -314,7 +324,6 @@ def _on(plan: Plan, card: Card) -> dict[str, Any]:
     parts = plan.parts(plan.choice, card)
     fits = parts["total"] <= card.bytes
     change = None if fits else plan.smallest_change(card)
-    slots = plan.recipe.fleet.slots
     return {
         "card": card.name,
         "bytes": card.bytes,
@@ -324,9 +333,14 @@ def _on(plan: Plan, card: Card) -> dict[str, Any]:
         "longest_row": plan.longest_row(plan.choice, card),
         "longest_row_alone": plan.longest_row(replace(plan.choice, batch=1), card),
         "largest_batch": plan.largest_batch(plan.choice, card),
-        "users_at_once": plan.most_users(plan.choice, card),
-        "slots_fit": slots == "auto" or plan.fits(replace(plan.choice, users=slots), card),
         "change": None if change is None else change[0],
         "smaller_model": None if fits or change is not None else plan.smaller_model(card),
         "total_after_change": None if change is None else plan.parts(change[1], card)["total"],
     }
+
+
+def _together(plan: Plan, card: Card) -> dict[str, Any]:
+    """How many users fit at once, and whether as many as `fleet.slots` says do."""
+    slots = plan.recipe.fleet.slots
+    fit = slots == "auto" or (plan.fits(replace(plan.choice, users=slots), card) and not (plan.packs and slots > 1))
+    return {"users_at_once": plan.most_users(plan.choice, card), "slots_fit": fit}

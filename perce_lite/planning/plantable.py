@@ -86,7 +86,8 @@ def _advice(one: dict[str, Any], recipe: str, fleet: str | int | None) -> str:
     if one["fits"]:
         return f"{one['card']}: fits as it is."
     if one["change"] is not None:
-        line = " ".join(f"--set {word}" for word in one["change"])
+        alone = ["fleet.slots=1"] if isinstance(fleet, int) and fleet > 1 else []  # the estimate is of one at a time
+        line = " ".join(f"--set {word}" for word in [*one["change"], *alone])
         return f"{one['card']}: fits ({_gib(one['total_after_change'])} GiB) with\n  {command} {line}"
     if one["smaller_model"] is not None:
         line = " ".join(f"--set {word}" for word in one["smaller_model"])
