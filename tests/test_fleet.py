@@ -342,12 +342,3 @@ def test_changed_weights_of_the_base_are_noticed(recipe, toy):
     names(engine)
     fleet(load_recipe(path, ["model=mine"]), engine)
     assert names(engine) == ["all", "user0", "user1"]
-
-
-def test_one_adapter_that_is_gone_stops_nobody_else(recipe):
-    rows = rows_of(4, cohorts=2)
-    fleet(load_recipe(recipe(rows, TEXT)), OneByOne)
-    [gone] = Path("out/adapters/cohort").glob("c0-*")
-    shutil.rmtree(gone)
-    told = fleet(load_recipe("mine.yaml"), OneByOne, retrain=["user0", "user1"])
-    assert (told["trained"], told["failed"]) == (1, 1)

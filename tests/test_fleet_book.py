@@ -1,6 +1,7 @@
 """The book of a fleet: deletion without a trace, folders that cannot be used, odd names, growth that is linear."""
 
 import json
+import shutil
 import struct
 import threading
 from pathlib import Path
@@ -240,3 +241,12 @@ def test_two_writers_wait_for_each_other(recipe):
         fleet(load_recipe("mine.yaml"), Clock(), retrain=["user0"])
     reader.join()
     assert faults == []
+
+
+def test_one_adapter_that_is_gone_stops_nobody_else(recipe):
+    rows = rows_of(4, cohorts=2)
+    fleet(load_recipe(recipe(rows, TEXT)), OneByOne)
+    [gone] = Path("out/adapters/cohort").glob("c0-*")
+    shutil.rmtree(gone)
+    told = fleet(load_recipe("mine.yaml"), OneByOne, retrain=["user0", "user1"])
+    assert (told["trained"], told["failed"]) == (1, 1)
