@@ -7,7 +7,7 @@ from typing import Any
 from perce_lite.data import read_rows
 from perce_lite.models import load_tokenizer
 from perce_lite.pairs import IGNORED, Audit, Pair, PairMaker, require
-from perce_lite.planning.footprint import refuse_exports
+from perce_lite.planning.footprint import adapter_bytes, refuse_exports
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.rows import SPLIT_NAMES, of_split
 
@@ -16,10 +16,11 @@ def check(recipe: Recipe) -> dict[str, Any]:
     """The figures that `perce-lite check` shows; reads rows and tokenizer, loads no weights.
 
     Raises:
-        DataError, TemplateError: as training would.
+        DataError, TemplateError, RecipeError: as training would.
     """
     rows = read_rows(recipe)
     refuse_exports(recipe)
+    size = adapter_bytes(recipe)  # a `lora` that does not go with the model is refused here
     config = training_config(recipe)
     maker = PairMaker.of(recipe, load_tokenizer(recipe), config.max_length)
     splits, example = {}, None
@@ -38,7 +39,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
             "response_tokens": _spread([sum(one != IGNORED for one in pair.factual.labels) for pair in pairs]),
             "rows_with_items_left_out": sum(pair.items_left_out > 0 for pair in pairs),
         }
-    return {"max_length": config.max_length, "splits": splits, "example": example}
+    return {"max_length": config.max_length, "adapter_bytes": size, "splits": splits, "example": example}
 
 
 def shown(maker: PairMaker, pair: Pair) -> dict[str, Any]:

@@ -13,6 +13,15 @@ from perce_lite.errors import ConfigError, DeviceError
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
+CHOICES: dict[str, Any] = {
+    "estimator": Estimator,
+    "normalize_weights": Normalization,
+    "train_on": TrainOn,
+    "profile_pass": ProfilePass,
+}
+"""Fields of `PerCEConfig` that take one of a few words, with the `Literal` of these."""
+
+
 def pick_device(wanted: str = "auto") -> torch.device:
     """The device for `wanted`: `auto` (CUDA where there is one, else CPU), `cpu` or `cuda`.
 
@@ -260,13 +269,8 @@ class PerCEConfig(SFTConfig):
 def _own_faults(config: PerCEConfig) -> list[str]:
     """Faults of the seven fields, of how they go together, and of numbers that cannot be trained with."""
     faults = []
-    choices: dict[str, tuple[Any, ...]] = {
-        "estimator": get_args(Estimator),
-        "normalize_weights": get_args(Normalization),
-        "train_on": get_args(TrainOn),
-        "profile_pass": get_args(ProfilePass),
-    }
-    for name, allowed in choices.items():
+    for name, kind in CHOICES.items():
+        allowed = get_args(kind)
         if getattr(config, name) not in allowed:
             faults.append(f"{name}: {getattr(config, name)!r} is not one of {', '.join(allowed)}")
     if not config.clip_min >= 0:  # NaN included

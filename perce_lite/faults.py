@@ -31,6 +31,20 @@ def nearest(name: str, allowed: typing.Iterable[str]) -> str:
     return f"allowed: {', '.join(allowed)}" if len(allowed) < 30 else f"{len(allowed)} names are allowed, none like it"
 
 
+def _elsewhere(name: str) -> str | None:
+    """What to say of a key of `train:` or `lora:` that was written without its section."""
+    if "." in name:
+        return None
+    from peft import LoraConfig
+
+    from perce_lite.config import PerCEConfig
+
+    for section, target in (("train", PerCEConfig), ("lora", LoraConfig)):
+        if name in target.__dataclass_fields__:
+            return f"did you mean {section}.{name}?"
+    return None
+
+
 def _like(name: str, allowed: typing.Sequence[str]) -> str | None:
     """What was meant, as it seems."""
     meant = _MEANT.get(name.lower())
@@ -47,10 +61,10 @@ def pydantic_fault(fault: Any, root: type[BaseModel], lines: Lines) -> str:
             annotation = section.model_fields[str(part)].annotation
             assert isinstance(annotation, type)
             section = annotation
-        return f"{where(at, lines)}unknown key {name}; {nearest(str(at[-1]), section.model_fields)}"
+        return f"{where(at, lines)}unknown key {name}; {_elsewhere(name) or nearest(str(at[-1]), section.model_fields)}"
     if fault["type"] == "missing":
         return f"{name}: is missing"
-    message = fault["msg"].removeprefix("Input ")
+    message = fault["msg"].removeprefix("Input ").removeprefix("Value error, ")
     return f"{where(at, lines)}{name}: {fault['input']!r} {message}"
 
 
@@ -118,24 +132,47 @@ def export_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
 
 def third_party_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
     """Checks `train:` and `lora:` against the fields of the classes that they are passed to."""
-    given = {name: plain[name] for name in ("train", "lora") if isinstance(plain.get(name), dict) and plain[name]}
+    fleet = plain.get("fleet")
+    of_users = fleet.get("train") if isinstance(fleet, dict) else None
+    sections: dict[tuple[str, ...], Any] = {("train",): plain.get("train"), ("lora",): plain.get("lora")}
+    sections["fleet", "train"] = of_users
     faults = _generation_faults(plain, lines)
-    if not given:
+    if not any(isinstance(values, dict) and values for values in sections.values()):
         return faults
     from peft import LoraConfig
 
     from perce_lite.config import PerCEConfig
 
-    for section, target, ours in (("train", PerCEConfig, {}), ("lora", LoraConfig, {"core_only": bool})):
-        values = given.get(section, {})
+    of_train: tuple[Any, dict[str, Any]] = (PerCEConfig, {})
+    kinds = {("train",): of_train, ("lora",): (LoraConfig, {"core_only": bool}), ("fleet", "train"): of_train}
+    for path, values in sections.items():
+        if not isinstance(values, dict):
+            continue
+        section, (target, ours) = ".".join(path), kinds[path]
         allowed = {one.name for one in dataclasses.fields(target) if one.init} | set(ours)
         hints = typing.get_type_hints(target) | ours
         for name, value in values.items():
-            at = where((section, name), lines)
+            at = where((*path, name), lines)
             if name not in allowed:
                 faults.append(f"{at}unknown key {section}.{name}; {nearest(str(name), allowed)}")
             elif (complaint := _type_fault(hints[name], value)) is not None:
                 faults.append(f"{at}{section}.{name}: {value!r} is not {complaint}")
+    return faults
+
+
+def choice_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
+    """Fields of `train:` that are not one of their few words; told with faults for whose sake no config is made."""
+    from perce_lite.config import CHOICES
+
+    given = plain.get("train")
+    faults = []
+    for name, kind in CHOICES.items():
+        allowed = typing.get_args(kind)
+        if isinstance(given, dict) and name in given and given[name] not in allowed:
+            near = _like(str(given[name]), allowed)
+            mend = f"; did you mean {near}?" if near else ""
+            at = where(("train", name), lines)
+            faults.append(f"{at}train.{name}: {given[name]!r} is not one of {', '.join(allowed)}{mend}")
     return faults
 
 
@@ -159,11 +196,6 @@ def _generation_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
 def _type_fault(hint: Any, value: Any) -> str | None:
     """What `value` should have been, or None where it fits `hint`."""
     plain = typing.get_args(hint) if _is_union(hint) else (hint,)
-    choices = [one for kind in plain if typing.get_origin(kind) is typing.Literal for one in typing.get_args(kind)]
-    if len(plain) == 1 and choices:
-        near = _like(str(value), choices)
-        mend = f"; did you mean {near}?" if near else ""
-        return None if value in choices else f"one of {', '.join(choices)}{mend}"
     checkable = [one for one in plain if one in (bool, int, float, str, types.NoneType, dict, list)]
     if len(checkable) < len(plain):  # enums, nested generics and classes: the class itself will tell
         return None

@@ -27,6 +27,6 @@ def reachable() -> bool:
     try:
         socket.getaddrinfo(host.hostname, host.port or host.scheme)
     except OSError:
-        say(f"{host.hostname} cannot be reached; what is not on this machine is not asked for.")
+        say(f"No connection to {host.hostname}: of models, only those on this machine are used.")
         return False
     return True

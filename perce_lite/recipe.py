@@ -9,10 +9,10 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from perce_lite.errors import RecipeError
-from perce_lite.faults import cross_faults, export_faults, pydantic_fault, third_party_faults
+from perce_lite.faults import choice_faults, cross_faults, export_faults, pydantic_fault, third_party_faults
 from perce_lite.files import digest, home
 from perce_lite.source import apply_overrides, read_yaml, recipes_nearby
 
@@ -114,6 +114,13 @@ class Fleet(Section):
     max_examples: int | None = Field(
         None, ge=1, description="training rows of a user that are trained on at the most, the last ones; null: all"
     )
+
+    @field_validator("slots", mode="before")
+    @classmethod
+    def _auto_or_a_number(cls, slots: Any) -> Any:
+        if slots != "auto" and (not isinstance(slots, int) or isinstance(slots, bool) or slots < 1):
+            raise ValueError("is neither auto nor a whole number of at least 1")
+        return slots
 
 
 class Export(Section):
@@ -269,7 +276,7 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     if not faults:
         faults = export_faults(plain, lines)
     if faults:
-        raise RecipeError(str(path), faults)
+        raise RecipeError(str(path), faults + choice_faults(plain, lines))
     assert recipe is not None
     return recipe
 

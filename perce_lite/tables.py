@@ -93,6 +93,7 @@ def show_check(figures: dict[str, Any]) -> None:
         for one in split["dropped"]:
             drops.add_row(name, Text(one["user"]), one["reason"], str(one["rows"]), Text(one["such_as"]))
     console.print(table, lengths, *([drops] if drops.row_count else []))
+    console.print(f"An adapter has {figures['adapter_bytes'] / 2**20:.1f} MiB.")
     broken = sum(split["control_tokens_broken"] for split in figures["splits"].values())
     if broken:
         console.print(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,7 +227,11 @@ def test_the_command(recipe, figures, run, monkeypatch):
     given = [f"model={model}", "train.max_length=4096", "dtype=auto", "quantization=nf4"]
     code, out, err = run("plan", path, "--gpu", "8GB", *(word for one in given for word in ("--set", one)))
     assert code == 0, err
-    assert re.search(r"8 GB: fits \(\d\.\d\d GiB\) with\n  perce-lite train \S+mine.yaml --set train\.", out)
+    [line] = re.findall(r"8 GB: fits \(\d\.\d\d GiB\) with\n  perce-lite train \S+mine.yaml (--set .*)", out)
+    words = shlex.split(line)
+    assert set(given) - {"train.max_length=4096"} < set(words), "what the user has set belongs to it"
+    code, out, err = run("plan", path, "--gpu", "8GB", *words)
+    assert "8 GB: fits" in out.splitlines()[-1], "and with exactly that it fits"
     code, out, err = run("plan", path, "--gpu", "RTX 9999")
     assert (code, out, "did you mean" in err, "Traceback" in err) == (2, "", True, False)
 

@@ -285,3 +285,25 @@ def test_a_chat_template_is_looked_for_beside_the_recipe_first(load, tmp_path, m
     (tmp_path / "mine.jinja").write_text("of the current folder")
     assert (second == first, recipe.fingerprint() == first) == (False, True), "what it says counts"
     assert load("train: {chat_template_path: none.jinja}").chat_template_file is None
+
+
+def test_faults_of_all_kinds_are_told_at_once(tmp_path):
+    """Of a section, of a key's spelling, of another program's name, and of a word that is none of a few."""
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "learning_rate: 1e-4\ndata: {path: x}\nlora: {rank: 16}\ntrain: {estimator: bas, num_train_epoch: 2}\n"
+        "fleet: {slots: many, train: {learning_rat: 1e-3}}\n"
+    )
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    told = "\n".join(caught.value.faults)
+    for fault in (
+        "line 1: unknown key learning_rate; did you mean train.learning_rate?",
+        "line 3: unknown key lora.rank; did you mean r?",
+        "line 4: unknown key train.num_train_epoch; did you mean num_train_epochs?",
+        "line 4: train.estimator: 'bas' is not one of base, mixed, bootstrap, uniform, shuffled; did you mean base?",
+        "line 5: fleet.slots: 'many' is neither auto nor a whole number of at least 1",
+        "line 5: unknown key fleet.train.learning_rat; did you mean learning_rate?",
+    ):
+        assert fault in told
+    assert len(caught.value.faults) == 6

@@ -141,7 +141,7 @@ def test_the_plan_of_a_fleet_tells_how_many_users_fit(tmp_path, run):
     most = json.loads((tmp_path / "plan.json").read_text())["cards"][0]["users_at_once"]
     assert (code, "users at" in out, "fits as it is" in out, 1 <= most < MOST_USERS) == (0, True, True, True)
     code, out, _ = run("plan", path, *size, *short, "--set", f"fleet.slots={most + 1}")
-    assert f"perce-lite fleet {path} --set fleet.slots={most}" in out
+    assert f"perce-lite fleet {path} {' '.join(short)} --set fleet.slots={most}\n" in out
     _, out, _ = run("plan", path, *size, *short, "--set", f"fleet.slots={most}")
     assert "fits as it is" in out
 

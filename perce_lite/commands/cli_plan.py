@@ -18,7 +18,7 @@ def plan(
 ) -> None:
     """Say whether the recipe fits a card, what takes the memory and what to change. Loads no weights."""
     from perce_lite.planning.cards import card
-    from perce_lite.recipe import load_recipe
+    from perce_lite.recipe import load_recipe, training_config
 
     if probe and gpu:
         raise typer.BadParameter("--probe measures the card of this machine; leave --gpu out")
@@ -37,6 +37,8 @@ def plan(
         return
     here = present()
     cards = named or ([here] if here is not None else [of_size(size) for size in COMMON_SIZES])
+    # What a trainer refuses is refused here; what is for a card is none of this machine's business.
+    training_config(read, use_cpu=False, bf16=False, fp16=False)
     told: dict[str, Any] = figures(read, cards)
     write(json, told)
-    plantable.show_plan(told, str(recipe))
+    plantable.show_plan(told, str(recipe), set_ or [])

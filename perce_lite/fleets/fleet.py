@@ -59,6 +59,7 @@ def fleet(
         if gone:
             say(f"{len(gone)} users who were deleted are left out, though the data has them; --retrain takes one in")
         planned = plan([row for row in rows if row.user not in gone], recipe)
+        _tell_of_the_rest(planned, recipe)
         keys = [key_of(name) for name in retrain]
         _know(planned, [*(("user", name) for name in only), *keys])
         work = Work.of(recipe, planned, only)
@@ -84,12 +85,12 @@ def fleet(
 
 @contextmanager
 def _book(recipe: Recipe, dry_run: bool) -> Iterator[Registry]:
-    with held(recipe.output_dir) as registry:
-        if not dry_run:
-            yield registry
-            return
-        with imagined(registry) as copy:
+    if dry_run:
+        with imagined(recipe.output_dir) as copy:
             yield copy
+        return
+    with held(recipe.output_dir) as registry:
+        yield registry
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,15 @@ class Work:
     def wanted(self, kind: str) -> set[str] | None:
         """Names to train of this kind; None: every one."""
         return None if self.only is None else self.only[kind]
+
+
+def _tell_of_the_rest(planned: Plan, recipe: Recipe) -> None:
+    """Says who gets no adapter of their own."""
+    few = [user for user, _, _, own in planned.users if not own]
+    if few and recipe.fleet.group_by == "user":
+        some = ", ".join(few[:10]) + (" ..." if len(few) > 10 else "")
+        reason = f"fewer than {recipe.fleet.min_examples} training rows (fleet.min_examples)"
+        say(f"{len(few)} users have {reason}, so no adapter of their own: {some}")
 
 
 def _know(planned: Plan, keys: Sequence[Key]) -> None:
@@ -191,7 +201,10 @@ def _disk(recipe: Recipe, count: int) -> int:
     need = size * (count + 6 * at_once)  # two checkpoints of those at work, each with two moments of the optimizer
     folder = recipe.output_dir.absolute()
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
-    say(f"{count} adapters of {size / 2**20:.1f} MiB: {need / 2**30:.2f} GiB of disk, {free / 2**30:.1f} GiB are free")
+    say(
+        f"{count} adapters of {size / 2**20:.1f} MiB, with checkpoints in training: {need / 2**30:.2f} GiB of disk at "
+        f"the most, {free / 2**30:.1f} GiB are free"
+    )
     if recipe.core_only:
         say(f"Users train a core of {trained_bytes(recipe) // 4:,} parameters, of {size // 4:,} in an adapter")
     if need > free:

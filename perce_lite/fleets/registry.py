@@ -312,18 +312,23 @@ def held(folder: Path) -> Iterator[Registry]:
         with lock.acquire(timeout=0), opened(folder, create=True) as registry:
             yield registry
     except Timeout as error:
-        message = f"{folder}: another fleet run is on it. Wait for it or stop it; nothing was touched."
-        raise FleetError(message) from error
+        raise FleetError(
+            f"{folder}: another fleet run is on it. Wait for it or stop it. Nothing was touched."
+        ) from error
 
 
 @contextmanager
-def imagined(registry: Registry) -> Iterator[Registry]:
-    """A copy of the book in memory: what a dry run writes is gone with it."""
+def imagined(folder: Path) -> Iterator[Registry]:
+    """A copy of the book of `folder` in memory, or an empty one: what a dry run writes is gone. Raises as `held`."""
     copy = sqlite3.connect(":memory:")
     copy.row_factory = sqlite3.Row
-    registry.copy_to(copy)
     try:
-        yield Registry(registry.folder, copy)
+        if (folder / FILE).is_file():
+            with held(folder) as registry:
+                registry.copy_to(copy)
+        else:
+            copy.executescript(_TABLES)
+        yield Registry(folder, copy)
     finally:
         copy.close()
 

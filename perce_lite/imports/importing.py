@@ -73,7 +73,9 @@ class Imported:
         if not _months_apart(self.records):
             words += ["--set", "profile.earlier_by=document"]
         folder = ["--set", f"train.output_dir={_yaml(f'runs/{self.out.stem}')}"]
-        return [shlex.join(["perce-lite", "check", *words]), shlex.join(["perce-lite", "train", *words, *folder])]
+        several = len({record["user"] for record in self.records}) > 1
+        trains = "fleet" if several else "train"  # an adapter for each, or the one
+        return [shlex.join(["perce-lite", "check", *words]), shlex.join(["perce-lite", trains, *words, *folder])]
 
     def figures(self) -> dict[str, Any]:
         """What `--json` holds, less whether it was written."""

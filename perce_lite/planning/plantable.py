@@ -1,6 +1,7 @@
 """A plan as a person reads it in the terminal."""
 
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
@@ -27,11 +28,17 @@ _ASLEEP = {
     "prefixes": "keys and values of prefixes, with those kept for later rows",
     "reading": "reading a prefix, before anything is saved",
 }
+_NARROW = 0.05
+"""Share of a card below which what is left over is no comfort."""
+
 _REST = {"spill": "lost to the allocator", "context": "CUDA itself"}
 
 
-def show_plan(figures: dict[str, Any], recipe: str) -> None:
-    """`perce-lite plan`: the parts on the first card, then what each card takes and what would make the recipe fit."""
+def show_plan(figures: dict[str, Any], recipe: str, overrides: Sequence[str] = ()) -> None:
+    """`perce-lite plan`: the parts on the first card, then what each card takes and what would make the recipe fit.
+
+    overrides: those that the recipe was planned with, which a command for it needs too
+    """
     rows, settings = figures["rows"], figures["settings"]
     first = figures["cards"][0]
     batch = f"{settings['batch']} x {rows['longest']} tokens, {first['dtype']}"
@@ -60,7 +67,7 @@ def show_plan(figures: dict[str, Any], recipe: str) -> None:
         console.print(Text(sentence))
     console.print(_cards(figures["cards"], figures["fleet"]))
     for one in figures["cards"]:
-        console.print(Text(_advice(one, recipe, figures["fleet"])), soft_wrap=True)
+        console.print(Text(_advice(one, recipe, figures["fleet"], overrides)), soft_wrap=True)
 
 
 def _cards(cards: list[dict[str, Any]], fleet: str | int | None) -> Table:
@@ -79,20 +86,33 @@ def _cards(cards: list[dict[str, Any]], fleet: str | int | None) -> Table:
     return table
 
 
-def _advice(one: dict[str, Any], recipe: str, fleet: str | int | None) -> str:
+def _advice(one: dict[str, Any], recipe: str, fleet: str | int | None, overrides: Sequence[str]) -> str:
     command = f"perce-lite {'train' if fleet is None else 'fleet'} {shlex.quote(recipe)}"
     if one["fits"] and fleet is not None and not one["slots_fit"]:
-        return f"{one['card']}: fits with fewer users at once\n  {command} --set fleet.slots={one['users_at_once']}"
+        most = one["users_at_once"]
+        return f"{one['card']}: {fleet} users at once do not fit, {most} do\n  {command} " + _with(
+            overrides, [f"fleet.slots={most}"]
+        )
+    spare = one["bytes"] - one["parts"]["total"]
+    if one["fits"] and spare < _NARROW * one["bytes"]:
+        return f"{one['card']}: fits with {_gib(spare)} GiB to spare, by an estimate that may be off by more."
     if one["fits"]:
         return f"{one['card']}: fits as it is."
     if one["change"] is not None:
         alone = ["fleet.slots=1"] if isinstance(fleet, int) and fleet > 1 else []  # the estimate is of one at a time
-        line = " ".join(f"--set {word}" for word in [*one["change"], *alone])
+        line = _with(overrides, [*one["change"], *alone])
         return f"{one['card']}: fits ({_gib(one['total_after_change'])} GiB) with\n  {command} {line}"
     if one["smaller_model"] is not None:
-        line = " ".join(f"--set {word}" for word in one["smaller_model"])
+        line = _with(overrides, one["smaller_model"])
         return f"{one['card']}: fits with a smaller model alone, such as\n  {command} {line}"
     return f"{one['card']}: nothing that is known makes it fit; take a smaller model and shorter rows."
+
+
+def _with(overrides: Sequence[str], words: Sequence[str]) -> str:
+    """The user's own overrides and `words`, which take the place of those of the same key, as options."""
+    replaced = {word.partition("=")[0] for word in words}
+    kept = [word for word in overrides if word.partition("=")[0] not in replaced]
+    return " ".join(f"--set {shlex.quote(word)}" for word in [*kept, *words])
 
 
 def show_probe(figures: dict[str, Any]) -> None:
