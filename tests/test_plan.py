@@ -236,6 +236,16 @@ def test_the_command(recipe, figures, run, monkeypatch):
     assert (code, out, "did you mean" in err, "Traceback" in err) == (2, "", True, False)
 
 
+def test_what_a_trainer_refuses_is_refused_and_what_needs_a_card_is_not(recipe, run):
+    path = recipe(text="train: {per_device_train_batch_size: 2}\n")
+    for word in ("train.learning_rate=-1", "train.max_length=0", "train.estimator=bas", "train.profile_pass=frosen"):
+        code, out, err = run("plan", path, "--gpu", "8GB", "--set", word)
+        assert (code, out, word.partition("=")[0].removeprefix("train.") in err) == (2, "", True)
+    for word in ("train.activation_offloading=true", "train.bf16=true", "train.tf32=true"):
+        code, out, err = run("plan", path, "--gpu", "8GB", "--set", word)
+        assert (code, "fits as it is" in out) == (0, True), err
+
+
 def test_a_family_that_nobody_has_looked_into(recipe, run, tmp_path):
     folder = toys.toy_folder(tmp_path / "other")
     config = json.loads((folder / "config.json").read_text())

@@ -6,6 +6,9 @@ import typer
 
 from perce_lite.commands.cli_options import Json, RecipePath, Set, write
 
+_FOR_CARDS = ("activation_offloading", "bf16", "fp16", "tf32")
+"""Fields of `train:` that a machine without a GPU refuses."""
+
 
 def plan(
     recipe: RecipePath,
@@ -37,8 +40,9 @@ def plan(
         return
     here = present()
     cards = named or ([here] if here is not None else [of_size(size) for size in COMMON_SIZES])
-    # What a trainer refuses is refused here; what is for a card is none of this machine's business.
-    training_config(read, use_cpu=False, bf16=False, fp16=False)
+    # What a trainer refuses is refused here, less what needs a card, which this machine may not have.
+    plain = {name: value for name, value in read.train.items() if name not in _FOR_CARDS}
+    training_config(read.model_copy(update={"train": plain}), bf16=False, fp16=False)
     told: dict[str, Any] = figures(read, cards)
     write(json, told)
     plantable.show_plan(told, str(recipe), set_ or [])
