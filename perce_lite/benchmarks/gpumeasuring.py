@@ -1,6 +1,5 @@
 """What `perce-lite bench --gpu-report` measures over one base: memory by part, speed, slots of users, numerics."""
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from perce_lite.fleets.learner import Result, UserJob
 from perce_lite.head import training_forward
 from perce_lite.models import Base, with_adapter
 from perce_lite.pairs import PairMaker
+from perce_lite.planning.fullcard import let_go
 from perce_lite.recipe import Recipe, lora_config, training_config
 from perce_lite.rows import Row, to_columns
 from perce_lite.score import batch_log_probs, frozen, in_dtype, padded
@@ -76,9 +76,7 @@ def told(what: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             raise
         return {"refused": str(error)}
     finally:
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        let_go()
 
 
 # Memory

@@ -12,7 +12,7 @@ import torch
 from perce_lite.errors import BaseTooLargeError, CardFullError, DataError, ModelError, PlanError, TemplateError
 from perce_lite.planning.cards import GIB, Card, of_size, present
 from perce_lite.planning.longest import Rows, longest_of
-from perce_lite.planning.plan import CONTEXT, Choice, Plan
+from perce_lite.planning.plan import CONTEXT, Plan
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.rows import Row
 from perce_lite.source import apply_overrides
@@ -86,7 +86,7 @@ def _scored(recipe: Recipe) -> str:
     return "What was scored under the base is kept. " if training_config(recipe).store else ""
 
 
-def _less(plan: Plan, need: int, here: Card) -> Card:
+def _less(need: int, here: Card) -> Card:
     """A card on which what did not fit here, which needs so many bytes by the plan, would not fit either."""
     return replace(here, bytes=min(here.bytes, CONTEXT + int(_LESS * (need - CONTEXT))))
 
@@ -108,7 +108,7 @@ def _for_a_run(recipe: Recipe, checkpoint: Path | None) -> str:
     if found is None:
         return f"{kept}{_CLOSE}, or lower train.per_device_train_batch_size, train.max_length or lora.r."
     plan, here = found
-    target = _less(plan, plan.training(plan.choice, here), here)
+    target = _less(plan.training(plan.choice, here), here)
     change = plan.smallest_change(target)
     if change is None:
         return f"{kept}{_NOTHING}"
@@ -125,7 +125,7 @@ def _for_scoring(recipe: Recipe, own_folder: bool) -> str:
     if found is None:
         return f"{_CLOSE}, or lower train.max_length."
     plan, here = found
-    target = _less(plan, plan.scoring(plan.choice, here), here)
+    target = _less(plan.scoring(plan.choice, here), here)
     change = plan.smallest_change(target, scoring=True)
     if change is None:
         return _NOTHING
@@ -143,8 +143,7 @@ def _for_a_fleet(recipe: Recipe, users: int, rows: Sequence[Row], of_users: bool
     if found is None:
         return f"{_CLOSE}, or lower fleet.slots, train.per_device_train_batch_size or train.max_length."
     plan, here = found
-    together: Choice = replace(plan.choice, users=users)
-    target = _less(plan, plan.training(together, here), here)
+    target = _less(plan.training(replace(plan.choice, users=users), here), here)
     fewer = min(plan.most_users(plan.choice, target), users - 1)
     if fewer > 1:
         need = plan.training(replace(plan.choice, users=fewer), target)

@@ -304,7 +304,8 @@ def figures(recipe: Recipe, cards: Sequence[Card]) -> dict[str, Any]:
         ModelError, PlanError: as `Plan`.
     """
     plan = Plan(recipe.without_cores())
-    users = Plan(recipe.of_users()) if recipe.core_only or recipe.fleet.train else plan
+    rows = None if recipe.fleet.train else plan.rows  # the data is read again only where its rows may be others
+    users = Plan(recipe.of_users(), rows) if recipe.core_only or recipe.fleet.train else plan
     return {
         "model": recipe.model,
         "shape_from": "its config.json" if plan.at_hand else "a shape known by heart",
