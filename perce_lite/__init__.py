@@ -8,14 +8,14 @@ from perce_lite.errors import PerceLiteError
 if TYPE_CHECKING:
     from perce_lite.config import PerCEConfig
     from perce_lite.recipe import Recipe, Template, load_recipe
-    from perce_lite.trainer import PerCETrainer
+    from perce_lite.training.trainer import PerCETrainer
 
 __version__ = "0.1.0"
 __all__ = ["PerCEConfig", "PerCETrainer", "PerceLiteError", "Recipe", "Template", "load_recipe"]
 
 _ROOM_OF = {
     "PerCEConfig": "config",
-    "PerCETrainer": "trainer",
+    "PerCETrainer": "training.trainer",
     "Recipe": "recipe",
     "Template": "recipe",
     "load_recipe": "recipe",

@@ -7,8 +7,8 @@ from typing import Any, Literal, get_args
 import torch
 from trl import SFTConfig
 
-from perce_lite.contrast import Estimator, Normalization, ProfilePass, TrainOn
 from perce_lite.errors import ConfigError, DeviceError
+from perce_lite.training.loss import Estimator, Normalization, ProfilePass, TrainOn
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from perce_lite.cli import main
+from perce_lite.cli.app import main
 from perce_lite.console import console, errors
 from perce_lite.errors import NotebookError
-from perce_lite.offline import reachable
+from perce_lite.hub import reachable
 
 
 def load_ipython_extension(shell: Any) -> None:

@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from perce_lite.errors import RecipeError
-from perce_lite.faults import choice_faults, cross_faults, export_faults, pydantic_fault, third_party_faults
 from perce_lite.files import digest, home
-from perce_lite.source import apply_overrides, read_yaml, recipes_nearby
+from perce_lite.recipe_checks import choice_faults, cross_faults, export_faults, pydantic_fault, third_party_faults
+from perce_lite.recipe_yaml import apply_overrides, read_yaml, recipes_nearby
 
 
 class Section(BaseModel):
@@ -223,7 +223,7 @@ class Recipe(Section):
 
 
 CORE_ONLY = "core_only"
-"""The one field of `lora:` that is ours: see `perce_lite.fleets.cores`."""
+"""The one field of `lora:` that is ours: see `perce_lite.model.lora_core`."""
 
 _NOT_TRAINED_BY = re.compile(
     r"(log|logging|save|hub|gradient_checkpointing)_|(output_dir|store|report_to|run_name|project|disable_tqdm|push_to_hub|"

@@ -12,8 +12,8 @@ import pytest
 import torch
 import toys
 
-from perce_lite import cli
-from perce_lite.benchmarks import children
+from perce_lite.cli import app as cli
+from perce_lite.evaluation.bench import children
 from perce_lite.files import read_json
 
 TRAIN = "train: {max_steps: 1, output_dir: out}\nevaluation: {max_rows: 4, max_new_tokens: 2}\n"

@@ -7,8 +7,8 @@ import toys
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from perce_lite import adapters
-from perce_lite.models import load_base
+from perce_lite.model import adapters
+from perce_lite.model.base import load_base
 from perce_lite.recipe import load_recipe
 
 

@@ -11,8 +11,8 @@ import toys
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from perce_lite import PerCEConfig, PerCETrainer
-from perce_lite.models import Base, load_base, with_adapter
-from perce_lite.planning import memory
+from perce_lite.model.base import Base, load_base, with_adapter
+from perce_lite.planning import parts as memory
 from perce_lite.recipe import Recipe, load_recipe
 
 TOKENIZERS = {"qwen2": "qwen3", "qwen3": "qwen3", "gemma2": "gemma", "gemma3_text": "gemma"}

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig
 
 from perce_lite import PerCETrainer
-from perce_lite.planning import memory
+from perce_lite.planning import parts as memory
 from perce_lite.planning.shapes import FAMILIES, Shape, shape_of
 from perce_lite.recipe import Recipe
 

@@ -10,9 +10,9 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from perce_lite import PerCEConfig, PerCETrainer
-from perce_lite.models import fingerprint, same_base, sketch
-from perce_lite.pairs import IGNORED
-from perce_lite.score import frozen, log_probs
+from perce_lite.data.pairs import IGNORED
+from perce_lite.model.base import fingerprint, same_base, sketch
+from perce_lite.model.scoring import frozen, log_probs
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 

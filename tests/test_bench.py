@@ -17,10 +17,10 @@ import torch
 import toys
 from trl import SFTTrainer
 
-from perce_lite.benchmarks import bench, children, measuring, workload
 from perce_lite.errors import BenchError, RecipeError
+from perce_lite.evaluation.bench import bench, children, measuring, workload
 from perce_lite.recipe import load_recipe
-from perce_lite.trainer import PerCETrainer
+from perce_lite.training.trainer import PerCETrainer
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -272,7 +272,7 @@ def test_no_child_and_no_folder_outlives_the_parent(recipe, how, words):
     """Ctrl-C (a signal to the command alone, the harder case) and a kill, with a measurement in progress."""
     path = recipe(text=SMALL)
     parent = subprocess.Popen(
-        [sys.executable, "-c", "from perce_lite.cli import main; main()", "bench", str(path), *words],
+        [sys.executable, "-c", "from perce_lite.cli.app import main; main()", "bench", str(path), *words],
         env={**os.environ, "TMPDIR": str(Path.cwd()), "PYTHONPATH": os.pathsep.join(sys.path)},
         stderr=subprocess.PIPE,
     )

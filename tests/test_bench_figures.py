@@ -4,7 +4,7 @@ import statistics
 
 import pytest
 
-from perce_lite.benchmarks import bench
+from perce_lite.evaluation.bench import bench
 
 
 def raw(steps: list[float], peak: int = 100, scoring: float = 0.0, adapter: int = 50, store: int = 0) -> dict:

@@ -3,10 +3,10 @@
 import pytest
 import toys
 
-from perce_lite.check import shown
-from perce_lite.pairs import PairMaker
+from perce_lite.data.pairs import PairMaker
+from perce_lite.data.rows import from_columns
+from perce_lite.evaluation.check import shown
 from perce_lite.recipe import Template
-from perce_lite.rows import from_columns
 
 FAMILIES = ("chatml", "llama3", "gemma", "qwen3")
 PROFILE = "The otter hides. A fjord, again"

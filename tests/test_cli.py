@@ -14,14 +14,14 @@ import toys
 from cli_fixtures import TRAIN
 from transformers import AutoTokenizer
 
-from perce_lite import cli
-from perce_lite.store import Store
+from perce_lite.cli import app as cli
+from perce_lite.model.logprob_store import Store
 
 pytest_plugins = ["cli_fixtures"]
 
 
 def test_help_answers_without_torch():
-    code = "import sys; from perce_lite.cli import main; sys.argv = ['perce-lite', *sys.argv[1:]]\ntry: main()\n"
+    code = "import sys; from perce_lite.cli.app import main; sys.argv = ['perce-lite', *sys.argv[1:]]\ntry: main()\n"
     code += "except SystemExit as stop: print('code', stop.code, [m for m in ('torch', 'trl') if m in sys.modules])"
     for words, shown in (["--help"], ["train", "check", "generate", "store"]), (["train", "--help"], ["--restart"]):
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
@@ -207,20 +207,28 @@ def test_the_recipes_own_template_is_used(recipe, run, figures, plain):
 
 
 STOPPED = {
-    "train": ("perce_lite.train.train", [], "goes on from the last checkpoint; what was scored is kept"),
-    "check": ("perce_lite.check.check", [], "Nothing was written; the same command starts over"),
-    "import": ("perce_lite.imports.importing.look", ["x", "--user", "ann"], "Nothing was written"),
-    "inspect": ("perce_lite.inspection.inspect", [], "scored under the base is kept; the same command scores the rest"),
+    "train": ("perce_lite.training.train.train", [], "goes on from the last checkpoint; what was scored is kept"),
+    "check": ("perce_lite.evaluation.check.check", [], "Nothing was written; the same command starts over"),
+    "import": ("perce_lite.data.importers.importing.look", ["x", "--user", "ann"], "Nothing was written"),
+    "inspect": (
+        "perce_lite.evaluation.inspect.inspect",
+        [],
+        "scored under the base is kept; the same command scores the rest",
+    ),
     "plan": ("perce_lite.planning.plan.figures", [], "Nothing was kept but scores of --probe"),
-    "generate": ("perce_lite.generate.from_folder", ["--adapter", "x", "--prompt", "x"], "Nothing was written"),
-    "chat": ("perce_lite.adapters.about", ["x"], "Nothing was written"),
-    "eval": ("perce_lite.evaluate.evaluate", ["--adapter", "x"], "What was scored and answered is kept"),
-    "compare": ("perce_lite.compare.compare", [], "Finished trainings are kept"),
-    "fleet": ("perce_lite.fleets.fleet.fleet", [], "Whom the book has as trained stay so"),
-    "export": ("perce_lite.exports.export.export", ["x", "--to", "peft"], "Nothing half-written stays"),
-    "bench": ("perce_lite.benchmarks.bench.bench", [], "Nothing is kept: measurements are compared within one run"),
-    "store show": ("perce_lite.store.usage", [], "Nothing was changed."),
-    "store clear": ("perce_lite.store.clear", [], "stays removed; the same command removes the rest"),
+    "generate": ("perce_lite.model.generate.from_folder", ["--adapter", "x", "--prompt", "x"], "Nothing was written"),
+    "chat": ("perce_lite.model.adapters.about", ["x"], "Nothing was written"),
+    "eval": ("perce_lite.evaluation.evaluate.evaluate", ["--adapter", "x"], "What was scored and answered is kept"),
+    "compare": ("perce_lite.evaluation.compare.compare", [], "Finished trainings are kept"),
+    "fleet": ("perce_lite.fleet.fleet.fleet", [], "Whom the book has as trained stay so"),
+    "export": ("perce_lite.export.export.export", ["x", "--to", "peft"], "Nothing half-written stays"),
+    "bench": (
+        "perce_lite.evaluation.bench.bench.bench",
+        [],
+        "Nothing is kept: measurements are compared within one run",
+    ),
+    "store show": ("perce_lite.model.logprob_store.usage", [], "Nothing was changed."),
+    "store clear": ("perce_lite.model.logprob_store.clear", [], "stays removed; the same command removes the rest"),
 }
 
 

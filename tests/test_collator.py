@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from perce_lite import collator
-from perce_lite.collator import EpochSampler, PairCollator
+from perce_lite.data import collator
+from perce_lite.data.collator import EpochSampler, PairCollator
 
 
 def test_the_docstring_shows_what_happens():

@@ -10,14 +10,14 @@ from peft import PeftModel
 from test_inspect import fits_a_phone, full_logits
 from test_loss import asleep
 
-from perce_lite import compare as comparing
-from perce_lite.compare import Training, arms_of, grid
-from perce_lite.controls import cases
-from perce_lite.data import read_rows
+from perce_lite.data.pairs import PairMaker
+from perce_lite.data.readers import read_rows
+from perce_lite.data.rows import of_split, spread_over_users
 from perce_lite.errors import DataError, NonFiniteLossError, RecipeError
-from perce_lite.pairs import PairMaker
+from perce_lite.evaluation import compare as comparing
+from perce_lite.evaluation.compare import Training, arms_of, grid
+from perce_lite.evaluation.conditions import cases
 from perce_lite.recipe import load_recipe
-from perce_lite.rows import of_split, spread_over_users
 
 pytest_plugins = ["cli_fixtures"]
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perce_lite import contrast
+from perce_lite.training import loss as contrast
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
 nats = st.floats(-60, 60, width=32)

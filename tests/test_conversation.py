@@ -14,11 +14,11 @@ import torch
 import toys
 from transformers.cache_utils import DynamicCache
 
-from perce_lite import adapters
-from perce_lite.conversation import Conversation, Kept, Stop, chat, talk, typed
-from perce_lite.generate import generate, opened
+from perce_lite.cli.chat import Conversation, Kept, Stop, chat, talk, typed
+from perce_lite.model import adapters
+from perce_lite.model.generate import generate, opened
 from perce_lite.recipe import load_recipe
-from perce_lite.train import train
+from perce_lite.training.train import train
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -194,7 +194,7 @@ def test_it_says_whether_a_profile_is_needed(its, capfd, monkeypatch, train_on, 
 
 def test_a_pipe_gives_answers_alone_and_no_colours(trained, run):
     words = ["--max-new-tokens", "4", "--profile", "An otter."]
-    command = [sys.executable, "-c", "from perce_lite.cli import main; main()", "chat", trained, *words]
+    command = [sys.executable, "-c", "from perce_lite.cli.app import main; main()", "chat", trained, *words]
     done = subprocess.run(command, input="/base\nWho are you?\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     _, base, _ = run("generate", "--adapter", trained, *words, "--base", "--prompt", "Who are you?")

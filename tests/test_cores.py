@@ -13,15 +13,15 @@ from test_engine import config, exact_head, pairs_of, toy_base
 from test_slots import LORA, ids_of, loss_of, padded, peft_model, stirred
 
 from perce_lite.errors import AdapterError, ConfigError
-from perce_lite.fleets.cores import faults, freeze, plain_state
-from perce_lite.fleets.engine import SlotEngine
-from perce_lite.fleets.fleet import fleet
-from perce_lite.fleets.inprocess import OneByOne
-from perce_lite.fleets.learner import UserJob
-from perce_lite.fleets.registry import opened
-from perce_lite.fleets.route import BARE
-from perce_lite.fleets.slots import attach
-from perce_lite.models import fingerprint
+from perce_lite.fleet.engines.sequential import OneByOne
+from perce_lite.fleet.fleet import fleet
+from perce_lite.fleet.registry import opened
+from perce_lite.fleet.slot_lora import attach
+from perce_lite.fleet.slot_routing import BARE
+from perce_lite.fleet.slot_trainer import SlotEngine
+from perce_lite.fleet.slot_user import UserJob
+from perce_lite.model.base import fingerprint
+from perce_lite.model.lora_core import faults, freeze, plain_state
 from perce_lite.recipe import load_recipe, lora_config
 
 pytest_plugins = ["cli_fixtures"]
@@ -145,7 +145,7 @@ def test_cores_in_slots_are_those_trained_alone(parents):
 
 def test_a_parent_makes_room_for_the_next(tmp_path, monkeypatch):
     """Five users of four parents in two slots: each as alone, and no more parents are held than slots."""
-    monkeypatch.setattr("perce_lite.fleets.engine.training_forward", exact_head)
+    monkeypatch.setattr("perce_lite.fleet.slot_trainer.training_forward", exact_head)
     args = config(tmp_path, estimator="uniform", max_steps=3)
 
     def engine(slots):

@@ -8,11 +8,11 @@ import pyarrow.parquet
 import pytest
 import toys
 
-from perce_lite.data import history, read_rows
+from perce_lite.data.readers import history, read_rows
+from perce_lite.data.retrieval import Item
+from perce_lite.data.rows import Row, spread_over_users
 from perce_lite.errors import DataError
-from perce_lite.profiles import Item
 from perce_lite.recipe import Recipe
-from perce_lite.rows import Row, spread_over_users
 
 ALL = {"select": "all"}
 

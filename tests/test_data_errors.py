@@ -6,10 +6,10 @@ from pathlib import Path
 import datasets
 import pytest
 
-from perce_lite.data import read_rows
+from perce_lite.data.readers import read_rows
+from perce_lite.data.rows import Row, to_columns
 from perce_lite.errors import DataError
 from perce_lite.recipe import Recipe
-from perce_lite.rows import Row, to_columns
 
 ROW = {"user": "ann", "profile": "She sails.", "prompt": "Say hi.", "completion": "Ahoy!"}
 DOCUMENT = {"user": "ann", "title": "Sea", "text": "Blue.", "date": "2024-01-31"}

@@ -7,14 +7,14 @@ from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from perce_lite import adapters
-from perce_lite.embedding import HostEmbedding, keep_on_host
 from perce_lite.errors import ModelError
-from perce_lite.generate import from_folder
-from perce_lite.models import fingerprint, load_base, sketch
+from perce_lite.model import adapters
+from perce_lite.model.base import fingerprint, load_base, sketch
+from perce_lite.model.generate import from_folder
+from perce_lite.model.host_embedding import HostEmbedding, keep_on_host
+from perce_lite.model.scoring import log_probs, store_key
 from perce_lite.recipe import Recipe, load_recipe
-from perce_lite.score import log_probs, store_key
-from perce_lite.train import train
+from perce_lite.training.train import train
 
 pytest_plugins = ["cli_fixtures"]
 

@@ -11,13 +11,13 @@ from test_base import nf4
 from transformers import set_seed
 
 from perce_lite import PerCEConfig, PerCETrainer
+from perce_lite.data.pairs import PairMaker
+from perce_lite.data.rows import from_columns
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
-from perce_lite.fleets.engine import SlotEngine
-from perce_lite.fleets.learner import UserJob
-from perce_lite.fleets.slots import SlotModel
-from perce_lite.pairs import PairMaker
-from perce_lite.rows import from_columns
-from perce_lite.terms import steps_of
+from perce_lite.fleet.slot_lora import SlotModel
+from perce_lite.fleet.slot_trainer import SlotEngine
+from perce_lite.fleet.slot_user import UserJob
+from perce_lite.training.reference_logprobs import steps_of
 
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -150,7 +150,7 @@ def exact_head(base):
 
 @pytest.fixture
 def exact(monkeypatch):
-    monkeypatch.setattr("perce_lite.fleets.engine.training_forward", exact_head)
+    monkeypatch.setattr("perce_lite.fleet.slot_trainer.training_forward", exact_head)
 
 
 @pytest.mark.parametrize("users", [2, 8])
@@ -233,7 +233,7 @@ def test_a_failing_user_is_dropped_and_reported_and_changes_nobody(tmp_path, exa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_failure_midway_leaves_others_bit_identical_where_the_slot_is_refilled(tmp_path, monkeypatch, dtype):
     if dtype == torch.float64:
-        monkeypatch.setattr("perce_lite.fleets.engine.training_forward", exact_head)
+        monkeypatch.setattr("perce_lite.fleet.slot_trainer.training_forward", exact_head)
     args = config(tmp_path, estimator="uniform", max_steps=6, train_sampling_strategy="sequential")
 
     def adapters(fails_at):

@@ -9,13 +9,14 @@ import toys
 from peft import PeftModel
 from test_inspect import EVIL, fits_a_phone, full_logits
 
-from perce_lite import cli, evaluate
-from perce_lite.controls import Topics, cases
-from perce_lite.data import library, read_rows
-from perce_lite.pairs import PairMaker
-from perce_lite.profiles import Item
+from perce_lite.cli import app as cli
+from perce_lite.data.pairs import PairMaker
+from perce_lite.data.readers import library, read_rows
+from perce_lite.data.retrieval import Item
+from perce_lite.data.rows import Row, of_split, spread_over_users
+from perce_lite.evaluation import evaluate
+from perce_lite.evaluation.conditions import Topics, cases
 from perce_lite.recipe import load_recipe
-from perce_lite.rows import Row, of_split, spread_over_users
 
 pytest_plugins = ["cli_fixtures"]
 

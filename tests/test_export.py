@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perce_lite.errors import AdapterError, DiskFullError, ExportError
-from perce_lite.exports import export as exports
-from perce_lite.exports import writers
-from perce_lite.exports.proof import PROOF, gap, plain_log_probs
-from perce_lite.exports.targets import TARGETS
+from perce_lite.export import export as exports
+from perce_lite.export import writers
+from perce_lite.export.proof import PROOF, gap, plain_log_probs
+from perce_lite.export_targets import TARGETS
 
 pytest_plugins = ["cli_fixtures"]
 

@@ -8,14 +8,14 @@ import pytest
 from fleet_fixtures import TEXT, rows_of
 from test_export import change_json, change_tensors
 
-from perce_lite import models
 from perce_lite.errors import DiskFullError, ExportError
-from perce_lite.exports import export_all as every
-from perce_lite.exports import proof
-from perce_lite.exports.export_all import served
-from perce_lite.exports.proof import PROOF
+from perce_lite.export import export_all as every
+from perce_lite.export import proof
+from perce_lite.export.export_all import served
+from perce_lite.export.proof import PROOF
 from perce_lite.files import safe_name
-from perce_lite.fleets.registry import opened
+from perce_lite.fleet.registry import opened
+from perce_lite.model import base as models
 
 pytest_plugins = ["cli_fixtures"]
 

@@ -11,10 +11,10 @@ from peft import PeftModel
 from test_prefix import whole
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from perce_lite.data.pairs import IGNORED, PairMaker, Tokens
 from perce_lite.errors import ExportError, RecipeError
-from perce_lite.exports.export import export, verify
-from perce_lite.exports.proof import PROOF, plain_log_probs
-from perce_lite.pairs import IGNORED, PairMaker, Tokens
+from perce_lite.export.export import export, verify
+from perce_lite.export.proof import PROOF, plain_log_probs
 from perce_lite.recipe import load_recipe
 
 

@@ -14,9 +14,11 @@ from toy_gguf import write_base
 from transformers import AutoModelForCausalLM
 
 from perce_lite.errors import DiskFullError, ExportError
-from perce_lite.exports import export as exports
-from perce_lite.exports import gguf_lora, ggufs, llamacpp, writers
-from perce_lite.exports.proof import PROOF, gap, plain_log_probs, read_proof
+from perce_lite.export import export as exports
+from perce_lite.export import llamacpp, writers
+from perce_lite.export.gguf import common as ggufs
+from perce_lite.export.gguf import lora as gguf_lora
+from perce_lite.export.proof import PROOF, gap, plain_log_probs, read_proof
 
 pytest_plugins = ["cli_fixtures"]
 

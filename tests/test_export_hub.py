@@ -8,11 +8,11 @@ import pytest
 from export_fixtures import adapter_for, toy_base
 from huggingface_hub.errors import LocalTokenNotFoundError
 
-from perce_lite.card import model_card
-from perce_lite.commands import cli_export
+from perce_lite.cli import export as cli_export
 from perce_lite.errors import ExportError
-from perce_lite.exports import export as exports
-from perce_lite.exports import hub
+from perce_lite.export import export as exports
+from perce_lite.export import hub
+from perce_lite.model.model_card import model_card
 
 pytest_plugins = ["cli_fixtures"]
 

@@ -8,11 +8,11 @@ from export_fixtures import adapter_for, toy_base
 from test_export import change_json, change_tensors
 
 from perce_lite.errors import ExportError, RecipeError
-from perce_lite.exports import export as exports
-from perce_lite.exports import writers
-from perce_lite.exports.proof import PROOF
-from perce_lite.exports.targets import VLLM_RANKS, faults, max_rank
-from perce_lite.planning.footprint import refuse_exports
+from perce_lite.export import export as exports
+from perce_lite.export import writers
+from perce_lite.export.proof import PROOF
+from perce_lite.export_targets import VLLM_RANKS, faults, max_rank
+from perce_lite.model.footprint import refuse_exports
 from perce_lite.recipe import Recipe, load_recipe
 
 pytest_plugins = ["cli_fixtures"]

@@ -13,9 +13,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from perce_lite.errors import ExportError
-from perce_lite.exports import export as exports
-from perce_lite.exports import gguf_model, gguf_vocabulary, ggufs, llamacpp, modelfile, writers
-from perce_lite.exports.proof import PROOF, gap, plain_log_probs, read_proof
+from perce_lite.export import export as exports
+from perce_lite.export import llamacpp, modelfile, writers
+from perce_lite.export.gguf import common as ggufs
+from perce_lite.export.gguf import model as gguf_model
+from perce_lite.export.gguf import vocabulary as gguf_vocabulary
+from perce_lite.export.proof import PROOF, gap, plain_log_probs, read_proof
 
 pytest_plugins = ["cli_fixtures"]
 

@@ -26,7 +26,7 @@ from perce_lite.files import (
     write_text,
     written_aside,
 )
-from perce_lite.store import Store
+from perce_lite.model.logprob_store import Store
 
 ODD = ["../../etc", "", *"/.~🎉éeE\0\n", "..", "a/b", "a\\b", "e\u0301", "a" * 300, "a" * 301, "con", "\ud800"]
 

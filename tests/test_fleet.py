@@ -11,17 +11,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_inspect import full_logits
 
-from perce_lite import models
-from perce_lite.fleets import fleet as fleets
-from perce_lite.fleets import slotted
-from perce_lite.fleets.fleet import fleet
-from perce_lite.fleets.inprocess import OneByOne
-from perce_lite.fleets.registry import opened
-from perce_lite.fleets.slotted import Slotted, engine_for
-from perce_lite.hashed import hash_once
-from perce_lite.pairs import PairMaker
+from perce_lite.data.pairs import PairMaker
+from perce_lite.fleet import fleet as fleets
+from perce_lite.fleet.engines import slots as slotted
+from perce_lite.fleet.engines.sequential import OneByOne
+from perce_lite.fleet.engines.slots import Slotted, engine_for
+from perce_lite.fleet.fleet import fleet
+from perce_lite.fleet.registry import opened
+from perce_lite.model import base as models
+from perce_lite.model.fingerprint import hash_once
 from perce_lite.recipe import load_recipe
-from perce_lite.trainer import PerCETrainer
+from perce_lite.training.trainer import PerCETrainer
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -60,7 +60,7 @@ def test_cohorts_come_before_their_users(recipe):
 
 def test_a_failing_user_is_left_out_and_the_fleet_goes_on(run, recipe, figures, monkeypatch):
     path, engine = recipe(rows_of(3), TEXT), Clock(fails=("user1",))
-    monkeypatch.setattr("perce_lite.fleets.slotted.engine_for", engine)
+    monkeypatch.setattr("perce_lite.fleet.engines.slots.engine_for", engine)
     code, out, err = run("fleet", path)
     assert code == 3
     assert "user user1: left out. The loss is nan" in err
@@ -75,7 +75,7 @@ def test_a_failing_user_is_left_out_and_the_fleet_goes_on(run, recipe, figures, 
 
 def test_an_adapter_that_is_worse_is_held_back(recipe, run, figures, monkeypatch):
     path, engine = recipe(rows_of(2), TEXT.replace("gate: null", "gate: 0.0")), Clock(gain=-0.2)
-    monkeypatch.setattr("perce_lite.fleets.slotted.engine_for", engine)
+    monkeypatch.setattr("perce_lite.fleet.engines.slots.engine_for", engine)
     told = figures("fleet", path)
     assert told["held_back"] == 2
     assert told["states"]["in service"] == 1
@@ -250,7 +250,7 @@ def test_what_is_half_trained_does_not_go_on_with_other_rows(recipe, monkeypatch
                 fleet(load_recipe(path), OneByOne)
 
     real, resumed = PerCETrainer._save_checkpoint, []
-    monkeypatch.setattr("perce_lite.train.say", resumed.append)
+    monkeypatch.setattr("perce_lite.training.train.say", resumed.append)
     stopped(path)
     assert list(Path("out").rglob("checkpoint-2"))
     fleet(load_recipe(recipe(rows_of(2), text)), OneByOne)

@@ -11,14 +11,15 @@ import toys
 from filelock import FileLock
 from fleet_fixtures import TEXT, Clock, Quick, rows_of
 
+from perce_lite.data.rows import Row
 from perce_lite.errors import FleetError
-from perce_lite.fleets import fleet as fleets
-from perce_lite.fleets import registry, roster
-from perce_lite.fleets.fleet import fleet
-from perce_lite.fleets.inprocess import OneByOne
-from perce_lite.fleets.registry import FILE, Registry, opened
+from perce_lite.fleet import fleet as fleets
+from perce_lite.fleet import queries as roster
+from perce_lite.fleet import registry
+from perce_lite.fleet.engines.sequential import OneByOne
+from perce_lite.fleet.fleet import fleet
+from perce_lite.fleet.registry import FILE, Registry, opened
 from perce_lite.recipe import load_recipe
-from perce_lite.rows import Row
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -110,7 +111,7 @@ def test_odd_names_are_names_and_never_paths(recipe, run, monkeypatch):
     rows = rows_of(len(odd))
     rows = [{**row, "user": odd[int(row["user"][4:])]} for row in rows]
     path, engine = recipe(rows, TEXT), Clock()
-    monkeypatch.setattr("perce_lite.fleets.slotted.engine_for", engine)
+    monkeypatch.setattr("perce_lite.fleet.engines.slots.engine_for", engine)
     code, _, err = run("fleet", path)
     assert code == 0
     assert "differ only in case or Unicode form" in " ".join(err.split())

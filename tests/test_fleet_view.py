@@ -6,9 +6,9 @@ import pytest
 from fleet_fixtures import TEXT, rows_of
 
 from perce_lite.console import progress_bar
-from perce_lite.fleets import fleet as room
-from perce_lite.fleets.fleet import fleet
-from perce_lite.fleets.slotted import engine_for
+from perce_lite.fleet import fleet as room
+from perce_lite.fleet.engines.slots import engine_for
+from perce_lite.fleet.fleet import fleet
 from perce_lite.recipe import load_recipe
 
 pytest_plugins = ["cli_fixtures"]

@@ -12,12 +12,12 @@ import pytest
 import toys
 from cli_fixtures import Ended
 
-from perce_lite import pairs
-from perce_lite.benchmarks import children, exactrows, fleetbench, fleetmeasuring
+from perce_lite.data import pairs
 from perce_lite.errors import BenchError, DataError
+from perce_lite.evaluation.bench import children, exactrows, fleetbench, fleetmeasuring
 from perce_lite.files import read_json
-from perce_lite.fleets.inprocess import OneByOne
-from perce_lite.fleets.slotted import Slotted
+from perce_lite.fleet.engines.sequential import OneByOne
+from perce_lite.fleet.engines.slots import Slotted
 from perce_lite.recipe import load_recipe
 
 pytest_plugins = ["cli_fixtures"]

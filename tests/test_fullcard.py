@@ -13,11 +13,13 @@ from fleet_fixtures import rows_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from perce_lite import PerCETrainer, compare, evaluate, score
-from perce_lite.fleets.engine import SlotEngine
-from perce_lite.fleets.learner import Learner
-from perce_lite.planning import memory
-from perce_lite.score import log_probs
+from perce_lite import PerCETrainer
+from perce_lite.evaluation import compare, evaluate
+from perce_lite.fleet.slot_trainer import SlotEngine
+from perce_lite.fleet.slot_user import Learner
+from perce_lite.model import scoring as score
+from perce_lite.model.scoring import log_probs
+from perce_lite.planning import parts as memory
 
 pytest_plugins = ["cli_fixtures"]
 

@@ -8,11 +8,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from perce_lite import PerCEConfig, PerCETrainer
-from perce_lite.benchmarks.gpureport import gpu_report, markdown
 from perce_lite.config import compute_dtype
-from perce_lite.embedding import keep_on_host
-from perce_lite.models import fingerprint
-from perce_lite.score import log_probs
+from perce_lite.evaluation.bench.gpureport import gpu_report, markdown
+from perce_lite.model.base import fingerprint
+from perce_lite.model.host_embedding import keep_on_host
+from perce_lite.model.scoring import log_probs
 
 pytestmark = [
     pytest.mark.gpu,

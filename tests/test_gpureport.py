@@ -7,11 +7,28 @@ import pytest
 import torch
 import toys
 
-from perce_lite.benchmarks import gpumeasuring, gpureport
-from perce_lite.benchmarks.gpureport import CARD, GIB, HOST, PARTS, SHAPE, gpu_report, judged, markdown, planned_parts
-from perce_lite.benchmarks.randombase import TOY, byte_tokenizer, config_of_shape, elements, random_base, write_shape
 from perce_lite.errors import BenchError
-from perce_lite.models import load_base
+from perce_lite.evaluation.bench import gpumeasuring, gpureport
+from perce_lite.evaluation.bench.gpureport import (
+    CARD,
+    GIB,
+    HOST,
+    PARTS,
+    SHAPE,
+    gpu_report,
+    judged,
+    markdown,
+    planned_parts,
+)
+from perce_lite.evaluation.bench.randombase import (
+    TOY,
+    byte_tokenizer,
+    config_of_shape,
+    elements,
+    random_base,
+    write_shape,
+)
+from perce_lite.model.base import load_base
 from perce_lite.recipe import Recipe
 
 pytest_plugins = ["cli_fixtures"]

@@ -10,9 +10,9 @@ import writing_fixtures as planted
 from cli_fixtures import figures, recipe, run, toy  # noqa: F401
 from writing_fixtures import mail, mbox, prose
 
-from perce_lite.commands import cli_import
-from perce_lite.imports import importing
-from perce_lite.imports.writings import Notes, count_words
+from perce_lite.cli import importing as cli_import
+from perce_lite.data.importers import importing
+from perce_lite.data.importers.writings import Notes, count_words
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from writing_fixtures import prose, read
 
-from perce_lite.imports.chats import answers, chats_in, whatsapp
-from perce_lite.imports.reading import Reader
-from perce_lite.imports.unpacking import files_of
-from perce_lite.imports.writings import Notes
+from perce_lite.data.importers.archives import files_of
+from perce_lite.data.importers.chats import answers, chats_in, whatsapp
+from perce_lite.data.importers.reading import Reader
+from perce_lite.data.importers.writings import Notes
 
 
 def test_chatgpt_the_branch_that_was_left_standing(tmp_path):

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from writing_fixtures import mail, mbox, prose, read
 
-from perce_lite.imports.mails import own_words, plain_text, read_mail, split_mbox
-from perce_lite.imports.writings import Notes, Writing
+from perce_lite.data.importers.mails import own_words, plain_text, read_mail, split_mbox
+from perce_lite.data.importers.writings import Notes, Writing
 
 
 def of_mail(message: EmailMessage) -> Writing | None:

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from writing_fixtures import prose, read
 
-from perce_lite.imports.reading import Reader
-from perce_lite.imports.texts import from_markdown, from_records, table
-from perce_lite.imports.unpacking import decoded, files_of
-from perce_lite.imports.writings import Notes, count_words, date_of, first_words, last_words, pieces, tidy
+from perce_lite.data.importers.archives import decoded, files_of
+from perce_lite.data.importers.reading import Reader
+from perce_lite.data.importers.texts import from_markdown, from_records, table
+from perce_lite.data.importers.writings import Notes, count_words, date_of, first_words, last_words, pieces, tidy
 
 
 @pytest.mark.parametrize("between", [",", ";", "\t", "|"])

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from writing_fixtures import mail, mbox, prose, read
 
+from perce_lite.data.importers import archives as unpacking
+from perce_lite.data.importers.archives import files_of
+from perce_lite.data.importers.reading import Reader
+from perce_lite.data.importers.writings import Notes
 from perce_lite.errors import DataError
-from perce_lite.imports import unpacking
-from perce_lite.imports.reading import Reader
-from perce_lite.imports.unpacking import files_of
-from perce_lite.imports.writings import Notes
 
 
 def zipped(path: Path, files: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:

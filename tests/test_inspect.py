@@ -12,13 +12,13 @@ import torch
 import toys
 from torch.nn.functional import log_softmax
 
-from perce_lite import inspection
+from perce_lite.cli.views.page import write_inspection
+from perce_lite.data.pairs import IGNORED, PairMaker
 from perce_lite.errors import DataError
-from perce_lite.inspection import inspect, text_units
-from perce_lite.pairs import IGNORED, PairMaker
+from perce_lite.evaluation import inspect as inspection
+from perce_lite.evaluation.inspect import inspect, text_units
+from perce_lite.model.logprob_store import Store
 from perce_lite.recipe import Recipe, load_recipe
-from perce_lite.report import write_inspection
-from perce_lite.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIL = "<script>alert('x')</script> & \"q\""
@@ -180,8 +180,8 @@ def test_signal_is_found_where_it_was_planted_and_not_elsewhere():
 
 def test_the_real_model_tells_own_profiles_from_random_ones(real_model, tmp_path, monkeypatch):
     """The demo data as they are, and with every profile drawn from anybody: the page must say so in words."""
-    from perce_lite.data import read_rows
-    from perce_lite.rows import of_split, spread_over_users, to_columns
+    from perce_lite.data.readers import read_rows
+    from perce_lite.data.rows import of_split, spread_over_users, to_columns
 
     recipe = load_recipe(ROOT / "recipes/quickstart.yaml", [f"train.store={tmp_path / 'store'}", "profile.top_k=1"])
     figures = inspect(recipe, None, 12, None, 10)

@@ -10,8 +10,8 @@ from cli_fixtures import TRAIN
 from peft import PeftModel
 from test_inspect import Page, full_logits
 
-from perce_lite import inspection
-from perce_lite.pairs import PairMaker
+from perce_lite.data.pairs import PairMaker
+from perce_lite.evaluation import inspect as inspection
 from perce_lite.recipe import load_recipe
 
 pytest_plugins = ["cli_fixtures"]

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch.nn.functional import log_softmax
 from trl import SFTConfig, SFTTrainer
 
-from perce_lite.pairs import IGNORED
+from perce_lite.data.pairs import IGNORED
 
 ESTIMATORS = ("base", "mixed", "bootstrap", "uniform")
 

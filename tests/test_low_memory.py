@@ -11,10 +11,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from perce_lite.benchmarks.measuring import _full_log_probs
 from perce_lite.config import compute_dtype
+from perce_lite.evaluation.bench.measuring import _full_log_probs
+from perce_lite.model.scoring import Job, kept_log_probs
 from perce_lite.recipe import Recipe, train_defaults, training_config
-from perce_lite.score import Job, kept_log_probs
 
 WIDTH = toys.VOCAB_SIZE
 

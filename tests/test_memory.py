@@ -7,7 +7,7 @@ from memory_fixtures import recipe_for, size_of, trainer_for, weights
 from transformers import TrainerCallback
 
 from perce_lite import PerCETrainer
-from perce_lite.planning import memory
+from perce_lite.planning import parts as memory
 from perce_lite.planning.shapes import FAMILIES
 
 

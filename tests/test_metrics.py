@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from perce_lite.metrics import Bootstrap, has_meteor, text_scores
+from perce_lite.evaluation.metrics import Bootstrap, has_meteor, text_scores
 
 
 def test_ratio_is_the_loss_a_token_and_its_interval_holds_it():

@@ -3,10 +3,10 @@
 import pytest
 import toys
 
-from perce_lite.chat import Chat
+from perce_lite.data.chat_template import Chat
 from perce_lite.errors import ExportError
-from perce_lite.exports import modelfile
-from perce_lite.exports.modelfile import Modelfile
+from perce_lite.export import modelfile
+from perce_lite.export.modelfile import Modelfile
 
 MISTRAL = r"""
 {{- bos_token -}}

@@ -11,9 +11,10 @@ import torch
 import toys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from perce_lite import adapters, models
 from perce_lite.errors import AdapterError, ModelError
-from perce_lite.models import BUILT_IN, BuiltIn, built_in_folder, load_base
+from perce_lite.model import adapters
+from perce_lite.model import base as models
+from perce_lite.model.base import BUILT_IN, BuiltIn, built_in_folder, load_base
 from perce_lite.recipe import Recipe
 
 

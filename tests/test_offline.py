@@ -6,7 +6,7 @@ import urllib.request
 import pytest
 from huggingface_hub import constants
 
-from perce_lite import offline
+from perce_lite import hub as offline
 
 
 @pytest.fixture

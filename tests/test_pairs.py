@@ -5,11 +5,20 @@ import re
 import pytest
 import toys
 
+from perce_lite.data.pairs import (
+    IGNORED,
+    NO_PROFILE,
+    NO_RESPONSE,
+    PROFILE_TOO_LONG,
+    TOO_LONG,
+    Audit,
+    PairMaker,
+    require,
+)
+from perce_lite.data.retrieval import Item
+from perce_lite.data.rows import Row, from_columns
 from perce_lite.errors import DataError, TemplateError
-from perce_lite.pairs import IGNORED, NO_PROFILE, NO_RESPONSE, PROFILE_TOO_LONG, TOO_LONG, Audit, PairMaker, require
-from perce_lite.profiles import Item
 from perce_lite.recipe import Template
-from perce_lite.rows import Row, from_columns
 
 END = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "qwen3": "<|im_end|>"}
 FAMILIES = tuple(END)

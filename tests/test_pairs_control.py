@@ -8,10 +8,10 @@ import toys
 from test_pairs import END, FAMILIES, context, make, maker, row, say, scored
 from tokenizers import AddedToken
 
+from perce_lite.data.pairs import Audit, PairMaker
+from perce_lite.data.retrieval import Item
+from perce_lite.data.rows import Row
 from perce_lite.errors import TemplateError
-from perce_lite.pairs import Audit, PairMaker
-from perce_lite.profiles import Item
-from perce_lite.rows import Row
 
 START = {
     "chatml": "<|im_start|>",

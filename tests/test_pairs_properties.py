@@ -6,9 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_pairs import END, FAMILIES, SYSTEM, encode, say, scored
 
-from perce_lite.pairs import IGNORED, NO_PROFILE, NO_RESPONSE, PROFILE_TOO_LONG, TOO_LONG, Audit, PairMaker
+from perce_lite.data.pairs import IGNORED, NO_PROFILE, NO_RESPONSE, PROFILE_TOO_LONG, TOO_LONG, Audit, PairMaker
+from perce_lite.data.rows import from_columns
 from perce_lite.recipe import Template
-from perce_lite.rows import from_columns
 
 TOKENIZERS = {family: toys.toy_tokenizer(family) for family in FAMILIES}
 WORDS = {family: [one.content for one in TOKENIZERS[family].added_tokens_decoder.values()] for family in FAMILIES}

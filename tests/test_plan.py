@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from perce_lite import PerCETrainer
 from perce_lite.errors import ModelError, PlanError
+from perce_lite.model.footprint import on_meta
 from perce_lite.planning import probe
-from perce_lite.planning.cards import CARDS, COMMON_SIZES, GIB, card, of_size
-from perce_lite.planning.footprint import on_meta
-from perce_lite.planning.longest import Rows, alike
-from perce_lite.planning.memory import nf4_bytes
+from perce_lite.planning.gpus import CARDS, COMMON_SIZES, GIB, card, of_size
+from perce_lite.planning.parts import nf4_bytes
 from perce_lite.planning.plan import Plan
+from perce_lite.planning.row_lengths import Rows, alike
 from perce_lite.planning.shapes import KNOWN, known_config, shape_of
 from perce_lite.recipe import load_recipe
 

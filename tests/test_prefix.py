@@ -7,15 +7,13 @@ from peft import LoraConfig, get_peft_model
 from test_loss import asleep, stir
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from perce_lite import prefix as room
-from perce_lite import trainer as training
-from perce_lite.generate import generate
-from perce_lite.head import training_forward
-from perce_lite.models import keep_base_constant
-from perce_lite.pairs import IGNORED, PairMaker
-from perce_lite.recipe import Template
-from perce_lite.rows import from_columns
-from perce_lite.score import (
+from perce_lite.data.pairs import IGNORED, PairMaker
+from perce_lite.data.rows import from_columns
+from perce_lite.model import prefix_cache as room
+from perce_lite.model.base import keep_base_constant
+from perce_lite.model.fused_head import training_forward
+from perce_lite.model.generate import generate
+from perce_lite.model.scoring import (
     Job,
     frozen,
     inputs_of,
@@ -27,6 +25,8 @@ from perce_lite.score import (
     read_prefixes,
     store_of,
 )
+from perce_lite.recipe import Template
+from perce_lite.training import trainer as training
 
 FAMILIES = ("chatml", "llama3", "gemma", "qwen3")
 

@@ -9,14 +9,14 @@ from test_loss import stir
 from test_prefix import exactly, gradients, made, toy, whole
 from test_slots import stirred
 
-from perce_lite import prefix as room
-from perce_lite import score as scoring
-from perce_lite.controls import Case, before_and_after
-from perce_lite.fleets.engine import SlotEngine
-from perce_lite.fleets.learner import UserJob
-from perce_lite.pairs import IGNORED, Tokens
+from perce_lite.data.pairs import IGNORED, Tokens
+from perce_lite.evaluation.conditions import Case, before_and_after
+from perce_lite.fleet.slot_trainer import SlotEngine
+from perce_lite.fleet.slot_user import UserJob
+from perce_lite.model import prefix_cache as room
+from perce_lite.model import scoring
+from perce_lite.model.scoring import Job, kept_log_probs, log_probs
 from perce_lite.recipe import Template
-from perce_lite.score import Job, kept_log_probs, log_probs
 
 
 def mixed():

@@ -5,10 +5,10 @@ import toys
 from test_prefix import FAMILIES, made, maker
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from perce_lite.data.pairs import IGNORED, PairMaker
+from perce_lite.data.rows import from_columns
 from perce_lite.errors import ConfigError, TemplateError
-from perce_lite.pairs import IGNORED, PairMaker
 from perce_lite.recipe import Template
-from perce_lite.rows import from_columns
 
 
 @pytest.mark.parametrize("family", FAMILIES)

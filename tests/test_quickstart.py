@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from perce_lite.recipe import load_recipe
-from perce_lite.train import train
+from perce_lite.training.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 

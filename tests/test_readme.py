@@ -9,7 +9,7 @@ import pytest
 import toys
 import typer.main
 
-from perce_lite.cli import app
+from perce_lite.cli.app import app
 from perce_lite.config import VERDICTS
 from perce_lite.recipe import Recipe, Section
 

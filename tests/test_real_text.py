@@ -5,10 +5,10 @@ import json
 import pytest
 from conftest import DATA
 
-from perce_lite.adapters import about
-from perce_lite.generate import from_folder
+from perce_lite.model.adapters import about
+from perce_lite.model.generate import from_folder
 from perce_lite.recipe import load_recipe
-from perce_lite.train import train
+from perce_lite.training.train import train
 
 DOCS = DATA / "curl_commits" / "docs.jsonl"
 

@@ -263,7 +263,7 @@ def test_faults_of_the_lora_config_become_faults_of_the_recipe(load, text):
 def test_torch_is_not_imported_for_a_recipe(tmp_path):
     (tmp_path / "r.yaml").write_text(DATA)
     code = (
-        "import sys, perce_lite.recipe, perce_lite.data\n"
+        "import sys, perce_lite.recipe, perce_lite.data.readers\n"
         f"perce_lite.recipe.load_recipe({str(tmp_path / 'r.yaml')!r}, ['split.seed=3'])\n"
         "print([name for name in ('torch', 'transformers', 'peft', 'trl') if name in sys.modules])"
     )

@@ -7,13 +7,13 @@ import pytest
 import toys
 from memory_fixtures import save_toy
 
-from perce_lite.fleets.fleet import fleet
-from perce_lite.fleets.slotted import engine_for
-from perce_lite.planning.cards import card
+from perce_lite.fleet.engines.slots import engine_for
+from perce_lite.fleet.fleet import fleet
+from perce_lite.planning.gpus import card
 from perce_lite.planning.plan import Plan
 from perce_lite.planning.shapes import known_config
 from perce_lite.recipe import load_recipe
-from perce_lite.train import train
+from perce_lite.training.train import train
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 CARDS = {

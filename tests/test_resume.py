@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from perce_lite.errors import RunError
 from perce_lite.files import write_json
-from perce_lite.train import Run
+from perce_lite.training.train import Run
 
 # Runs the command line with a bomb: the process kills itself with SIGKILL at the given call of the given function.
 _DRIVER = """
@@ -35,16 +35,16 @@ if module:
         return original(*args, **kwargs)
     setattr(owner, last, bomb)
 sys.argv = ["perce-lite", *sys.argv[2:]]
-from perce_lite.cli import main
+from perce_lite.cli.app import main
 main()
 """
 
 BOMBS = {
-    "while scoring": "perce_lite.store:Store.put:2",
-    "between steps": "perce_lite.trainer:PerCETrainer.training_step:6",
+    "while scoring": "perce_lite.model.logprob_store:Store.put:2",
+    "between steps": "perce_lite.training.trainer:PerCETrainer.training_step:6",
     # The checkpoint's folder and weights are there, its optimizer and trainer_state.json are not.
     "while a checkpoint is written": "transformers.trainer:Trainer._save_optimizer_and_scheduler:2",
-    "while the adapter is written": "perce_lite.adapters:model_card:1",
+    "while the adapter is written": "perce_lite.model.adapters:model_card:1",
 }
 
 

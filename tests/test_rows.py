@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perce_lite.data.retrieval import Item, bm25, choose
+from perce_lite.data.rows import Row, from_columns, split_rows, swap_profiles, to_columns
 from perce_lite.errors import DataError
-from perce_lite.profiles import Item, bm25, choose
 from perce_lite.recipe import Split
-from perce_lite.rows import Row, from_columns, split_rows, swap_profiles, to_columns
 
 
 def user(text: str) -> dict:

@@ -13,19 +13,19 @@ from memory_fixtures import base_as_on_a_card, recipe_for, size_of, weights, wha
 from transformers import AutoConfig
 
 from perce_lite import PerCEConfig
-from perce_lite.fleets import capacity
-from perce_lite.fleets.capacity import users_at_once
-from perce_lite.fleets.engine import SlotEngine
-from perce_lite.fleets.learner import UserJob
-from perce_lite.fleets.route import Route
-from perce_lite.pairs import PairMaker
-from perce_lite.planning import memory
-from perce_lite.planning.cards import GIB, of_size
-from perce_lite.planning.longest import alike
+from perce_lite.data.pairs import PairMaker
+from perce_lite.data.rows import from_columns
+from perce_lite.fleet import capacity
+from perce_lite.fleet.capacity import users_at_once
+from perce_lite.fleet.slot_routing import Route
+from perce_lite.fleet.slot_trainer import SlotEngine
+from perce_lite.fleet.slot_user import UserJob
+from perce_lite.planning import parts as memory
+from perce_lite.planning.gpus import GIB, of_size
 from perce_lite.planning.plan import MOST_USERS, Plan
+from perce_lite.planning.row_lengths import alike
 from perce_lite.planning.shapes import KNOWN, shape_of
 from perce_lite.recipe import Recipe, load_recipe, lora_config
-from perce_lite.rows import from_columns
 
 pytest_plugins = ["cli_fixtures"]
 

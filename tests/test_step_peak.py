@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
-from perce_lite.planning import memory
+from perce_lite.planning import parts as memory
 from perce_lite.planning.shapes import shape_of
 
 SIZES = {

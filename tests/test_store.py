@@ -14,11 +14,11 @@ import toys
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from perce_lite import score
-from perce_lite.pairs import IGNORED, PairMaker, Tokens
-from perce_lite.rows import from_columns
-from perce_lite.score import Job, kept_log_probs, store_key
-from perce_lite.store import Store, clear, entry_key, usage
+from perce_lite.data.pairs import IGNORED, PairMaker, Tokens
+from perce_lite.data.rows import from_columns
+from perce_lite.model import scoring as score
+from perce_lite.model.logprob_store import Store, clear, entry_key, usage
+from perce_lite.model.scoring import Job, kept_log_probs, store_key
 
 ODD = [0.0, -0.0, 1e-45, -1e-38, -3.4028235e38, float("inf"), float("nan"), -1.0000001, -17.25]
 
@@ -90,7 +90,7 @@ WRITER = """
 import sys, time
 from pathlib import Path
 import torch
-from perce_lite.store import Store
+from perce_lite.model.logprob_store import Store
 root, name = Path(sys.argv[1]), sys.argv[2]
 (root / f"{name}.ready").touch()
 while len(list(root.glob("*.ready"))) < 2:

@@ -7,8 +7,8 @@ import toys
 from peft import IA3Config, LoraConfig, PeftModel
 
 from perce_lite import PerCEConfig, PerCETrainer
+from perce_lite.data.pairs import IGNORED
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
-from perce_lite.pairs import IGNORED
 
 LOGGED = {
     "unweighted_loss", "pir_mean", "pir_p10", "pir_p50", "pir_p90", "weight_mean",

@@ -14,13 +14,13 @@ from test_engine import LORA, config, pairs_of, toy_base
 from test_resume import run as run_alone
 from test_slots import stirred
 
-from perce_lite.fleets import roster
-from perce_lite.fleets.engine import SlotEngine
-from perce_lite.fleets.fleet import fleet
-from perce_lite.fleets.learner import Learner, Unfinished, UserJob
-from perce_lite.fleets.registry import KEPT
-from perce_lite.fleets.slots import attach
-from perce_lite.fleets.slotted import engine_for
+from perce_lite.fleet import queries as roster
+from perce_lite.fleet.engines.slots import engine_for
+from perce_lite.fleet.fleet import fleet
+from perce_lite.fleet.registry import KEPT
+from perce_lite.fleet.slot_lora import attach
+from perce_lite.fleet.slot_trainer import SlotEngine
+from perce_lite.fleet.slot_user import Learner, Unfinished, UserJob
 from perce_lite.recipe import load_recipe
 
 pytest_plugins = ["cli_fixtures"]
@@ -120,7 +120,7 @@ def test_a_stopped_fleet_goes_on_in_its_slots(recipe, monkeypatch):
     assert fleet(load_recipe(path), engine_for)["failed"] == 1
     shutil.move("out", "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("perce_lite.fleets.slotted.Unfinished", lambda file: Killing(file, 2))
+        patch.setattr("perce_lite.fleet.engines.slots.Unfinished", lambda file: Killing(file, 2))
         with pytest.raises(Killed):
             fleet(load_recipe(path), engine_for)
     assert Path("out", KEPT).is_file()
@@ -142,10 +142,10 @@ def test_a_fleet_that_the_system_kills_goes_on_to_the_bit(recipe):
     path = Path(recipe(rows_of(4), text.replace("train: {", "train: {save_steps: 2, "))).absolute()
     assert run_alone(path, command="fleet").returncode == 0
     shutil.move("out", "whole")
-    killed = run_alone(path, "perce_lite.fleets.engine:SlotEngine._step:6", command="fleet")
+    killed = run_alone(path, "perce_lite.fleet.slot_trainer:SlotEngine._step:6", command="fleet")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert Unfinished(Path("out", KEPT)).users == ["user0", "user1"]
-    resumed = run_alone(path, "perce_lite.fleets.engine:SlotEngine._step:99", command="fleet")
+    resumed = run_alone(path, "perce_lite.fleet.slot_trainer:SlotEngine._step:99", command="fleet")
     assert resumed.returncode == 0, resumed.stderr
     for user in ("user0", "user1", "user2", "user3"):
         [mine], [theirs] = (list(Path(at).rglob(f"{user}-*/adapter/*.safetensors")) for at in ("out", "whole"))

@@ -4,9 +4,9 @@ import json
 from email.message import EmailMessage
 from pathlib import Path
 
-from perce_lite.imports.reading import Reader
-from perce_lite.imports.unpacking import files_of
-from perce_lite.imports.writings import Notes, Writing
+from perce_lite.data.importers.archives import files_of
+from perce_lite.data.importers.reading import Reader
+from perce_lite.data.importers.writings import Notes, Writing
 
 WORDS = "kettle harbour lantern biscuit anchor meadow pebble thunder velvet walnut compass mitten saddle tulip".split()
 

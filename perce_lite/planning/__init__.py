@@ -1,1 +1,1 @@
-"""Will it fit? Memory by part from shapes alone, cards, and what to change."""
+"""Whether a run fits a GPU's memory."""

@@ -9,13 +9,13 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from perce_lite.config import PerCEConfig
-from perce_lite.embedding import tied
-from perce_lite.pairs import most_that_fit
-from perce_lite.planning import memory
-from perce_lite.planning.cards import GIB, Card
-from perce_lite.planning.longest import Rows, packed, rows_of
+from perce_lite.data.pairs import most_that_fit
+from perce_lite.model.host_embedding import tied
+from perce_lite.model.prefix_cache import KEPT_BYTES
+from perce_lite.planning import parts as memory
+from perce_lite.planning.gpus import GIB, Card
+from perce_lite.planning.row_lengths import Rows, packed, rows_of
 from perce_lite.planning.shapes import KNOWN, model_config, shape_of
-from perce_lite.prefix import KEPT_BYTES
 from perce_lite.recipe import Recipe, train_defaults
 
 CONTEXT = int(0.45 * GIB)

@@ -4,13 +4,13 @@ from typing import Any
 
 import torch
 
-from perce_lite import train
-from perce_lite.data import read_rows
+from perce_lite.data.readers import read_rows
 from perce_lite.errors import DeviceError
-from perce_lite.models import load_base
-from perce_lite.planning.cards import present
+from perce_lite.model.base import load_base
+from perce_lite.planning.gpus import present
 from perce_lite.planning.plan import CONTEXT, Plan, held, peak_of_a_step
 from perce_lite.recipe import Recipe
+from perce_lite.training import train
 
 
 def probe(recipe: Recipe) -> dict[str, Any]:

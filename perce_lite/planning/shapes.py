@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from perce_lite.errors import ModelError, PlanError
-from perce_lite.planning.footprint import config_of
+from perce_lite.model.footprint import config_of
 from perce_lite.recipe import Recipe
 
 

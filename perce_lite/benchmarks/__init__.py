@@ -1,1 +1,0 @@
-"""What it costs: each measurement in a process of its own, side by side."""

@@ -1,0 +1,103 @@
+"""The command that measures: one recipe beside plain SFT, many users, or what a GPU does with an 8B model."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from perce_lite.cli.options import Json, Set, write
+
+
+def bench(
+    recipe: Annotated[Path | None, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")] = None,
+    arms: Annotated[str | None, typer.Option(help="Ways to train, such as base,mixed; else all.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps a measurement; else 6, --gpu-report: 3.")] = None,
+    warmup: Annotated[int, typer.Option(min=0, help="Steps ahead of them that do not count.")] = 1,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Measurements of each; else 3, --gpu-report: 2.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Over which the scoring of a cold store is spread.")] = 3,
+    fleet: Annotated[bool, typer.Option("--fleet", help="Many users: one by one beside several at once.")] = False,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens a row; with --fleet: else 32,64,96; with --gpu-report one: else 2048.")
+    ] = None,
+    slots: Annotated[str | None, typer.Option(help="With --fleet: users at once; else 1,2,4,8,16.")] = None,
+    gpu_report: Annotated[
+        bool, typer.Option("--gpu-report", help="No recipe: what this GPU does with an 8B model of random weights.")
+    ] = False,
+    shape: Annotated[
+        str | None, typer.Option(help="With --gpu-report: llama-3.1-8b (default), toy or a folder with a config.json.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="With --gpu-report: its table, else runs/gpu-report.md.")
+    ] = None,
+    set_: Set = None,
+    json: Json = None,
+) -> None:
+    """Measure time, memory and disk beside plain SFT on this machine; or many users; or what a GPU does with an 8B."""
+    given = {"RECIPE": recipe, "--arms": arms, "--slots": slots, "--lengths": lengths, "--set": set_, "--shape": shape}
+    given["--out"] = out
+    _only(given, fleet, gpu_report)
+    if gpu_report:
+        pace = (steps or 3, warmup, repeats or 2, epochs)
+        _report(shape, lengths, pace, out or Path("runs/gpu-report.md"), json)
+        return
+    assert recipe is not None
+    from perce_lite.recipe import load_recipe
+
+    read = load_recipe(recipe, set_ or [])
+    from perce_lite.cli.views import terminal as tables
+
+    if fleet:
+        from perce_lite.evaluation.bench.fleetbench import fleet_bench, lengths_of, slots_of
+
+        figures = fleet_bench(read, lengths_of(lengths), slots_of(slots), steps or 6, warmup, repeats or 3)
+        write(json, figures)
+        tables.show_fleet_bench(figures)
+        return
+    from perce_lite.evaluation.bench.bench import arms_of
+    from perce_lite.evaluation.bench.bench import bench as run
+
+    figures = run(read, arms_of(arms), steps or 6, warmup, repeats or 3, epochs)
+    write(json, figures)
+    tables.show_bench(figures)
+
+
+def _only(given: dict[str, Any], fleet: bool, gpu_report: bool) -> None:
+    """Raises typer's error for options that have no part in what is measured."""
+    if fleet and gpu_report:
+        raise typer.BadParameter("give one of --fleet and --gpu-report")
+    kind = "--gpu-report" if gpu_report else "--fleet" if fleet else ""
+    takes = {
+        "": ("RECIPE", "--set", "--arms"),
+        "--fleet": ("RECIPE", "--set", "--lengths", "--slots"),
+        "--gpu-report": ("--lengths", "--shape", "--out"),
+    }
+    for name, value in given.items():
+        if value is not None and name not in takes[kind]:
+            where = " or ".join(one for one, names in takes.items() if one and name in names)
+            raise typer.BadParameter(f"{name} has no part in {kind}" if kind else f"{name} goes with {where}")
+    if not gpu_report and given["RECIPE"] is None:
+        raise typer.BadParameter("give a recipe, such as recipes/quickstart.yaml, or --gpu-report")
+
+
+def _report(
+    shape: str | None, length: str | None, pace: tuple[int, int, int, int], out: Path, json: Path | None
+) -> None:
+    """Measures at `pace` (steps, warmup, repeats, epochs), and writes the table and, beside it, the figures."""
+    from perce_lite.console import console
+    from perce_lite.evaluation.bench.fleetbench import lengths_of
+    from perce_lite.evaluation.bench.gpureport import LENGTH, SHAPE, markdown, planned_parts
+    from perce_lite.evaluation.bench.gpureport import gpu_report as run
+    from perce_lite.files import write_json, write_text
+
+    if out.suffix == ".json":
+        raise typer.BadParameter(f"--out {out}: the table is Markdown; the figures go beside it as JSON")
+    rows = [LENGTH] if length is None else lengths_of(length)
+    if len(rows) != 1:
+        raise typer.BadParameter(f"--lengths {length}: --gpu-report has rows of one length")
+    figures = run(shape or SHAPE, rows[0], *pace, planned=planned_parts)
+    table = markdown(figures)
+    write_text(out, table)
+    write_json(out.with_suffix(".json"), figures)
+    write(json, figures)
+    console.print(table, markup=False, soft_wrap=True)
+    console.print(f"Written: {out} and {out.with_suffix('.json')}", markup=False)

@@ -1,0 +1,80 @@
+"""The command `perce-lite export`. Heavy modules are imported inside it."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from perce_lite.cli.options import FleetPath, Json, write
+from perce_lite.console import warn
+from perce_lite.errors import ExportError
+
+
+def export(
+    adapter: Annotated[Path | None, typer.Argument(help="The folder of an adapter.")] = None,
+    to: Annotated[str | None, typer.Option(help="peft, merged, gguf-lora, gguf, vllm or ollama.")] = None,
+    out: Annotated[Path | None, typer.Option(file_okay=False, help="Else <adapter>-<target>, beside it.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export there.")] = False,
+    verify: Annotated[Path | None, typer.Option(help="Repeat the proof of this export instead.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every adapter of a fleet that serves somebody.")] = False,
+    fleet: FleetPath = None,
+    base_gguf: Annotated[
+        Path | None, typer.Option(help="gguf-lora: the base as a GGUF file, for a llama.cpp to prove the adapter on.")
+    ] = None,
+    quant: Annotated[str | None, typer.Option(help="gguf, ollama: F32, F16, BF16, Q8_0 ...; else F16.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="What eval --json wrote, for the card.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="peft, merged: a repository to upload it to.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="--push-to-hub: for everybody to read.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="--push-to-hub: do not ask.")] = False,
+    json: Json = None,
+) -> None:
+    """Take an adapter to other programs; it is loaded again and shown to do what it did in training."""
+    if [adapter is not None, verify is not None, all_].count(True) != 1 or (verify is None) != (to is not None):
+        raise typer.BadParameter("give an adapter and --to TARGET, --all and --to TARGET, or --verify FOLDER alone")
+    if verify is not None and (out is not None or force or push_to_hub or quant or evaluation):
+        raise typer.BadParameter("--verify writes nothing, so it goes with --base-gguf and --json alone")
+    if all_ and (evaluation or push_to_hub):
+        raise typer.BadParameter("--evaluation and --push-to-hub are for one adapter, not for --all")
+    if fleet is not None and not all_:
+        raise typer.BadParameter("--fleet goes with --all")
+    if (public or yes) and push_to_hub is None:
+        raise typer.BadParameter("--public and --yes go with --push-to-hub")
+    from perce_lite.cli.views import terminal as tables
+    from perce_lite.export import export as exports
+
+    figures: dict[str, Any]
+    if verify is not None:
+        figures = exports.verify(verify, base_gguf)
+    elif to is not None and adapter is not None:
+        if push_to_hub is not None:
+            _ask(push_to_hub, to, public, yes)
+        figures = exports.export(adapter, to, out, force, base_gguf, quant, evaluation)
+        if push_to_hub is not None:
+            from perce_lite.export.hub import push
+
+            figures["pushed"] = push(Path(figures["folder"]), push_to_hub, public)
+    elif to is not None:
+        from perce_lite.export.export_all import export_all
+
+        figures = export_all(fleet, to, out, force, base_gguf, quant)
+        write(json, figures)
+        tables.show_exports(figures)
+        raise typer.Exit(3 if figures["failed"] else 0)
+    write(json, figures)
+    tables.show_export(figures)
+
+
+def _ask(repo: str, target: str, public: bool, yes: bool) -> None:
+    """The warning, and the question; raises ExportError where the answer is no, or nobody can be asked."""
+    from perce_lite.export.hub import check
+
+    warn(check(repo, target, public))
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ExportError(
+            f"--push-to-hub {repo}: nobody can be asked here. Nothing was exported. Give --yes if it is meant."
+        )
+    if not typer.confirm(f"Push to {repo}?", err=True):
+        raise ExportError("Nothing was exported or pushed.")

@@ -1,0 +1,133 @@
+"""A plan as a person reads it in the terminal."""
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from perce_lite.console import console
+from perce_lite.planning.gpus import GIB
+
+_HELD = {
+    "base": "base in 4 bit, with its quantisation constants",
+    "unquantized": "what stays whole: embeddings, norms, head",
+    "adapter": "LoRA weights, float32",
+    "gradients": "gradients, float32",
+    "optimizer": "optimizer state",
+}
+_AT_WORK = {
+    "saved": "saved for the backward pass",
+    "layer": "one layer at work: computed again, de-quantised, its gradients",
+    "attention": "(a part of these: one layer's attention and the masks)",
+    "head": "head: a tile of logits",
+    "scoring": "scoring pass",
+}
+_ASLEEP = {
+    "prefixes": "keys and values of prefixes, with those kept for later rows",
+    "reading": "reading a prefix, before anything is saved",
+}
+_NARROW = 0.05
+"""Share of a card below which what is left over is no comfort."""
+
+_REST = {"spill": "lost to the allocator", "context": "CUDA itself"}
+
+
+def show_plan(figures: dict[str, Any], recipe: str, overrides: Sequence[str] = ()) -> None:
+    """`perce-lite plan`: the parts on the first card, then what each card takes and what would make the recipe fit.
+
+    overrides: those that the recipe was planned with, which a command for it needs too
+    """
+    rows, settings = figures["rows"], figures["settings"]
+    first = figures["cards"][0]
+    batch = f"{settings['batch']} x {rows['longest']} tokens, {first['dtype']}"
+    title = f"{figures['model']} ({figures['shape_from']}), {batch}"
+    table = Table(title=Text(title), title_justify="left")
+    for name in ("part", "GiB"):
+        table.add_column(name, justify="right" if name == "GiB" else "left")
+    parts = first["parts"]
+    asleep = settings["profile_pass"] == "frozen"
+    for names in (_HELD, {**_AT_WORK, **(_ASLEEP if asleep else {})}, _REST):
+        for name, what in names.items():
+            table.add_row(what, _gib(parts[name]))
+        table.add_section()
+    table.add_row(f"peak on {first['card']}", _gib(parts["total"]), style="bold")
+    console.print(table)
+    with_, without = _gib(parts["saved_with_checkpointing"]), _gib(parts["saved_without"])
+    told = [
+        f"Longest row: {rows['longest']} tokens, {rows['with_loss']} with loss ({rows['source']}).",
+        f"Saved for the backward pass: {with_} GiB with gradient checkpointing, {without} without.",
+        "The peak: the first five, what is saved with a layer or the head at work (or scoring, which is never there "
+        "at the same time), and the last two. An estimate: no weights were loaded.",
+    ]
+    if asleep:
+        told.append(f"With profile_pass: frozen the prefixes are there too; the longest has {rows['prefix']} tokens.")
+    for sentence in told:
+        console.print(Text(sentence))
+    console.print(_cards(figures["cards"], figures["fleet"]))
+    for one in figures["cards"]:
+        console.print(Text(_advice(one, recipe, figures["fleet"], overrides)), soft_wrap=True)
+
+
+def _cards(cards: list[dict[str, Any]], fleet: str | int | None) -> Table:
+    """fleet: `fleet.slots` of a recipe that speaks of a fleet, so that users at once are of interest; else None"""
+    table = Table(title="Cards", title_justify="left")
+    names = ["card", "GiB seen", "peak", "fits", "longest row", "longest row, batch 1", "largest batch"]
+    for name in [*names, *([] if fleet is None else ["users at once"])]:
+        table.add_column(name, justify="left" if name == "card" else "right")
+    for one in cards:
+        fits = Text("yes", style="green") if one["fits"] else Text("no", style="red")
+        table.add_row(
+            one["card"], _gib(one["bytes"]), _gib(one["parts"]["total"]), fits, _or_none(one["longest_row"]),
+            _or_none(one["longest_row_alone"]), _or_none(one["largest_batch"]),
+            *([] if fleet is None else [_or_none(one["users_at_once"])]),
+        )  # fmt: skip
+    return table
+
+
+def _advice(one: dict[str, Any], recipe: str, fleet: str | int | None, overrides: Sequence[str]) -> str:
+    command = f"perce-lite {'train' if fleet is None else 'fleet'} {shlex.quote(recipe)}"
+    if one["fits"] and fleet is not None and not one["slots_fit"]:
+        most = one["users_at_once"]
+        return f"{one['card']}: {fleet} users at once do not fit, {most} do\n  {command} " + _with(
+            overrides, [f"fleet.slots={most}"]
+        )
+    spare = one["bytes"] - one["parts"]["total"]
+    if one["fits"] and spare < _NARROW * one["bytes"]:
+        return f"{one['card']}: fits with {_gib(spare)} GiB to spare, by an estimate that may be off by more."
+    if one["fits"]:
+        return f"{one['card']}: fits as it is."
+    if one["change"] is not None:
+        alone = ["fleet.slots=1"] if isinstance(fleet, int) and fleet > 1 else []  # the estimate is of one at a time
+        line = _with(overrides, [*one["change"], *alone])
+        return f"{one['card']}: fits ({_gib(one['total_after_change'])} GiB) with\n  {command} {line}"
+    if one["smaller_model"] is not None:
+        line = _with(overrides, one["smaller_model"])
+        return f"{one['card']}: fits with a smaller model alone, such as\n  {command} {line}"
+    return f"{one['card']}: nothing that is known makes it fit; take a smaller model and shorter rows."
+
+
+def _with(overrides: Sequence[str], words: Sequence[str]) -> str:
+    """The user's own overrides and `words`, which take the place of those of the same key, as options."""
+    replaced = {word.partition("=")[0] for word in words}
+    kept = [word for word in overrides if word.partition("=")[0] not in replaced]
+    return " ".join(f"--set {shlex.quote(word)}" for word in [*kept, *words])
+
+
+def show_probe(figures: dict[str, Any]) -> None:
+    """`perce-lite plan --probe`: the estimate beside what one real step took."""
+    table = Table(title=Text(f"One real step on {figures['card']}"), title_justify="left")
+    for name in ("GiB", "estimate", "measured"):
+        table.add_column(name, justify="left" if name == "GiB" else "right")
+    for name, (estimate, measured) in figures["parts"].items():
+        table.add_row(name, _gib(estimate), _gib(measured))
+    console.print(table)
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}"
+
+
+def _or_none(count: int) -> str:
+    return str(count) if count else "none"

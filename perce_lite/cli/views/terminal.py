@@ -1,0 +1,315 @@
+"""Figures as a person reads them in the terminal."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.cells import cell_len
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from perce_lite.cli.views.page import HEALTH, words
+from perce_lite.cli.views.sections import Section, drifted, mean_gain
+from perce_lite.console import console
+
+_STYLES = {"template": "dim", "profile": "cyan", "query": "yellow", "response": "bold green"}
+
+
+def show_training(figures: dict[str, Any]) -> None:
+    """The end of `perce-lite train`: losses, weights, one answer, where the adapter lies and how to use it."""
+    if figures["losses"]:
+        console.print(_losses(figures["losses"]))
+    else:
+        console.print("No held-out rows: raise split.test to see what training did.", style="yellow")
+    weights = figures["weights"]
+    if "weight_mean" in weights:
+        console.print(
+            f"Weights: {weights['share_above_min']:.0%} of tokens above the floor, {weights['share_at_min']:.0%} "
+            f"at the lower clip, {weights['share_at_max']:.1%} at the upper, mean {weights['weight_mean']:.2f}, "
+            f"effective tokens {weights['effective_tokens']:.0%}."
+        )
+    sample = figures["sample"]
+    if sample is not None:
+        console.print(_answers(sample))
+    console.print(Text.assemble("Adapter: ", (figures["adapter"], "bold")))
+    if sample is not None:
+        console.print("Use it:", style="bold")
+        words = ["perce-lite", "generate", "--adapter", figures["adapter"], "--user", sample["user"]]
+        command = shlex.join([*words, "--prompt", sample["query"]])
+        console.print(command, markup=False, soft_wrap=True)
+
+
+def _losses(losses: list[dict[str, Any]]) -> Table:
+    first = losses[0]
+    told = f"{first['tokens']} tokens of {first['rows']} held-out responses, {first['personal']['tokens']} personal"
+    table = Table(title=Text(f"Loss a token (nats, lower is better): {told}"), title_justify="left")
+    for name in ("profile in the prompt", "before", "after", "change", "personal: before", "after", "change"):
+        table.add_column(name, justify="left" if name.startswith("profile") else "right")
+    for one in losses:
+        table.add_row(one["profile"], *_before_after(one), *_before_after(one["personal"]))
+    return table
+
+
+def _before_after(one: dict[str, Any]) -> tuple[str, str, Text]:
+    change = one["adapter"] - one["base"]
+    return f"{one['base']:.3f}", f"{one['adapter']:.3f}", Text(f"{change:+.3f}", style="green" if change < 0 else "red")
+
+
+def _answers(sample: dict[str, Any]) -> Table:
+    table = Table(
+        title=Text(f"A held-out query of {sample['user']}: {sample['query']}"), title_justify="left", show_header=False
+    )
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for who in ("base", "adapter", "written"):
+        label = {"written": f"{sample['user']} wrote"}.get(who, who)
+        table.add_row(Text(label), Text(sample[who]))
+    return table
+
+
+def show_check(figures: dict[str, Any]) -> None:
+    """`perce-lite check`: rows, drops, lengths and the example."""
+    table = Table(title="Rows", title_justify="left")
+    for name in ("split", "read", "kept", "dropped", "users"):
+        table.add_column(name, justify="left" if name == "split" else "right")
+    lengths = Table(title=f"Tokens a row: min / median / max (limit {figures['max_length']})", title_justify="left")
+    for name in ("split", "with profile", "without", "response", "rows with profile items left out"):
+        lengths.add_column(name, justify="left" if name == "split" else "right")
+    drops = Table(title="Dropped", title_justify="left")
+    for name in ("split", "user", "reason", "rows", "such as"):
+        drops.add_column(name, justify="right" if name == "rows" else "left")
+    for name, split in figures["splits"].items():
+        table.add_row(
+            name,
+            *(str(split[key]) for key in ("read", "kept")),
+            str(split["read"] - split["kept"]),
+            str(len(split["users"])),
+        )
+        spreads = [split[key] for key in ("with_profile_tokens", "without_profile_tokens", "response_tokens")]
+        told = [f"{one['min']} / {one['median']} / {one['max']}" if one else "-" for one in spreads]
+        lengths.add_row(name, *told, f"{split['rows_with_items_left_out']} ({split['profile_items_left_out']} items)")
+        for one in split["dropped"]:
+            drops.add_row(name, Text(one["user"]), one["reason"], str(one["rows"]), Text(one["such_as"]))
+    console.print(table, lengths, *([drops] if drops.row_count else []))
+    console.print(f"An adapter has {figures['adapter_bytes'] / 2**20:.1f} MiB.")
+    broken = sum(split["control_tokens_broken"] for split in figures["splits"].values())
+    if broken:
+        console.print(
+            f"{broken} places in user text spelled a control token of the template; a space was put into each."
+        )
+    example = figures["example"]
+    console.print(
+        Text.assemble("The model sees: ", *(pair for kind, style in _STYLES.items() for pair in ((kind, style), " ")))
+    )
+    for side, title in (("with_profile", "with the profile"), ("without_profile", "without")):
+        text = Text.assemble(*((piece, _STYLES[kind]) for piece, kind in example[side]))
+        console.print(Panel(text, title=Text(f"{example['row']}, user {example['user']}, {title}"), title_align="left"))
+
+
+def show_inspection(figures: dict[str, Any], page: Path) -> None:
+    """`perce-lite inspect`: health beside the control, the verdict, the most personal words, where the page lies."""
+    table = Table(title=f"PerContrast over {len(figures['rows'])} rows", title_justify="left")
+    for name in ("", "own profile", "another user's"):
+        table.add_column(name, justify="right" if name else "left")
+    for key, (name, form) in HEALTH.items():
+        table.add_row(
+            name, *(form.format(figures[who][key]) if key in figures[who] else "-" for who in ("own", "swapped"))
+        )
+    console.print(table)
+    style = {"signal": "green", "none": "red"}.get(figures["signal"]["says"], "yellow")
+    console.print(Text(figures["signal"]["sentence"], style=style))
+    words = ", ".join(f"{one['word']} {one['pir']:+.1f}" for one in figures["words"])
+    console.print(Text(f"Most personal words (mean PIR, nats): {words}"))
+    if figures["idle_rows"]:
+        console.print(Text(f"{len(figures['idle_rows'])} rows have a profile that does nothing; the page names them."))
+    console.print(Text.assemble("Page: ", (str(page), "bold")))
+
+
+def show_fleet(figures: dict[str, Any], page: Path | None) -> None:
+    """The end of `perce-lite fleet`: what was due, what became of it, who is served."""
+    due = ", ".join(f"{count} {kind}" for kind, count in figures["due"].items() if count)
+    console.print(f"Due: {due or 'nothing'}." + (" Nothing was trained (--dry-run)." if figures["dry_run"] else ""))
+    if not figures["dry_run"]:
+        console.print(
+            f"Trained {figures['trained']}, of them held back {figures['held_back']}; failed {figures['failed']}."
+        )
+    console.print(", ".join(f"{count} {state}" for state, count in figures["states"].items()))
+    if figures["gains"]["users"]:
+        console.print(Text(mean_gain(figures["gains"])))
+    if page is not None:
+        console.print(Text.assemble("Page: ", (str(page), "bold")))
+
+
+def show_facts(figures: dict[str, Any]) -> None:
+    """Names and values, one a line."""
+    for name, value in figures.items():
+        told = "\n".join(map(str, value)) if isinstance(value, list) and name != "adapter" else value
+        told = " ".join(value) if name == "adapter" and value else told
+        console.print(Text.assemble((f"{name}: ", "bold"), str(told)), soft_wrap=True)
+
+
+def show_sections(sentences: Sequence[str], sections: Sequence[Section], page: Path | None = None) -> None:
+    """`perce-lite eval` and `perce-lite compare`: the tables, what they say in words, where the page lies."""
+    for section in sections:
+        table = Table(title_justify="left", caption_justify="left")
+        table.title, table.caption = Text(section.title, style="bold"), Text(section.note)
+        for number, name in enumerate(section.head):
+            table.add_column(Text(name), justify="left" if number < words(section) else "right", overflow="fold")
+        for row in section.rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+    for sentence in sentences:
+        console.print(Text(sentence))
+    if page is not None:
+        console.print(Text.assemble("Page: ", (str(page), "bold")))
+
+
+def show_book(section: Section) -> None:
+    """`perce-lite adapters list`: plain columns, for a table of ten thousand rows takes rich many seconds."""
+    rows = [[control_free(cell) for cell in row] for row in (section.head, *section.rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    filled = ([cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    console.out("\n".join("  ".join(row).rstrip() for row in filled), highlight=False)
+    console.print(Text(section.note, style="dim"), soft_wrap=True)
+
+
+def control_free(text: str) -> str:
+    """`text` without what would move the cursor or break the line."""
+    return text if text.isprintable() else "".join(one if one.isprintable() else "\ufffd" for one in text)
+
+
+def show_store(root: Path, bases: list[dict[str, int | str]]) -> None:
+    """`perce-lite store show`."""
+    table = Table(title=Text(f"Store {root}"), title_justify="left")
+    for name in ("base", "users", "entries", "MiB"):
+        table.add_column(name, justify="left" if name == "base" else "right")
+    for one in bases:
+        table.add_row(str(one["base"]), str(one["users"]), str(one["entries"]), f"{int(one['bytes']) / 2**20:.2f}")
+    console.print(table if bases else Text(f"The store {root} is empty."))
+
+
+def show_bench(figures: dict[str, Any]) -> None:
+    """`perce-lite bench`: the arms beside plain SFT, one line a bar, the machine."""
+    rows, settings = figures["rows"], figures["settings"]
+    told = (
+        f"{rows['rows']} rows, {rows['tokens']} tokens, {rows['profile_share']:.0%} of them profile; "
+        f"steps {settings['steps']} of {rows['batch']} rows, repeats {settings['repeats']}"
+    )
+    table = Table(title=Text(f"Cost, {told}"), title_justify="left", caption_justify="left", box=None)
+    for name in ("arm", "tokens/s", "step, s", "x sft", "peak", "x sft", "kept", "disk"):
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for name, one in figures["arms"].items():
+        if "out_of_memory" in one:
+            table.add_row(name, Text("out of memory", style="red"))
+            continue
+        table.add_row(
+            name,
+            *(f"{one['tokens_per_second']:.0f}", f"{one['step_seconds']:.3f}", _with_range(one["time"])),
+            *(f"{one['peak_bytes'] / 2**20:.0f}", _median(one["memory"]), _median(one["activations"])),
+            f"{one['disk_bytes'] / 2**20:.2f}",
+        )
+    epochs = f"scoring and {settings['epochs']} epochs"
+    table.caption = Text(
+        f"x sft: median (range over repeats); the time of a cold store: {epochs}. peak, disk: MiB. "
+        "kept: what a forward keeps for its backward, x sft."
+    )
+    console.print(table)
+    for bar in (one for one in figures["bars"] if one["arm"] in figures["arms"]):
+        _show_bar(bar, f"{bar['bar']}, at most {bar['limit']:.2f} x sft")
+    _show_machine(figures)
+
+
+def _median(ratio: dict[str, Any] | None) -> str:
+    return "-" if ratio is None else f"{ratio['median']:.2f}"
+
+
+def show_fleet_bench(figures: dict[str, Any]) -> None:
+    """`perce-lite bench --fleet`: a table a length, one line a bar, the machine."""
+    settings = figures["settings"]
+    for length, arms in figures["lengths"].items():
+        told = f"rows of {length} tokens, steps {settings['steps']}, rank {settings['rank']}"
+        repeats = f"repeats {settings['repeats']}"
+        table = Table(title=Text(f"Many users, {told}, {repeats}"), title_justify="left", box=None)
+        for name in ("arm", "users/h", "x one-by-one", "peak MiB", "x one-by-one"):
+            table.add_column(name, justify="left" if name == "arm" else "right")
+        for name, one in arms.items():
+            if "out_of_memory" in one:
+                table.add_row(name, Text("out of memory", style="red"))
+                continue
+            users, peak = f"{one['users_per_hour']:.0f}", f"{one['peak_bytes'] / 2**20:.0f}"
+            table.add_row(name, users, _with_range(one["speed"]), peak, _with_range(one["memory"]))
+        console.print(table)
+    for bar in figures["bars"]:
+        word, unit = ("at least", "users an hour") if bar["of"] == "speed" else ("at most", "memory")
+        limit = f"{word} {bar['limit']:.1f} x the {unit} of {bar['to']}"
+        _show_bar(bar, f"{bar['arm']} at {bar['length']} tokens, {limit}")
+    _show_machine(figures)
+
+
+def _show_bar(bar: dict[str, Any], told: str) -> None:
+    """One bar: met, not met or not judged, and what was measured."""
+    if bar["met"] is None:
+        got = "" if bar["ratio"] is None else f", here {bar['ratio']:.2f} x"
+        console.print(Text(f"not judged  {told}{got}: {bar['why']}", style="dim"))
+    else:
+        word, style = ("met", "green") if bar["met"] else ("not met", "red")
+        console.print(Text.assemble((f"{word:10}", style), f"  {told}: {bar['ratio']:.3f} x"))
+
+
+def _show_machine(figures: dict[str, Any]) -> None:
+    machine = figures["machine"]
+    if machine is not None:
+        cores = f"{machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}"
+        console.print(Text(f"{machine['name']}, {cores}, model {figures['model']}"))
+
+
+def _with_range(spread: dict[str, Any] | None) -> str:
+    return "-" if spread is None else f"{spread['median']:.2f} ({spread['min']:.2f}-{spread['max']:.2f})"
+
+
+def show_export(figures: dict[str, Any]) -> None:
+    """The end of `perce-lite export`: what was proven, how closely, and where it lies."""
+    proof = figures["proof"]
+    if "not_done" in proof:
+        console.print(f"Read back and whole, but not proven: {proof['not_done']}.", style="yellow")
+    if "off_shift" in proof:
+        told = (
+            f"{proof['off_shift']:.3f} nats a token off what it moves in training, which is {proof['mean_shift']:.3f}"
+        )
+        where = f" of {proof['base_gguf']}" if "base_gguf" in proof else ""
+        what = "Too coarse to prove anything" if "rounding" in proof else "Proven loosely"
+        text = f"{what}, on the rounded weights{where}, over {proof['tokens']} tokens: {told}."
+        console.print(text, markup=False, soft_wrap=True)
+    if proof.get("off_adapter") is not None:
+        told = f"{proof['off_adapter']:.5f} nats off at the most, {proof['tolerance']:.5f} allowed"
+        effect = f"the adapter changes them by up to {proof['effect']:.3f}"
+        console.print(f"Proven over {proof['tokens']} tokens: {told}; {effect}.")
+    if "greedy" in proof:
+        console.print(f"The first {proof['greedy']} tokens of its greedy answer are those of the merged model.")
+    if "drift" in figures:
+        console.print(drifted(figures["drift"]))
+    console.print(f"Export: {figures['folder']}", markup=False, soft_wrap=True)
+    if "pushed" in figures:
+        console.print(f"Pushed: {figures['pushed']}", markup=False, soft_wrap=True)
+
+
+def show_exports(figures: dict[str, Any]) -> None:
+    """The end of `perce-lite export --all`: what became of each adapter, and whom the base serves."""
+    states = [one["state"] for one in figures["exports"]]
+    told = ", ".join(f"{states.count(state)} {state}" for state in ("exported", "kept", "failed"))
+    console.print(f"{len(states)} adapters that serve somebody: {told}.")
+    for one in figures["exports"]:
+        style = "red" if one["state"] == "failed" else None
+        serves = f"{len(one['users'])} users" if len(one["users"]) != 1 else "1 user"
+        console.print(
+            f"{one['state']:9} {one['adapter']} ({serves}): {one.get('why') or one['folder']}",
+            markup=False,
+            soft_wrap=True,
+            style=style,
+        )
+    if figures["served_by_base"]:
+        console.print(
+            f"{len(figures['served_by_base'])} users are served by the base alone: there is nothing to export."
+        )

@@ -1,1 +1,0 @@
-"""The commands that have a room of their own."""

@@ -1,0 +1,102 @@
+"""Documents by author become rows: the profile of each is made of the same author's earlier ones."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from perce_lite.data.retrieval import Item, choose
+from perce_lite.data.rows import Row, cohort_name, is_held_out, split_name, split_rows, user_name
+from perce_lite.errors import DataError
+from perce_lite.recipe import Profile, Recipe
+
+Record = tuple[str, str | None, Mapping[str, Any]]
+"""Where a record stands, the split its file says it is of, and what it says."""
+
+
+def from_documents(records: Sequence[Record], rule: Profile) -> list[Row]:
+    """Documents by author: the profile of each is made of the same author's earlier ones, never later ones."""
+    by_user: dict[str, list[Record]] = defaultdict(list)
+    for where, split, record in records:
+        if not isinstance(record.get("text"), str):
+            raise DataError(f"{where}: no text; rename yours with data.columns.text=YOUR_COLUMN")
+        if not record.get("query") and not record.get("title"):
+            raise DataError(f"{where}: neither query nor title: nothing to ask for")
+        if rule.earlier_by != "document":
+            _date(record, where, f"profile.earlier_by: {rule.earlier_by} needs one in every document")
+        by_user[user_name(record.get("user"))].append((where, split, record))
+    rows = []
+    for user, documents in by_user.items():
+        documents.sort(key=age(documents))
+        for index, (where, _, record) in enumerate(documents):
+            said = _said_split(documents[index])
+            earlier = [
+                other[2]
+                for other in documents[:index]
+                if _is_earlier(other[2], record, rule.earlier_by)
+                and (said in ("validation", "test") or _said_split(other) not in ("validation", "test"))
+            ]
+            items = [item_of(other) for other in earlier]
+            query = str(record.get("query") or record.get("title"))
+            chosen = choose(items, str(record.get("title") or query), rule.select, rule.top_k)
+            prompt = ({"role": "user", "content": query},)
+            completion = ({"role": "assistant", "content": record["text"]},)
+            named = (cohort_name(record), is_held_out(record))
+            rows.append(Row(where, user, tuple(chosen), prompt, completion, said, *named))
+    return rows
+
+
+def trained_documents(records: Sequence[Record], recipe: Recipe) -> set[str]:
+    """Where the documents of the training split stand."""
+    rows = split_rows(from_documents(records, recipe.profile), recipe.split, "the data", "time")
+    return {row.where for row in rows if row.split == "train"}
+
+
+def item_of(document: Mapping[str, Any]) -> Item:
+    return Item(str(document.get("title") or ""), document["text"])
+
+
+def _said_split(document: Record) -> str | None:
+    where, split, record = document
+    return split_name(record.get("split") or record.get("temporal_split") or split, where)
+
+
+def age(documents: Sequence[Record]) -> Callable[[Record], tuple[float, ...]]:
+    """What sorts an author's documents oldest first: idx where all have one, else the date, else as they stand.
+
+    Raises:
+        DataError: an idx that is no number, or a date that is not year-month-day.
+    """
+    if all(record.get("idx") is not None for _, _, record in documents):
+        return lambda one: (_number(one[2]["idx"], one[0]),)
+    if all(record.get("date") is not None for _, _, record in documents):
+        return lambda one: _date(one[2], one[0], "without idx, an author's documents are ordered by it")
+    for where, _, record in documents:
+        if record.get("idx") is not None or record.get("date") is not None:
+            raise DataError(
+                f"{where}: has an idx or a date, other documents of this author have none; give it to all or to none"
+            )
+    return lambda one: ()
+
+
+def _number(idx: Any, where: str) -> float:
+    try:
+        return float(idx)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{where}: idx is {idx!r}; the order of an author's documents is a number") from error
+
+
+def _date(record: Mapping[str, Any], where: str, why: str) -> tuple[float, ...]:
+    """(year, month, day, ...) of a date such as 2024-05-31, 2024-05 or 2024, with a time or without."""
+    numbers = re.findall(r"\d+", str(record.get("date")))
+    if not numbers or len(numbers[0]) != 4:
+        raise DataError(f"{where}: date is {record.get('date')!r}; write it as 2024-05-31 ({why})")
+    return tuple(float(number) for number in numbers)
+
+
+def _is_earlier(other: Mapping[str, Any], record: Mapping[str, Any], by: str) -> bool:
+    """Whether `other`, which stands ahead of `record`, is older by the whole unit `by` as well."""
+    if by == "document":
+        return True
+    length = {"year": 1, "month": 2}[by]
+    return _date(other, "", "")[:length] < _date(record, "", "")[:length]

@@ -1,0 +1,1 @@
+"""Mails, chats and notes become rows."""

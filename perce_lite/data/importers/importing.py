@@ -1,0 +1,201 @@
+"""A person's writing, in whatever files it lies, becomes documents: what `recipes/documents.yaml` trains on.
+
+Chats become documents too, with what was said before as the query: then the profile of an answer is made of the same
+person's earlier ones, never later ones, and a held-out answer never stands in a profile that was trained on.
+"""
+
+import json
+import re
+import shlex
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from perce_lite.data.importers.archives import files_of
+from perce_lite.data.importers.reading import KINDS, Reader
+from perce_lite.data.importers.writings import Notes, Writing, count_words, first_words, pieces
+from perce_lite.data.readers import json_lines
+from perce_lite.errors import DataError
+from perce_lite.files import digest, write_text
+
+RECIPE = "recipes/documents.yaml"
+
+FEW = 20
+"""Texts of a user below which there is little to learn from, and next to nothing to hold out."""
+
+_BEGINNING, _TITLE = 6, 20  # words that a query has of a text's beginning, and of its title
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Whose writing, and how much of it.
+
+    text_column: of tables
+    senders, me: their addresses in mailboxes, their names in chats
+    min_words, max_words: of a text; a longer one is cut into several
+    """
+
+    user: str
+    text_column: str | None = None
+    senders: Sequence[str] = ()
+    me: Sequence[str] = ()
+    min_words: int = 5
+    max_words: int = 100
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What there is to write.
+
+    new: the user's records that were not there before, in the order of time
+    records: all that goes into `out`, those of other users unchanged
+    """
+
+    out: Path
+    user: str
+    new: list[dict[str, Any]]
+    records: list[dict[str, Any]]
+    notes: Notes
+
+    def write(self) -> None:
+        """Writes `out`, whole or not at all.
+
+        Raises:
+            DiskFullError: no space left; what was there stays.
+        """
+        write_text(self.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records))
+
+    def commands(self) -> list[str]:
+        """The commands that look at `out` and train on it."""
+        words = [RECIPE, "--set", f"data.path={_yaml(str(self.out.absolute()))}"]
+        if not _months_apart(self.records):
+            words += ["--set", "profile.earlier_by=document"]
+        folder = ["--set", f"train.output_dir={_yaml(f'runs/{self.out.stem}')}"]
+        several = len({record["user"] for record in self.records}) > 1
+        trains = "fleet" if several else "train"  # an adapter for each, or the one
+        return [shlex.join(["perce-lite", "check", *words]), shlex.join(["perce-lite", trains, *words, *folder])]
+
+    def figures(self) -> dict[str, Any]:
+        """What `--json` holds, less whether it was written."""
+        skipped = {reason: {"count": len(where), "such_as": where[0]} for reason, where in self.notes.skipped.items()}
+        users = Counter(str(record.get("user")) for record in self.records)
+        told = {"read": dict(self.notes.read), "skipped": skipped, "commands": self.commands()}
+        return {"out": str(self.out), "user": self.user, "new": len(self.new), "users": dict(users), **told}
+
+
+def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: bool = False) -> Imported:
+    """Reads all writing in `path`, a file, a folder or a ZIP, and makes records of what the wanted person wrote.
+
+    append: add to the records that `out` holds; force: replace it; neither: it must not be there
+
+    Raises:
+        DataError: nothing to read, nothing of the person's, an `out` that is in the way or holds something else.
+    """
+    files = files_of(path)
+    if out.suffix != ".jsonl":
+        raise DataError(f"--out {out}: what is written is JSON, one record a line; end the name with .jsonl")
+    if out.exists() and not (append or force):
+        raise DataError(f"{out} is there already. Add to it with --append, or replace it with --force.")
+    if path.resolve() == out.resolve():
+        raise DataError(f"--out {out}: is what is read, and would be lost; give another --out")
+    before = _kept(out) if append and out.exists() else []
+    files = [one for one in files if (path / one.name).resolve() != out.resolve()]
+    notes = Notes()
+    reader = Reader(notes, wanted.text_column, alone=len(files) == 1)
+    reader.read(files)
+    texts = list(_prepared(reader.of(wanted.senders, wanted.me), wanted, notes))
+    if not texts:
+        raise DataError(_nothing(path, notes))
+    said = {record["text"] for record in before if record.get("user") == wanted.user}
+    for one in texts:
+        if one.text in said:
+            notes.skip(f"in {out.name} already", one.source)
+    new = _in_order([_record(wanted.user, one) for one in texts if one.text not in said])
+    records = _merged(before, new, wanted.user)
+    if sum(record["user"] == wanted.user for record in records) < 2:
+        raise DataError(f"{path}: one text is left, and it takes two or more: a profile is made of the earlier ones")
+    return Imported(out, wanted.user, new, records, notes)
+
+
+def _kept(out: Path) -> list[dict[str, Any]]:
+    """The documents that `out` holds."""
+    kept = []
+    for where, _, record in json_lines(out):
+        if not (isinstance(record, Mapping) and all(isinstance(record.get(name), str) for name in ("user", "text"))):
+            raise DataError(
+                f"{where}: not a document (user, query, text), so nothing is added to it; take another --out"
+            )
+        kept.append(dict(record))
+    return kept
+
+
+def _nothing(path: Path, notes: Notes) -> str:
+    reasons = [f"{reason} ({len(where)}, such as {where[0]})" for reason, where in notes.skipped.items()]
+    left = f" Left out: {'; '.join(reasons[:6])}." if reasons else ""
+    return f"{path}: no writing was found in it. What is read: {KINDS}, a folder of these, or a ZIP.{left}"
+
+
+def _prepared(texts: Sequence[Writing], wanted: Wanted, notes: Notes) -> Iterator[Writing]:
+    """The texts that are long enough, each once, cut to size, each with a query."""
+    seen: set[str] = set()
+    for text in texts:
+        key = digest(text.text.casefold().split())
+        if count_words(text.text) < wanted.min_words:
+            notes.skip(f"fewer than {wanted.min_words} words", text.source)
+        elif key in seen:
+            notes.skip("a duplicate", text.source)
+        else:
+            parts = pieces(text.text, wanted.max_words, wanted.min_words)
+            for number, part in enumerate(parts, 1):
+                source = f"{text.source}, part {number} of {len(parts)}" if len(parts) > 1 else text.source
+                yield replace(text, text=part, source=source, query=_query(text, part, number))
+        seen.add(key)
+
+
+def _query(text: Writing, part: str, number: int) -> str:
+    """What a text answers: what was asked, else its title, else how it begins.
+
+    Both prompts, with the profile and without, hold the beginning: its own tokens get the weight of what needs no
+    profile, and what follows is asked for as an answer is.
+    """
+    if text.query and number == 1:
+        return text.query
+    kind = {"post": "text"}.get(text.kind, text.kind)
+    if not text.title:
+        return f"Write a {kind} that begins: {first_words(part, min(_BEGINNING, count_words(part) // 2))}"
+    titled = f'{kind} with the {"subject" if kind == "mail" else "title"} "{first_words(text.title, _TITLE)}"'
+    return f"Write a {titled}." if number == 1 else f"Write part {number} of a {titled}."
+
+
+def _record(user: str, text: Writing) -> dict[str, Any]:
+    record = {"user": user, "date": text.date, "title": text.title, "query": text.query, "text": text.text}
+    return {name: value for name, value in {**record, "source": text.source}.items() if value}
+
+
+def _in_order(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Oldest first; what has no date comes before all that has one, as it stood."""
+    return sorted(records, key=lambda record: str(record.get("date") or ""))
+
+
+def _merged(before: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], user: str) -> list[dict[str, Any]]:
+    """All records, the user's in order of time and numbered anew: an older text may have come later."""
+    theirs = _in_order([*(record for record in before if record["user"] == user), *new])
+    numbered = [{**record, "idx": number} for number, record in enumerate(theirs)]
+    return [*(record for record in before if record["user"] != user), *numbered]
+
+
+def _months_apart(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the recipe's `earlier_by: month` leaves most texts a profile: all dated, most after their first month."""
+    months: dict[str, list[str]] = defaultdict(list)
+    for record in records:
+        months[record["user"]].append(str(record.get("date") or "")[:7])
+    if any(not month for of_user in months.values() for month in of_user):
+        return False
+    return all(sum(month > min(of_user) for month in of_user) >= 0.8 * len(of_user) for of_user in months.values())
+
+
+def _yaml(text: str) -> str:
+    """`text` as YAML: quoted where it would be read as something else."""
+    return text if re.fullmatch(r"[\w/][\w ./-]*", text) and not text.endswith(" ") else json.dumps(text)

@@ -1,0 +1,197 @@
+"""Mailboxes: the mails that a person wrote, without what they quoted and signed."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from email import message_from_bytes
+from email.errors import HeaderParseError, MessageError
+from email.header import decode_header, make_header
+from email.message import Message
+from email.utils import parseaddr
+from html.parser import HTMLParser
+from typing import Any
+
+from perce_lite.data.importers.writings import Notes, Writing, date_of, tidy
+from perce_lite.errors import DataError
+
+LARGEST_MAIL = 64 * 2**20
+"""Bytes of a mail, attachments included."""
+
+Mail = tuple[str, str, Writing]
+"""Address and name of the sender, and what they wrote."""
+
+
+def split_mbox(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The mails of a mailbox; one longer than LARGEST_MAIL comes cut.
+
+    Not `mailbox.mbox`, which wants a path: this one may lie in a ZIP.
+    """
+    mail: list[bytes] = []
+    size, blank = 0, True
+    for line in lines:
+        if blank and line.startswith(b"From "):
+            if mail:
+                yield b"".join(mail)
+            mail, size = [], 0
+        elif size < LARGEST_MAIL:
+            mail.append(line[1:] if re.match(rb">+From ", line) else line)
+            size += len(line)
+        blank = not line.strip()
+    if mail:
+        yield b"".join(mail)
+
+
+def read_mail(content: bytes, source: str, notes: Notes) -> Mail | None:
+    """Who wrote a mail, and what is theirs in it; None, and a note, where it has no text."""
+    message = message_from_bytes(content)
+    name, address = parseaddr(_header(message, "From"))
+    body = _body(message)
+    if body is None:
+        notes.skip("a mail without text", source)
+        return None
+    subject = re.sub(r"^((re|fwd?|aw|wg|sv|tr|antw)\s*(\[\d+\])?:\s*)+", "", _header(message, "Subject"), flags=re.I)
+    date = date_of(_header(message, "Date"))
+    return address.lower(), name, Writing(own_words(body), source, tidy(subject), date=date, kind="mail")
+
+
+def written_by(mails: Sequence[Mail], addresses: Sequence[str], notes: Notes) -> list[Writing]:
+    """The mails from `addresses`; all, where there is one sender only and no address is given.
+
+    Raises:
+        DataError: several senders and no address, or an address that wrote none; names the most frequent ones.
+    """
+    wrote = Counter(address for address, _, _ in mails)
+    wanted = {address.strip().lower() for address in addresses} or (set(wrote) if len(wrote) == 1 else set())
+    absent = [address for address in addresses if address.strip().lower() not in wrote]
+    if absent or (mails and not wanted):
+        there = ", ".join(f"{address or 'nobody'} ({count})" for address, count in wrote.most_common(10)) or "none"
+        what = f"--from {absent[0]}: wrote none of these mails" if absent else "these mails are from several people"
+        raise DataError(f"{what}. Say whose to take with --from ADDRESS; senders, with their mails: {there}")
+    for address, _, writing in mails:
+        if address not in wanted:
+            notes.skip("a mail from somebody else", writing.source)
+    return [writing for address, _, writing in mails if address in wanted]
+
+
+def _header(message: Message, name: str) -> str:
+    """A header, its encoded words decoded; as it stands where they are broken."""
+    value = str(message.get(name, ""))
+    try:
+        return " ".join(str(make_header(decode_header(value))).split())
+    except (HeaderParseError, LookupError, ValueError, MessageError):
+        return " ".join(value.split())
+
+
+def _body(message: Message) -> str | None:
+    """The plain text of a mail, all its parts; of its HTML where it has none."""
+    plain: list[str] = []
+    html: list[str] = []
+    for part in _shown(message):
+        text = _decoded(part)
+        if part.get_content_subtype() == "html":
+            html.append(plain_text(text))
+        else:
+            flowed = str(part.get_param("format", "")).lower() == "flowed"
+            plain.append(_unflowed(text) if flowed else text)
+    texts = [text for text in plain if text.strip()] or [text for text in html if text.strip()]
+    return "\n\n".join(texts) or None
+
+
+def _shown(part: Message) -> Iterator[Message]:
+    """The parts that are text; not `walk`, which goes into attached mails as well: those are somebody else's."""
+    if part.get_content_disposition() == "attachment" or part.get_content_maintype() == "message":
+        return
+    if part.is_multipart():
+        inside: Any = part.get_payload()
+        for one in inside:
+            yield from _shown(one)
+    elif part.get_content_type() in ("text/plain", "text/html"):
+        yield part
+
+
+def _decoded(part: Message) -> str:
+    content: Any = part.get_payload(decode=True)
+    try:
+        return content.decode(part.get_content_charset("utf-8"))
+    except (LookupError, ValueError):  # a charset that is a lie, or unknown
+        return content.decode("cp1252", "replace")
+
+
+def _unflowed(text: str) -> str:
+    """Lines that end with a space go on in the next one (RFC 3676); "-- " and quotes do not."""
+    return re.sub(r"(?m)^(?!>)(?!-- \r?$)(.*) \r?\n(?![>\s]|-- )", r"\1 ", text)
+
+
+_WROTE = re.compile(r"\b(wrote|writes|schrieb|a écrit|escribió|ha scritto|escreveu|schreef)\b.*:\s*$", re.I)
+_ON = re.compile(r"\s*(On|Am|Le|El|Il|Op|Em|Den)\b.*\d")
+_REST = re.compile(
+    r"(?mis)^(?:-- ?$|-{2,} ?(?:original message|forwarded message|ursprüngliche nachricht|weitergeleitete nachricht|"
+    r"message d'origine|mensaje original)|begin forwarded message:|_{20,}\s*\n(?:from|von|de):|sent from my |"
+    r"von meinem \w+ gesendet|envoyé de mon ).*"
+)
+_OUTLOOK = re.compile(r"(?mis)^(?:from|von|de): [^\n]+\n(?:sent|date|gesendet|datum|envoyé|enviado)[^\n]*: .*")
+
+
+def own_words(body: str) -> str:
+    """A mail's text without quoted lines, the line that says who is quoted, the signature and mails below it."""
+    text = body.replace("\r\n", "\n").rstrip() + "\n"
+    for cut in (_REST, _OUTLOOK):
+        text = cut.sub("", text)
+    kept: list[str] = []
+    quoting = False
+    for line in text.rstrip().split("\n"):
+        if not line.lstrip().startswith(">"):
+            kept.append(line)
+        elif not quoting:
+            _drop_attribution(kept, sure=True)
+        quoting = line.lstrip().startswith(">")
+    _drop_attribution(kept, sure=False)  # what was quoted below may have been cut as HTML
+    return tidy("\n".join(kept))
+
+
+def _drop_attribution(lines: list[str], sure: bool) -> None:
+    """Removes "On Friday, Ann wrote:" from the end of `lines`, one line or two; `sure`: a quote follows."""
+    said = [number for number, line in enumerate(lines) if line.strip()][-2:]
+    if not said or not _WROTE.search(lines[said[-1]]):
+        return
+    near = [number for number in reversed(said) if said[-1] - number < 2]
+    first = next((number for number in near if _ON.match(lines[number])), said[-1] if sure else None)
+    if first is not None:
+        lines[first:] = [""]
+
+
+class _Plain(HTMLParser):
+    """Collects the text that a reader sees, less what is quoted."""
+
+    _UNSEEN = ("script", "style", "title", "blockquote")
+    _BLOCKS = ("p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "ul", "ol", "table", "hr")
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.text: list[str] = []
+        self.open: list[str] = []  # elements that are not shown, the outermost first
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        quoted = "gmail_quote" in (dict(attrs).get("class") or "")
+        if (self.open and tag == self.open[0]) or (not self.open and (tag in self._UNSEEN or quoted)):
+            self.open.append(tag)
+        elif tag in self._BLOCKS and not self.open:
+            self.text.append("\n\n" if tag in ("p", "table", "ul", "ol") else "\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        if self.open and tag == self.open[0]:
+            self.open.pop()
+        elif tag in ("p", "table", "ul", "ol") and not self.open:
+            self.text.append("\n\n")
+
+    def handle_data(self, data: str) -> None:
+        if not self.open:
+            self.text.append(re.sub(r"\s+", " ", data))
+
+
+def plain_text(html: str) -> str:
+    """What a reader of `html` sees, as plain text; quotes (blockquote, Gmail's) are left out."""
+    parser = _Plain()
+    parser.feed(re.sub(r"<!\[[^>]*>?", "", html))  # Word's <![if ...]>, of which the parser knows but a few
+    parser.close()
+    return tidy(re.sub(r" *\n *", "\n", "".join(parser.text)))

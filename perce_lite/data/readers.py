@@ -1,0 +1,280 @@
+"""Reading: JSONL, parquet, a Hub data set, LaMP's and LongLaMP's own files, documents by author; all become rows."""
+
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from perce_lite.console import warn
+from perce_lite.data.documents import Record, age, from_documents, item_of, trained_documents
+from perce_lite.data.retrieval import Item
+from perce_lite.data.rows import (
+    SPLIT_NAMES,
+    Profiled,
+    Row,
+    from_record,
+    of_split,
+    split_name,
+    split_rows,
+    spread_over_users,
+    user_name,
+)
+from perce_lite.errors import DataError
+from perce_lite.recipe import Recipe
+
+
+def read_rows(recipe: Recipe) -> list[Row]:
+    """Every row of the recipe's data, its split set.
+
+    Raises:
+        DataError: nothing there, a record that is no row (file and line are named), no profile anywhere.
+    """
+    data = recipe.data
+    records = list(_records(recipe))
+    if not records:
+        raise DataError(f"{data.path or data.hub}: holds no records")
+    shape = data.format if data.format != "auto" else _shape(records[0])
+    if shape == "documents":
+        if recipe.split.by == "row":
+            raise DataError(
+                "split.by: row does not go with documents: an author's held-out texts would stand in the profiles of "
+                "later ones that are trained on. Use time (the last ones of each author are held out) or user."
+            )
+        rows = from_documents(records, recipe.profile)
+    else:
+        rows = [from_record(record, where, split, shape, recipe.profile) for where, split, record in records]
+    if data.users is not None:
+        unknown = sorted(set(data.users) - {row.user for row in rows})
+        if unknown:
+            raise DataError(f"data.users: {', '.join(unknown)}: no such user in {data.path or data.hub}")
+        rows = [row for row in rows if row.user in data.users]
+    if not any(row.profile for row in rows):
+        mend = "Fill the profile column, or name yours: --set data.columns.profile=YOUR_COLUMN"
+        if shape == "documents":
+            mend = "An author needs two documents or more: the profile is made of the earlier ones"
+        raise DataError(
+            f"{data.path or data.hub}: the profile is empty in every one of {len(rows)} rows, so there is nothing to "
+            f"contrast. {mend}."
+        )
+    rows = split_rows(rows, recipe.split, str(data.path or data.hub), "time" if shape == "documents" else "row")
+    if data.max_rows is not None:
+        parts = [of_split(rows, name) for name in SPLIT_NAMES]
+        rows = [row for part in parts for row in spread_over_users([one for one in part if one.profile], data.max_rows)]
+    return rows
+
+
+def history(recipe: Recipe, user: str, prompt: str = "") -> Profiled:
+    """What the data knows of `user`: the documents, or the profile items of the rows, oldest first.
+
+    Held-out documents are left out (unless the user has no other), and the one that answers `prompt` always: an answer
+    must not stand in the profile it is asked with.
+
+    Raises:
+        DataError: no such user.
+    """
+    records = list(_records(recipe))
+    shape = recipe.data.format if recipe.data.format != "auto" else _shape(records[0])
+    if shape == "documents":
+        trained = trained_documents(records, recipe)
+        theirs = [
+            record
+            for record in records
+            if user_name(record[2].get("user")) == user
+            and prompt not in (record[2].get("query"), record[2].get("title"))
+        ]
+        theirs = [record for record in theirs if record[0] in trained] or theirs
+        items = [item_of(one) for _, _, one in sorted(theirs, key=age(theirs))]
+    else:
+        rows = [from_record(record, where, split, shape, None) for where, split, record in records]
+        profiles = [row.profile for row in rows if row.user == user]
+        texts = [profile for profile in profiles if isinstance(profile, str)]
+        if texts:
+            return texts[-1]
+        items = list(dict.fromkeys(item for profile in profiles for item in profile if isinstance(item, Item)))
+    if not items:
+        users = sorted({user_name(record.get("user")) for _, _, record in records})
+        raise DataError(f"user {user}: the data knows no such user; it has {', '.join(users[:20])}")
+    return tuple(items)
+
+
+def library(recipe: Recipe) -> dict[str, list[Item]]:
+    """Every user's texts that training may show: documents of the training split, or the items of all profiles."""
+    records = list(_records(recipe))
+    shape = recipe.data.format if recipe.data.format != "auto" else _shape(records[0])
+    users = recipe.data.users
+    texts: dict[str, list[Item]] = defaultdict(list)
+    if shape == "documents":
+        records = [one for one in records if users is None or user_name(one[2].get("user")) in users]
+        trained = trained_documents(records, recipe)
+        for where, _, record in records:
+            if where in trained:
+                texts[user_name(record.get("user"))].append(item_of(record))
+        return texts
+    for where, split, record in records:
+        row = from_record(record, where, split, shape, None)
+        items = (Item("", row.profile),) if isinstance(row.profile, str) else row.profile
+        if users is None or row.user in users:
+            texts[row.user] += [item for item in items if item.text.strip()]
+    return {user: list(dict.fromkeys(items)) for user, items in texts.items()}
+
+
+def plain_rows(path: Path) -> list[Row]:
+    """The rows of a file that needs no profiles: prompt and completion, or messages."""
+    return [from_record(record, where, split, "rows", None) for where, split, record in _objects(_from_path(path))]
+
+
+# Records: whatever the file holds, one dict each, with where it stands and the split the file says it is of.
+
+
+def _records(recipe: Recipe) -> Iterator[Record]:
+    path, renamed = recipe.data_path, {theirs: ours for ours, theirs in recipe.data.columns.items()}
+    found = _from_hub(recipe) if path is None else _from_path(path)
+    for where, split, record in _objects(found):
+        taken = {ours: record[theirs] for theirs, ours in renamed.items() if theirs in record}
+        kept = {name: value for name, value in record.items() if name not in renamed and name not in renamed.values()}
+        yield where, split, {**kept, **taken}
+
+
+def _objects(found: Iterator[Record]) -> Iterator[Record]:
+    """`found`, each an object with named fields, its texts mended."""
+    for where, split, record in found:
+        if not isinstance(record, Mapping):
+            raise DataError(f"{where}: a record is an object with named fields, this is {type(record).__name__}")
+        yield where, split, _mended(record)
+
+
+def _mended(value: Any) -> Any:
+    """`value` with lone surrogates, which neither Arrow nor a tokenizer takes, made question marks."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, Mapping):
+        return {name: _mended(one) for name, one in value.items()}
+    return [_mended(one) for one in value] if isinstance(value, list) else value
+
+
+def _from_hub(recipe: Recipe) -> Iterator[Record]:
+    from datasets import load_dataset
+
+    name = str(recipe.data.hub)
+    try:
+        splits = load_dataset(name, recipe.data.hub_config)
+    except Exception as error:  # the Hub's client raises a dozen kinds, all of which mean: not to be had
+        raise DataError(
+            f"data.hub: {name} could not be loaded: {error}. Check the name and the network, or download it once and "
+            "use data.path with the parquet file."
+        ) from error
+    for split, rows in splits.items():
+        for number, record in enumerate(rows):
+            yield f"{name}, {split} row {number}", split_name(split, name), record
+
+
+def _from_path(path: Path) -> Iterator[Record]:
+    if path.is_dir():
+        questions = sorted(path.glob("*questions.json"))
+        if not questions:
+            raise DataError(f"{path}: this folder has no *_questions.json of LaMP; name a JSONL or parquet file in it")
+        return itertools.chain.from_iterable(map(_lamp, questions))
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file; data.path is taken from the recipe's own folder on")
+    if path.suffix == ".parquet":
+        return _parquet(path)
+    if path.name.endswith("questions.json"):
+        return _lamp(path)
+    if path.suffix == ".json":
+        return _json_array(path)
+    if path.suffix in (".jsonl", ".ndjson"):
+        return json_lines(path)
+    raise DataError(
+        f"{path}: {path.suffix or 'no ending'} is not known; allowed: .jsonl, .json, .parquet, LaMP's files"
+    )
+
+
+def json_lines(path: Path) -> Iterator[Record]:
+    """Every record of a JSONL file, as it stands there.
+
+    Raises:
+        DataError: a line that is not JSON, or a file that is not UTF-8.
+    """
+    with path.open(encoding="utf-8-sig") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield f"{path.name}, line {number}", None, json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path.name}, line {number}: not JSON: {error.msg} at column {error.colno}") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path.name}: not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path.name}: not JSON: {error}") from error
+
+
+def _json_array(path: Path) -> Iterator[Record]:
+    records = _json(path)
+    if not isinstance(records, list):
+        raise DataError(f"{path.name}: a JSON file holds a list of records; for one record a line use .jsonl")
+    yield from ((f"{path.name}, record {number}", None, record) for number, record in enumerate(records))
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    import pyarrow.parquet
+
+    try:
+        records = pyarrow.parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path.name}: not a parquet file: {error}") from error
+    yield from ((f"{path.name}, row {number}", None, record) for number, record in enumerate(records))
+
+
+def _lamp(questions: Path) -> Iterator[Record]:
+    """LaMP: `train_questions.json` [{id, input, profile}] and `train_outputs.json` {golds: [{id, output}]}."""
+    prefix = questions.name.removesuffix("questions.json")
+    outputs = questions.with_name(f"{prefix}outputs.json")
+    if not outputs.is_file() and prefix.startswith("test"):
+        warn(f"{questions.name} is left out: LaMP keeps the answers of its test set to itself")
+        return
+    if not outputs.is_file():
+        raise DataError(f"{questions.name}: its answers are missing; LaMP's {outputs.name} belongs beside it")
+    golds, asked = _json(outputs), _json(questions)
+    golds = golds.get("golds") if isinstance(golds, dict) else golds
+    if not _list_of(golds, "id", "output"):
+        raise DataError(f"{outputs.name}: not LaMP's: it holds {{golds: [{{id, output}}, ...]}}")
+    if not _list_of(asked, "id", "input"):
+        raise DataError(f"{questions.name}: not LaMP's: it holds [{{id, input, profile}}, ...]")
+    output_of = {str(gold["id"]): gold["output"] for gold in golds}
+    for record in asked:
+        where = f"{questions.name}, id {record.get('id')}"
+        if str(record.get("id")) not in output_of:
+            raise DataError(f"{where}: {outputs.name} has no answer with this id")
+        split = split_name(prefix.strip("_"), questions.name)
+        yield where, split, {**record, "output": output_of[str(record["id"])]}
+
+
+def _list_of(value: Any, *names: str) -> TypeGuard[list[Mapping[str, Any]]]:
+    """Whether `value` is a list of objects that have these fields."""
+    return isinstance(value, list) and all(isinstance(one, Mapping) and set(names) <= set(one) for one in value)
+
+
+# Rows of records.
+
+
+def _shape(first: Record) -> str:
+    """rows, documents, lamp or longlamp, by the fields of the first record."""
+    where, _, record = first
+    names = set(record)
+    if "completion" in names or "messages" in names:
+        return "rows"
+    if {"input", "output"} <= names:
+        return "lamp" if "id" in names else "longlamp"
+    if "text" in names:
+        return "documents"
+    raise DataError(
+        f"{where}: the fields {', '.join(sorted(names))} fit no known shape. Rows have user, profile, prompt and "
+        "completion (or messages); documents have user, query, text; rename with data.columns: {completion: answer}"
+    )

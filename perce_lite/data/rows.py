@@ -1,0 +1,292 @@
+"""Rows: one response of one user, with the profile it may lean on; from records in every naming that we know."""
+
+import itertools
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from perce_lite.data.retrieval import Item, choose
+from perce_lite.errors import DataError
+from perce_lite.files import digest
+from perce_lite.recipe import Profile, Split
+
+Message = dict[str, str]
+Profiled = str | tuple[Item, ...]
+
+SPLIT_NAMES = ("train", "validation", "test", "unseen")
+"""Splits that a row can end up in."""
+
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""Names that data sets give their splits."""
+
+
+def split_name(given: Any, where: str) -> str | None:
+    """`given` as train, validation or test; None where the data says nothing.
+
+    Raises:
+        DataError: a name that is none of `SPLITS`: guessing could put held-out rows into training.
+    """
+    if given is None or given == "":
+        return None
+    name = SPLITS.get(str(given).strip().lower())
+    if name is None:
+        raise DataError(f"{where}: split {given!r} is not one of {', '.join(SPLITS)}")
+    return name
+
+
+def user_name(given: Any) -> str:
+    """The user as a text; "all" where the data names nobody."""
+    return "all" if given is None else str(given)
+
+
+def cohort_name(record: Mapping[str, Any]) -> str | None:
+    """The record's cohort as a text; None where it names none."""
+    return None if record.get("cohort") is None else str(record["cohort"])
+
+
+def is_held_out(record: Mapping[str, Any]) -> bool:
+    """Whether the record's user is to be held out of training: `user_held_out` is true, 1, or says so."""
+    return str(record.get("user_held_out")).strip().lower() in ("true", "1", "yes")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example.
+
+    where: "people.jsonl, line 12": how errors name it
+    profile: a text, or items with the most relevant first
+    prompt: messages ahead of the first response
+    completion: the response as messages; every assistant turn in it is scored
+    split: train, validation, test, unseen (of a user whom training never meets), or None where the data does not say
+    unseen_user: the data holds this user out of training
+    """
+
+    where: str
+    user: str
+    profile: Profiled
+    prompt: tuple[Message, ...]
+    completion: tuple[Message, ...]
+    split: str | None = None
+    cohort: str | None = None
+    unseen_user: bool = False
+
+    @property
+    def query(self) -> str:
+        """The last user message ahead of the first scored turn."""
+        said = [message["content"] for message in self.prompt if message["role"] == "user"]
+        if said:
+            return said[-1]
+        return next((message["content"] for message in self.completion if message["role"] == "user"), "")
+
+    def fingerprint(self) -> str:
+        """Equal for rows of equal content."""
+        return digest([self.user, self.profile, self.prompt, self.completion, self.split, self.cohort])
+
+
+def of_split(rows: Iterable[Row], name: str) -> list[Row]:
+    """The rows of one split, in order."""
+    return [row for row in rows if row.split == name]
+
+
+def spread_over_users(rows: Sequence[Row], count: int) -> list[Row]:
+    """At most `count` rows, one of each user in turn."""
+    by_user: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_user[row.user].append(row)
+    turns = itertools.zip_longest(*by_user.values())
+    return [row for turn in turns for row in turn if row is not None][:count]
+
+
+def split_rows(rows: Sequence[Row], split: Split, source: str = "the data", otherwise: str = "row") -> list[Row]:
+    """Gives every row a split: the data's own where it has one, else a seeded one.
+
+    By row, a row's split depends on that row alone. Rows of users whom training must not meet become `unseen`:
+    all of them, or by time the test rows alone. `otherwise` is what `by: auto` means where the data has none; "time"
+    holds out the last rows of each user, so that no held-out text stands in a profile that was trained on.
+    """
+    given = any(row.split for row in rows)
+    by = split.by if split.by != "auto" else "given" if given else otherwise
+    if by == "given":
+        if not given:
+            raise DataError(f"split.by: given, but {source} has no split of its own; use row, user or time")
+        named = [row if row.split else replace(row, split="train") for row in rows]
+        return _hold_out_users(named, split, tests_alone=True)
+    groups: list[list[list[int]]]  # each group is cut into test, validation, train; a unit stays whole
+    by_user: dict[str, list[int]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        by_user[row.user].append(index)
+    if by == "row":
+        return _hold_out_users(_each_by_its_own(rows, split), split, tests_alone=False)
+    if by == "time":
+        groups = [[[index] for index in reversed(indices)] for indices in by_user.values()]
+    else:
+        users = [by_user[user] for user in sorted(by_user)]
+        random.Random(split.seed).shuffle(users)
+        groups = [users]
+    name_of = {}
+    for group in groups:
+        tests, validations = round(split.test * len(group)), round(split.validation * len(group))
+        for position, unit in enumerate(group):
+            name = "test" if position < tests else "validation" if position < tests + validations else "train"
+            name_of.update(dict.fromkeys(unit, name))
+    named = [replace(row, split=name_of[index]) for index, row in enumerate(rows)]
+    return _hold_out_users(named, split, tests_alone=by == "time")
+
+
+def _each_by_its_own(rows: Sequence[Row], split: Split) -> list[Row]:
+    """Every row by a number made of its content: a new row moves no other one from held out to trained, or back.
+
+    The shares come out about as asked for. Where chance leaves none for a share, the row nearest to it is taken.
+    """
+    places = [_place(split.seed, row.fingerprint()) for row in rows]
+    names = [
+        "test" if place < split.test else "validation" if place < split.test + split.validation else "train"
+        for place in places
+    ]
+    nearest = sorted(range(len(rows)), key=places.__getitem__)
+    for name, share in (("test", split.test), ("validation", split.validation)):
+        left = [index for index in nearest if names[index] == "train"]
+        if share * len(rows) >= 0.5 and name not in names and left:
+            names[left[0]] = name
+    return [replace(row, split=name) for row, name in zip(rows, names, strict=True)]
+
+
+def _place(seed: int, text: str) -> float:
+    """A number in 0 .. 1 that is as good as random."""
+    return int(digest([seed, text])[:12], 16) / 16**12
+
+
+def _hold_out_users(rows: list[Row], split: Split, tests_alone: bool) -> list[Row]:
+    """The rows of unseen users, the data's own or a seeded share of all, become `unseen` or are left out."""
+    users = sorted({row.user for row in rows})
+    unseen = {row.user for row in rows if row.unseen_user}
+    if not unseen:
+        unseen = set(random.Random(split.seed).sample(users, round(split.unseen_users * len(users))))
+    return [
+        replace(row, split="unseen") if row.user in unseen else row
+        for row in rows
+        if row.user not in unseen or row.split == "test" or not tests_alone
+    ]
+
+
+def swap_profiles(rows: Sequence[Row], seed: int = 0, pool: Sequence[Row] | None = None) -> list[Row]:
+    """Each row with the profile of a random row of another user in `pool` (default: `rows`): a control.
+
+    Rows that cannot be given one (a single user) are left out.
+    """
+    chooser = random.Random(seed)
+    swapped = []
+    for row in rows:
+        others = [other for other in (rows if pool is None else pool) if other.user != row.user and other.profile]
+        if others:
+            swapped.append(replace(row, profile=chooser.choice(others).profile))
+    return swapped
+
+
+def from_columns(record: Mapping[str, Any], where: str) -> Row:
+    """A row of a TRL data set: `profile`, and `prompt` with `completion`, or `messages`; `user` where there is one.
+
+    Raises:
+        DataError: a column that is missing or of the wrong shape; `where` is named.
+    """
+    return from_record(record, str(record.get("where") or where), None, "rows", None)
+
+
+def to_columns(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows as records that `from_columns` reads back; what `datasets.Dataset.from_list` takes."""
+    as_items = any(not isinstance(row.profile, str) for row in rows)  # a column has one type
+    records = []
+    for row in rows:
+        items = (Item("", row.profile),) if isinstance(row.profile, str) and row.profile else row.profile or ()
+        profile = [{"title": one.title, "text": one.text} for one in items] if as_items else row.profile
+        conversation = {"prompt": list(row.prompt), "completion": list(row.completion)}
+        records.append({"where": row.where, "user": row.user, "profile": profile, **conversation})
+    return records
+
+
+# From a record: what it says, whatever it calls it.
+
+
+def from_record(record: Mapping[str, Any], where: str, split: str | None, shape: str, rule: Profile | None) -> Row:
+    """The row that a record tells of. `shape`: rows, lamp or longlamp; `rule` chooses among its profile items."""
+    if shape in ("lamp", "longlamp"):
+        names = (record.get(key) for key in ("user_id", "name", "reviewerId", "author", "id"))
+        user = next((name for name in names if name not in (None, "")), None)
+        record = {**record, "user": user, "prompt": record.get("input"), "completion": record.get("output")}
+    prompt, completion = _conversation(record, where)
+    row = Row(
+        where=where,
+        user=user_name(record.get("user")),
+        profile=_profile(record.get("profile"), where),
+        prompt=prompt,
+        completion=completion,
+        split=split_name(record.get("split"), where) or split,
+        cohort=cohort_name(record),
+        unseen_user=is_held_out(record),
+    )
+    if rule is None or isinstance(row.profile, str):
+        return row
+    return replace(row, profile=tuple(choose(row.profile, row.query, rule.select, rule.top_k)))
+
+
+def _conversation(record: Mapping[str, Any], where: str) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+    """Prompt and completion as messages; a dialogue is cut ahead of its first assistant turn."""
+    if record.get("messages") is not None:
+        messages = _messages(record["messages"], "messages", "user", where)
+        first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+        prompt, completion = messages[:first], messages[first:]
+    else:
+        prompt = _messages(record.get("prompt"), "prompt", "user", where)
+        completion = _messages(record.get("completion"), "completion", "assistant", where)
+    if not prompt:
+        raise DataError(f"{where}: no prompt: nothing is said ahead of the response")
+    return prompt, completion
+
+
+def _messages(value: Any, column: str, role: str, where: str) -> tuple[Message, ...]:
+    if value is None:
+        raise DataError(f"{where}: no {column}; rename yours with data.columns.{column}=YOUR_COLUMN")
+    if isinstance(value, str):
+        return ({"role": role, "content": value},)
+    if isinstance(value, Sequence) and all(
+        isinstance(one, Mapping) and "role" in one and isinstance(one.get("content"), str) for one in value
+    ):
+        return tuple({"role": str(one["role"]), "content": one["content"]} for one in value)
+    raise DataError(
+        f"{where}: {column} is a text, or a list of messages such as {{role: user, content: a text}}; "
+        f"this is {str(value)[:60]!r}"
+    )
+
+
+_TEXTS = ("text", "abstract", "reviewText", "content", "description", "output")
+_TITLES = ("title", "summary", "input")
+_MARKS = ("tag", "score", "overall", "category", "rating")
+
+
+def _profile(value: Any, where: str) -> Profiled:
+    """A profile as a text or as items, in the field names of rows, LaMP and LongLaMP."""
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return value.strip()
+    if not isinstance(value, Sequence):
+        raise DataError(f"{where}: profile is a text or a list of items, this is {type(value).__name__}")
+    items = []
+    for one in value:
+        if isinstance(one, str):
+            title, text = "", one
+        elif isinstance(one, Mapping):
+            text = next((str(one[key]) for key in _TEXTS if one.get(key)), "")
+            titles = [str(one[key]) for key in _TITLES if one.get(key)][:1]
+            title = " | ".join(titles + [f"{key} {one[key]}" for key in _MARKS if one.get(key) is not None])
+        else:
+            raise DataError(f"{where}: a profile item is a text or an object with title and text, this is {one!r}")
+        if title.strip() or text.strip():
+            items.append(Item(title.strip(), text.strip()))
+    return tuple(items)

@@ -1,0 +1,1 @@
+"""Held-out figures, comparisons and checks."""

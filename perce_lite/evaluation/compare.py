@@ -1,0 +1,273 @@
+"""Arms against arms: one budget, seeds, data order and grid of rates; rates chosen on validation, judged on test."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from perce_lite.console import say, warn
+from perce_lite.data.pairs import PairMaker
+from perce_lite.data.readers import read_rows
+from perce_lite.data.rows import Row, of_split
+from perce_lite.errors import DataError, NonFiniteLossError, RecipeError
+from perce_lite.evaluation.conditions import Case, Judge, Sums, score_cases
+from perce_lite.evaluation.evaluate import held_out
+from perce_lite.files import safe_name
+from perce_lite.model import adapters
+from perce_lite.model.base import load_base, load_tokenizer
+from perce_lite.model.scoring import store_of
+from perce_lite.planning.oom_advice import full_card_is_clear, let_go
+from perce_lite.recipe import Recipe, refuse_cores, training_config, with_train
+from perce_lite.training.train import Run, fit, run_of
+
+ARMS = "uniform,shuffled,base,mixed,bootstrap"
+"""What is compared where nothing else is asked for."""
+
+UNTRAINED = "untrained"
+
+_BOTH = ("own", "none")
+
+Cases = dict[str, list[Case]]
+"""By split."""
+
+AGAINST = ("uniform", "shuffled")
+"""Estimators that all others are compared with: plain SFT, and the same weights on the wrong tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One way to train: "base", or "base:clip_min=0.2:normalize_weights=mean" with other fields of PerCEConfig."""
+
+    name: str
+    recipe: Recipe
+
+    @property
+    def estimator(self) -> str:
+        return self.name.partition(":")[0]
+
+    @property
+    def judged(self) -> str:
+        """The profile that it is used with, and so judged with."""
+        return "none" if self.recipe.train.get("train_on") == "counterfactual" else "own"
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of an arm."""
+
+    arm: Arm
+    rate: float
+    seed: int
+
+    def run(self, rows: Sequence[Row]) -> tuple[Recipe, Run]:
+        """Its recipe, and its run in a folder of its own under `<output_dir>/compare`."""
+        recipe = self.arm.recipe
+        folder = recipe.output_dir / "compare" / safe_name(self.arm.name) / f"rate-{self.rate:g}-seed-{self.seed}"
+        mine = {"learning_rate": self.rate, "seed": self.seed, "output_dir": str(folder), "save_total_limit": 1}
+        mine_only = recipe.model_copy(update={"train": {**recipe.train, **mine}})
+        return mine_only, run_of(mine_only, rows)
+
+
+def arms_of(recipe: Recipe, spec: str) -> list[Arm]:
+    """The arms of "uniform,base,base:clip_min=0.2".
+
+    Raises:
+        RecipeError: an unknown estimator or field, a combination that is refused, an arm named twice.
+    """
+    names = [name.strip() for name in spec.split(",") if name.strip()]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not names:
+        raise RecipeError("--arms", [f"{', '.join(twice)}: named twice" if twice else f"name some, such as {ARMS}"])
+    arms = []
+    for name in names:
+        estimator, *options = name.split(":")
+        arms.append(Arm(name, with_train(recipe, f"--arms {name}", [f"estimator={estimator}", *options])))
+    return arms
+
+
+def grid(recipe: Recipe, spec: str | None) -> list[float]:
+    """The rates of "1e-4,3e-4"; without a spec half, once and twice the recipe's.
+
+    Raises:
+        RecipeError: no number above 0.
+    """
+    if spec is None:
+        middle = training_config(recipe).learning_rate
+        return [middle / 2, middle, middle * 2]
+    try:
+        rates = [float(rate) for rate in spec.split(",")]
+    except ValueError as error:
+        raise RecipeError("--rates", [f"{spec}: write it as 1e-4,3e-4 ({error})"]) from error
+    if not all(0 < rate < 1 for rate in rates) or len(set(rates)) < len(rates):
+        raise RecipeError("--rates", [f"{spec}: each is above 0 and below 1, and stands there once"])
+    return rates
+
+
+def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: int) -> dict[str, Any]:
+    """The figures that `perce-lite compare` shows.
+
+    Every arm is trained with every rate on the first of `seeds` seeds, the recipe's own, then with the rate of the
+    lowest validation loss on the others. A training that was finished before is not repeated; one that was stopped goes
+    on from its checkpoint.
+
+    Raises:
+        DataError: no validation rows to choose a rate by, or none to judge by; and what training raises.
+    """
+    refuse_cores(recipe, "compare")
+    rows = read_rows(recipe)
+    trained = {row.user for row in of_split(rows, "train")}
+    passes = dict.fromkeys(arm.recipe.profile_pass for arm in arms)
+    found = {one: _cases(recipe, rows, one, tuning=len(rates) > 1) for one in passes}
+    seed = training_config(recipe).seed
+    total = len(arms) * (len(rates) + seeds - 1)
+    first = [Training(arm, rate, seed) for arm in arms for rate in rates]
+    failed = _train(first, rows, 0, total)
+    tuning: dict[Training, float] = {}
+    if len(rates) > 1:
+        only = {name: {"validation": cases.pop("validation")} for name, cases in found.items()}
+        judge, sums = _score(recipe, [one for one in first if one not in failed], rows, only, True)["validation"]
+        tokens = judge.tokens["all"].sum()
+        tuning = {one: float(scored[one.arm.judged]["all"].sum() / tokens) for one, scored in sums.items() if one}
+    chosen = {arm.name: _best([one for one in first if one.arm == arm], tuning, failed) for arm in arms}
+    usable = [one for one in chosen.values() if one is not None]
+    rest = [Training(one.arm, one.rate, seed + more) for more in range(1, seeds) for one in usable]
+    failed |= _train(rest, rows, len(first), total)
+    done = [one for one in [*usable, *rest] if one not in failed]
+    told = []
+    for arm in arms:
+        best = chosen[arm.name]
+        told.append(
+            {
+                "arm": arm.name,
+                "profile": arm.judged,
+                "rate": None if best is None else best.rate,
+                "at_edge": best is not None and len(rates) > 2 and best.rate in (min(rates), max(rates)),
+                "validation": {f"{one.rate:g}": tuning.get(one) for one in first if one.arm == arm},
+                "failed": [f"rate {one.rate:g}, seed {one.seed}" for one in failed if one.arm == arm],
+            }
+        )
+    return {
+        "model": recipe.model,
+        "train_rows": sum(row.split == "train" for row in rows),
+        "rates": list(rates),
+        "seeds": [seed + more for more in range(seeds)],
+        "clip_min": training_config(recipe).clip_min,
+        "arms": told,
+        "splits": {
+            name: {**judge.told(trained), **_figures(arms, judge, sums)}
+            for name, (judge, sums) in _score(recipe, done, rows, found, False).items()
+        },
+    }
+
+
+def _cases(recipe: Recipe, rows: Sequence[Row], profile_pass: str, tuning: bool) -> Cases:
+    """Held-out cases: test and unseen to judge by, validation to choose rates by.
+
+    They are those of the recipe, whatever else an arm changes: all arms are judged on the same tokens.
+    """
+    limits = training_config(recipe).max_length, recipe.profile.max_tokens
+    maker = PairMaker(load_tokenizer(recipe), recipe.template, *limits, profile_pass)
+    found = held_out(recipe, maker, rows)
+    if "validation" in found:
+        raise DataError("No test rows: compare chooses rates on validation and must judge on others. Raise split.test.")
+    if not tuning:
+        return found
+    if not of_split(rows, "validation"):
+        raise DataError(
+            "No validation rows to choose a rate by: raise split.validation, or give one rate with --rates."
+        )
+    return {**found, **held_out(recipe, maker, rows, splits=("validation",))}
+
+
+def _train(trainings: Sequence[Training], rows: Sequence[Row], before: int, total: int) -> set[Training]:
+    """Trains those that were not trained before, one base in memory at a time; gives those that came to no loss."""
+    failed = set()
+    for number, training in enumerate(trainings, before + 1):
+        recipe, run = training.run(rows)
+        told = f"{number} of {total}: {training.arm.name}, rate {training.rate:g}, seed {training.seed}"
+        if run.trained():
+            say(f"{told}: trained before")
+            continue
+        try:
+            with full_card_is_clear(training.arm.recipe, run.newest_checkpoint):
+                fit(recipe, load_base(recipe), rows, run, told)
+            run.drop_checkpoints()
+        except NonFiniteLossError as error:
+            warn(f"{told}: left out. {error}")
+            failed.add(training)
+        let_go()
+    return failed
+
+
+def _score(
+    recipe: Recipe, trainings: Sequence[Training], rows: Sequence[Row], found: dict[str, Cases], tuning: bool
+) -> dict[str, tuple[Judge, dict[Training | None, Sums]]]:
+    """By split: what every training's adapter, and the base (None), loses, with the own profile and with none.
+
+    found: by `profile_pass`, the same rows in the same order
+    tuning: with the profile alone that the arm is judged with
+    """
+    config, base = training_config(recipe), load_base(recipe)
+    judged: dict[str, tuple[Judge, dict[Training | None, Sums]]] = {}
+    for training in (None, *trainings):
+        folder = None if training is None else training.run(rows)[1].adapter
+        names = _BOTH if training is None or not tuning else (training.arm.judged,)
+        what = UNTRAINED if training is None else f"{training.arm.name}, rate {training.rate:g}, seed {training.seed}"
+        with adapters.on(base.model, folder) as model:
+            store = store_of(config.store, model, config.autocast, folder is not None)
+            mine = next(iter(found)) if training is None else training.arm.recipe.profile_pass
+            for split, some in found[mine].items():
+                told = f"{what}, {split}"
+                scored = score_cases(model, some, names, store, config.autocast, told, folder is not None)
+                if training is None:
+                    judged[split] = Judge(some, scored, config.clip_min), {}
+                judge, sums = judged[split]
+                sums[training] = judge.sums(scored)
+    return judged
+
+
+def _best(trainings: Sequence[Training], tuning: dict[Training, float], failed: set[Training]) -> Training | None:
+    """The training of lowest validation loss; None where all have failed."""
+    left = [one for one in trainings if one not in failed]
+    return min(left, key=lambda one: tuning.get(one, 0.0), default=None)
+
+
+def _figures(arms: Sequence[Arm], judge: Judge, sums: dict[Training | None, Sums]) -> dict[str, Any]:
+    """Losses of each arm, means over its seeds, and what separates it from plain SFT and from shuffled weights.
+
+    An arm with options is set against its estimator without them as well.
+    """
+    by_arm = {arm.name: [one for one in sums if one is not None and one.arm == arm] for arm in arms}
+    means = {name: _mean([sums[one] for one in some]) for name, some in by_arm.items() if some}
+    table = [
+        {"arm": name, "profile": profile, **judge.figures(by_part)}
+        for name, by_profile in {UNTRAINED: sums[None], **means}.items()
+        for profile, by_part in by_profile.items()
+    ]
+    differences = []
+    for arm in arms:
+        for other in arms:
+            control = arm.estimator != "uniform" and other.estimator in AGAINST
+            comparable = (control or other.name == arm.estimator) and other.judged == arm.judged
+            if other == arm or arm.name not in means or other.name not in means or not comparable:
+                continue
+            pairs = [(one, two) for one in by_arm[arm.name] for two in by_arm[other.name] if one.seed == two.seed]
+            if not pairs:
+                continue
+            each = [judge.figures(sums[one][arm.judged], sums[two][arm.judged]) for one, two in pairs]
+            mine, theirs = (_mean([sums[one] for one in some])[arm.judged] for some in zip(*pairs, strict=True))
+            told = {
+                part: None if one is None else {**one, "seeds": [figures[part]["value"] for figures in each]}
+                for part, one in judge.figures(mine, theirs).items()
+            }
+            differences.append({"arm": arm.name, "against": other.name, "profile": arm.judged, **told})
+    return {"losses": table, "differences": differences}
+
+
+def _mean(some: Sequence[Sums]) -> Sums:
+    """Row by row, the mean over seeds."""
+    return {
+        profile: {part: np.mean([one[profile][part] for one in some], axis=0) for part in by_part}
+        for profile, by_part in some[0].items()
+    }

@@ -1,0 +1,109 @@
+"""A whole fleet exported, one adapter after another over one base: what serves somebody, as the book says."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from perce_lite.console import no_bars, progress_bar, warn
+from perce_lite.errors import DiskFullError, ExportError, PerceLiteError
+from perce_lite.export.export import QUANT, check_options, export, verify
+from perce_lite.export.proof import read_proof
+from perce_lite.export.reuse import kept
+from perce_lite.export.writers import source_hash
+from perce_lite.files import safe_name
+from perce_lite.fleet.groups import Key
+from perce_lite.fleet.queries import find, who
+from perce_lite.fleet.registry import Registry, opened
+
+
+@dataclass
+class Served:
+    """An adapter in service, and whom it serves."""
+
+    key: Key
+    folder: Path
+    users: list[str] = field(default_factory=list)
+
+
+def export_all(
+    fleet: Path | None,
+    target: str,
+    out: Path | None = None,
+    force: bool = False,
+    base_gguf: Path | None = None,
+    quant: str | None = None,
+) -> dict[str, Any]:
+    """Exports every adapter of a fleet that serves somebody; gives what `--json` writes.
+
+    Exports that are there, of the very adapter, and still hold their proof are left alone; so a stopped run goes on.
+
+    fleet: the fleet's folder; None: the only one under runs/
+    out: a folder to put them in; None: each beside its adapter, where `adapters delete` finds it
+    force: make even those anew; base_gguf, quant: as `export`
+
+    Raises:
+        FleetError: no fleet there; ExportError: no such target; DiskFullError: no space left.
+        One adapter's failure is told, and the others go on.
+    """
+    check_options(target, base_gguf, quant)
+    folder = find(fleet)
+    with opened(folder) as registry:
+        serving, bare = served(registry)
+    told = []
+    with progress_bar() as bar, no_bars(), kept():
+        progress = bar.add_task("Exports", total=len(serving), note="")
+        for one in serving:
+            place = one.folder.with_name(f"{one.folder.name}-{target}") if out is None else out / _name(one.key)
+            done = {"adapter": " ".join(one.key), "users": one.users, "folder": str(place)}
+            told.append(done | _export(one, target, place, force, base_gguf, quant))
+            bar.update(progress, advance=1, note=done["adapter"])
+    failed = sum(one["state"] == "failed" for one in told)
+    return {"fleet": str(folder), "target": target, "exports": told, "served_by_base": bare, "failed": failed}
+
+
+def served(registry: Registry) -> tuple[list[Served], list[str]]:
+    """The adapters that serve somebody, and the users whom the bare base serves."""
+    found: dict[Key, Served] = {}
+    bare = []
+    for user in registry.users():
+        serves = who(registry, user)
+        if serves["adapter"] is None:
+            bare.append(user)
+            continue
+        kind, name = serves["adapter"]
+        found.setdefault((kind, name), Served((kind, name), Path(serves["folder"]))).users.append(user)
+    return list(found.values()), bare
+
+
+def _name(key: Key) -> str:
+    """The folder of an adapter's export under `--out`."""
+    return safe_name(key[1] if key[0] == "user" else " ".join(key))
+
+
+def _export(
+    one: Served, target: str, place: Path, force: bool, base_gguf: Path | None, quant: str | None
+) -> dict[str, Any]:
+    """One adapter: what became of it."""
+    try:
+        if not force and _holds(one.folder, target, place, base_gguf, quant):
+            return {"state": "kept"}
+        figures = export(one.folder, target, place, True, base_gguf, quant)
+    except DiskFullError:
+        raise
+    except PerceLiteError as error:
+        warn(f"{' '.join(one.key)}: left out. {error}")
+        return {"state": "failed", "why": str(error)}
+    return {"state": "exported", "proof": figures["proof"]}
+
+
+def _holds(source: Path, target: str, place: Path, base_gguf: Path | None, quant: str | None) -> bool:
+    """Whether an export of this very adapter lies at `place` and is proven once more."""
+    try:
+        proof = read_proof(place)
+        wanted = (target, source_hash(source), (quant or QUANT) if target in ("gguf", "ollama") else "")
+        if (proof.target, proof.source, proof.quant) != wanted:
+            return False
+        verify(place, base_gguf)
+    except ExportError:
+        return False
+    return True

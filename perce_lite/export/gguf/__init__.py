@@ -1,0 +1,1 @@
+"""Adapters and models in llama.cpp's format."""

@@ -1,0 +1,236 @@
+"""Ollama's Modelfile: a chat template retold in Ollama's Go templates, stop tokens and system prompt; and read back.
+
+A chat template is asked, by rendering probes, what it writes ahead of, between and behind messages. What comes of it is
+rendered again for fixed dialogues and has to be the chat template's own text, or it is refused.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from perce_lite.data.chat_template import Chat
+from perce_lite.data.rows import Message
+from perce_lite.errors import ExportError, TemplateError
+from perce_lite.export.proof import ANSWER, QUESTION, Proof
+
+NAME = "Modelfile"
+
+_LINE = re.compile(r'^(FROM|TEMPLATE|SYSTEM|PARAMETER stop) (?:"""(.*?)"""|"(.*?)"|(.*?))$\n?', re.M | re.S)
+_MARKS = ("sysmark7", "askmark7", "saymark7", "askmark8")
+_FOLDED = "\n\n"  # between a system prompt and the first question, where a template has no system role
+_FIRST, _AFTER_SYSTEM = "eq $i 0", "and $.System (eq $i 1)"
+_LAST = "eq (len (slice $.Messages $i)) 1"
+_ROLE = 'eq .Role "{}"'
+
+
+@dataclass(frozen=True)
+class Modelfile:
+    """What a Modelfile says: the file of weights, Ollama's template, tokens that end an answer, the system prompt."""
+
+    weights: str
+    template: str
+    stops: tuple[str, ...]
+    system: str
+
+    def text(self) -> str:
+        """The file.
+
+        Raises:
+            ExportError: a text that cannot stand in it.
+        """
+        for what, value in (("template", self.template), ("system prompt", self.system)):
+            if '"""' in value:
+                raise ExportError(f'ollama: the {what} holds """, which ends a text in a Modelfile.')
+        lines = [f"FROM ./{self.weights}", f'TEMPLATE """{self.template}"""']
+        lines += [f'SYSTEM """{self.system}"""'] if self.system else []
+        lines += [f'PARAMETER stop "{one}"' for one in self.stops]
+        return "\n".join(lines) + "\n"
+
+
+def read(path: Path) -> Modelfile:
+    """The Modelfile at `path`.
+
+    Raises:
+        ExportError: none there, or one that says something else than ours.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"{path}: cannot be read: {error}. Export again.") from error
+    said: dict[str, list[str]] = {}
+    for found in _LINE.finditer(text):
+        said.setdefault(found[1], []).append(found[2] or found[3] or found[4] or "")
+    rest = _LINE.sub("", text)
+    if rest.strip() or [len(said.get(one, [])) for one in ("FROM", "TEMPLATE")] != [1, 1]:
+        raise ExportError(f"{path}: damaged: it does not say FROM, TEMPLATE, SYSTEM and stop tokens as it did.")
+    stops = tuple(said.get("PARAMETER stop", []))
+    return Modelfile(said["FROM"][0].removeprefix("./"), said["TEMPLATE"][0], stops, "".join(said.get("SYSTEM", [])))
+
+
+def check(folder: Path, proof: Proof, weights: str) -> None:
+    """Raises ExportError where the Modelfile in `folder` does not say what it did when it was written.
+
+    weights: the file that is proven, so the one that it has to name
+    """
+    path = folder / NAME
+    found = read(path)
+    for prompt, one in zip(proof.rendered, dialogues(proof.messages), strict=True):
+        if (got := render(found.template, one)) != prompt:
+            raise ExportError(
+                f"{path}: another template: a fixed dialogue ends in {got[-60:]!r}, and in training in "
+                f"{prompt[-60:]!r}. Export again."
+            )
+    if list(found.stops) != proof.stops:
+        raise ExportError(
+            f"{path}: other stop tokens: {', '.join(found.stops)}; training saw {', '.join(proof.stops)}."
+        )
+    if found.system != system_of(proof.messages):
+        raise ExportError(f"{path}: another system prompt than that of training. Export again.")
+    if found.weights != weights:
+        raise ExportError(f"{path}: FROM names {found.weights}, and what is proven is {weights}. Export again.")
+    if not (folder / weights).is_file():
+        raise ExportError(f"{path}: FROM names {weights}, which is not there. Export again.")
+
+
+def system_of(messages: Sequence[Message]) -> str:
+    """The system prompt of `messages`; empty where there is none."""
+    return next((one["content"] for one in messages if one["role"] == "system"), "")
+
+
+# Asking the chat template
+
+
+def dialogues(messages: Sequence[Message]) -> list[list[Message]]:
+    """What a template is tried with: the fixed question as training put it, and dialogues with and without system."""
+    ask, say = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
+    system = {"role": "system", "content": "Be kind.\nBe short."}
+    again = [ask, say, {"role": "user", "content": "And now? {x}"}]
+    return [list(messages), [ask], [system, ask], again, [system, *again]]
+
+
+def prompts(chat: Chat, messages: Sequence[Message]) -> list[str]:
+    """The prompts that the chat template makes of `dialogues`, as llama.cpp is given them: it puts bos first by itself.
+
+    Raises:
+        ExportError: the template refuses one.
+    """
+    return [_rendered(chat, one) for one in dialogues(messages)]
+
+
+def _rendered(chat: Chat, messages: Sequence[Message]) -> str:
+    tokenizer = chat.tokenizer
+    given = list(messages)
+    if not _knows_system(chat) and given[0]["role"] == "system":
+        first = f"{given[0]['content']}{_FOLDED}{given[1]['content']}"
+        given = [{**given[1], "content": first}, *given[2:]]
+    text = _apply(chat, given)
+    bos = tokenizer.bos_token
+    adds_bos = bos is not None and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+    return text.removeprefix(bos) if adds_bos else text
+
+
+def _apply(chat: Chat, messages: Sequence[Message]) -> str:
+    try:
+        return chat.render(list(messages), "a dialogue", add_generation_prompt=True)
+    except TemplateError as error:
+        raise ExportError(f"ollama: {error}") from error
+
+
+def _knows_system(chat: Chat) -> bool:
+    try:
+        return _MARKS[0] in _apply(chat, _marked(system=True)[:2])
+    except ExportError:
+        return False
+
+
+def _marked(system: bool) -> list[Message]:
+    roles = ("system", "user", "assistant", "user")
+    every = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)]
+    return every if system else every[1:]
+
+
+def retold(chat: Chat, messages: Sequence[Message]) -> str:
+    """The chat template as a Go template of Ollama.
+
+    Raises:
+        ExportError: one that cannot be retold, so that some dialogue would read otherwise than in training.
+    """
+    pieces = re.split("|".join(_MARKS), _rendered(chat, _marked(system=True)))
+    bare = re.split("|".join(_MARKS), _rendered(chat, _marked(system=False)))
+    shown = len(pieces) == 5 and len(bare) == 4
+    template = _written(pieces, bare) if shown and "{{" not in "".join([*pieces, *bare]) else ""
+    wanted = prompts(chat, messages)
+    if not template or [render(template, one) for one in dialogues(messages)] != wanted:
+        raise ExportError(
+            "ollama: the chat template cannot be retold in Ollama's template language: what it writes around a message "
+            "depends on more than role and place. Export --to gguf, which holds the chat template as it is."
+        )
+    return template
+
+
+def _written(pieces: Sequence[str], bare: Sequence[str]) -> str:
+    """The Go template of what stands around the marks, with a system prompt (5 pieces) and without (4)."""
+    system, after_system, answers, between, waits = pieces
+    first = bare[0]
+    opens = (
+        f"{{{{ if {_FIRST} }}}}{first}{{{{ else if {_AFTER_SYSTEM} }}}}{after_system}"
+        f"{{{{ else }}}}{between}{{{{ end }}}}"
+    )
+    closes = waits if waits == answers else f"{{{{ if {_LAST} }}}}{waits}{{{{ else }}}}{answers}{{{{ end }}}}"
+    system_role, user_role = _ROLE.format("system"), _ROLE.format("user")
+    return (
+        "{{ range $i, $_ := .Messages }}"
+        f"{{{{ if {system_role} }}}}{system}{{{{ .Content }}}}"
+        f"{{{{ else if {user_role} }}}}{opens}{{{{ .Content }}}}{closes}"
+        "{{ else }}{{ .Content }}{{ end }}{{ end }}"
+    )
+
+
+# Ollama's side
+
+
+def render(template: str, messages: Sequence[Message]) -> str:
+    """What Ollama makes of `messages` with a template of `retold`; of Go's language it knows what `retold` writes.
+
+    Raises:
+        ExportError: a template that says something else.
+    """
+    parts = re.split(r"\{\{ (.*?) \}\}", template)
+    if len(parts) < 5 or parts[0] or parts[1] != "range $i, $_ := .Messages" or parts[-2] != "end" or parts[-1]:
+        raise ExportError("The Modelfile's template is not one that PerCE Lite wrote. Export again.")
+    system = any(one["role"] == "system" for one in messages)
+    said = []
+    for index, message in enumerate(messages):
+        holds = {
+            _FIRST: index == 0,
+            _AFTER_SYSTEM: system and index == 1,
+            _LAST: index == len(messages) - 1,
+            **{_ROLE.format(role): message["role"] == role for role in ("system", "user")},
+        }
+        said.append(_turn(parts[2:-2], message["content"], holds))
+    return "".join(said)
+
+
+def _turn(parts: Sequence[str], content: str, holds: Mapping[str, bool]) -> str:
+    """One message. parts: text and, at odd places, what stands in braces; holds: which conditions do."""
+    said: list[str] = []
+    open_ifs: list[tuple[bool, bool]] = []  # whether this branch speaks, whether one of the `if` has spoken
+    for at, part in enumerate(parts):
+        speaks = all(now for now, _ in open_ifs)
+        word, _, condition = part.partition("if ")
+        if at % 2 == 0 or part == ".Content":
+            said += [part if at % 2 == 0 else content] if speaks else []
+        elif word in ("", "else ") and condition in holds:
+            spoken = open_ifs.pop()[1] if word else False
+            now = not spoken and holds[condition]
+            open_ifs.append((now, spoken or now))
+        elif part == "else" and open_ifs:
+            open_ifs.append((not open_ifs.pop()[1], True))
+        elif part == "end" and open_ifs:
+            open_ifs.pop()
+        else:
+            raise ExportError(f"The Modelfile's template says {part!r}, which PerCE Lite does not write. Export again.")
+    if open_ifs:
+        raise ExportError("The Modelfile's template has an `if` without its end. Export again.")
+    return "".join(said)

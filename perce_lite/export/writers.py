@@ -1,0 +1,249 @@
+"""What each target of an export consists of: written into a folder aside, with the proof that it will be held to."""
+
+import json
+import shlex
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from perce_lite.cli.views.sections import drifted
+from perce_lite.data.chat_template import Chat
+from perce_lite.errors import ExportError
+from perce_lite.export import modelfile
+from perce_lite.export.gguf import lora as gguf_lora
+from perce_lite.export.gguf import model as gguf_model
+from perce_lite.export.gguf import proof as gguf_proof
+from perce_lite.export.proof import (
+    OTHER_PROGRAM,
+    PROOF,
+    QUESTION,
+    ROUNDED,
+    TIGHT,
+    Proof,
+    base_for,
+    check_not_idle,
+    clear_answer,
+    expected,
+    fingerprint,
+    on_cpu,
+    record,
+    sketched,
+    tensors_of,
+)
+from perce_lite.export_targets import max_rank
+from perce_lite.files import bytes_of, digest, read_json, write_json, write_text
+from perce_lite.hub import hub_options
+from perce_lite.model import adapters
+from perce_lite.model.base import BUILT_IN, load_base, model_source
+from perce_lite.model.model_card import licence_of, model_card, write_licence
+from perce_lite.recipe import Recipe
+
+Card = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One export. card: what the adapter says of itself; source: its folder; place: where the export goes in the end.
+
+    quant: for GGUF, what the matrices are written as; evaluated: sentences for the card
+    """
+
+    target: str
+    card: Card
+    source: Path
+    place: Path
+    quant: str
+    evaluated: tuple[str, ...] = ()
+
+
+def write(job: Job, aside: Path) -> dict[str, Any]:
+    """Writes the export into `aside`; gives figures of its own."""
+    check_not_idle(tensors_of(job.source), job.source)
+    return _WRITERS[job.target](job, aside)
+
+
+def _write_adapter(job: Job, aside: Path) -> dict[str, Any]:
+    """The adapter as peft has it, for peft or for vLLM."""
+    recipe = on_cpu(job.card, quantised=True)
+    with base_for(recipe) as base:
+        model, tokenizer = _on(base.model, base.tokenizer, job)
+        proof = record(model, tokenizer, recipe, job.target, TIGHT)
+        tokenizer.save_pretrained(aside)
+    for name in ("adapter_model.safetensors", "adapter_config.json", adapters.CARD):
+        shutil.copyfile(job.source / name, aside / name)
+    if proof.invocation:
+        config = read_json(aside / "adapter_config.json")
+        write_json(aside / "adapter_config.json", {**config, "alora_invocation_tokens": proof.invocation})
+    proof.fingerprints = {name: fingerprint(tensor) for name, tensor in tensors_of(aside)}
+    rank = max(tensor.shape[0] for name, tensor in tensors_of(aside) if "lora_A" in name or "embedding_A" in name)
+    _finish(job, recipe, aside, proof, _vllm_use(job, recipe, rank) if job.target == "vllm" else "")
+    return {"max_lora_rank": max_rank(rank)} if job.target == "vllm" else {}
+
+
+def _vllm_use(job: Job, recipe: Recipe, rank: int) -> str:
+    """How vLLM and LoRAX are given the adapter."""
+    base = model_source(recipe) if recipe.model in BUILT_IN else recipe.model
+    place = job.place.absolute()
+    named, path = shlex.quote(f"personal={place}"), json.dumps(str(place), ensure_ascii=False)
+    model, template = json.dumps(str(base), ensure_ascii=False), shlex.quote(str(place / "chat_template.jinja"))
+    return "\n".join(
+        [
+            "## Use",
+            "",
+            f"vLLM; the adapter's rank is {rank}, so it needs a max_lora_rank of {max_rank(rank)} or more:",
+            "",
+            f"    vllm serve {shlex.quote(str(base))} --enable-lora --max-lora-rank {max_rank(rank)} \\",
+            f"        --lora-modules {named} --chat-template {template}",
+            "",
+            "    from vllm import LLM",
+            "    from vllm.lora.request import LoRARequest",
+            "",
+            f"    llm = LLM(model={model}, enable_lora=True, max_lora_rank={max_rank(rank)})",
+            f'    lora_request = LoRARequest("personal", 1, {path})',
+            "    llm.chat(messages, lora_request=lora_request)",
+            "",
+            "LoRAX:",
+            "",
+            f'    client.generate(prompt, adapter_id={path}, adapter_source="local")',
+            "",
+        ]
+    )
+
+
+def _write_merged(job: Job, aside: Path) -> dict[str, Any]:
+    """Merges in float32 and rounds once, to what the base is kept in."""
+    recipe = on_cpu(job.card, quantised=False)
+    kept = _kept_dtype(recipe)
+    merged, tokenizer, proof = _merge(job, recipe, TIGHT if kept == torch.float32 else ROUNDED)
+    merged = merged.to(kept)
+    merged.config.dtype = kept
+    merged.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    proof.sketch = sketched(merged)
+    proof.fingerprints = {name: fingerprint(tensor) for name, tensor in tensors_of(aside)}
+    del merged  # the base as trained is loaded next
+    drift = _measured_drift(job, proof)
+    dtype = str(kept).removeprefix("torch.")
+    told = f"## Merged\n\nThe adapter is merged into the original weights, kept in {dtype}. {drifted(drift)}\n"
+    _finish(job, recipe, aside, proof, told)
+    return {"dtype": dtype, "drift": drift}
+
+
+def _write_gguf_lora(job: Job, aside: Path) -> dict[str, Any]:
+    recipe = on_cpu(job.card, quantised=False)
+    with base_for(recipe) as base:
+        model, tokenizer = _on(base.model, base.tokenizer, job)
+        proof = record(model, tokenizer, recipe, job.target, OTHER_PROGRAM)
+        proof.fingerprints, proof.heads = gguf_lora.write(aside / gguf_lora.FILE, model, proof.invocation)
+    _finish(job, recipe, aside, proof, f"## Use\n\n    llama-server --model BASE.gguf --lora {gguf_lora.FILE}\n")
+    return {}
+
+
+def _write_gguf(job: Job, aside: Path) -> dict[str, Any]:
+    proof, recipe, _ = _write_model(job, aside)
+    _finish(job, recipe, aside, proof, f"## Use\n\n    llama-server --model {gguf_model.FILE}\n")
+    return {"quant": job.quant}
+
+
+def _write_ollama(job: Job, aside: Path) -> dict[str, Any]:
+    proof, recipe, chat = _write_model(job, aside)
+    proof.rendered = modelfile.prompts(chat, proof.messages)
+    proof.stops = chat.tokenizer.convert_ids_to_tokens(chat.stop_ids())
+    system = modelfile.system_of(proof.messages)
+    file = modelfile.Modelfile(gguf_model.FILE, modelfile.retold(chat, proof.messages), tuple(proof.stops), system)
+    write_text(aside / modelfile.NAME, file.text())
+    _finish(job, recipe, aside, proof, "## Use\n\n    ollama create mine -f Modelfile && ollama run mine\n")
+    return {"quant": job.quant}
+
+
+def _write_model(job: Job, aside: Path) -> tuple[Proof, Recipe, Chat]:
+    """The merged model as GGUF, and what its proof holds."""
+    recipe = on_cpu(job.card, quantised=False)
+    _kept_dtype(recipe)
+    merged, tokenizer, proof = _merge(job, recipe, gguf_proof.TOLERANCES.get(job.quant, ROUNDED))
+    chat = Chat(tokenizer, recipe.template)
+    proof.quant, proof.sketch = job.quant, sketched(merged)
+    proof.messages = chat.composed([{"role": "user", "content": QUESTION}], "")
+    prompt = proof.ids[: len(proof.ids) - len(proof.adapter)]
+    proof.greedy = clear_answer(merged, prompt, tokenizer, lead=2 * proof.tolerance)
+    proof.fingerprints, proof.heads = gguf_model.write(aside / gguf_model.FILE, merged, tokenizer, job.quant)
+    return proof, recipe, chat
+
+
+def _merge(job: Job, recipe: Recipe, allowed: float) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Proof]:
+    """The adapter merged into a base of its own, in float32."""
+    base = load_base(recipe)
+    model, tokenizer = _on(base.model, base.tokenizer, job)
+    proof = record(model, tokenizer, recipe, job.target, allowed)
+    return model.merge_and_unload(safe_merge=True), tokenizer, proof
+
+
+def _on(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """Base and adapter, and the tokenizer with the chat template that training saw."""
+    tokenizer.chat_template = job.card["chat_template"]
+    return adapters.load(base, job.source), tokenizer
+
+
+def _finish(job: Job, recipe: Recipe, aside: Path, proof: Proof, more: str) -> None:
+    """Proof, card and licence. more: what the card says beside what every card says."""
+    weights = job.source / "adapter_model.safetensors"
+    proof.source = source_hash(job.source)
+    write_json(aside / PROOF, proof.model_dump(mode="json"))
+    whole = job.target in ("merged", "gguf", "ollama")
+    kinds = ("*.gguf", "*.safetensors")
+    size = sum(bytes_of(one) for kind in kinds for one in aside.glob(kind)) if whole else bytes_of(weights)
+    text = model_card(job.card, whole, size, job.evaluated, licence_of(recipe))
+    write_text(aside / "README.md", f"{text}\n{more}" if more else text)
+    write_licence(recipe, aside)
+
+
+def source_hash(folder: Path) -> str:
+    """Hash of the weights and the scale of an adapter in `folder`, by which an export is known to be of it."""
+    config = read_json(folder / "adapter_config.json")
+    return digest([config, *([name, fingerprint(tensor)] for name, tensor in tensors_of(folder))])
+
+
+def _kept_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype that the base's own files are in.
+
+    Raises:
+        ExportError: they are quantised, so there are no original weights to merge into.
+    """
+    source = model_source(recipe)
+    config = AutoConfig.from_pretrained(source, **hub_options(source))
+    if "quantization_config" in config.to_dict():
+        raise ExportError(
+            f"{recipe.model}: its own files are quantised, so there are no original weights to merge into."
+        )
+    return config.dtype or torch.float32
+
+
+def _measured_drift(job: Job, proof: Proof) -> dict[str, Any]:
+    """How far the merged model is from base and adapter as trained, on the fixed text, in nats."""
+    trained = on_cpu(job.card, quantised=True)
+    if trained.quantization == "none":
+        return {"quantization": "none", "mean": 0.0, "max": 0.0}
+    with base_for(trained) as base:
+        model, _ = _on(base.model, base.tokenizer, job)
+        as_trained = expected(model, proof.ids, adapters=True)
+    differences = [abs(one - other) for one, other in zip(as_trained, proof.adapter, strict=True)]
+    mean = sum(differences) / len(differences)
+    return {"quantization": trained.quantization, "mean": mean, "max": max(differences)}
+
+
+_WRITERS: dict[str, Callable[[Job, Path], dict[str, Any]]] = {
+    "peft": _write_adapter,
+    "merged": _write_merged,
+    "gguf-lora": _write_gguf_lora,
+    "gguf": _write_gguf,
+    "vllm": _write_adapter,
+    "ollama": _write_ollama,
+}

@@ -1,0 +1,1 @@
+"""Many users over one base."""

@@ -1,0 +1,1 @@
+"""Ways to train the users of a fleet."""

@@ -1,0 +1,202 @@
+"""How a fleet's adapters are trained in this process: one after another, or many users at once in slots."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback
+
+from perce_lite.config import PerCEConfig
+from perce_lite.console import no_bars
+from perce_lite.data.pairs import PairMaker
+from perce_lite.data.rows import Row, of_split, spread_over_users
+from perce_lite.errors import ConfigError, DeviceError, DiskFullError, ModelError, PerceLiteError, RecipeError
+from perce_lite.files import bytes_of, digest
+from perce_lite.fleet.groups import Key
+from perce_lite.model import adapters
+from perce_lite.model.base import Base, fingerprint, load_base, sketch
+from perce_lite.model.fingerprint import hash_once
+from perce_lite.model.scoring import Job, kept_log_probs, store_of
+from perce_lite.planning.oom_advice import full_card_in_a_fleet, let_go
+from perce_lite.recipe import Recipe
+from perce_lite.training.reference_logprobs import trained
+from perce_lite.training.train import Run, health, make_trainer, to_the_end
+from perce_lite.training.trainer import PerCETrainer
+
+
+@dataclass(frozen=True)
+class Task:
+    """One adapter to train.
+
+    key: (kind, name) in the fleet's book
+    folder: its own; the adapter comes to lie in `folder/adapter`
+    run: fingerprint of what it is trained from
+    start: folder of the adapter it starts from; None: from nothing
+    """
+
+    key: Key
+    recipe: Recipe
+    rows: Sequence[Row]
+    folder: Path
+    run: str
+    start: Path | None
+
+    @property
+    def begun(self) -> str:
+        """As `run`, with the rows: a cohort's run does not name them, but what is half trained must go on with them."""
+        return digest([self.run, [row.fingerprint() for row in self.rows]])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a task.
+
+    losses: split -> {base, start, own, tokens}, loss a token with the own profile, nats; a split without rows is absent
+    bytes: of the adapter's folder; parameters: how many numbers were trained
+    """
+
+    losses: dict[str, dict[str, float]]
+    weights: dict[str, float]
+    bytes: int
+    parameters: int
+
+
+Done = Callable[[Task, Outcome | PerceLiteError], None]
+Told = Callable[[float, float], None]
+"""Called after each step with the loss a token, nats, of those at work, the mean over them, and with what of their
+training is done, in adapters: three users who are halfway are 1.5.
+"""
+
+
+class Engine(Protocol):
+    """What a fleet asks of the thing that trains: give it tasks, get adapters."""
+
+    def base(self) -> dict[str, Any]:
+        """The sketch of its base, by which a fleet's folder knows it again."""
+
+    def run(self, tasks: Iterator[Task], done: Done, told: Told) -> None:
+        """Trains each, calling `done` as it ends, with the error where it cannot be trained; reads on as it has room.
+
+        An error that is not the user's own (no disk space) is raised.
+        """
+
+
+EVERYBODYS = (DiskFullError, DeviceError, ModelError, RecipeError, ConfigError)
+"""Errors that the next user would meet as well; after any other, the others go on."""
+
+
+class OneByOne:
+    """Trains with `PerCETrainer`, one adapter after another, over a base that is loaded once.
+
+    users: how many are to be trained at once, for what is said where not even the base fits
+    """
+
+    def __init__(self, recipe: Recipe, users: int = 1) -> None:
+        self._recipe, self._slots = recipe, users
+        self._loaded: Base | None = None
+
+    def base(self) -> dict[str, Any]:
+        return sketch(self._base().model)
+
+    def run(self, tasks: Iterator[Task], done: Done, told: Told) -> None:
+        for task in tasks:
+            outcome: Outcome | PerceLiteError
+            try:
+                outcome = self._train(task, told)
+            except EVERYBODYS:
+                raise
+            except PerceLiteError as error:  # a full card too: other users may have shorter rows
+                outcome = error
+            done(task, outcome)
+            if isinstance(outcome, PerceLiteError):
+                del outcome  # its frames hold what was on the card
+                let_go()
+
+    def _train(self, task: Task, told: Told) -> Outcome:
+        with full_card_in_a_fleet(task.recipe, 1, lambda: task.rows, of_users=task.start is not None):
+            return self._trained(task, told)
+
+    def _trained(self, task: Task, told: Told) -> Outcome:
+        run = Run(task.folder, task.begun, task.run)
+        recipe = task.recipe.model_copy(update={"train": {**task.recipe.train, "output_dir": str(task.folder)}})
+        base = self._base()
+        with no_bars(), bare(base.model):
+            run.make_way(fingerprint(base.model))
+            trainer = make_trainer(recipe, base, task.rows, task.start)
+            trainer.add_callback(_Tells(told))
+            before = _losses(trainer, recipe, task.rows, ("base", "start"))
+            to_the_end(trainer, recipe, task.rows, run)
+            after = _losses(trainer, recipe, task.rows, ("own",))
+            weights = health(trainer)
+            trained_parameters = sum(one.numel() for one in trainer.model.parameters() if one.requires_grad)
+        run.drop_checkpoints()
+        losses = {split: {**before[split], **after[split]} for split in before}
+        return Outcome(losses, weights, bytes_of(run.adapter), trained_parameters)
+
+    def _base(self) -> Base:
+        if self._loaded is None:
+            with full_card_in_a_fleet(self._recipe, self._slots, lambda: (), of_users=False):
+                self._loaded = load_base(self._recipe)
+            hash_once(self._loaded.model)
+        return self._loaded
+
+
+class _Tells(TrainerCallback):
+    """Says the loss of each step that is logged."""
+
+    def __init__(self, told: Told) -> None:
+        self._told = told
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "unweighted_loss" in logs:
+            self._told(float(logs["unweighted_loss"]), state.global_step / state.max_steps)
+
+
+@contextmanager
+def bare(model: PreTrainedModel) -> Iterator[None]:
+    """Gives the base back as it was: a trainer puts layers into it and wraps its forward once more."""
+    before = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        adapters.strip(model)
+        model.__dict__.pop("forward", None)
+        if before is not None:
+            model.forward = before
+
+
+def _losses(
+    trainer: PerCETrainer, recipe: Recipe, rows: Sequence[Row], who: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Loss a token on held-out rows by split: of the base (from the store where it has it), of the adapter as it is."""
+    maker = PairMaker.of(recipe, trainer.processing_class, trainer.args.max_length)
+    found: dict[str, dict[str, float]] = {}
+    base = store_of(trainer.args.store, trainer.model, trainer.autocast) if "base" in who else None
+    for split, jobs in held_out_jobs(maker, recipe, trainer.args, rows).items():
+        found[split] = {}
+        for name in who:
+            on = name != "base"
+            scored = kept_log_probs(trainer.model, jobs, None if on else base, trainer.autocast, split, on).log_probs
+            found[split] |= loss_of(name, scored)
+    return found
+
+
+def held_out_jobs(maker: PairMaker, recipe: Recipe, args: PerCEConfig, rows: Sequence[Row]) -> dict[str, list[Job]]:
+    """What to score of a user's held-out rows, by split, as the adapter will be used."""
+    found = {}
+    for split in ("validation", "test"):
+        pairs = maker.make(
+            spread_over_users([row for row in of_split(rows, split) if row.profile], recipe.evaluation.max_rows)
+        )
+        if pairs:
+            found[split] = [Job(pair.row.user, trained(pair, args)) for pair in pairs]
+    return found
+
+
+def loss_of(name: str, scored: Sequence[Tensor]) -> dict[str, float]:
+    """{name: loss a token, nats, "tokens": their number} of log-probs (R,) a row."""
+    return {name: -float(torch.cat(list(scored)).double().mean()), "tokens": float(sum(map(len, scored)))}

@@ -1,0 +1,167 @@
+"""A fleet's users many at once: one forward of the base for all slots, a user in each."""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from perce_lite.console import no_bars, say
+from perce_lite.data.pairs import Audit, PairMaker, require
+from perce_lite.data.rows import Row, of_split
+from perce_lite.errors import ConfigError, NonFiniteLossError, PerceLiteError
+from perce_lite.files import bytes_of, digest
+from perce_lite.fleet.capacity import users_at_once
+from perce_lite.fleet.engines.sequential import (
+    EVERYBODYS,
+    Done,
+    Engine,
+    OneByOne,
+    Outcome,
+    Task,
+    Told,
+    held_out_jobs,
+    loss_of,
+)
+from perce_lite.fleet.registry import KEPT
+from perce_lite.fleet.slot_lora import save_slot
+from perce_lite.fleet.slot_trainer import SlotEngine
+from perce_lite.fleet.slot_user import Result, Unfinished, UserJob
+from perce_lite.model.adapters import about
+from perce_lite.model.base import fingerprint
+from perce_lite.model.scoring import Job, kept_log_probs, store_of
+from perce_lite.planning.oom_advice import full_card_in_a_fleet
+from perce_lite.recipe import Recipe, lora_config, training_config
+from perce_lite.training.train import describe
+
+
+class Slotted(OneByOne):
+    """Trains users in `slots` at once; what others start from (everybody's adapter, a cohort's) one after another.
+
+    Tasks of one recipe share the slots. Users who are stopped in the middle go on from where all slots were last kept.
+    may_fall_back: train one after another, and say so, where the recipe asks for what slots cannot do
+    """
+
+    def __init__(self, recipe: Recipe, slots: int, may_fall_back: bool = False) -> None:
+        super().__init__(recipe, slots)
+        self._may_fall_back = may_fall_back
+
+    def run(self, tasks: Iterator[Task], done: Done, told: Told) -> None:
+        for (kind, recipe), group in itertools.groupby(tasks, lambda task: (task.key[0], task.recipe)):
+            if kind == "user":
+                self._together(recipe, group, done, told)
+            else:
+                super().run(group, done, told)
+
+    def _together(self, recipe: Recipe, tasks: Iterator[Task], done: Done, told: Told) -> None:
+        """Trains the tasks, all of one recipe; measures and saves each as it ends."""
+        base, args = self._base(), training_config(recipe)
+        kept = Unfinished(Path(args.output_dir) / KEPT)
+        # Those who go on come first, in the order in which they shared a batch: who failed before stands among them.
+        order = {user: place for place, user in enumerate(kept.users)}
+        first = list(itertools.islice(tasks, self._slots + len(order)))
+        first.sort(key=lambda task: order.get(task.key[1], len(order)))
+        count = min(self._slots, len(first))
+        at_work: dict[str, tuple[Task, UserJob]] = {}
+
+        def rows() -> list[Row]:
+            return [row for task in ([task for task, _ in at_work.values()] or first) for row in task.rows]
+
+        with full_card_in_a_fleet(recipe, count, rows, of_users=first[0].start is not None):
+            try:
+                engine = SlotEngine(base.model, base.tokenizer, args, lora_config(recipe), count, core=recipe.core_only)
+            except ConfigError as error:
+                if not self._may_fall_back:
+                    raise
+                say(f"One user after another: slots cannot do what the recipe asks for. {error}")
+                super().run(itertools.chain(first, tasks), done, told)
+                return
+            say(f"{count} users at once (fleet.slots)")
+            try:
+                with no_bars():
+                    maker = PairMaker.of(recipe, base.tokenizer, args.max_length)
+                    users = _Users(engine, maker, done, at_work)
+                    users.train(itertools.chain(first, tasks), kept, fingerprint(base.model), told)
+            finally:
+                engine.model.detach()
+
+
+class _Users:
+    """Tasks of one recipe on their way through an engine's slots; `at_work` has those who are in one, by user."""
+
+    def __init__(
+        self, engine: SlotEngine, maker: PairMaker, done: Done, at_work: dict[str, tuple[Task, UserJob]]
+    ) -> None:
+        self._engine, self._maker, self._done, self._at_work = engine, maker, done, at_work
+        args = engine.args
+        self._store = engine.store or store_of(args.store, engine.model.base, args.autocast)
+        # What users start from, of each slot at the most: a cohort's users come from one mapping, which cores share.
+        self._start_of = functools.lru_cache(maxsize=engine.model.slots)(_weights)
+
+    def train(self, tasks: Iterator[Task], kept: Unfinished, base: str, told: Told) -> None:
+        """base: its fingerprint."""
+        self._engine.run(self._jobs(tasks, base), self._ended, kept, told)
+
+    def _jobs(self, tasks: Iterator[Task], base: str) -> Iterator[UserJob]:
+        for task in tasks:
+            audit = Audit()
+            try:
+                made = self._maker.make(of_split(task.rows, "train"), audit)
+                require(made, audit, "training")
+                start = None if task.start is None else self._start_of(task.start)
+            except EVERYBODYS:
+                raise
+            except PerceLiteError as error:
+                self._done(task, error)
+                continue
+            job = UserJob(task.key[1], made, adapter=start, begun=digest([task.begun, base]))
+            self._at_work[job.user] = task, job
+            yield job
+
+    def _ended(self, result: Result) -> None:
+        task, job = self._at_work.pop(result.user)
+        self._done(task, self._finished(task, job, result) if result.error is None else result.error)
+
+    def _finished(self, task: Task, job: UserJob, result: Result) -> Outcome | PerceLiteError:
+        """Measures a user's held-out rows under the own adapter, the base, and what it started from; saves it."""
+        args, model = self._engine.args, self._engine.model
+        jobs = held_out_jobs(self._maker, task.recipe, args, task.rows)
+        losses: dict[str, dict[str, float]] = {split: {} for split in jobs}
+        for name in ("own", "base", "start"):
+            if name == "start":
+                model.load_slot(result.slot, model.fresh(args.seed) if job.adapter is None else job.adapter)
+            for split, some in jobs.items():
+                losses[split] |= loss_of(name, self._scored(some, None if name == "base" else result.slot))
+        figures = {"losses": [], "weights": result.weights}
+        template, kept = self._maker.tokenizer.chat_template, len(job.pairs)
+        told = describe(task.recipe, args, template, task.rows, kept, result.steps, task.run, figures)
+        folder = task.folder / "adapter"
+        try:
+            save_slot(model, result.adapter, folder, told)
+        except NonFiniteLossError as error:
+            return error
+        weights = {**result.weights, "store_hits": result.store_hits}
+        return Outcome(losses, weights, bytes_of(folder), model.parameters)
+
+    def _scored(self, jobs: Sequence[Job], slot: int | None) -> list[Tensor]:
+        """Log-probs of `jobs` with the adapter in `slot`, or under the bare base, from the store where it has them."""
+        model, autocast = self._engine.model, self._engine.args.autocast
+        if slot is None:
+            return kept_log_probs(model.base, jobs, self._store, autocast, "base").log_probs
+        with model.route.everything_to(slot):
+            return kept_log_probs(model.base, jobs, None, autocast, "adapter", True, self._engine.prefixes).log_probs
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    """An adapter's tensors by PEFT's names."""
+    return load_file(Path(about(folder)["folder"]) / "adapter_model.safetensors")
+
+
+def engine_for(recipe: Recipe) -> Engine:
+    """What trains this recipe's fleet: `fleet.slots` users at once, or one after another where that is 1."""
+    count = users_at_once(recipe)
+    if count == 1:
+        return OneByOne(recipe)
+    return Slotted(recipe, count, may_fall_back=recipe.fleet.slots == "auto")

@@ -1,0 +1,317 @@
+"""Many users over one base: who is due is trained, the rest is left alone; the book says who is served by what."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from perce_lite.console import progress_bar, say, warn
+from perce_lite.data.readers import read_rows
+from perce_lite.errors import FleetError, PerceLiteError
+from perce_lite.fleet.engines.sequential import Engine, Outcome, Task
+from perce_lite.fleet.groups import Group, Key, Plan, key_of, plan, run_fingerprint
+from perce_lite.fleet.registry import KEPT, KINDS, Adapter, Registry, held, held_out, imagined
+from perce_lite.model.base import same_base
+from perce_lite.model.footprint import adapter_bytes, refuse_exports, source_fingerprint, trained_bytes
+from perce_lite.planning.plan import MOST_USERS
+from perce_lite.recipe import Recipe, training_config
+
+PAGE = "fleet.html"
+
+
+@dataclass
+class Tally:
+    """What a run of the fleet did."""
+
+    trained: int = 0
+    held_back: int = 0
+    failed: int = 0
+
+
+def fleet(
+    recipe: Recipe,
+    engine: Callable[[Recipe], Engine],
+    only: Sequence[str] = (),
+    retrain: Sequence[str] = (),
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """Trains every adapter that is due, those that others start from first, and gives what `perce-lite fleet` shows.
+
+    engine: makes the thing that trains, where there is something to train
+    only: users to train now, with what they start from; the others wait
+    retrain: users to train again, though nothing has changed; "cohort:NAME" or "all" for what others start from
+    dry_run: nothing is trained, and the book stays as it was
+
+    Raises:
+        FleetError: another run is on this folder, it is of another base, or a name is not known.
+        DataError: as `groups.plan`; DiskFullError: no space left. One user's failure is written down, and others go on.
+    """
+    refuse_exports(recipe)
+    # Every row of a user counts: with max_rows, one user's new rows would push out another's.
+    rows = read_rows(recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_rows": None})}))
+    with _book(recipe, dry_run) as registry:
+        for name in retrain:
+            registry.readmit(name)
+        gone = {user for user in {row.user for row in rows} if registry.was_deleted(user)}
+        if gone:
+            say(f"{len(gone)} users who were deleted are left out, though the data has them; --retrain takes one in")
+        planned = plan([row for row in rows if row.user not in gone], recipe)
+        _tell_of_the_rest(planned, recipe)
+        keys = [key_of(name) for name in retrain]
+        _know(planned, [*(("user", name) for name in only), *keys])
+        work = Work.of(recipe, planned, only)
+        for key in keys:
+            registry.ask(*key, "asked for")
+        _enrol(registry, planned, work.recipes)
+        _judge_again(registry, recipe)
+        _remember(registry, recipe)
+        due = {kind: sum(1 for _ in registry.due(kind, work.wanted(kind))) for kind in KINDS}
+        figures = {"folder": str(recipe.output_dir), "due": due, "bytes_needed": _disk(recipe, sum(due.values()))}
+        tally = Tally()
+        if sum(due.values()) and not dry_run:
+            working = engine(recipe)
+            _same_base(registry, working, recipe)
+            _train(registry, work, working, sum(due.values()), tally)
+            if next(registry.due("user"), None) is None:  # who is still in it has been trained otherwise
+                (recipe.output_dir / KEPT).unlink(missing_ok=True)
+        told = {"trained": tally.trained, "held_back": tally.held_back, "failed": tally.failed}
+        book = registry.all()
+        found = {"states": registry.counts(), "gains": gains(book), "book": book}
+        return {**figures, "dry_run": dry_run, **told, **found}
+
+
+@contextmanager
+def _book(recipe: Recipe, dry_run: bool) -> Iterator[Registry]:
+    if dry_run:
+        with imagined(recipe.output_dir) as copy:
+            yield copy
+        return
+    with held(recipe.output_dir) as registry:
+        yield registry
+
+
+@dataclass(frozen=True)
+class Work:
+    """What there is to train from: each group, its recipe, and the names that are asked for by kind."""
+
+    groups: dict[Key, Group]
+    recipes: dict[Key, Recipe]
+    only: dict[str, set[str]] | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, planned: Plan, only: Sequence[str]) -> "Work":
+        """`fleet.train` and `lora.core_only` count for groups that start from another."""
+        first = recipe.without_cores()
+        later = recipe.of_users()
+        training_config(later)  # its faults, before anything is trained
+        groups = {group.key: group for group in planned.groups}
+        recipes = {key: first if group.parent is None else later for key, group in groups.items()}
+        if not only:
+            return cls(groups, recipes, None)
+        wanted: dict[str, set[str]] = {kind: set() for kind in KINDS}
+        for user in only:
+            key: Key | None = ("user", user)
+            while key is not None:
+                wanted[key[0]].add(key[1])
+                key = groups[key].parent
+        return cls(groups, recipes, wanted)
+
+    def wanted(self, kind: str) -> set[str] | None:
+        """Names to train of this kind; None: every one."""
+        return None if self.only is None else self.only[kind]
+
+
+def _tell_of_the_rest(planned: Plan, recipe: Recipe) -> None:
+    """Says who gets no adapter of their own."""
+    few = [user for user, _, _, own in planned.users if not own]
+    if few and recipe.fleet.group_by == "user":
+        some = ", ".join(few[:10]) + (" ..." if len(few) > 10 else "")
+        reason = f"fewer than {recipe.fleet.min_examples} training rows (fleet.min_examples)"
+        say(f"{len(few)} users have {reason}, so no adapter of their own: {some}")
+
+
+def _know(planned: Plan, keys: Sequence[Key]) -> None:
+    """Raises FleetError where a key is of no group: a user who is not in the data, or gets no adapter of their own."""
+    users = {user: own for user, _, _, own in planned.users}
+    groups = {group.key for group in planned.groups}
+    for kind, name in keys:
+        if kind != "user" and (kind, name) not in groups:
+            raise FleetError(f"{kind} {name}: this fleet has no such adapter")
+        if kind == "user" and name not in users:
+            some = ", ".join(list(users)[:10])
+            raise FleetError(f"user {name}: not in the data; users: {some}{' ...' if len(users) > 10 else ''}")
+        if kind == "user" and not users[name]:
+            raise FleetError(f"user {name} gets no adapter of their own (fleet.min_examples, fleet.group_by)")
+
+
+def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> None:
+    """Writes users and adapters into the book; what would be trained from something else than it was is due by that."""
+    runs: dict[Key, str] = {}
+    records = []
+    sources: dict[int, str] = {}
+    for group in planned.groups:
+        recipe = recipes[group.key]
+        source = sources.setdefault(id(recipe), f"{recipe.fleet_fingerprint()} {source_fingerprint(recipe)}")
+        parent = None if group.parent is None else runs[group.parent]
+        runs[group.key] = run_fingerprint(group, source, registry.generation(*group.key), parent)
+        kind, name = group.key
+        above = group.parent or (None, None)
+        records.append(
+            {
+                "kind": kind, "name": name, "folder": group.folder, "parent_kind": above[0], "parent_name": above[1],
+                "run": runs[group.key], "examples": group.examples,
+            }
+        )  # fmt: skip
+    registry.enrol(planned.users, records)
+
+
+def _judge_again(registry: Registry, recipe: Recipe) -> None:
+    """Where the gate was moved, those who were trained are judged by the new one."""
+    gate = json.dumps(recipe.fleet.gate)
+    if registry.meta("gate") not in (None, gate):
+        for adapter in registry.all():
+            if adapter.verdict is not None:
+                registry.judged(adapter, *verdict(recipe, adapter.kind, adapter.metrics["losses"]))
+    registry.set_meta("gate", gate)
+
+
+def _remember(registry: Registry, recipe: Recipe) -> None:
+    """What `adapters who` and `adapters delete` need to know of the recipe."""
+    store = training_config(recipe).store
+    stores = set(json.loads(registry.meta("stores") or "[]")) | ({str(Path(store).absolute())} if store else set())
+    registry.set_meta("stores", json.dumps(sorted(stores)))
+    registry.set_meta("data", str(recipe.data_path or recipe.data.hub))
+    registry.set_meta("group_by", recipe.fleet.group_by)
+    registry.set_meta("min_examples", str(recipe.fleet.min_examples))
+
+
+def _disk(recipe: Recipe, count: int) -> int:
+    """Bytes that `count` adapters and the checkpoints of one will take.
+
+    Raises:
+        FleetError: there is not so much space.
+    """
+    if not count:
+        return 0
+    size = adapter_bytes(recipe)
+    at_once = min(count, MOST_USERS if recipe.fleet.slots == "auto" else recipe.fleet.slots)
+    need = size * (count + 6 * at_once)  # two checkpoints of those at work, each with two moments of the optimizer
+    folder = recipe.output_dir.absolute()
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    say(
+        f"{count} adapters of {size / 2**20:.1f} MiB, with checkpoints in training: {need / 2**30:.2f} GiB of disk at "
+        f"the most, {free / 2**30:.1f} GiB are free"
+    )
+    if recipe.core_only:
+        say(f"Users train a core of {trained_bytes(recipe) // 4:,} parameters, of {size // 4:,} in an adapter")
+    if need > free:
+        raise FleetError(
+            f"{folder}: the fleet needs {need / 2**30:.2f} GiB of disk, {free / 2**30:.2f} GiB are free. Nothing was "
+            "trained. Free some, lower lora.r, or raise fleet.min_examples."
+        )
+    return need
+
+
+def _same_base(registry: Registry, engine: Engine, recipe: Recipe) -> None:
+    """Writes the base into the book, or refuses a folder whose adapters are of another."""
+    mine = engine.base()
+    known = registry.meta("base")
+    if known is None:
+        registry.set_meta("base", json.dumps(mine))
+    elif not same_base(json.loads(known), mine):
+        raise FleetError(
+            f"{recipe.output_dir}: the adapters of this fleet are of another base than {recipe.model}. Nothing was "
+            "touched. Take another folder with --set train.output_dir=FOLDER."
+        )
+
+
+def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Tally) -> None:
+    """One pass over what is due: everybody, cohorts, users."""
+    at_work: dict[Key, Adapter] = {}
+    with progress_bar() as bar:
+        progress = bar.add_task("Adapters", total=total, note="")
+
+        def told(loss: float | None, share: float) -> None:
+            speed = bar.tasks[0].speed
+            rate = "" if speed is None else f"{3600 * speed:.0f} an hour"
+            now = "" if loss is None else f"loss {loss:.3f}"
+            failures = f"{tally.failed} failed" if tally.failed else ""
+            note = ", ".join(part for part in (rate, now, failures) if part)
+            so_far = tally.trained + tally.failed + share
+            bar.update(progress, completed=max(so_far, bar.tasks[0].completed), note=note)
+
+        def tasks(kind: str) -> Iterator[Task]:
+            for adapter in registry.due(kind, work.wanted(kind)):
+                group = work.groups[adapter.key]
+                parent = None if group.parent is None else registry.get(*group.parent)
+                if parent is not None and parent.due:
+                    _failed(registry, adapter, f"{' '.join(parent.key)}, which it starts from, was not trained", tally)
+                    told(None, 0)
+                    continue
+                start = None if parent is None else registry.folder / parent.folder / "adapter"
+                at_work[adapter.key] = adapter
+                registry.starts(adapter, {row.user for row in group.rows})
+                folder = registry.folder / group.folder
+                yield Task(adapter.key, work.recipes[adapter.key], group.rows, folder, adapter.run, start)
+
+        def done(task: Task, outcome: Outcome | PerceLiteError) -> None:
+            _write_down(registry, at_work.pop(task.key), task.recipe, outcome, tally)
+            told(None, 0)
+
+        for kind in reversed(KINDS):
+            engine.run(tasks(kind), done, told)
+
+
+def gains(book: Sequence[Adapter]) -> dict[str, float]:
+    """Means over the users of this run who have an adapter of their own and held-out rows; `users` is their number.
+
+    Nats a token: `base`, `start` and `own` are the loss of the base, of what they started from, of their own adapter;
+    `over_start` and `over_base` what their own is better by. `parameters` is what a user trained.
+    """
+    users = [one for one in book if one.kind == "user" and one.present]
+    judged = [(one, losses) for one in users if (losses := held_out(one)) is not None]
+    if not judged:
+        return {"users": 0}
+    found = {name: sum(losses[name] for _, losses in judged) / len(judged) for name in ("base", "start", "own")}
+    over = {f"over_{name}": found[name] - found["own"] for name in ("start", "base")}
+    parameters = sum(one.metrics.get("parameters", 0) for one, _ in judged) / len(judged)
+    return {"users": len(judged), **found, **over, "parameters": parameters}
+
+
+def _failed(registry: Registry, adapter: Adapter, why: str, tally: Tally) -> None:
+    registry.failed(adapter, why)
+    warn(f"{adapter.kind} {adapter.name}: left out. {why}")
+    tally.failed += 1
+
+
+def _write_down(
+    registry: Registry, adapter: Adapter, recipe: Recipe, outcome: Outcome | PerceLiteError, tally: Tally
+) -> None:
+    """Writes down what came of one."""
+    if isinstance(outcome, PerceLiteError):
+        _failed(registry, adapter, str(outcome), tally)
+        return
+    found, why = verdict(recipe, adapter.kind, outcome.losses)
+    test = outcome.losses.get("test") or outcome.losses.get("validation")
+    gain = None if test is None else test["start"] - test["own"]
+    trained = {"core_only": recipe.core_only, "parameters": outcome.parameters}
+    metrics = {"losses": outcome.losses, "weights": outcome.weights, **trained}
+    registry.done(adapter, found, why, outcome.bytes, gain, metrics)
+    tally.trained += 1
+    tally.held_back += found == "held back"
+
+
+def verdict(recipe: Recipe, kind: str, losses: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
+    """Whether an adapter goes into service, and why: a user's must beat what it would replace, on validation rows."""
+    gate, judged = recipe.fleet.gate, losses.get("validation")
+    if kind != "user" or gate is None:
+        return "in service", "trained"
+    if judged is None:
+        return "in service", "trained; no validation rows to judge it by"
+    gain = judged["start"] - judged["own"]
+    if gain > gate:  # not so where it is no number
+        return "in service", f"trained; {gain:+.3f} nats a token on validation rows"
+    return "held back", f"{gain:+.3f} nats a token on validation rows against what it replaces; gate {gate:g}"

@@ -1,0 +1,203 @@
+"""Questions to a fleet's book: who is served by what and why, is it whole, and deleting a user without a trace."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from perce_lite.errors import FleetError
+from perce_lite.files import CARD, bytes_of, read_json, safe_name
+from perce_lite.fleet.groups import EVERYBODY, Key, key_of
+from perce_lite.fleet.registry import FILE, KEPT, Adapter, Registry, held
+
+PERSONAL = (
+    KEPT, "fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json",
+)  # fmt: skip
+"""What commands leave beside a fleet that quotes its users' texts or was learned from them."""
+
+
+def find(given: Path | None) -> Path:
+    """The fleet's folder: the one given, else the only one under runs/.
+
+    Raises:
+        FleetError: none there, or several to choose from.
+    """
+    if given is not None:
+        return given
+    found = sorted(path.parent for path in Path("runs").glob(f"*/{FILE}"))
+    if len(found) == 1:
+        return found[0]
+    told = f"several: {', '.join(map(str, found))}" if found else "none"
+    raise FleetError(f"Which fleet? Under runs/ there are {told}. Give its folder with --fleet.")
+
+
+def who(registry: Registry, user: str) -> dict[str, Any]:
+    """{user, adapter: (kind, name) or None, folder, why}: which adapter serves `user`, and why that one.
+
+    Raises:
+        FleetError: no such user.
+    """
+    cohort, examples, own = _known(registry, user)
+    reasons = []
+    chain: list[Key] = [("user", user)] if own else []
+    chain += [("cohort", cohort)] if cohort is not None else []
+    if not own and registry.meta("group_by") == "user":
+        least = registry.meta("min_examples")
+        reasons.append(f"{examples} training rows are too few for an adapter of their own (fleet.min_examples {least})")
+    for key in [*chain, EVERYBODY]:
+        adapter = registry.get(*key)
+        if adapter is None:
+            continue
+        folder = registry.folder / adapter.folder / "adapter"
+        if adapter.verdict == "in service" and _is_of(folder, adapter):
+            reasons.append(adapter.why if not adapter.due else f"in service until trained anew: {adapter.why}")
+            return {"user": user, "adapter": list(key), "folder": str(folder), "why": "; ".join(reasons)}
+        state = adapter.verdict if adapter.verdict == "held back" else adapter.state
+        reasons.append(f"{_called(adapter)} is {state}: {adapter.why}")
+    reasons.append("so the base serves them")
+    return {"user": user, "adapter": None, "folder": None, "why": "; ".join(reasons)}
+
+
+def _known(registry: Registry, user: str) -> tuple[str | None, int, bool]:
+    """What the book says of `user`; raises FleetError where it knows no such user."""
+    known = registry.user(user)
+    if known is None:
+        like = ", ".join(registry.users_like(user))
+        raise FleetError(f"user {user}: the fleet knows no such user" + (f"; it knows {like}" if like else ""))
+    return known
+
+
+def _is_of(folder: Path, adapter: Adapter) -> bool:
+    """Whether `folder` holds what the book says was trained and judged, not what a killed run left after it."""
+    card = read_json(folder / CARD)
+    return card is not None and card.get("run") == adapter.trained_run
+
+
+def _called(adapter: Adapter) -> str:
+    return "everybody's" if adapter.kind == "all" else f"{adapter.kind} {adapter.name}'s"
+
+
+def show(registry: Registry, name: str) -> dict[str, Any]:
+    """All that the book says of one adapter: a user's, "cohort:NAME", or "all".
+
+    Raises:
+        FleetError: there is none.
+    """
+    found = registry.get(*key_of(name))
+    if found is None:
+        raise FleetError(f"{name}: the fleet has no such adapter; perce-lite adapters who USER says what serves a user")
+    told = {"state": found.state, "trained": trained(found), **asdict(found)}
+    card = read_json(registry.folder / found.folder / "adapter" / CARD)
+    return told if card is None else {**told, **lineage(card)}
+
+
+def lineage(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What an adapter's card says of its origin: the model, and fingerprints of base, recipe and data."""
+    return {
+        "model": card["recipe"]["model"],
+        "base_fingerprint": card["base"]["fingerprint"],
+        "recipe_fingerprint": card["recipe_fingerprint"],
+        "data_fingerprint": card["data"]["fingerprint"],
+    }
+
+
+def trained(adapter: Adapter) -> str:
+    """What its training changed: all of A and B, or a core between those of the adapter that it started from."""
+    count = adapter.metrics.get("parameters")
+    if count is None:
+        return "nothing so far"
+    if not adapter.metrics["core_only"]:
+        return f"{count:,} parameters"
+    start = "everybody's" if adapter.parent_kind == "all" else f"{adapter.parent_kind} {adapter.parent_name}'s"
+    return f"a core of {count:,} parameters between A and B of {start} (lora.core_only); saved as a whole LoRA"
+
+
+def verify(registry: Registry) -> list[str]:
+    """What is wrong with the adapters that were trained: files gone or torn, of another training than the book says."""
+    faults = []
+    for adapter in registry.all():
+        if adapter.trained_run is None:
+            continue
+        folder = registry.folder / adapter.folder / "adapter"
+        card = read_json(folder / CARD)
+        fault = None
+        if card is None:
+            fault = f"{folder / CARD} is missing or torn"
+        elif card.get("run") != adapter.trained_run:
+            fault = f"{folder} holds an adapter of another training than the book says"
+        else:
+            try:
+                with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+                    fault = None if list(file.keys()) else f"{folder} holds no weights"
+            except (SafetensorError, OSError) as error:
+                fault = f"{folder / 'adapter_model.safetensors'} cannot be read: {error}"
+        if fault is not None:
+            faults.append(f"{_called(adapter)}: {fault}")
+    return faults
+
+
+@dataclass
+class Receipt:
+    """What a deletion did. `removed` are paths, `bytes` their size; `due` is to be trained again without the user."""
+
+    user: str
+    removed: list[str] = field(default_factory=list)
+    bytes: int = 0
+    due: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+
+def delete(folder: Path, user: str) -> Receipt:
+    """Removes what was written of `user`: adapter, checkpoints, store files, pages that quote texts, rows of the book.
+
+    Raises:
+        FleetError: no such user; a fleet run is on the folder. Then nothing is removed.
+    """
+    if not (folder / FILE).is_file():
+        raise FleetError(f"{folder}: no fleet here ({FILE} is missing). Give its folder with --fleet.")
+    with held(folder) as registry:
+        if not registry.was_deleted(user):
+            _known(registry, user)
+        receipt = Receipt(user)
+        _remove(folder / "adapters" / "user" / safe_name(user), receipt)
+        for personal in PERSONAL:
+            for file in (folder / personal, *folder.glob(f".{personal}.*.tmp")):
+                _remove(file, receipt)
+        for store in json.loads(registry.meta("stores") or "[]"):
+            for base in sorted(Path(store).iterdir()) if Path(store).is_dir() else []:
+                for file in base.glob(f"*{safe_name(user)}.safetensors*"):
+                    _remove(file, receipt)
+        for key in registry.forget(user):
+            called = "everybody's adapter" if key == EVERYBODY else f"the adapter of {' '.join(key)}"
+            receipt.due.append(called)
+            receipt.left += _exports(registry, key, called)
+        data = registry.meta("data")
+        if data:
+            receipt.left.append(f"{data}: your own data; as long as it holds the user, fleet runs leave them out")
+        for name in ("compare", "adapter"):
+            if (folder / name).is_dir():
+                receipt.left.append(f"{folder / name}: not of the fleet, but it may be trained with the user's texts")
+        return receipt
+
+
+def _exports(registry: Registry, key: Key, called: str) -> list[str]:
+    """What lies exported beside an adapter that has seen a deleted user's texts, and others may be served with."""
+    adapter = registry.get(*key)
+    beside = [] if adapter is None else sorted((registry.folder / adapter.folder).glob("adapter-*"))
+    why = f"exported from {called} as it was; remove it, or export it anew (export --all) after the next fleet run"
+    return [f"{place}: {why}" for place in beside]
+
+
+def _remove(path: Path, receipt: Receipt) -> None:
+    if not path.exists():
+        return
+    receipt.bytes += bytes_of(path)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    receipt.removed.append(str(path))

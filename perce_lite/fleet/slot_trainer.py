@@ -1,0 +1,279 @@
+"""The training loop over slots: several users at once over one forward of the base, each as `PerCETrainer` would.
+
+A step takes one batch of every slot's user, runs them as one batch and gives each user's tensors to that user's own
+optimizer, schedule and clipping. What one user does or meets never reaches another: a loss that is not finite drops its
+user, and the slot goes to the next.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from perce_lite.config import PerCEConfig
+from perce_lite.data.collator import PairCollator
+from perce_lite.data.pairs import IGNORED
+from perce_lite.errors import AdapterError, ConfigError, DataError, PerceLiteError
+from perce_lite.fleet.slot_lora import SlotModel, attach
+from perce_lite.fleet.slot_user import Learner, Result, Unfinished, UserJob
+from perce_lite.model.fused_head import never_met, scoring_forward, training_forward
+from perce_lite.model.prefix_cache import Prefixes, look_ahead
+from perce_lite.model.scoring import batch_log_probs, behind, frozen, in_dtype, inputs_of, read_prefixes, store_of
+from perce_lite.training import loss as contrast
+from perce_lite.training.reference_logprobs import constants, needed_terms
+
+_GIVEN = ("input_ids", "labels", "attention_mask", "position_ids", "ahead")
+"""What a forward takes of a batch."""
+
+
+class SlotEngine:
+    """Trains users' adapters over one base, `slots` of them at once.
+
+    args: what every user is trained with; `per_device_train_batch_size` rows of each are in a batch
+    lora: see `slots.attach` for what it may hold
+    core: every job has an adapter, which is frozen, and trains a core (see `perce_lite.model.lora_core`)
+
+    Raises:
+        ConfigError: every option that a loop over slots cannot do as the trainer does.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        args: PerCEConfig,
+        lora: LoraConfig,
+        slots: int,
+        dtype: torch.dtype = torch.float32,
+        core: bool = False,
+    ) -> None:
+        faults = _faults(base, args) + never_met(lora)
+        if faults:
+            raise ConfigError(faults)
+        self.args = args
+        self.model = attach(base, lora, slots, dtype, core)
+        self.device = next(base.parameters()).device
+        self.collator = PairCollator(pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)
+        # One hash of the base for all users.
+        self.store = store_of(args.store, base, args.autocast) if needed_terms(args) else None
+        self.forward = training_forward(base)
+        self.scoring_forward = scoring_forward(base)
+        self.prefixes = Prefixes(_reader(self.model, args))
+        if args.profile_pass == "frozen":
+            look_ahead(base, self.prefixes)
+
+    def run(
+        self,
+        jobs: Iterable[UserJob],
+        done: Callable[[Result], None],
+        kept: Unfinished | None = None,
+        told: Callable[[float, float], None] | None = None,
+    ) -> None:
+        """Trains all `jobs`, calling `done` for each as it ends, failed or not; `jobs` is read as slots come free.
+
+        kept: where users go on from, and where all that are in slots are kept every `save_steps` batches
+        told: called after each batch, once a step was taken, with the unweighted loss a token, nats, of the last step
+            of those in slots, the mean over them, and with the sum of their shares of steps that are done
+        """
+        waiting = iter(jobs)
+        base = self.model.base
+        running: dict[int, Learner] = {}
+        base.train()
+        if self.args.gradient_checkpointing:
+            options = {**(self.args.gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+            base.gradient_checkpointing_enable(options)
+        try:
+            for batch in itertools.count(1):
+                if not self._fill(running, waiting, done, kept):
+                    break
+                errors = self._step([running[slot] for slot in sorted(running)])
+                begun = [training for training in running.values() if training.log]
+                if told is not None and begun:
+                    loss = sum(training.log[-1]["unweighted_loss"] for training in begun) / len(begun)
+                    told(loss, sum(len(training.log) / max(1, training.total) for training in begun))
+                for slot, training in list(running.items()):
+                    if slot in errors or training.finished:
+                        done(self._result(training, errors.get(slot)))
+                        del running[slot]
+                if kept is not None and self._is_due(batch, running.values()):
+                    kept.write({running[slot].job.user: self._state(running[slot]) for slot in sorted(running)})
+            if kept is not None:
+                kept.write({})
+        finally:
+            if self.args.gradient_checkpointing:
+                base.gradient_checkpointing_disable()
+            base.eval()
+
+    def _is_due(self, batch: int, running: Iterable[Learner]) -> bool:
+        """Whether users are kept after so many batches; below 1, `save_steps` is a share of a user's steps."""
+        if self.args.save_strategy == "no":
+            return False
+        every = self.args.save_steps
+        if every < 1:
+            every *= max((one.total for one in running), default=1)
+        return batch % max(1, int(every)) == 0
+
+    def _state(self, learner: Learner) -> dict[str, Any]:
+        gradients = self.model.gradients_of(learner.slot) if learner.figures else []
+        return {**learner.state(), "begun": learner.job.begun, "gradients": gradients}
+
+    def _fill(
+        self,
+        running: dict[int, Learner],
+        waiting: Iterator[UserJob],
+        done: Callable[[Result], None],
+        kept: Unfinished | None,
+    ) -> dict[int, Learner]:
+        """Gives each free slot the next job that can start."""
+        for slot in range(self.model.slots):
+            while slot not in running:
+                job = next(waiting, None)
+                if job is None:
+                    return running
+                try:
+                    running[slot] = self._start(slot, job, None if kept is None else kept.take(job))
+                except PerceLiteError as error:
+                    done(Result(job.user, slot, error=error))
+        return running
+
+    def _start(self, slot: int, job: UserJob, state: Mapping[str, Any] | None) -> Learner:
+        """state: of `_state`, where the user was stopped in the middle."""
+        if not job.pairs:
+            raise DataError(f"No rows of user {job.user} can be trained on")
+        if job.adapter is None and self.model.core:
+            raise AdapterError(f"user {job.user}: a core needs an adapter to start from (lora.core_only)")
+        seed = self.args.seed if job.seed is None else job.seed
+        found = constants(self.model.base, job.pairs, self.args, seed, self.store)
+        self.model.load_slot(slot, self.model.fresh(seed) if job.adapter is None else job.adapter)
+        learner = Learner(slot, job, found, self.model.parameters_of(slot), self.args, self.prefixes)
+        if state is not None:
+            learner.restore(state)
+            self.model.add_gradients(slot, state["gradients"])
+        return learner
+
+    def _result(self, training: Learner, error: PerceLiteError | None) -> Result:
+        adapter = {} if error is not None else self.model.read_slot(training.slot)
+        self.model.clear_gradients(training.slot)
+        self.prefixes.forget(training.features)
+        return Result(training.job.user, training.slot, adapter, training.log, training.found.hits, error)
+
+    def _step(self, trainings: Sequence[Learner]) -> dict[int, PerceLiteError]:
+        """One batch of every user: one forward, one backward, and the steps that are due. Gives errors by slot."""
+        taken = [(training, row) for training in trainings for row in training.take()]
+        batch = self.collator([training.features[row] for training, row in taken])
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        if "prefix" in batch:
+            batch = behind(batch, batch.pop("prefix"), self.prefixes)
+        with self.model.route.of([training.slot for training, _ in taken]):
+            if self.args.estimator == "bootstrap":
+                batch["counterfactual"] = self._without_profile(taken)
+            losses = self._losses(trainings, batch)
+            torch.stack([one.scaler.scale(loss) for one, loss in zip(trainings, losses, strict=True)]).sum().backward()
+        errors: dict[int, PerceLiteError] = {}
+        due = []
+        for training, loss in zip(trainings, torch.stack(losses).tolist(), strict=True):
+            if not math.isfinite(loss):
+                errors[training.slot] = training.named(training.rows, f"The loss is {loss}")
+                continue
+            training.record(loss)
+            if training.closes:
+                due.append(training)
+        left = len(trainings) - len(errors) - len(due)  # users whose window is still open
+        errors |= self._update(due)
+        if not left:
+            self.model.drop_gradients()
+        for training in due if left else ():
+            self.model.clear_gradients(training.slot)
+        return errors
+
+    def _losses(self, trainings: Sequence[Learner], batch: dict[str, Any]) -> list[Tensor]:
+        """Each user's weighted loss, nats a token of that user's accumulation window."""
+        scored = batch["labels"][:, 1:] != IGNORED
+        given = {name: batch[name] for name in _GIVEN if name in batch}
+        with in_dtype(self.device, self.args.autocast):
+            flat = self.forward(**given, use_cache=False)  # (N,), row after row
+        constant = {name: batch[name][:, 1:][scored] for name in trainings[0].found.columns}
+        if "counterfactual" in batch:
+            constant["counterfactual_log_probs"] = batch["counterfactual"]
+        counts = iter(scored.sum(1).tolist())
+        sizes = [sum(itertools.islice(counts, len(training.rows))) for training in trainings]
+        columns = {name: values.split(sizes) for name, values in constant.items()}
+        return [
+            self._loss(training, log_probs, {name: values[index] for name, values in columns.items()})
+            for index, (training, log_probs) in enumerate(zip(trainings, flat.split(sizes), strict=True))
+        ]
+
+    def _loss(self, training: Learner, log_probs: Tensor, constant: dict[str, Tensor]) -> Tensor:
+        """One user's part of the batch; all tensors are (n,), a scored token each."""
+        counterfactual = constant.get("counterfactual_log_probs")
+        training.seen = log_probs.detach(), None
+        weighted = log_probs
+        if counterfactual is not None:
+            pir = contrast.pir(constant.get("factual_log_probs", log_probs), counterfactual)
+            training.seen = log_probs.detach(), pir
+            weights = contrast.weights(pir, self.args.clip_min, self.args.clip_max, training.found.scale)
+            weighted = weights * log_probs
+        return -weighted.sum() / training.tokens
+
+    def _without_profile(self, taken: Sequence[tuple[Learner, int]]) -> Tensor:
+        """Log-probs (N,) of the same rows under the same slots, without the profile."""
+        twins = [training.job.pairs[row].counterfactual for training, row in taken]
+        slept = self.prefixes if self.args.profile_pass == "frozen" else None
+        inputs = inputs_of(twins, self.collator.pad_token_id, self.device, slept)
+        with frozen(self.model.base, adapters=True):
+            return batch_log_probs(self.scoring_forward, inputs, self.args.autocast)
+
+    def _update(self, due: Sequence[Learner]) -> dict[int, PerceLiteError]:
+        """Clips and steps each user on its own; a user whose gradient is not finite does not step."""
+        errors: dict[int, PerceLiteError] = {}
+        norms = []
+        for training in due:
+            self.model.hand_gradients(training.slot, training.parameters)
+            norms.append(training.norm())
+        for training, norm in zip(due, torch.stack(norms).tolist() if norms else [], strict=True):
+            if math.isfinite(norm) or training.scaler.is_enabled():  # under fp16 an overflow is skipped and scaled down
+                training.update(norm)
+            else:
+                errors[training.slot] = training.named(training.window, f"The gradient's norm is {norm}")
+            training.optimizer.zero_grad()  # its view of them; the gradients themselves are the model's
+        return errors
+
+
+def _reader(model: SlotModel, args: PerCEConfig) -> Callable[[Sequence[tuple[int, ...]]], list[DynamicCache]]:
+    """Reads prefixes under the bare base. It does not know the engine, whose memory is free as soon as it is let go."""
+
+    def read(prefixes: Sequence[tuple[int, ...]]) -> list[DynamicCache]:
+        with model.route.bare():
+            return read_prefixes(model.base, prefixes, args.autocast)
+
+    return read
+
+
+def _faults(base: PreTrainedModel, args: PerCEConfig) -> list[str]:
+    """Options of the trainer that a loop over slots does not have."""
+    refused = {
+        "packing": (args.packing, "a slot's rows are padded, not packed; leave it out"),
+        "neftune_noise_alpha": (bool(args.neftune_noise_alpha), "users would share one stream of random numbers"),
+        "activation_offloading": (args.activation_offloading, "use gradient_checkpointing"),
+        "lr_scheduler_type": (
+            args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"),
+            "it follows a figure of evaluation, which a fleet does not measure",
+        ),
+    }
+    faults = [f"{name} {getattr(args, name)!r}: {why}" for name, (is_so, why) in refused.items() if is_so]
+    try:
+        kind, _ = Trainer.get_optimizer_cls_and_kwargs(args)
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+            faults.append(f"optim {args.optim!s}: it looks at a whole model; use adamw_torch or paged_adamw_8bit")
+    except (ValueError, ImportError) as error:
+        faults.append(f"optim {args.optim!s}: {error}")
+    if base.config.get_text_config().to_dict().get("output_router_logits"):
+        faults.append(
+            "model: the load-balancing loss of a mixture (output_router_logits) would mix users; set it false"
+        )
+    return faults

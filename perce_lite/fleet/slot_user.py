@@ -1,0 +1,232 @@
+"""One user in one slot: rows, place in their order, optimizer, schedule, figures; kept on disk, and gone on with."""
+
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, get_scheduler
+
+from perce_lite.config import PerCEConfig
+from perce_lite.console import warn
+from perce_lite.data.pairs import IGNORED, Pair
+from perce_lite.errors import PerceLiteError
+from perce_lite.files import written_aside
+from perce_lite.model.prefix_cache import Prefixes
+from perce_lite.training import loss as contrast
+from perce_lite.training.reference_logprobs import Constants, not_finite, steps_of, trained, windows
+
+_RUN = ("epoch", "loss", "unweighted_loss", "grad_norm", "learning_rate")
+"""Figures of a step that do not speak of its weights."""
+
+
+@dataclass(frozen=True)
+class UserJob:
+    """One user's adapter to train.
+
+    pairs: the user's rows, tokenised
+    steps: optimizer steps, at least 1; None: what the config says for so many rows
+    seed: of the first weights, of the order of rows and of the `shuffled` control; None: the config's
+    adapter: where training starts, by PEFT's names; None: fresh weights. With cores it is what is frozen: users who
+        are given the very same mapping share it
+    begun: fingerprint of what it is trained from; what was kept of a user goes on only where this is the same
+    """
+
+    user: str
+    pairs: Sequence[Pair]
+    steps: int | None = None
+    seed: int | None = None
+    adapter: Mapping[str, Tensor] | None = None
+    begun: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a job.
+
+    slot: where it was trained, and still lies until the next user takes it
+    adapter: by PEFT's names, on the CPU; empty where the user failed
+    log: a step each: epoch, loss, unweighted_loss (nats a token), grad_norm, learning_rate, health of the weights
+    store_hits: share of the scored sequences that came from the store
+    error: why the user failed; None: the adapter is whole
+    """
+
+    user: str
+    slot: int
+    adapter: dict[str, Tensor] = field(default_factory=dict)
+    log: list[dict[str, float]] = field(default_factory=list)
+    store_hits: float = 0.0
+    error: PerceLiteError | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps done."""
+        return len(self.log)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Health of the weights (see `contrast.health`): means over the last epoch; empty for `uniform`."""
+        last = [one for one in self.log if one["epoch"] > self.log[-1]["epoch"] - 1]
+        return {
+            name: sum(one[name] for one in last) / len(last) for one in last[:1] for name in one if name not in _RUN
+        }
+
+
+class Learner:
+    """One user in one slot: rows, place in their order, optimizer, schedule, figures.
+
+    parameters: the slot's tensors; job, found: the user's rows, and what is constant of them; prefixes: all users'
+    """
+
+    def __init__(
+        self,
+        slot: int,
+        job: UserJob,
+        found: Constants,
+        parameters: list[Tensor],
+        args: PerCEConfig,
+        prefixes: Prefixes,
+    ) -> None:
+        seed = args.seed if job.seed is None else job.seed
+        self.slot, self.job, self.found, self.parameters, self.args = slot, job, found, parameters, args
+        rows = [prefixes.features(trained(pair, args), args.profile_pass) for pair in job.pairs]
+        self.features: list[dict[str, Any]] = [
+            {**one, **{name: found.columns[name][row] for name in found.columns}} for row, one in enumerate(rows)
+        ]
+        self.windows = windows(args, [one["input_ids"] for one in self.features], seed)
+        self.total = job.steps if job.steps is not None else steps_of(args, len(self.features))
+        # The trainer's own optimizer and schedule, over this slot's tensors alone; peft's matrices all decay.
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        self.optimizer = kind([{"params": parameters, "weight_decay": args.weight_decay}], **options)
+        self.schedule = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=self.optimizer,
+            num_warmup_steps=args.get_warmup_steps(self.total),
+            num_training_steps=self.total,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+        self.scaler = torch.amp.GradScaler(parameters[0].device.type, enabled=bool(args.fp16))
+        self.log: list[dict[str, float]] = []
+        self._open()
+
+    def _open(self) -> None:
+        """Takes the next accumulation window."""
+        self.waiting, self.epoch = next(self.windows)
+        self.window = [row for batch in self.waiting for row in batch]
+        self.tokens = sum(label != IGNORED for row in self.window for label in self.features[row]["labels"][1:])
+        self.figures: list[dict[str, float]] = []
+        self.seen: tuple[Tensor, Tensor | None]  # of the batch that was taken: log-probs and PIR, (n,)
+
+    def take(self) -> list[int]:
+        """Row numbers of the next batch."""
+        self.rows = self.waiting.pop(0)
+        return self.rows
+
+    @property
+    def closes(self) -> bool:
+        """Whether the batch that was taken is the last of its window, so that a step is due."""
+        return not self.waiting
+
+    @property
+    def finished(self) -> bool:
+        return len(self.log) >= self.total
+
+    def record(self, loss: float) -> None:
+        """Notes the figures of the batch that was taken; read after the backward is under way, as a GPU would wait."""
+        log_probs, pir = self.seen
+        figures = {"loss": loss, "unweighted_loss": float(-log_probs.sum() / self.tokens)}
+        if pir is not None:
+            figures |= contrast.health(pir, self.args.clip_min, self.args.clip_max)
+            figures["weight_mean"] *= self.found.scale
+        self.figures.append(figures)
+
+    def norm(self) -> Tensor:
+        """Norm of this user's gradients, which are clipped."""
+        self.scaler.unscale_(self.optimizer)
+        limit = self.args.max_grad_norm if self.args.max_grad_norm > 0 else float("inf")
+        return torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+
+    def update(self, norm: float) -> None:
+        """One step of optimizer and schedule, and its line in the log."""
+        rate = self.schedule.get_last_lr()[0]
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() >= scale:  # else fp16 overflowed and no step was taken, as in accelerate
+            self.schedule.step()
+        summed = {name: sum(one[name] for one in self.figures) for name in self.figures[0]}
+        means = {name: value / len(self.figures) for name, value in summed.items()}
+        losses = {name: summed[name] for name in ("loss", "unweighted_loss")}
+        self.log.append({**means, **losses, "epoch": self.epoch, "grad_norm": norm, "learning_rate": rate})
+        if not self.finished:
+            self._open()
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs, on the CPU; what a window has gathered in gradients is the model's to keep."""
+        return {
+            "parameters": [one.detach().cpu().clone() for one in self.parameters],  # views, so not their whole storage
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "log": self.log,
+            "figures": self.figures,
+            "waiting": len(self.waiting),
+        }
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state` was taken: the same weights, moments, rate and next row."""
+        for mine, kept in zip(self.parameters, state["parameters"], strict=True):
+            mine.copy_(kept)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        for step in state["log"]:
+            self.log.append(step)
+            self._open()
+        self.waiting = self.waiting[len(self.waiting) - state["waiting"] :]
+        self.figures = list(state["figures"])
+
+    def named(self, rows: Sequence[int], what: str) -> PerceLiteError:
+        return not_finite(what, len(self.log) + 1, [self.job.pairs[row].row for row in sorted(set(rows))])
+
+
+class Unfinished:
+    """Users of a run over slots who are in the middle of their training, in one file, all at the same step.
+
+    Raises:
+        DiskFullError: no space left; what was there stays.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        for torn in file.parent.glob(f".{file.name}.*.tmp"):  # of a run that was killed while it wrote
+            torn.unlink()
+        self._states: dict[str, dict[str, Any]] = {}
+        if file.is_file():
+            try:
+                self._states = torch.load(file, map_location="cpu", weights_only=True)
+            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                warn(f"{file} is broken ({error}); users who were in the middle of their training start anew")
+
+    @property
+    def users(self) -> list[str]:
+        """Who is waiting to go on, in the order of their slots."""
+        return list(self._states)
+
+    def take(self, job: UserJob) -> dict[str, Any] | None:
+        """What was kept of the job's user, once; None where nothing was, or where it began from something else."""
+        state = self._states.pop(job.user, None)
+        return state if state is not None and state["begun"] == job.begun else None
+
+    def write(self, states: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keeps `states` by user, with those who still wait; no file where there is nobody."""
+        everybody = {**states, **self._states}
+        if not everybody:
+            self._file.unlink(missing_ok=True)
+            return
+        with written_aside(self._file) as aside:
+            torch.save(everybody, aside)

@@ -1,0 +1,1 @@
+"""The frozen base, its adapter and its log-probs."""

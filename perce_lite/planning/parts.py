@@ -1,0 +1,347 @@
+"""Memory by part, from a model's shape alone: what is held, what a step saves for its backward pass, what works in it.
+
+Weights, gradients and optimizer state are counted from the model itself on the meta device, so exactly. What is saved
+follows from the operations: which of its inputs or results each keeps for the backward pass (RMS norm: its input in
+float32; SiLU and products: their inputs; torch's fused attention: query, key, value, result and one number a head;
+LoRA: its input and what its first matrix gives). Tests compare all of it with real toy models.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PretrainedConfig
+from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
+from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+from perce_lite.model.base import with_adapter
+from perce_lite.model.footprint import on_meta
+from perce_lite.planning.shapes import Shape
+from perce_lite.recipe import Recipe, lora_config
+
+FLOAT32 = 4
+"""Bytes of a float32."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What lies on the card from the start, in bytes, and what is trained.
+
+    base: weights in 4 bit with their quantisation constants; 0 where the base is whole
+    unquantized: embeddings, norms, head and buffers, or all of a whole base
+    trained: elements of each trained tensor, float32
+    adapters: of each layer, the rank of LoRA by the name of the projection
+    largest: elements of the largest 4-bit weight, which is whole for a moment whenever it is used
+    cores: elements of each core, where users train those alone over a frozen adapter (`lora.core_only`)
+    parents: whether the users of a batch may start from different adapters, each of which is then there
+    table: bytes of the embedding table, a part of `unquantized`; 0 where it cannot leave the card, since it is the
+        head's too or trained
+    """
+
+    base: int
+    unquantized: int
+    trained: tuple[int, ...]
+    adapters: tuple[dict[str, int], ...] = field(repr=False)
+    largest: int
+    table: int = 0
+    dropout: bool = False
+    cores: tuple[int, ...] = ()
+    parents: bool = False
+
+    @property
+    def by_user(self) -> tuple[int, ...]:
+        """Elements of each tensor that a user trains."""
+        return self.cores or self.trained
+
+    def elements(self, users: int) -> int:
+        """Of the adapters of so many users: all that they train, and what stands frozen around their cores."""
+        frozen = sum(self.trained) if self.cores else 0
+        return users * sum(self.by_user) + (users if self.parents else 1) * frozen
+
+
+class Step(NamedTuple):
+    """A batch: rows, tokens a row, tokens a row that carry loss, and how the card computes.
+
+    length: tokens of a row, those of its prefix among them
+    prefix: tokens of each row that the bare base reads ahead (`profile_pass: frozen`); 0: the ordinary way
+    itemsize: bytes of the compute dtype
+    padded: whether rows of unlike length share the batch, so that attention takes a mask
+    flash: whether torch's attention never builds the scores of all pairs of tokens
+    users: whose rows these are, in slots; each has an adapter of their own
+    """
+
+    rows: int
+    length: int
+    scored: int
+    prefix: int = 0
+    itemsize: int = 2
+    padded: bool = False
+    flash: bool = True
+    users: int = 1
+
+
+def weights_of(config: PretrainedConfig, recipe: Recipe, itemsize: int) -> Weights:
+    """The weights of the recipe's base and adapter on a card that computes in `itemsize` bytes; none is loaded.
+
+    Raises:
+        RecipeError: a `lora` section that does not go with the model.
+    """
+    model = on_meta(config)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    linears = [one for one in model.modules() if isinstance(one, nn.Linear) and one is not head]
+    quantized = [one.weight for one in linears] if recipe.quantization == "nf4" else []
+    in_4_bit = {id(one) for one in quantized}
+    kept = sum(one.numel() for one in model.parameters() if id(one) not in in_4_bit)
+    buffers = sum(one.numel() * one.element_size() for one in model.buffers())
+    lora: LoraConfig = lora_config(recipe)
+    wrapped = with_adapter(model, recipe)
+    free = head.weight is not table.weight and model.get_input_embeddings() is table
+    cores = [next(iter(one.r.values())) ** 2 for one in wrapped.modules() if isinstance(one, LoraLayer)]
+    adapters: list[dict[str, int]] = [{} for _ in range(config.get_text_config().num_hidden_layers)]
+    for name, module in wrapped.named_modules():
+        place = re.search(r"\blayers\.(\d+)\.(?:self_attn|mlp)\.(\w+)$", name)
+        if place is not None and isinstance(module, LoraLayer) and "vision" not in name:
+            adapters[int(place[1])][place[2]] = next(iter(module.r.values()))
+    return Weights(
+        base=sum(nf4_bytes(one.numel()) for one in quantized),
+        unquantized=kept * itemsize + buffers,
+        trained=tuple(one.numel() for one in wrapped.parameters() if one.requires_grad),
+        adapters=tuple(adapters),
+        largest=max((one.numel() for one in quantized), default=0),
+        table=table.weight.numel() * itemsize if free else 0,
+        dropout=lora.lora_dropout > 0,
+        cores=tuple(cores) if recipe.core_only else (),
+        parents=recipe.fleet.init_from != "all",
+    )
+
+
+def nf4_bytes(elements: int) -> int:
+    """A weight in NF4 with double quantisation, as bitsandbytes keeps it: blocks of 64, their scales in blocks of 256.
+
+    Beside the scales each weight has an offset, a code of 16 and one of 256 float32.
+    """
+    blocks = math.ceil(elements / 64)
+    return math.ceil(elements / 2) + blocks + FLOAT32 * (math.ceil(blocks / 256) + 1 + 16 + 256)
+
+
+EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
+"""Names of `optim` whose state is 8 bit."""
+
+
+def optimizer_bytes(trained: tuple[int, ...], optim: str) -> int:
+    """AdamW's two states of each trained tensor: float32, or 8 bit with a scale a block of 256.
+
+    bitsandbytes keeps tensors of fewer than 4,096 elements in float32. A paged state is counted whole, as it lies on
+    the card while there is room. What is no 8-bit AdamW is counted as AdamW in float32.
+    """
+    if optim in EIGHT_BIT:
+        small = [one for one in trained if one < 4096]
+        large = [one for one in trained if one >= 4096]
+        codes = 2 * 256 * FLOAT32 if large else 0
+        return 2 * (FLOAT32 * sum(small) + sum(one + FLOAT32 * math.ceil(one / 256) for one in large)) + codes
+    steps = 0 if "bnb" in optim or "paged" in optim else FLOAT32 * len(trained)  # torch keeps the count in a tensor
+    return 2 * FLOAT32 * sum(trained) + steps
+
+
+def saved(shape: Shape, weights: Weights, step: Step, checkpointing: bool) -> int:
+    """Bytes that the training forward keeps for its backward pass, parameters left out.
+
+    checkpointing: of each layer its input alone, in the compute dtype
+    """
+    tokens = step.rows * (step.length - step.prefix)
+    if checkpointing:
+        layers = shape.layers * shape.hidden * step.itemsize * tokens
+    else:
+        layers = sum(saved_by_layer(shape, weights, step, index) for index in range(shape.layers))
+        layers -= _ahead_of_the_first_adapter(shape, weights, step, tokens)
+        layers += casts(weights, step) + _rotary(shape, step)
+    return layers + _after_the_layers(shape, step, tokens)
+
+
+def _ahead_of_the_first_adapter(shape: Shape, weights: Weights, step: Step, tokens: int) -> int:
+    """What the first layer does not save, as nothing ahead of it has a gradient: norms, and attention without LoRA."""
+    norm = (FLOAT32 * shape.hidden + FLOAT32) * tokens
+    if {"q_proj", "k_proj", "v_proj", "o_proj"} & set(weights.adapters[0]):
+        return norm
+    return (shape.norms // 2 + 1) * norm + _head_norms(shape, tokens) + _saved_by_attention(shape, step, 0)
+
+
+def _head_norms(shape: Shape, tokens: int) -> int:
+    """The norms of query and key, where a layer has them."""
+    return shape.head_norms * (shape.heads + shape.kv_heads) * (FLOAT32 * shape.head_dim + FLOAT32) * tokens
+
+
+def _after_the_layers(shape: Shape, step: Step, tokens: int) -> int:
+    """The last norm, the scored hidden states, and a few numbers a token: indices, labels, log-probs, weights."""
+    norm = (FLOAT32 * shape.hidden + FLOAT32) * tokens
+    return norm + step.rows * step.scored * (shape.hidden * step.itemsize + 24) + 5 * tokens
+
+
+def _rotary(shape: Shape, step: Step) -> int:
+    """Sine and cosine of the positions; one set for each kind of attention in the model.
+
+    Behind prefixes every row has positions of its own.
+    """
+    places = step.rows * (step.length - step.prefix) if step.prefix else step.length
+    return len(set(shape.windows)) * 2 * places * shape.head_dim * step.itemsize
+
+
+def casts(weights: Weights, step: Step) -> int:
+    """Copies of LoRA weights in the compute dtype, which autocast makes and keeps until the forward is over.
+
+    Cores of several parents gather A and B in float32 ahead of that.
+    """
+    gathered = FLOAT32 * step.users * sum(weights.trained) if weights.cores and weights.parents else 0
+    return gathered + (0 if step.itemsize == FLOAT32 else weights.elements(step.users) * step.itemsize)
+
+
+def saved_by_layer(shape: Shape, weights: Weights, step: Step, index: int) -> int:
+    """Bytes that one layer keeps for its backward pass where it is not checkpointed."""
+    tokens = step.rows * (step.length - step.prefix)
+    norms = shape.norms * (FLOAT32 * shape.hidden + FLOAT32) * tokens + _head_norms(shape, tokens)
+    ranks = weights.adapters[index]
+    inputs = sum(ranks.values())  # all that a core needs: behind a frozen A, the input itself is not kept
+    if not weights.cores:
+        inputs = _lora_inputs(shape, ranks, weights.dropout, shape.eager or step.prefix > 0)
+    mlp = 3 * shape.intermediate  # what the activation reads and gives, and what it is multiplied by
+    return norms + (inputs + mlp) * step.itemsize * tokens + _saved_by_attention(shape, step, index)
+
+
+def _lora_inputs(shape: Shape, ranks: dict[str, int], dropout: bool, result: bool) -> int:
+    """Elements a token that LoRA keeps in a layer: its inputs, once for projections that share one, and its ranks.
+
+    result: whether attention itself does not keep its result, which the output projection reads
+    """
+    queries = shape.heads * shape.head_dim
+    widths = {"q_proj": shape.hidden, "k_proj": shape.hidden, "v_proj": shape.hidden, "o_proj": queries,
+              "gate_proj": shape.hidden, "up_proj": shape.hidden, "down_proj": shape.intermediate}  # fmt: skip
+    shared = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
+    inputs = sum(widths[group[0]] for group in shared if set(group) & set(ranks))
+    if result and "o_proj" in ranks:
+        inputs += queries
+    if dropout:  # noise, and an input of its own, for each
+        inputs = 2 * sum(widths[name] for name in ranks)
+    return inputs + sum(ranks.values())
+
+
+def _saved_by_attention(shape: Shape, step: Step, index: int) -> int:
+    """Query, key, value, result and what the kernel adds; behind a prefix the first three alone (see `prefix`)."""
+    tokens = step.rows * (step.length - step.prefix)
+    queries = shape.heads * shape.head_dim
+    if step.prefix:
+        return (queries + 2 * shape.kv_heads * shape.head_dim) * step.itemsize * tokens
+    pairs = tokens * step.length
+    window = shape.windows[index]
+    masked = step.padded or (window is not None and step.length > window)
+    expanded = masked or shape.eager or not step.flash  # keys and values are then repeated for every head
+    keys_and_values = 2 * (shape.heads if expanded else shape.kv_heads) * shape.head_dim
+    if shape.eager:  # tanh, softmax in float32 and its copy in the compute dtype
+        scores = shape.heads * pairs * (FLOAT32 + step.itemsize + (0 if step.itemsize == FLOAT32 else step.itemsize))
+        return (queries + keys_and_values) * step.itemsize * tokens + scores
+    if not step.flash:  # torch's plain attention, in float32
+        scores = shape.heads * pairs * FLOAT32
+        return ((queries + keys_and_values) * FLOAT32 + queries * step.itemsize) * tokens + scores
+    mask = pairs * step.itemsize if masked else 0
+    return (2 * queries + keys_and_values) * step.itemsize * tokens + FLOAT32 * shape.heads * tokens + mask
+
+
+def prefixes(shape: Shape, step: Step) -> int:
+    """Keys and values of the batch's prefixes, of every layer, as if no two rows shared one."""
+    return shape.layers * 2 * shape.kv_heads * shape.head_dim * step.itemsize * step.rows * step.prefix
+
+
+# What works in a step for a moment
+
+
+def attention(shape: Shape, step: Step) -> int:
+    """What one layer's attention saves, at the most, and the masks; a part of what is saved or at work."""
+    kept = max(_saved_by_attention(shape, step, index) for index in range(shape.layers))
+    return kept + _joined(shape, step) + _masks(shape, step)
+
+
+def _joined(shape: Shape, step: Step) -> int:
+    """What attention behind a prefix makes anew: keys and values of both parts, repeated for every head, with the
+    gradients of these, and its mask in the compute dtype.
+    """
+    if not step.prefix:
+        return 0
+    repeated = 2 * shape.heads if shape.heads > shape.kv_heads else shape.heads
+    if not (step.flash or shape.eager):  # torch's plain attention has them in float32 once more
+        repeated += shape.heads * FLOAT32 // step.itemsize
+    width = 2 * shape.head_dim * step.itemsize * step.rows * step.length
+    return (shape.kv_heads + repeated) * width + step.rows * (step.length - step.prefix) * step.length * step.itemsize
+
+
+def layer_at_work(shape: Shape, weights: Weights, step: Step, checkpointing: bool) -> int:
+    """The most that one layer's backward pass holds beside what was saved.
+
+    A checkpointed layer is computed again first, so all that it saves is there. Its MLP goes first: the gradients of
+    the product's two factors are there at once, or one of them beside the largest 4-bit weight, whole. When attention's
+    turn comes, what the MLP and its norms had saved is gone.
+    """
+    tokens = step.rows * (step.length - step.prefix)
+    again = 0
+    if checkpointing:
+        again = max(saved_by_layer(shape, weights, step, index) for index in range(shape.layers))
+        again += casts(weights, step) // shape.layers
+    wide = shape.intermediate * step.itemsize * tokens
+    weight = weights.largest * step.itemsize
+    stream = 2 * shape.hidden * step.itemsize * tokens
+    gone = 4 * wide + (shape.norms // 2) * FLOAT32 * shape.hidden * tokens
+    queries = 4 * shape.heads * shape.head_dim * step.itemsize * tokens
+    scores = 2 * FLOAT32 * shape.heads * tokens * step.length if shape.eager or not step.flash else 0
+    mlp = max(2 * wide, wide + weight)
+    attention = queries + scores + _joined(shape, step) - gone
+    return again + max(mlp, attention) + stream + _masks(shape, step)
+
+
+def _masks(shape: Shape, step: Step) -> int:
+    """Which token may see which: one mask, kept all the while, for each kind of attention that takes one.
+
+    Behind prefixes each takes one; eager attention then keeps another of its own in every layer.
+    """
+    if step.prefix:
+        own = shape.layers * step.itemsize if shape.eager else 0
+        return (len(set(shape.windows)) + own) * step.rows * (step.length - step.prefix) * step.length
+    windows = {
+        window for window in shape.windows if step.padded or shape.eager or (window or step.length) < step.length
+    }
+    return len(windows) * step.rows * step.length**2 * (step.itemsize if shape.eager else 1)
+
+
+def head_at_work(shape: Shape, step: Step) -> int:
+    """TRL's chunked head in training: one tile of logits, and the gradient of the scored hidden states in float32."""
+    scored = step.rows * step.scored
+    tile = min(scored, TOKEN_CHUNK_SIZE) * _CHUNKED_LOGPROB_CHUNK_SIZE * step.itemsize
+    return tile + scored * shape.hidden * (FLOAT32 + step.itemsize)
+
+
+def scoring(shape: Shape, weights: Weights, step: Step) -> int:
+    """A no-grad pass of one row in `step`'s dtype: the wide tensors of one MLP, or the head in float32.
+
+    The head has a tile of logits, the part of its weight that goes with it, and the scored hidden states, all float32.
+    A batch of several rows that does not fit is halved by itself, down to one row.
+    """
+    layer = _layer_without_gradients(shape, weights, step, step.length)
+    tile = min(step.scored, TOKEN_CHUNK_SIZE) * _CHUNKED_LOGPROB_CHUNK_SIZE * FLOAT32
+    part = min(shape.vocabulary, _CHUNKED_LOGPROB_CHUNK_SIZE) * shape.hidden * FLOAT32
+    return max(layer, tile + part + step.scored * shape.hidden * FLOAT32)
+
+
+def reading(shape: Shape, weights: Weights, step: Step) -> int:
+    """A no-grad pass of the bare base over the batch's prefixes, and the keys and values that it leaves."""
+    if not step.prefix:
+        return 0
+    return prefixes(shape, step) + _layer_without_gradients(shape, weights, step, step.prefix, step.rows)
+
+
+def _layer_without_gradients(shape: Shape, weights: Weights, step: Step, length: int, rows: int = 1) -> int:
+    """The wide tensors of one MLP over rows of `length` tokens, and a weight that is whole for a moment."""
+    wide = (4 * shape.intermediate + 3 * shape.hidden) * step.itemsize * length
+    if shape.eager or not step.flash:
+        wide += 2 * FLOAT32 * shape.heads * length**2
+    return rows * wide + weights.largest * step.itemsize

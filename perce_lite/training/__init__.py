@@ -1,0 +1,1 @@
+"""The method: loss, reference log-probs, trainer."""

@@ -1,0 +1,317 @@
+"""`PerCETrainer`: TRL's `SFTTrainer` with each response token weighted by how much it leans on the profile.
+
+How a step goes: `compute_loss` runs TRL's own loss on a model whose log-probs come back multiplied by their weights;
+TRL's accumulation, metrics, evaluation, logging and resume stay as they are. The counterfactual is a column of the data
+set, scored once before training with the adapters off; only `bootstrap` runs a second forward, ahead of the first.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from peft import LoraConfig, PeftModel, PeftType
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
+from trl import SFTTrainer, pack_dataset
+
+from perce_lite.config import PerCEConfig
+from perce_lite.data.collator import LOG_PROB_COLUMNS, PairCollator
+from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, require
+from perce_lite.data.rows import from_columns
+from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
+from perce_lite.files import disk_full_is_clear
+from perce_lite.model.base import keep_base_constant
+from perce_lite.model.fused_head import base_of, never_met, project_scored_positions_only, scoring_forward
+from perce_lite.model.prefix_cache import Prefixes, look_ahead
+from perce_lite.model.scoring import batch_log_probs, behind, frozen, read_prefixes
+from perce_lite.recipe import Template
+from perce_lite.training import loss as contrast
+from perce_lite.training.reference_logprobs import constants, not_finite, train_sampler, trained
+
+_REFUSED_ARGUMENTS = {
+    "data_collator": "the batch carries columns of its own",
+    "compute_loss_func": "it would replace the weighted loss",
+    "compute_metrics": "it needs full logits; use the loss, or perce_lite's own evaluation",
+    "preprocess_logits_for_metrics": "it needs full logits",
+    "formatting_func": "a formatted text has no profile to drop; give prompt, completion and profile columns",
+}
+
+
+class PerCETrainer(SFTTrainer):
+    """`SFTTrainer` whose data set has a `profile` column beside `prompt` and `completion` (or `messages`).
+
+    Args beyond `SFTTrainer`'s:
+        template: how profile and query become chat messages
+        max_profile_tokens: tokens of the profile at the most; None: what `args.max_length` leaves
+
+    Columns: `profile` (a text, or a list of texts or {title, text}), `prompt` and `completion` (texts or messages) or
+    `messages` (every assistant turn is scored); optional `user`, which names a store file, and `where`, which names the
+    row in errors.
+
+    Raises:
+        ConfigError: an argument or a model that PerCE cannot be computed with.
+        DataError, TemplateError: see `perce_lite.data.pairs`.
+        NonFiniteLossError: in training; nothing of that step is kept.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: PerCEConfig | None = None,
+        *,
+        train_dataset: datasets.Dataset | None = None,
+        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
+        template: Template | None = None,
+        max_profile_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else PerCEConfig(output_dir="perce-output")
+        _refuse(model, args, train_dataset, {**kwargs, "eval_dataset": eval_dataset})
+        if isinstance(model, str):
+            args.model_init_kwargs = _on_one_device(args)
+        self.audits: dict[str, Audit] = {}
+        self.pairs: dict[str, list[Pair]] = {}
+        self._template, self._max_profile_tokens = template, max_profile_tokens
+        self._prefixes = Prefixes(lambda several: read_prefixes(self.model, several, self.autocast))
+        given = {name: p.data for name, p in model.named_parameters()} if isinstance(model, PeftModel) else {}
+        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        # TRL makes a 4-bit model's adapter bf16, in which small updates round away and fp16's scaler fails.
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = given.get(name, parameter.data).to(parameter.device, torch.float32)
+        keep_base_constant(self.model)
+        self.autocast = args.autocast
+        if next(self.model.parameters()).device.type == "cpu":
+            project_scored_positions_only(self.model)
+        if args.profile_pass == "frozen":
+            look_ahead(base_of(self.model), self._prefixes)
+        self.scoring_seconds = 0.0
+        self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the training loop counts
+        bootstrap = args.estimator == "bootstrap"
+        self._scoring_forward = scoring_forward(self.model) if bootstrap else None
+        self.data_collator = PairCollator(
+            pad_token_id=self._tokenizer.pad_token_id,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+            counterfactuals=[
+                self._prefixes.features(one.counterfactual, args.profile_pass) for one in self.pairs["train"]
+            ]
+            if bootstrap
+            else None,
+        )
+        self.train_dataset = self._ordered(self._with_log_probs(self.train_dataset))
+
+    # Before training: rows become pairs, pairs get their constants
+
+    def _prepare_dataset(
+        self,
+        dataset: datasets.Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: PerCEConfig,
+        packing: bool,
+        formatting_func: None,
+        dataset_name: str,
+    ) -> datasets.Dataset:
+        """Columns `input_ids`, `labels`, `prefix` with `profile_pass: frozen`, and in training `row`, each (T,)."""
+        if "input_ids" in dataset.column_names:
+            return dataset
+        training = "train" not in self.pairs  # TRL prepares the training set first
+        dataset_name = dataset_name if training or dataset_name != "train" else "eval train"
+        rows = [from_columns(record, f"{dataset_name} row {number}") for number, record in enumerate(dataset)]
+        if not any(row.profile for row in rows):
+            raise DataError(f"The {dataset_name} data set's profile column is empty in all {len(rows)} rows")
+        limits = args.max_length, self._max_profile_tokens
+        maker = PairMaker(processing_class, self._template, *limits, args.profile_pass)
+        audit = self.audits[dataset_name] = Audit()
+        pairs = self.pairs[dataset_name] = maker.make(rows, audit)
+        require(pairs, audit, dataset_name)
+        features = [self._prefixes.features(trained(pair, args), args.profile_pass) for pair in pairs]
+        columns = {name: [one[name] for one in features] for name in features[0]}
+        if training:
+            columns["row"] = [[index] * len(one["input_ids"]) for index, one in enumerate(features)]
+        return datasets.Dataset.from_dict(columns)
+
+    def _with_log_probs(self, dataset: datasets.Dataset) -> datasets.Dataset:
+        """Adds what the estimator takes as a constant of the data: one scoring pass, adapters off, or store hits."""
+        started = time.perf_counter()
+        found = constants(self.model, self.pairs["train"], self.args, self.args.seed)
+        self.scoring_seconds = time.perf_counter() - started
+        self.weight_scale, self.store_hits = found.scale, found.hits
+        for name, column in found.columns.items():
+            dataset = dataset.add_column(name, column)
+        return dataset
+
+    def _ordered(self, dataset: datasets.Dataset) -> datasets.Dataset:
+        """Shuffled once and packed, where asked for."""
+        if self.args.shuffle_dataset:
+            dataset = dataset.shuffle(seed=self.args.seed)
+        return pack_dataset(dataset, self.args.max_length, "bfd") if self.args.packing else dataset
+
+    # In training
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss of `model` with its log-probs (B, T-1) multiplied by their weights; unweighted in evaluation."""
+        rows = inputs.pop("row", None)
+        twin = inputs.pop("counterfactual", None)
+        constants = {name: inputs.pop(name)[:, 1:] for name in LOG_PROB_COLUMNS if name in inputs}
+        if twin is not None and model.training:
+            constants["counterfactual_log_probs"] = self._without_profile(twin, inputs["labels"])
+
+        numbers = inputs.pop("prefix", None)
+
+        def forward(**forward_inputs: Any) -> Any:
+            return model(**self._behind(forward_inputs, numbers))
+
+        def weighted(**forward_inputs: Any) -> Any:
+            outputs = forward(**forward_inputs)
+            factual = constants.get("factual_log_probs", outputs.log_probs)
+            counterfactual = constants.get("counterfactual_log_probs")
+            pir = None if counterfactual is None else contrast.pir(factual, counterfactual)
+            self._record(outputs, pir, num_items_in_batch)
+            if pir is not None:
+                weights = contrast.weights(pir, self.args.clip_min, self.args.clip_max, self.weight_scale)
+                outputs.log_probs = weights * outputs.log_probs
+            return outputs
+
+        result = super().compute_loss(
+            weighted if model.training else forward, inputs, return_outputs, num_items_in_batch=num_items_in_batch
+        )
+        loss = result[0] if return_outputs else result
+        if model.training and not torch.isfinite(loss):
+            named = [self.pairs["train"][index].row for index in rows.unique().tolist() if index >= 0]  # -1: padding
+            raise not_finite(f"The loss is {loss.item()}", self.state.global_step + 1, named)
+        return result
+
+    def _behind(self, inputs: dict[str, Any], numbers: Tensor | None) -> dict[str, Any]:
+        """`inputs` of a forward, (B, T), behind the prefixes of these `numbers`, where there are some."""
+        return inputs if numbers is None else behind(inputs, numbers, self._prefixes)
+
+    def _without_profile(self, twin: dict[str, Any], labels: Tensor) -> Tensor:
+        """Log-probs of the same adapter without the profile, laid out as the training forward's (B, T-1)."""
+        assert self._scoring_forward is not None
+        twin = self._behind(twin, twin.pop("prefix", None))
+        with frozen(self.model, adapters=True):
+            flat = batch_log_probs(self._scoring_forward, twin, self.autocast)
+        mask = labels[:, 1:] != IGNORED
+        return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)
+
+    def _record(self, outputs: Any, pir: Tensor | None, window_tokens: Any) -> None:
+        """Adds the step's figures to those that TRL averages and logs; `window_tokens`: of the accumulation window.
+
+        The unweighted loss is scaled so that its mean over a window's batches is the window's mean over tokens.
+        """
+        mask = outputs.label_mask
+        batches = 1 if window_tokens is None else self.current_gradient_accumulation_steps
+        tokens = torch.as_tensor(mask.sum() if window_tokens is None else window_tokens).clamp(min=1)
+        figures = {"unweighted_loss": -(outputs.log_probs.detach().sum() * batches / tokens).item()}
+        if pir is not None:
+            figures |= contrast.health(pir[mask], self.args.clip_min, self.args.clip_max)
+            figures["weight_mean"] *= self.weight_scale
+            figures["store_hits"] = self.store_hits
+        for name, value in figures.items():
+            self._metrics["train"][name].append(value)
+
+    # What TRL asks its subclasses for
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = [*dict.fromkeys([*self._signature_columns, "row", "prefix", *LOG_PROB_COLUMNS])]
+
+    def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler[int] | None:
+        """As TRL's, with an order that a resumed run meets again."""
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        return train_sampler(self.args, dataset["input_ids"], self.args.seed)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As TRL's; it draws no random number of training's, so that a resumed run meets the same ones."""
+        with torch.random.fork_rng():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        advice = "Free some space and run the same command again: it goes on from the last whole checkpoint."
+        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+            raise NonFiniteLossError(
+                f"The adapter's weights are not finite after step {self.state.global_step}: a gradient was not. "
+                "Nothing of it was saved. Lower train.learning_rate."
+            )
+        with disk_full_is_clear(Path(self.args.output_dir), advice):
+            super()._save_checkpoint(model, trial)
+
+
+def _refuse(model: Any, args: PerCEConfig, train_dataset: Any, kwargs: dict[str, Any]) -> None:
+    """Raises ConfigError with every reason why these arguments would not train what PerCE means."""
+    faults = [f"{name}: {why}" for name, why in _REFUSED_ARGUMENTS.items() if kwargs.get(name) is not None]
+    if not isinstance(args, PerCEConfig):
+        faults.append(f"args: a PerCEConfig is needed, this is {type(args).__name__}")
+    elif isinstance(model, str):
+        faults += _device_faults((args.model_init_kwargs or {}).get("device_map"))
+    if isinstance(model, torch.nn.Module):
+        faults += _spread_faults(model)
+    peft = model.active_peft_config if isinstance(model, PeftModel) else kwargs.get("peft_config")
+    if peft is None:
+        faults.append("peft_config: the counterfactual is the base with its adapters off, so there must be an adapter")
+    elif peft.peft_type != PeftType.LORA:
+        faults.append(f"peft_config: a LoraConfig is needed, this is {peft.peft_type.value}")
+    else:
+        faults += _lora_faults(peft)
+    if isinstance(train_dataset, datasets.IterableDataset):
+        faults.append("train_dataset: a streaming data set cannot be scored before training; use datasets.Dataset")
+    if isinstance(kwargs.get("eval_dataset"), datasets.IterableDataset):
+        faults.append("eval_dataset: a streaming data set has no length to report on; use datasets.Dataset")
+    if isinstance(train_dataset, datasets.Dataset):
+        faults += _column_faults(train_dataset.column_names)
+    if faults:
+        raise ConfigError(faults)
+
+
+def _on_one_device(args: PerCEConfig) -> dict[str, Any]:
+    """What TRL loads a model's name with: on the training's own device, where TRL's "auto" takes every card it sees."""
+    given = args.model_init_kwargs or {}
+    return given if args.device.type in ("cpu", "mps") else {"device_map": {"": args.device}, **given}
+
+
+def _device_faults(device_map: Any) -> list[str]:
+    """Why a `device_map` may put a model on several devices, which would train but not as it is scored."""
+    several = device_map in ("auto", "balanced", "balanced_low_0", "sequential")
+    if several or (isinstance(device_map, dict) and len(set(map(str, device_map.values()))) > 1):
+        return [
+            f"model_init_kwargs: device_map {device_map!r} may spread the model over several devices, and PerCE Lite "
+            "trains on one; leave device_map out"
+        ]
+    return []
+
+
+def _spread_faults(model: torch.nn.Module) -> list[str]:
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) < 2:
+        return []
+    where = ", ".join(devices)
+    return [f"model: it lies on {where}, and PerCE Lite trains on one device; load it with device_map={{'': 0}}"]
+
+
+def _lora_faults(lora: LoraConfig) -> list[str]:
+    """What would change the base itself, so that adapters off is not the base any more."""
+    faults = []
+    if lora.bias != "none":
+        faults.append(f"lora: bias {lora.bias!r} trains the base's own biases; use 'none'")
+    if str(lora.init_lora_weights).lower().startswith(("pissa", "olora", "loftq", "corda", "lora_ga")):
+        faults.append(f"lora: init_lora_weights {lora.init_lora_weights!r} rewrites the base's weights; use true")
+    return faults + never_met(lora)
+
+
+def _column_faults(names: Sequence[str]) -> list[str]:
+    has = set(names)
+    if "input_ids" in has:
+        return ["train_dataset: it is tokenised already (input_ids), so there is no profile to drop; give texts"]
+    if "profile" not in has:
+        return [f"train_dataset: no profile column among {', '.join(names)}"]
+    if "messages" not in has and not {"prompt", "completion"} <= has:
+        return [
+            f"train_dataset: prompt and completion, or messages, are needed beside profile; it has {', '.join(names)}"
+        ]
+    return []
