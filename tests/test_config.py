@@ -43,7 +43,7 @@ REFUSED = {
     ],
     "deepspeed": [{"deepspeed": {"zero_optimization": {"stage": 2}}}],
     "fsdp": [{"fsdp": True}, {"fsdp": "full_shard"}],
-    "parallelism_config": [{"parallelism_config": object()}],
+    "parallelism_config": [{"parallelism_config": "any"}],
 }
 """By option, every way to trigger its verdict."""
 
