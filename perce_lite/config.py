@@ -8,7 +8,11 @@ import torch
 from trl import SFTConfig
 
 from perce_lite.errors import ConfigError, DeviceError
-from perce_lite.training.loss import Estimator, Normalization, ProfilePass, TrainOn
+
+Estimator = Literal["base", "mixed", "bootstrap", "uniform", "shuffled"]
+Normalization = Literal["none", "mean"]
+TrainOn = Literal["factual", "counterfactual"]
+ProfilePass = Literal["full", "frozen"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -19,7 +23,7 @@ CHOICES: dict[str, Any] = {
     "train_on": TrainOn,
     "profile_pass": ProfilePass,
 }
-"""Fields of `PerCEConfig` that take one of a few words, with the `Literal` of these."""
+"""Fields of `PerCEConfig` that take one of a few words, with the `Literal` of their values."""
 
 
 def pick_device(wanted: str = "auto") -> torch.device:

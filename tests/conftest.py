@@ -18,6 +18,7 @@ import toys
 
 from perce_lite import PerCEConfig, PerCETrainer
 from perce_lite.console import quiet
+from perce_lite.data.rows import Row
 
 quiet()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or min(2, os.cpu_count() or 1))
@@ -46,11 +47,19 @@ def real_model() -> Path:
 
 @pytest.fixture
 def toy_trainer(tmp_path: Path) -> Callable[..., PerCETrainer]:
-    """Makes a trainer over a toy model in float32; keyword arguments go to `PerCEConfig`, those named below not."""
+    """Makes a trainer over a toy model in float32; keyword arguments go to `PerCEConfig`, those named below not.
+
+    prepared: with its reference log-probs, as `train` would see it
+    """
     from peft import LoraConfig
 
     def make(
-        family: str = "chatml", rows: list[dict] | None = None, lora: dict | None = None, model=None, **config
+        family: str = "chatml",
+        rows: list[dict] | list[Row] | None = None,
+        lora: dict | None = None,
+        model=None,
+        prepared: bool = False,
+        **config,
     ) -> PerCETrainer:
         tokenizer = toys.toy_tokenizer(family)
         trained = model if model is not None else toys.toy_model(family, len(tokenizer))
@@ -70,17 +79,23 @@ def toy_trainer(tmp_path: Path) -> Callable[..., PerCETrainer]:
             "clip_min": 0.1,
             "clip_max": 3.0,
         }
+        rows = toys.toy_rows() if rows is None else rows
         extra = {key: config.pop(key) for key in ("eval_dataset", "template", "max_profile_tokens") if key in config}
-        return PerCETrainer(
+        trainer = PerCETrainer(
             trained,
             PerCEConfig(**{**defaults, **config}),
-            train_dataset=datasets.Dataset.from_list(rows if rows is not None else toys.toy_rows()),
+            train_dataset=rows
+            if rows and isinstance(rows[0], Row)
+            else datasets.Dataset.from_list(rows or toys.toy_rows()),
             processing_class=tokenizer,
             peft_config=LoraConfig(
                 **{"r": 4, "target_modules": "all-linear", "init_lora_weights": True, **(lora or {})}
             ),
             **extra,
         )
+        if prepared:
+            trainer.prepare()
+        return trainer
 
     return make
 

@@ -102,7 +102,7 @@ def weights(recipe: Recipe, itemsize: int) -> memory.Weights:
 def prefix_of(trainer: PerCETrainer, inputs: dict) -> int:
     """Tokens of the longest prefix that stands ahead of a batch; 0: none does."""
     pairs = trainer.pairs["train"]
-    return max(pairs[row].factual.prefix for row in inputs["row"][:, 0].tolist()) if "prefix" in inputs else 0
+    return max(pairs[row].factual.prefix_length for row in inputs["row"][:, 0].tolist()) if "prefix" in inputs else 0
 
 
 def size_of(tensors: list[torch.Tensor]) -> int:

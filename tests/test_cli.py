@@ -207,7 +207,11 @@ def test_the_recipes_own_template_is_used(recipe, run, figures, plain):
 
 
 STOPPED = {
-    "train": ("perce_lite.training.train.train", [], "goes on from the last checkpoint; what was scored is kept"),
+    "train": (
+        "perce_lite.evaluation.summary.train_and_measure",
+        [],
+        "goes on from the last checkpoint; what was scored is kept",
+    ),
     "check": ("perce_lite.evaluation.check.check", [], "Nothing was written; the same command starts over"),
     "import": ("perce_lite.data.importers.importing.look", ["x", "--user", "ann"], "Nothing was written"),
     "inspect": (

@@ -39,13 +39,13 @@ def path(recipe) -> Path:
 def trained(monkeypatch) -> list[str]:
     """What was trained, in order."""
     done: list[str] = []
-    real = comparing.fit
+    real = comparing.train
 
     def fit(recipe, base, rows, run, what):
         done.append(what)
         return real(recipe, base, rows, run, what)
 
-    monkeypatch.setattr(comparing, "fit", fit)
+    monkeypatch.setattr(comparing, "train", fit)
     return done
 
 
@@ -58,7 +58,7 @@ def loss_by_hand(path: Path, folder: Path, split: str, profile: str, profile_pas
     model = PeftModel.from_pretrained(toys.toy_model("chatml", 600), folder).double().eval()
     losses = []
     for passes in (case.passes[profile] for case in found):
-        with asleep(model, passes.prefix):
+        with asleep(model, passes.prefix_length):
             losses.append(-full_logits(model, passes).sum())
     return torch.stack(losses)
 
@@ -184,14 +184,14 @@ def test_one_rate_needs_no_validation(recipe, figures, trained):
 
 
 def test_an_arm_that_comes_to_no_loss_is_told_and_left_out(path, figures, monkeypatch):
-    real = comparing.fit
+    real = comparing.train
 
     def fit(recipe, base, rows, run, what):
         if recipe.train["estimator"] == "base" and recipe.train["learning_rate"] > 0.01:
             raise NonFiniteLossError("The loss is nan")
         return real(recipe, base, rows, run, what)
 
-    monkeypatch.setattr(comparing, "fit", fit)
+    monkeypatch.setattr(comparing, "train", fit)
     told = figures("compare", path, "--arms", "uniform,base", "--rates", "0.002,0.02", "--seeds", "1")
     base = told["arms"][1]
     assert (base["rate"], base["failed"]) == (0.002, ["rate 0.02, seed 3"])

@@ -15,10 +15,10 @@ import toys
 from transformers.cache_utils import DynamicCache
 
 from perce_lite.cli.chat import Conversation, Kept, Stop, chat, talk, typed
+from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.model import adapters
 from perce_lite.model.generate import generate, opened
 from perce_lite.recipe import load_recipe
-from perce_lite.training.train import train
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -31,7 +31,7 @@ def trained(tmp_path_factory, toy):
     steps = f"{{max_steps: 3, learning_rate: 0.05, output_dir: {folder / 'out'}, store: null}}"
     head = f"model: {toy}\nquantization: none\ndtype: float32\ndevice: cpu\ndata: {{path: rows.jsonl}}\n"
     (folder / "mine.yaml").write_text(f"{head}train: {steps}\nevaluation: {{max_rows: 4, max_new_tokens: 2}}\n")
-    return Path(train(load_recipe(folder / "mine.yaml"))["adapter"])
+    return Path(train_and_measure(load_recipe(folder / "mine.yaml"))["adapter"])
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from perce_lite.data.readers import read_rows
-from perce_lite.data.rows import Row, to_columns
+from perce_lite.data.rows import Row, to_records
 from perce_lite.errors import DataError
 from perce_lite.recipe import Recipe
 
@@ -216,4 +216,4 @@ def test_user_number_0_of_lamp_is_a_user(rows):
 @pytest.mark.parametrize("field", ["prompt", "completion", "profile", "user"])
 def test_a_lone_surrogate_reaches_the_data_set(rows, field):
     read = rows({"a.jsonl": lines({**ROW, field: "a\ud800b"})})
-    assert len(datasets.Dataset.from_list(to_columns(read))) == 1
+    assert len(datasets.Dataset.from_list(to_records(read))) == 1

@@ -8,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from perce_lite.errors import DiskFullError
-from perce_lite.training.train import Run
+from perce_lite.training.run import Run
 
 
 class Filler(TrainerCallback):

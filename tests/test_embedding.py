@@ -8,13 +8,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perce_lite.errors import ModelError
+from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.model import adapters
 from perce_lite.model.base import fingerprint, load_base, sketch
 from perce_lite.model.generate import from_folder
 from perce_lite.model.host_embedding import HostEmbedding, keep_on_host
 from perce_lite.model.scoring import log_probs, store_key
 from perce_lite.recipe import Recipe, load_recipe
-from perce_lite.training.train import train
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -135,7 +135,7 @@ def test_a_recipe_trains_saves_and_answers_alike(recipe, tmp_path):
         settings = [f"model={folder}", f"embedding_on_host={hosted}", "quantization=nf4"]
         read = load_recipe(recipe(text=text), settings)
         assert isinstance(load_base(read).model.get_input_embeddings(), HostEmbedding) == (hosted == "true")
-        figures = train(read)
+        figures = train_and_measure(read)
         answers.append(from_folder(tmp_path / out, "Who are you?", "An otter.", None, 6)["answer"])
         weights.append(adapters.load_file(tmp_path / out / "adapter" / "adapter_model.safetensors"))
         assert figures["losses"]

@@ -17,7 +17,7 @@ from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.fleet.slot_lora import SlotModel
 from perce_lite.fleet.slot_trainer import SlotEngine
 from perce_lite.fleet.slot_user import UserJob
-from perce_lite.training.reference_logprobs import steps_of
+from perce_lite.training.order import steps_of
 
 LORA = {"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 

@@ -47,7 +47,7 @@ def test_plain_peft_wakes_where_training_did(adapter, tmp_path):
     scored = len(ids) - len(asked.ids)
     expected = whole(
         PeftModel.from_pretrained(base, adapter).eval(),
-        Tokens(ids, [IGNORED] * len(asked.ids) + ids[-scored:], asked.prefix),
+        Tokens(ids, [IGNORED] * len(asked.ids) + ids[-scored:], asked.prefix_length),
     )
     plain = AutoModelForCausalLM.from_pretrained(adapter.parent.parent / "base", dtype=torch.float32)
     got = plain_log_probs(PeftModel.from_pretrained(plain, tmp_path / "out"), ids, scored)

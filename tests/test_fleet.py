@@ -250,7 +250,7 @@ def test_what_is_half_trained_does_not_go_on_with_other_rows(recipe, monkeypatch
                 fleet(load_recipe(path), OneByOne)
 
     real, resumed = PerCETrainer._save_checkpoint, []
-    monkeypatch.setattr("perce_lite.training.train.say", resumed.append)
+    monkeypatch.setattr("perce_lite.training.run.say", resumed.append)
     stopped(path)
     assert list(Path("out").rglob("checkpoint-2"))
     fleet(load_recipe(recipe(rows_of(2), text)), OneByOne)

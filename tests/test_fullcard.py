@@ -70,7 +70,7 @@ def test_what_spares_memory_alone_goes_on_from_the_checkpoint(recipe, run, full_
     assert "goes on from there" in told
     full_card(None)
     code, _, err = run("train", path, *overrides(told))
-    assert (code, "Going on from out/checkpoint-2" in err) == (0, True)
+    assert (code, "Resuming from out/checkpoint-2" in err) == (0, True)
     one, other = adapter("whole"), adapter("out")
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -181,7 +181,7 @@ def test_signal_is_found_where_it_was_planted_and_not_elsewhere():
 def test_the_real_model_tells_own_profiles_from_random_ones(real_model, tmp_path, monkeypatch):
     """The demo data as they are, and with every profile drawn from anybody: the page must say so in words."""
     from perce_lite.data.readers import read_rows
-    from perce_lite.data.rows import of_split, spread_over_users, to_columns
+    from perce_lite.data.rows import of_split, spread_over_users, to_records
 
     recipe = load_recipe(ROOT / "recipes/quickstart.yaml", [f"train.store={tmp_path / 'store'}", "profile.top_k=1"])
     figures = inspect(recipe, None, 12, None, 10)
@@ -190,7 +190,7 @@ def test_the_real_model_tells_own_profiles_from_random_ones(real_model, tmp_path
     rows = spread_over_users(of_split(read_rows(recipe), "train"), 40)
     draw = random.Random(3)
     rows = [row for row in rows if row.profile]
-    records = [{**one, "profile": to_columns([draw.choice(rows)])[0]["profile"]} for one in to_columns(rows[:12])]
+    records = [{**one, "profile": to_records([draw.choice(rows)])[0]["profile"]} for one in to_records(rows[:12])]
     (tmp_path / "random.jsonl").write_text("\n".join(json.dumps(one) for one in records), encoding="utf-8")
     overrides = [f"data.path={tmp_path / 'random.jsonl'}", "split.test=0", "split.validation=0"]
     drawn = load_recipe(ROOT / "recipes/quickstart.yaml", [*overrides, f"train.store={tmp_path / 'store'}"])

@@ -51,7 +51,7 @@ def asleep(model, prefix):
 
 def scored_log_probs(model, tokens):
     """Log-probs (R,) in float64 of one sequence, alone, from full logits."""
-    with asleep(model, tokens.prefix):
+    with asleep(model, tokens.prefix_length):
         logits = model(input_ids=torch.tensor([tokens.ids])).logits[0, :-1]
     labels = torch.tensor(tokens.labels[1:])
     mask = labels != IGNORED
@@ -156,7 +156,7 @@ def test_other_families(toy_trainer, family, profile_pass):
 
 
 def test_shuffled_has_the_base_weights_in_another_order(toy_trainer):
-    base, shuffled = toy_trainer(estimator="base"), toy_trainer(estimator="shuffled")
+    base, shuffled = (toy_trainer(estimator=name, prepared=True) for name in ("base", "shuffled"))
     moved = 0
     for one, other in zip(base.train_dataset, shuffled.train_dataset, strict=True):
         scored = [i for i, label in enumerate(one["labels"]) if label != IGNORED]
@@ -171,8 +171,8 @@ def test_shuffled_has_the_base_weights_in_another_order(toy_trainer):
 
 @pytest.mark.parametrize("estimator", ["base", "mixed", "bootstrap", "shuffled"])
 def test_mean_normalization_is_a_constant_of_the_data_set(toy_trainer, estimator):
-    trainer = toy_trainer(estimator=estimator, normalize_weights="mean")
-    plain = toy_trainer(estimator="base")
+    trainer = toy_trainer(estimator=estimator, normalize_weights="mean", prepared=True)
+    plain = toy_trainer(estimator="base", prepared=True)
     pirs = [
         row["factual_log_probs"][i] - row["counterfactual_log_probs"][i]
         for row in plain.train_dataset

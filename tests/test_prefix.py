@@ -52,7 +52,7 @@ def toy(family="chatml"):
 
 def whole(model, tokens):
     """Log-probs (R,) of one sequence in one forward, the adapters doing nothing at its prefix."""
-    with asleep(model, tokens.prefix):
+    with asleep(model, tokens.prefix_length):
         logits = model(input_ids=torch.tensor([tokens.ids])).logits[0, :-1]
     labels = torch.tensor(tokens.labels[1:])
     mask = labels != IGNORED
@@ -85,8 +85,8 @@ def gradients(model, loss):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_and_gradients_equal_a_masked_forward_in_float64(family, checkpointed):
     model, sequences = toy(family), [one.factual for one in made(family)]
-    assert len({one.prefix for one in sequences}) > 1, "prefixes of one length test no padding"
-    assert len({len(one.awake.ids) for one in sequences}) > 1
+    assert len({one.prefix_length for one in sequences}) > 1, "prefixes of one length test no padding"
+    assert len({len(one.after_prefix.ids) for one in sequences}) > 1
     expected = torch.cat([whole(model, one) for one in sequences])
     weights = torch.linspace(0.5, 2, len(expected), dtype=torch.float64)
     theirs = gradients(model, (weights * expected).sum())
@@ -101,7 +101,7 @@ def test_log_probs_and_gradients_equal_a_masked_forward_in_float64(family, check
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=near, msg=lambda text, n=name: f"{n}: {text}")
     # The reference itself is far from an adapter that is awake all along.
-    awake = torch.cat([whole(model, one._replace(prefix=0)) for one in sequences])
+    awake = torch.cat([whole(model, one._replace(prefix_length=0)) for one in sequences])
     assert (awake - expected).abs().max() > 1e-3
 
 
@@ -116,7 +116,7 @@ def test_sliding_windows_look_back_over_the_prefix():
     torch.manual_seed(0)
     model = with_adapter(AutoModelForCausalLM.from_config(config, dtype=torch.float64))
     sequences = [one.factual for one in made("gemma")]
-    assert min(one.prefix for one in sequences) > 12, "a window longer than the prefix tests nothing"
+    assert min(one.prefix_length for one in sequences) > 12, "a window longer than the prefix tests nothing"
     found = exactly(model, sequences)
     torch.testing.assert_close(found, torch.cat([whole(model, one) for one in sequences]), rtol=0, atol=1e-9)
 
@@ -166,9 +166,11 @@ def plainly(model, sequences):
 
 def test_saved_activations_do_not_grow_with_the_profile():
     model, tokens = toy(), made()[0].factual
-    ahead = list(tokens.ahead)
+    ahead = list(tokens.prefix_ids)
     longer = tokens._replace(
-        ids=ahead * 8 + tokens.awake.ids, labels=[IGNORED] * 8 * len(ahead) + tokens.awake.labels, prefix=8 * len(ahead)
+        ids=ahead * 8 + tokens.after_prefix.ids,
+        labels=[IGNORED] * 8 * len(ahead) + tokens.after_prefix.labels,
+        prefix_length=8 * len(ahead),
     )
     short(model, [tokens])  # the first one probes
     assert saved_bytes(model, [longer]) == saved_bytes(model, [tokens])
@@ -211,7 +213,7 @@ def test_prefixes_of_one_row_each_are_read_together_and_each_as_if_alone(toy_tra
     read.clear()
     trainer.train()
     assert read == [2, 2, 2], "a forward a batch of two rows"
-    prefixes = [one.factual.ahead for one in trainer.pairs["train"]][:4]
+    prefixes = [one.factual.prefix_ids for one in trainer.pairs["train"]][:4]
     assert len({len(one) for one in prefixes}) > 1
     for ids, found in zip(prefixes, read_prefixes(trainer.model, prefixes, None), strict=True):
         alone = read_prefix(trainer.model, ids, None)
@@ -248,7 +250,7 @@ def test_scoring_with_the_adapter_on_sleeps_through_the_prefix(tmp_path):
     # The store never takes one way for the other; the bare base has but one.
     store = store_of(str(tmp_path), model, None, adapters=True)
     jobs = [Job("u", one) for one in sequences]
-    awake = [Job("u", one._replace(prefix=0)) for one in sequences]
+    awake = [Job("u", one._replace(prefix_length=0)) for one in sequences]
     assert kept_log_probs(model, jobs, store, None, "", adapters=True).hits == 0
     assert kept_log_probs(model, awake, store, None, "", adapters=True).hits == 0
     assert kept_log_probs(model, jobs, store, None, "", adapters=True).hits == len(jobs)
@@ -264,7 +266,7 @@ def test_generation_wakes_behind_the_profile(family):
     said = generate(model, own, pair.row.prompt, pair.row.profile, 12)
     asked = own.prompt(pair.row.prompt, pair.row.profile)
     ids = list(asked.ids)
-    with frozen(model, adapters=True), asleep(model, asked.prefix):
+    with frozen(model, adapters=True), asleep(model, asked.prefix_length):
         for _ in range(12):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
             if ids[-1] in own.stop_ids():

@@ -23,7 +23,7 @@ def mixed():
     """Sequences of one batch, two with a prefix and two without."""
     pairs = made(position="user")
     sequences = [one for pair in pairs[:2] for one in (pair.counterfactual, pair.factual)]
-    assert [one.prefix > 0 for one in sequences] == [False, True, False, True]
+    assert [one.prefix_length > 0 for one in sequences] == [False, True, False, True]
     return sequences
 
 
@@ -101,7 +101,7 @@ def test_twins_of_bootstrap_need_no_prefix_of_their_own(toy_trainer, packing):
     )  # fmt: skip
     stir(trainer.model)
     twins = [pair.counterfactual for pair in trainer.pairs["train"]]
-    assert {one.prefix > 0 for one in twins} == {True, False}
+    assert {one.prefix_length > 0 for one in twins} == {True, False}
     expected = {}
     log_probs(trainer.model, twins, True, None, expected.__setitem__)
     seen = []
@@ -122,7 +122,7 @@ def test_a_slot_without_a_system_message_trains_what_the_trainer_trains(tmp_path
         return toys.toy_model("gemma", toys.VOCAB_SIZE)
 
     trainer = trained_by_trainer(args, 1, base(), family="gemma")
-    assert not any(pair.counterfactual.prefix for pair in trainer.pairs["train"])
+    assert not any(pair.counterfactual.prefix_length for pair in trainer.pairs["train"])
     engine = SlotEngine(base(), toys.toy_tokenizer("gemma"), args, LoraConfig(**LORA), 1)
     ours = run(engine, [UserJob("user1", trainer.pairs["train"])])["user1"]
     assert ours.error is None

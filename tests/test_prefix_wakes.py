@@ -15,12 +15,12 @@ from perce_lite.recipe import Template
 def test_the_prefix_holds_the_profile_and_nothing_of_the_query(family):
     tokenizer = toys.toy_tokenizer(family)
     for pair in made(family, 9):
-        ahead, awake = tokenizer.decode(pair.factual.ahead), tokenizer.decode(pair.factual.awake.ids)
+        ahead, awake = tokenizer.decode(pair.factual.prefix_ids), tokenizer.decode(pair.factual.after_prefix.ids)
         assert pair.profile in ahead
         assert pair.row.query in awake
         assert pair.row.query not in ahead
-        assert all(label == IGNORED for label in pair.factual.labels[: pair.factual.prefix + 1])
-        assert tokenizer.decode(pair.counterfactual.awake.ids).endswith(awake.strip()[-20:])
+        assert all(label == IGNORED for label in pair.factual.labels[: pair.factual.prefix_length + 1])
+        assert tokenizer.decode(pair.counterfactual.after_prefix.ids).endswith(awake.strip()[-20:])
 
 
 def test_where_it_wakes_is_asked_once_a_pass_however_long_the_search_for_what_fits(monkeypatch):
@@ -42,7 +42,7 @@ def test_a_system_message_ends_with_its_own_turn():
     tokenizer = toys.toy_tokenizer("chatml")
     for pair in made():
         for tokens in (pair.factual, pair.counterfactual):
-            assert tokenizer.decode(tokens.awake.ids).startswith("\n<|im_start|>user\n")
+            assert tokenizer.decode(tokens.after_prefix.ids).startswith("\n<|im_start|>user\n")
 
 
 def test_a_prompt_to_answer_has_the_prefix_of_training():
@@ -51,7 +51,7 @@ def test_a_prompt_to_answer_has_the_prefix_of_training():
         for pair in made(family):
             asked = own.prompt(pair.row.prompt, pair.row.profile)
             assert asked.ids == own.prompt_ids(pair.row.prompt, pair.row.profile)
-            assert (asked.prefix, asked.ahead) == (pair.factual.prefix, pair.factual.ahead)
+            assert (asked.prefix_length, asked.prefix_ids) == (pair.factual.prefix_length, pair.factual.prefix_ids)
 
 
 def test_a_token_that_reaches_from_the_profile_into_the_query_is_asleep():
@@ -60,8 +60,8 @@ def test_a_token_that_reaches_from_the_profile_into_the_query_is_asleep():
     template = {"profile": "{profile}", "separator": "\n"}
     (pair,) = maker("gemma", **template).make([row])
     text = tokenizer.decode(pair.factual.ids)
-    assert "tea" in tokenizer.decode(pair.factual.ahead)
-    assert tokenizer.decode(pair.factual.ahead) + tokenizer.decode(pair.factual.awake.ids) == text
+    assert "tea" in tokenizer.decode(pair.factual.prefix_ids)
+    assert tokenizer.decode(pair.factual.prefix_ids) + tokenizer.decode(pair.factual.after_prefix.ids) == text
 
 
 SYSTEM_LAST = r"""
@@ -83,7 +83,7 @@ def test_a_profile_behind_the_query_is_refused():
     with pytest.raises(TemplateError, match=r"rows.jsonl line 1.*ahead of every query"):
         PairMaker(tokenizer, profile_pass="frozen").make([row])
     (pair,) = PairMaker(tokenizer, Template(position="user"), profile_pass="frozen").make([row])
-    assert pair.factual.prefix
+    assert pair.factual.prefix_length
 
 
 def test_nothing_to_freeze_is_a_fault_of_the_config(toy_trainer):

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.recipe import load_recipe
-from perce_lite.training.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_quickstart_gains_with_the_own_profile_and_with_no_other(real_model, monkeypatch):
     """Takes the figures of the run that the README's first command left; trains where there is none."""
     monkeypatch.chdir(ROOT)
-    figures = train(load_recipe("recipes/quickstart.yaml"))
+    figures = train_and_measure(load_recipe("recipes/quickstart.yaml"))
     losses = {one["profile"]: one for one in figures["losses"]}
     own, other = losses["own"], losses["other user's"]
     assert own["adapter"] < own["base"] - 0.2

@@ -5,10 +5,10 @@ import json
 import pytest
 from conftest import DATA
 
+from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.model.adapters import about
 from perce_lite.model.generate import from_folder
 from perce_lite.recipe import load_recipe
-from perce_lite.training.train import train
 
 DOCS = DATA / "curl_commits" / "docs.jsonl"
 
@@ -29,7 +29,7 @@ def test_short_training_on_commit_messages(real_model, tmp_path):
             f"train.store={tmp_path / 'store'}",
         ],
     )
-    figures = train(recipe)
+    figures = train_and_measure(recipe)
     losses = {one["profile"]: one for one in figures["losses"]}
     assert losses["own"]["adapter"] < losses["own"]["base"] - 0.05, "training lowered the held-out loss"
     assert losses["own"]["adapter"] < losses["other user's"]["adapter"], "the own profile beats another user's"
@@ -37,7 +37,7 @@ def test_short_training_on_commit_messages(real_model, tmp_path):
     card = about(tmp_path / "out" / "adapter")
     texts = [json.loads(line)["text"] for line in DOCS.read_text(encoding="utf-8").splitlines()]
     assert not any(text in json.dumps(card, ensure_ascii=False) for text in texts if len(text) > 40)
-    again = train(recipe)
+    again = train_and_measure(recipe)
     assert again["losses"] == figures["losses"], "a finished run is not trained again"
     options = {"max_new_tokens": 12, "profile": "", "user": None}
     adapter, base = (

@@ -7,13 +7,13 @@ import pytest
 import toys
 from memory_fixtures import save_toy
 
+from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.fleet.engines.slots import engine_for
 from perce_lite.fleet.fleet import fleet
 from perce_lite.planning.gpus import card
 from perce_lite.planning.plan import Plan
 from perce_lite.planning.shapes import known_config
 from perce_lite.recipe import load_recipe
-from perce_lite.training.train import train
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 CARDS = {
@@ -56,7 +56,7 @@ def test_a_recipe_trains_a_toy_of_its_family(name, tmp_path, monkeypatch):
         assert not told["failed"]
         assert len(list(Path("out").rglob("adapter_model.safetensors"))) >= users
         return
-    figures = train(recipe)
+    figures = train_and_measure(recipe)
     assert figures["rows"]["kept"] > 0
     assert (Path(figures["adapter"]) / "adapter_model.safetensors").is_file()
 

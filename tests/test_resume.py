@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from perce_lite.errors import RunError
 from perce_lite.files import write_json
-from perce_lite.training.train import Run
+from perce_lite.training.run import Run
 
 # Runs the command line with a bomb: the process kills itself with SIGKILL at the given call of the given function.
 _DRIVER = """
@@ -84,7 +84,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path, uninterrupted, moment):
     assert not (tmp_path / "runs/toy/adapter").exists()
     resumed = run(path, PERCE_LITE_HOME=home)
     assert resumed.returncode == 0, resumed.stderr
-    assert ("Going on from" in resumed.stderr) == (moment != "while scoring")
+    assert ("Resuming from" in resumed.stderr) == (moment != "while scoring")
     adapter = load_file(tmp_path / "runs/toy/adapter/adapter_model.safetensors")
     assert adapter.keys() == uninterrupted.keys()
     assert all(adapter[name].equal(uninterrupted[name]) for name in adapter)

@@ -103,7 +103,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import torch
-import perce_lite.store as store
+import perce_lite.model.logprob_store as store
 def half(tensors, path, metadata):
     save_file(tensors, path, metadata)
     os.truncate(path, os.path.getsize(path) // 2)

@@ -1,5 +1,7 @@
 """`PerCETrainer` in use: determinism, logs, options that go with it, arguments that do not."""
 
+from dataclasses import replace
+
 import datasets
 import pytest
 import torch
@@ -8,6 +10,7 @@ from peft import IA3Config, LoraConfig, PeftModel
 
 from perce_lite import PerCEConfig, PerCETrainer
 from perce_lite.data.pairs import IGNORED
+from perce_lite.data.rows import from_columns
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 
 LOGGED = {
@@ -64,8 +67,8 @@ def test_the_logged_loss_is_the_mean_over_the_tokens_of_a_step(toy_trainer):
 
 
 def test_training_on_counterfactual_has_no_profile_in_the_batch(toy_trainer):
-    trainer = toy_trainer(train_on="counterfactual")
-    with_profile = toy_trainer(train_on="factual")
+    trainer = toy_trainer(train_on="counterfactual", prepared=True)
+    with_profile = toy_trainer(train_on="factual", prepared=True)
     for row, pair in zip(trainer.train_dataset, trainer.pairs["train"], strict=True):
         assert row["input_ids"] == pair.counterfactual.ids
     assert [r["input_ids"] for r in with_profile.train_dataset] == [p.factual.ids for p in with_profile.pairs["train"]]
@@ -79,8 +82,34 @@ def test_training_on_counterfactual_has_no_profile_in_the_batch(toy_trainer):
     assert scored[0] == scored[1]
 
 
+def test_scoring_is_a_step_of_its_own(toy_trainer, tmp_path):
+    trainer = toy_trainer(store=str(tmp_path / "store"))
+    assert "factual_log_probs" not in trainer.train_dataset.column_names
+    assert not (tmp_path / "store").exists(), "making a trainer scores nothing"
+    trainer.prepare()
+    scored = trainer.train_dataset
+    assert {"factual_log_probs", "counterfactual_log_probs"} <= set(scored.column_names)
+    trainer.train()
+    assert trainer.train_dataset is scored, "training does not score again"
+
+
+def test_rows_go_in_as_rows(toy_trainer):
+    """A text profile stays a text beside profiles that are lists, as in `check` and slots."""
+    rows = [from_columns(record, f"line {number}") for number, record in enumerate(toys.toy_rows())]
+    rows[0] = replace(rows[0], profile="likes otters and lanterns, and short words")
+    trainer = toy_trainer(rows=rows)
+    assert [pair.row for pair in trainer.pairs["train"]] == rows
+    assert trainer.pairs["train"][0].profile == rows[0].profile
+    trainer.train()
+    again = toy_trainer(rows=toys.toy_rows()[1:])
+    assert trainer.train_dataset["input_ids"][1:] == again.train_dataset["input_ids"][:]
+
+
 def test_packing_cuts_nothing_and_keeps_log_probs_in_place(toy_trainer):
-    plain, packed = toy_trainer(), toy_trainer(packing=True, max_length=400, shuffle_dataset=True)
+    plain, packed = (
+        toy_trainer(prepared=True),
+        toy_trainer(packing=True, max_length=400, shuffle_dataset=True, prepared=True),
+    )
     rows = {row["row"][0]: row for row in plain.train_dataset}
     seen = []
     for bin_ in packed.train_dataset:
@@ -118,7 +147,7 @@ def test_supported_options_train(toy_trainer, options):
 
 
 def test_neftune_noise_does_not_reach_the_scores(toy_trainer):
-    plain, noisy = toy_trainer(), toy_trainer(neftune_noise_alpha=50.0)
+    plain, noisy = toy_trainer(prepared=True), toy_trainer(neftune_noise_alpha=50.0, prepared=True)
     for name in ("factual_log_probs", "counterfactual_log_probs"):
         assert plain.train_dataset[name] == noisy.train_dataset[name]
 

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,9 +48,12 @@ def train(
 
     read = load_recipe(recipe, set_ or [])
     from perce_lite.cli.views import terminal as tables
-    from perce_lite.training.train import train as run
+    from perce_lite.evaluation.summary import train_and_measure
+    from perce_lite.planning.oom_advice import full_card_is_clear
+    from perce_lite.training.run import newest_checkpoint
 
-    figures = run(read, restart)
+    with full_card_is_clear(read, partial(newest_checkpoint, read.output_dir)):
+        figures = train_and_measure(read, restart)
     write(json, figures)
     tables.show_training(figures)
 

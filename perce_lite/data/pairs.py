@@ -30,17 +30,17 @@ class Tokens(NamedTuple):
 
     ids: list[int]
     labels: list[int]
-    prefix: int = 0
+    prefix_length: int = 0
 
     @property
-    def ahead(self) -> tuple[int, ...]:
+    def prefix_ids(self) -> tuple[int, ...]:
         """Ids of the prefix (P,)."""
-        return tuple(self.ids[: self.prefix])
+        return tuple(self.ids[: self.prefix_length])
 
     @property
-    def awake(self) -> "Tokens":
+    def after_prefix(self) -> "Tokens":
         """What follows the prefix (T - P,)."""
-        return Tokens(self.ids[self.prefix :], self.labels[self.prefix :])
+        return Tokens(self.ids[self.prefix_length :], self.labels[self.prefix_length :])
 
 
 @dataclass(frozen=True)
@@ -268,7 +268,7 @@ class PairMaker(Chat):
         if not self.sleeps:
             return tokens
         context = self.contexts(prompt, completion, profile, where)[0]
-        return tokens._replace(prefix=self._prefix(context, prompt, completion, profile, where))
+        return tokens._replace(prefix_length=self._prefix(context, prompt, completion, profile, where))
 
     def invocation(self) -> list[int]:
         """Ids at whose start an adapter wakes, for programs that look for them (activated LoRA).
@@ -276,11 +276,11 @@ class PairMaker(Chat):
         The last token of the system's turn, and what opens the user's; empty where only the profile's end says it.
         """
         asked = [self.prompt([{"role": "user", "content": query}], "") for query in ("x", "7")]
-        both = zip(*(one.awake.ids for one in asked), strict=False)
+        both = zip(*(one.after_prefix.ids for one in asked), strict=False)
         shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
         while shared and not self.tokenizer.decode(shared[-1:]).strip():  # it may melt into what the query begins with
             shared.pop()
-        return shared if asked[0].prefix and len(shared) > 1 and shared[1] in self._control_ids else []
+        return shared if asked[0].prefix_length and len(shared) > 1 and shared[1] in self._control_ids else []
 
     def _prefix(self, context: str, prompt: list[Message], completion: list[Message], profile: str, where: str) -> int:
         """How many tokens of `context`, all that stands before the first response, end before the first query."""

@@ -198,16 +198,22 @@ def from_columns(record: Mapping[str, Any], where: str) -> Row:
     return from_record(record, str(record.get("where") or where), None, "rows", None)
 
 
-def to_columns(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """The rows as records that `from_columns` reads back; what `datasets.Dataset.from_list` takes."""
-    as_items = any(not isinstance(row.profile, str) for row in rows)  # a column has one type
-    records = []
-    for row in rows:
-        items = (Item("", row.profile),) if isinstance(row.profile, str) and row.profile else row.profile or ()
-        profile = [{"title": one.title, "text": one.text} for one in items] if as_items else row.profile
-        conversation = {"prompt": list(row.prompt), "completion": list(row.completion)}
-        records.append({"where": row.where, "user": row.user, "profile": profile, **conversation})
-    return records
+def to_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows as records for JSON, which `from_columns` reads back; a text profile stays a text."""
+
+    def plain(profile: Profiled) -> str | list[dict[str, str]]:
+        return profile if isinstance(profile, str) else [{"title": item.title, "text": item.text} for item in profile]
+
+    return [
+        {
+            "where": row.where,
+            "user": row.user,
+            "profile": plain(row.profile),
+            "prompt": list(row.prompt),
+            "completion": list(row.completion),
+        }
+        for row in rows
+    ]
 
 
 # From a record: what it says, whatever it calls it.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from perce_lite.model.base import load_base, load_tokenizer
 from perce_lite.model.scoring import store_of
 from perce_lite.planning.oom_advice import full_card_is_clear, let_go
 from perce_lite.recipe import Recipe, refuse_cores, training_config, with_train
-from perce_lite.training.train import Run, fit, run_of
+from perce_lite.training.run import Run, newest_checkpoint, run_of
+from perce_lite.training.train import train
 
 ARMS = "uniform,shuffled,base,mixed,bootstrap"
 """What is compared where nothing else is asked for."""
@@ -190,8 +192,8 @@ def _train(trainings: Sequence[Training], rows: Sequence[Row], before: int, tota
             say(f"{told}: trained before")
             continue
         try:
-            with full_card_is_clear(training.arm.recipe, run.newest_checkpoint):
-                fit(recipe, load_base(recipe), rows, run, told)
+            with full_card_is_clear(training.arm.recipe, partial(newest_checkpoint, run.folder)):
+                train(recipe, load_base(recipe), rows, run, told)
             run.drop_checkpoints()
         except NonFiniteLossError as error:
             warn(f"{told}: left out. {error}")

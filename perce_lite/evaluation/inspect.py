@@ -25,7 +25,7 @@ from perce_lite.model import adapters
 from perce_lite.model.base import load_base
 from perce_lite.model.scoring import Job, kept_log_probs, store_of
 from perce_lite.recipe import Recipe, training_config
-from perce_lite.training import loss as contrast
+from perce_lite.training import loss
 
 EDGES = [-6.0, *np.arange(-5.0, 8.25, 0.25).tolist(), 9.0]
 """Bounds of the PIR histogram, nats; the outer bins take what lies beyond."""
@@ -45,12 +45,12 @@ class Seen:
 
     @property
     def pir(self) -> Tensor:
-        return contrast.pir(self.factual, self.counterfactual)
+        return loss.pir(self.factual, self.counterfactual)
 
     @property
     def swapped_pir(self) -> Tensor | None:
         """With another user's profile in the prompt; None where there is no other user."""
-        return None if self.swapped is None else contrast.pir(self.swapped, self.counterfactual)
+        return None if self.swapped is None else loss.pir(self.swapped, self.counterfactual)
 
 
 def inspect(recipe: Recipe, adapter: Path | None, rows: int, user: str | None, top: int) -> dict[str, Any]:
@@ -127,8 +127,8 @@ def _figures(seen: list[Seen], tokenizer: PreTrainedTokenizerBase, config: PerCE
     shown = [_row(one, tokenizer, *bounds) for one in seen]
     ranked = sorted(range(len(shown)), key=lambda number: -float(shown[number]["pir_mean"]))
     return {
-        "own": {**contrast.health(own, *bounds), "tokens": own.numel()},
-        "swapped": {**contrast.health(swapped, *bounds), "tokens": swapped.numel()},
+        "own": {**loss.weight_statistics(own, *bounds), "tokens": own.numel()},
+        "swapped": {**loss.weight_statistics(swapped, *bounds), "tokens": swapped.numel()},
         "histogram": {"edges": EDGES, "own": _histogram(own), "swapped": _histogram(swapped)},
         "signal": signal(seen),
         "words": _words([row["units"] for row in shown])[:top],
@@ -192,7 +192,7 @@ def _histogram(pir: Tensor) -> list[int]:
 
 def _row(one: Seen, tokenizer: PreTrainedTokenizerBase, clip_min: float, clip_max: float) -> dict[str, Any]:
     ids = [label for label in one.pair.factual.labels if label != IGNORED]
-    weight = contrast.weights(one.pir, clip_min, clip_max)
+    weight = loss.token_weights(one.pir, clip_min, clip_max)
     units = []
     for start, end, text in text_units(tokenizer, ids):
         units.append(

@@ -162,7 +162,7 @@ def record(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe,
     """
     ids = fixed_ids(tokenizer, recipe.template)
     maker = PairMaker.of(recipe, tokenizer, None)
-    prefix = maker.prompt([{"role": "user", "content": QUESTION}], "").prefix
+    prefix = maker.prompt([{"role": "user", "content": QUESTION}], "").prefix_length
     adapter, base = (expected(model, ids, adapters=on, prefix=prefix) for on in (True, False))
     effect = gap(adapter, base)
     if effect < _MEASURABLE:

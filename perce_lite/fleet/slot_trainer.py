@@ -24,8 +24,8 @@ from perce_lite.fleet.slot_user import Learner, Result, Unfinished, UserJob
 from perce_lite.model.fused_head import never_met, scoring_forward, training_forward
 from perce_lite.model.prefix_cache import Prefixes, look_ahead
 from perce_lite.model.scoring import batch_log_probs, behind, frozen, in_dtype, inputs_of, read_prefixes, store_of
-from perce_lite.training import loss as contrast
-from perce_lite.training.reference_logprobs import constants, needed_terms
+from perce_lite.training.loss import weighted_nll
+from perce_lite.training.reference_logprobs import reference_log_probs, scored_passes
 
 _GIVEN = ("input_ids", "labels", "attention_mask", "position_ids", "ahead")
 """What a forward takes of a batch."""
@@ -60,7 +60,7 @@ class SlotEngine:
         self.device = next(base.parameters()).device
         self.collator = PairCollator(pad_token_id=tokenizer.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)
         # One hash of the base for all users.
-        self.store = store_of(args.store, base, args.autocast) if needed_terms(args) else None
+        self.store = store_of(args.store, base, args.autocast) if scored_passes(args) else None
         self.forward = training_forward(base)
         self.scoring_forward = scoring_forward(base)
         self.prefixes = Prefixes(_reader(self.model, args))
@@ -148,7 +148,7 @@ class SlotEngine:
         if job.adapter is None and self.model.core:
             raise AdapterError(f"user {job.user}: a core needs an adapter to start from (lora.core_only)")
         seed = self.args.seed if job.seed is None else job.seed
-        found = constants(self.model.base, job.pairs, self.args, seed, self.store)
+        found = reference_log_probs(self.model.base, job.pairs, self.args, seed, self.store)
         self.model.load_slot(slot, self.model.fresh(seed) if job.adapter is None else job.adapter)
         learner = Learner(slot, job, found, self.model.parameters_of(slot), self.args, self.prefixes)
         if state is not None:
@@ -160,7 +160,7 @@ class SlotEngine:
         adapter = {} if error is not None else self.model.read_slot(training.slot)
         self.model.clear_gradients(training.slot)
         self.prefixes.forget(training.features)
-        return Result(training.job.user, training.slot, adapter, training.log, training.found.hits, error)
+        return Result(training.job.user, training.slot, adapter, training.log, training.found.store_hits, error)
 
     def _step(self, trainings: Sequence[Learner]) -> dict[int, PerceLiteError]:
         """One batch of every user: one forward, one backward, and the steps that are due. Gives errors by slot."""
@@ -210,15 +210,16 @@ class SlotEngine:
 
     def _loss(self, training: Learner, log_probs: Tensor, constant: dict[str, Tensor]) -> Tensor:
         """One user's part of the batch; all tensors are (n,), a scored token each."""
-        counterfactual = constant.get("counterfactual_log_probs")
-        training.seen = log_probs.detach(), None
-        weighted = log_probs
-        if counterfactual is not None:
-            pir = contrast.pir(constant.get("factual_log_probs", log_probs), counterfactual)
-            training.seen = log_probs.detach(), pir
-            weights = contrast.weights(pir, self.args.clip_min, self.args.clip_max, training.found.scale)
-            weighted = weights * log_probs
-        return -weighted.sum() / training.tokens
+        weighted = weighted_nll(
+            log_probs,
+            constant.get("counterfactual_log_probs"),
+            constant.get("factual_log_probs"),
+            clip_min=self.args.clip_min,
+            clip_max=self.args.clip_max,
+            scale=training.found.scale,
+        )
+        training.seen = log_probs.detach(), weighted.pir
+        return weighted.per_token.sum() / training.tokens
 
     def _without_profile(self, taken: Sequence[tuple[Learner, int]]) -> Tensor:
         """Log-probs (N,) of the same rows under the same slots, without the profile."""

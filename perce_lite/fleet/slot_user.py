@@ -16,8 +16,10 @@ from perce_lite.data.pairs import IGNORED, Pair
 from perce_lite.errors import PerceLiteError
 from perce_lite.files import written_aside
 from perce_lite.model.prefix_cache import Prefixes
-from perce_lite.training import loss as contrast
-from perce_lite.training.reference_logprobs import Constants, not_finite, steps_of, trained, windows
+from perce_lite.training.loss import weight_statistics
+from perce_lite.training.order import steps_of, windows
+from perce_lite.training.reference_logprobs import ReferenceLogProbs, trained_tokens
+from perce_lite.training.trainer import non_finite_error
 
 _RUN = ("epoch", "loss", "unweighted_loss", "grad_norm", "learning_rate")
 """Figures of a step that do not speak of its weights."""
@@ -68,7 +70,7 @@ class Result:
 
     @property
     def weights(self) -> dict[str, float]:
-        """Health of the weights (see `contrast.health`): means over the last epoch; empty for `uniform`."""
+        """`weight_statistics`, means over the last epoch; empty for `uniform`."""
         last = [one for one in self.log if one["epoch"] > self.log[-1]["epoch"] - 1]
         return {
             name: sum(one[name] for one in last) / len(last) for one in last[:1] for name in one if name not in _RUN
@@ -85,14 +87,14 @@ class Learner:
         self,
         slot: int,
         job: UserJob,
-        found: Constants,
+        found: ReferenceLogProbs,
         parameters: list[Tensor],
         args: PerCEConfig,
         prefixes: Prefixes,
     ) -> None:
         seed = args.seed if job.seed is None else job.seed
         self.slot, self.job, self.found, self.parameters, self.args = slot, job, found, parameters, args
-        rows = [prefixes.features(trained(pair, args), args.profile_pass) for pair in job.pairs]
+        rows = [prefixes.features(trained_tokens(pair, args), args.profile_pass) for pair in job.pairs]
         self.features: list[dict[str, Any]] = [
             {**one, **{name: found.columns[name][row] for name in found.columns}} for row, one in enumerate(rows)
         ]
@@ -139,7 +141,7 @@ class Learner:
         log_probs, pir = self.seen
         figures = {"loss": loss, "unweighted_loss": float(-log_probs.sum() / self.tokens)}
         if pir is not None:
-            figures |= contrast.health(pir, self.args.clip_min, self.args.clip_max)
+            figures |= weight_statistics(pir, self.args.clip_min, self.args.clip_max)
             figures["weight_mean"] *= self.found.scale
         self.figures.append(figures)
 
@@ -191,7 +193,7 @@ class Learner:
         self.figures = list(state["figures"])
 
     def named(self, rows: Sequence[int], what: str) -> PerceLiteError:
-        return not_finite(what, len(self.log) + 1, [self.job.pairs[row].row for row in sorted(set(rows))])
+        return non_finite_error(what, len(self.log) + 1, [self.job.pairs[row].row for row in sorted(set(rows))])
 
 
 class Unfinished:

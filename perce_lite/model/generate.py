@@ -42,8 +42,8 @@ def generate(
     asked = maker.prompt(prompt, profile)
     ids = torch.tensor([asked.ids], device=device)
     known = options.get("past_key_values")
-    if use_adapter and asked.prefix > (0 if known is None else known.get_seq_length()):  # the bare base reads it
-        options["past_key_values"] = read_prefix(model, asked.ahead, autocast, known)
+    if use_adapter and asked.prefix_length > (0 if known is None else known.get_seq_length()):  # the bare base reads it
+        options["past_key_values"] = read_prefix(model, asked.prefix_ids, autocast, known)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     with frozen(model, adapters=use_adapter), in_dtype(device, autocast):
         out = base_of(model).generate(

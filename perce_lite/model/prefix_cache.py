@@ -115,7 +115,7 @@ class Prefixes:
 
         An empty prefix has a number too: rows with one and rows without share a batch.
         """
-        awake, ids = tokens.awake, tokens.ahead
+        awake, ids = tokens.after_prefix, tokens.prefix_ids
         features = {"input_ids": awake.ids, "labels": awake.labels}
         if profile_pass == "frozen":
             if ids not in self._numbers:

@@ -142,10 +142,10 @@ def inputs_of(
     """Inputs of a forward: of the whole sequences (B, T), or with `prefixes` of what follows each one's prefix."""
     if prefixes is None:
         return dict(padded(sequences, pad_id, device))
-    awake = [one.awake for one in sequences]
+    awake = [one.after_prefix for one in sequences]
     inputs = padded(awake, pad_id, device)
     del inputs["attention_mask"]  # what is ahead has its own
-    segments = [[(whole.ahead, len(rest.ids))] for whole, rest in zip(sequences, awake, strict=True)]
+    segments = [[(whole.prefix_ids, len(rest.ids))] for whole, rest in zip(sequences, awake, strict=True)]
     return {**inputs, **prefixes.before(segments, inputs["input_ids"].shape[1], device)}
 
 
@@ -170,7 +170,7 @@ def log_probs(
     """
     device = next(model.parameters()).device
     forward = scoring_forward(model)
-    if not (adapters and any(one.prefix for one in sequences)):
+    if not (adapters and any(one.prefix_length for one in sequences)):
         prefixes = None
     elif prefixes is None:
         prefixes = prefixes_of(model, autocast)
@@ -260,7 +260,9 @@ def kept_log_probs(
     What is new goes to the store every few seconds, so that a killed pass goes on where it was.
     """
     # Without adapters it is all one where a prefix ends.
-    keys = [entry_key(one.ids, one.labels, one.prefix if adapters else 0) for one in (job.tokens for job in jobs)]
+    keys = [
+        entry_key(one.ids, one.labels, one.prefix_length if adapters else 0) for one in (job.tokens for job in jobs)
+    ]
     known = {user: store.get(user) if store is not None else {} for user in dict.fromkeys(job.user for job in jobs)}
     cached = [known[job.user].get(key) for job, key in zip(jobs, keys, strict=True)]
     found = {index: values for index, values in enumerate(cached) if values is not None}

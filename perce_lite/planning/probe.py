@@ -38,6 +38,7 @@ def probe(recipe: Recipe) -> dict[str, Any]:
         update={"train": {**recipe.train, "max_steps": 1, "save_strategy": "no", "eval_strategy": "no"}}
     )
     trainer = train.make_trainer(one_step, base, rows)
+    trainer.prepare()
     scoring = torch.cuda.max_memory_allocated()
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
     longest = sorted(range(len(lengths)), key=lambda row: -lengths[row])

@@ -79,8 +79,8 @@ def longest_of(recipe: Recipe, rows: Sequence[Row], max_length: int | None) -> R
         scored=max(sum(label != IGNORED for label in one.labels) for one in passes),
         read=max(len(pair.factual.ids) for pair in pairs),
         source=f"the longest of {len(pairs)} training rows",
-        prefix=max(one.prefix for one in passes),
-        awake=max(len(one.awake.ids) for one in passes),
+        prefix=max(one.prefix_length for one in passes),
+        awake=max(len(one.after_prefix.ids) for one in passes),
     )
 
 

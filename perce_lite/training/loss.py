@@ -1,47 +1,81 @@
-"""PerContrast as pure functions on tensors: influence, weights, health figures.
+"""The PerCE loss as pure functions on tensors: personal influence ratio (PIR), token weights, weighted NLL.
 
 Shapes: (R,) is one row's response tokens, (B, T) a batch; every function takes either.
 Source: "Rethinking Personalization in Large Language Models at the Token Level", arXiv 2603.06595.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Estimator = Literal["base", "mixed", "bootstrap", "uniform", "shuffled"]
-Normalization = Literal["none", "mean"]
-TrainOn = Literal["factual", "counterfactual"]
-ProfilePass = Literal["full", "frozen"]
+
+class WeightedNLL(NamedTuple):
+    """The loss of each token, and the PIR that its weight comes from.
+
+    per_token: -w_i log P(y_i), nats; sum it over an accumulation window and divide by the window's token count
+    pir: detached, float32, nats; None where all weights are 1
+    """
+
+    per_token: Tensor
+    pir: Tensor | None
+
+
+def weighted_nll(
+    log_probs: Tensor,
+    counterfactual_log_probs: Tensor | None,
+    factual_log_probs: Tensor | None = None,
+    *,
+    clip_min: float,
+    clip_max: float,
+    scale: float = 1.0,
+) -> WeightedNLL:
+    """The PerCE loss: L = -(1/n) sum_i w_i log P(y_i | p_u, x, y_<i), before the sum and the division by n.
+
+        PIR_i = log P(y_i | p_u, x, y_<i) - log P(y_i | x, y_<i)
+        w_i   = clip(PIR_i, clip_min, clip_max) * scale          (no gradient flows through w_i)
+
+    All tensors are of one shape.
+
+    log_probs: of the training forward, with gradients, nats
+    counterfactual_log_probs: log P(y_i | x, y_<i), without the profile; None: plain SFT, w_i = 1
+    factual_log_probs: log P(y_i | p_u, x, y_<i) for the PIR; None: `log_probs`, detached
+    scale: see `token_weights`
+    """
+    if counterfactual_log_probs is None:
+        return WeightedNLL(-log_probs, None)
+    influence = pir(log_probs if factual_log_probs is None else factual_log_probs, counterfactual_log_probs)
+    return WeightedNLL(-(token_weights(influence, clip_min, clip_max, scale) * log_probs), influence)
 
 
 def pir(factual_log_probs: Tensor, counterfactual_log_probs: Tensor) -> Tensor:
-    """Personal influence ratio of each token, nats: how much likelier the profile makes it.
+    """Personal influence ratio of each token, nats: how much more likely the profile makes it.
 
-    Both of one shape. The result is detached: a weight is not a path for gradients.
+    It is the conditional pointwise mutual information of token and profile. Both tensors are of one shape. The result
+    is detached, float32.
     """
     return (factual_log_probs - counterfactual_log_probs).detach().float()
 
 
-def weights(pir: Tensor, clip_min: float, clip_max: float, scale: float = 1.0) -> Tensor:
+def token_weights(pir: Tensor, clip_min: float, clip_max: float, scale: float = 1.0) -> Tensor:
     """Loss weight of each token, `clip(pir, clip_min, clip_max) * scale`; shape of `pir`.
 
-    `scale` is 1 / mean weight of the data set where weights are normalised.
+    scale: 1, or 1 / mean weight of the data set (`normalize_weights: mean`)
     """
     return pir.clamp(clip_min, clip_max) * scale
 
 
 def mean_weight(pirs: Sequence[Tensor], clip_min: float, clip_max: float) -> float:
     """Mean weight over the tokens of a data set, given each row's `pir` (R,)."""
-    total = sum(float(weights(row.double(), clip_min, clip_max).sum()) for row in pirs)
+    total = sum(float(token_weights(row.double(), clip_min, clip_max).sum()) for row in pirs)
     return total / max(1, sum(row.numel() for row in pirs))
 
 
 def permutation(responses: Sequence[int], seed: int, row: int) -> Tensor:
-    """The order in which the `shuffled` control hands out a row's weights; (R,) of indices.
+    """The order in which the `shuffled` control assigns a row's weights to its tokens; (R,) of indices.
 
-    `responses` are the lengths of the row's responses, R in sum; no weight leaves its response.
+    responses: lengths of the row's responses, R in sum; no weight leaves its response
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + row)
     parts, start = [], 0
@@ -51,16 +85,16 @@ def permutation(responses: Sequence[int], seed: int, row: int) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.long), *parts])
 
 
-def health(pir: Tensor, clip_min: float, clip_max: float) -> dict[str, float]:
-    """Figures that tell whether the weights still carry information. `pir` is (N,), nats.
+def weight_statistics(pir: Tensor, clip_min: float, clip_max: float) -> dict[str, float]:
+    """Figures that tell whether the weights carry information. `pir` is (N,), nats; empty for N = 0.
 
-    `share_at_min` and `share_at_max` are clip saturation, `share_above_min` the share of tokens above
-    the weight floor, `effective_tokens` the share (sum w)^2 / (N sum w^2): 1 when all weights are equal (and above 0).
+    `share_at_min` and `share_at_max` are clip saturation, `share_above_min` the share of tokens above the lower clip,
+    `effective_tokens` the share (sum w)^2 / (N sum w^2): 1 when all weights are equal and above 0.
     """
     if pir.numel() == 0:
         return {}
     values = pir.double() if pir.device.type == "cpu" else pir.float()
-    weight = weights(values, clip_min, clip_max)
+    weight = token_weights(values, clip_min, clip_max)
     tenths = torch.quantile(values, torch.tensor([0.1, 0.5, 0.9], dtype=values.dtype, device=values.device))
     relative = weight / weight.max().clamp(min=torch.finfo(weight.dtype).tiny)
     effective = relative.sum() ** 2 / (relative * relative).sum().clamp(min=torch.finfo(weight.dtype).tiny)
@@ -75,5 +109,5 @@ def health(pir: Tensor, clip_min: float, clip_max: float) -> dict[str, float]:
         "share_at_max": (values >= clip_max).to(values.dtype).mean(),
         "effective_tokens": effective / weight.numel(),
     }
-    read = torch.stack(list(figures.values())).tolist()  # one wait for the device, not nine
+    read = torch.stack(list(figures.values())).tolist()  # one synchronisation with the device, not nine
     return dict(zip(figures, read, strict=True))

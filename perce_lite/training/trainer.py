@@ -1,10 +1,12 @@
-"""`PerCETrainer`: TRL's `SFTTrainer` with each response token weighted by how much it leans on the profile.
+"""`PerCETrainer`: TRL's `SFTTrainer` with each response token weighted by how much it depends on the profile.
 
-How a step goes: `compute_loss` runs TRL's own loss on a model whose log-probs come back multiplied by their weights;
-TRL's accumulation, metrics, evaluation, logging and resume stay as they are. The counterfactual is a column of the data
-set, scored once before training with the adapters off; only `bootstrap` runs a second forward, ahead of the first.
+A training step: `compute_loss` gives TRL a forward whose log-probs are replaced by those of `loss.weighted_nll`; TRL
+sums them, divides by the tokens of the accumulation window and does the rest: metrics, evaluation, logging, resume. The
+reference log-probs are columns of the data set, scored once before training (`prepare`) with the adapters off; only
+`bootstrap` runs a second forward in each step, before the training forward.
 """
 
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +23,7 @@ from trl import SFTTrainer, pack_dataset
 from perce_lite.config import PerCEConfig
 from perce_lite.data.collator import LOG_PROB_COLUMNS, PairCollator
 from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, require
-from perce_lite.data.rows import from_columns
+from perce_lite.data.rows import Row, from_columns
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.files import disk_full_is_clear
 from perce_lite.model.base import keep_base_constant
@@ -29,8 +31,9 @@ from perce_lite.model.fused_head import base_of, never_met, project_scored_posit
 from perce_lite.model.prefix_cache import Prefixes, look_ahead
 from perce_lite.model.scoring import batch_log_probs, behind, frozen, read_prefixes
 from perce_lite.recipe import Template
-from perce_lite.training import loss as contrast
-from perce_lite.training.reference_logprobs import constants, not_finite, train_sampler, trained
+from perce_lite.training.loss import weight_statistics, weighted_nll
+from perce_lite.training.order import train_sampler
+from perce_lite.training.reference_logprobs import reference_log_probs, trained_tokens
 
 _REFUSED_ARGUMENTS = {
     "data_collator": "the batch carries columns of its own",
@@ -50,7 +53,7 @@ class PerCETrainer(SFTTrainer):
 
     Columns: `profile` (a text, or a list of texts or {title, text}), `prompt` and `completion` (texts or messages) or
     `messages` (every assistant turn is scored); optional `user`, which names a store file, and `where`, which names the
-    row in errors.
+    row in errors. A list of `perce_lite.data.rows.Row` is taken as it is; it needs `processing_class`.
 
     Raises:
         ConfigError: an argument or a model that PerCE cannot be computed with.
@@ -63,8 +66,8 @@ class PerCETrainer(SFTTrainer):
         model: Any,
         args: PerCEConfig | None = None,
         *,
-        train_dataset: datasets.Dataset | None = None,
-        eval_dataset: datasets.Dataset | dict[str, datasets.Dataset] | None = None,
+        train_dataset: datasets.Dataset | Sequence[Row] | None = None,
+        eval_dataset: datasets.Dataset | Sequence[Row] | dict[str, Any] | None = None,
         template: Template | None = None,
         max_profile_tokens: int | None = None,
         **kwargs: Any,
@@ -77,6 +80,13 @@ class PerCETrainer(SFTTrainer):
         self.pairs: dict[str, list[Pair]] = {}
         self._template, self._max_profile_tokens = template, max_profile_tokens
         self._prefixes = Prefixes(lambda several: read_prefixes(self.model, several, self.autocast))
+        self.scoring_seconds, self.weight_scale, self.store_hits, self._prepared = 0.0, 1.0, 0.0, False
+        tokenized = functools.partial(self._tokenized_rows, kwargs.get("processing_class"), args)
+        train_dataset = tokenized("train", train_dataset)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: tokenized(name, rows) for name, rows in eval_dataset.items()}
+        else:
+            eval_dataset = tokenized("eval", eval_dataset)
         given = {name: p.data for name, p in model.named_parameters()} if isinstance(model, PeftModel) else {}
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         # TRL makes a 4-bit model's adapter bf16, in which small updates round away and fp16's scaler fails.
@@ -89,7 +99,6 @@ class PerCETrainer(SFTTrainer):
             project_scored_positions_only(self.model)
         if args.profile_pass == "frozen":
             look_ahead(base_of(self.model), self._prefixes)
-        self.scoring_seconds = 0.0
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the training loop counts
         bootstrap = args.estimator == "bootstrap"
         self._scoring_forward = scoring_forward(self.model) if bootstrap else None
@@ -97,14 +106,13 @@ class PerCETrainer(SFTTrainer):
             pad_token_id=self._tokenizer.pad_token_id,
             pad_to_multiple_of=args.pad_to_multiple_of,
             counterfactuals=[
-                self._prefixes.features(one.counterfactual, args.profile_pass) for one in self.pairs["train"]
+                self._prefixes.features(pair.counterfactual, args.profile_pass) for pair in self.pairs["train"]
             ]
             if bootstrap
             else None,
         )
-        self.train_dataset = self._ordered(self._with_log_probs(self.train_dataset))
 
-    # Before training: rows become pairs, pairs get their constants
+    # Before training: rows become pairs, pairs get their reference log-probs
 
     def _prepare_dataset(
         self,
@@ -115,76 +123,118 @@ class PerCETrainer(SFTTrainer):
         formatting_func: None,
         dataset_name: str,
     ) -> datasets.Dataset:
-        """Columns `input_ids`, `labels`, `prefix` with `profile_pass: frozen`, and in training `row`, each (T,)."""
+        """TRL's hook: tokenises a data set of someone's script; rows of our own were tokenised in `__init__`."""
         if "input_ids" in dataset.column_names:
             return dataset
-        training = "train" not in self.pairs  # TRL prepares the training set first
-        dataset_name = dataset_name if training or dataset_name != "train" else "eval train"
+        if dataset_name == "train" and "train" in self.pairs:  # TRL prepares the training set first
+            dataset_name = "eval train"
         rows = [from_columns(record, f"{dataset_name} row {number}") for number, record in enumerate(dataset)]
+        return self._tokenized(rows, processing_class, args, dataset_name)
+
+    def _tokenized_rows(
+        self,
+        processing_class: Any,
+        args: PerCEConfig,
+        dataset_name: str,
+        rows: datasets.Dataset | Sequence[Row] | None,
+    ) -> datasets.Dataset | None:
+        """As `_tokenized` for a list of rows; a data set is left to `_prepare_dataset`."""
+        if rows is None or isinstance(rows, datasets.Dataset):
+            return rows
+        return self._tokenized(rows, processing_class, args, dataset_name)
+
+    def _tokenized(
+        self, rows: Sequence[Row], processing_class: Any, args: PerCEConfig, dataset_name: str
+    ) -> datasets.Dataset:
+        """Columns `input_ids`, `labels`, with `profile_pass: frozen` `prefix`, in training `row`, each (T,) a row."""
         if not any(row.profile for row in rows):
             raise DataError(f"The {dataset_name} data set's profile column is empty in all {len(rows)} rows")
         limits = args.max_length, self._max_profile_tokens
         maker = PairMaker(processing_class, self._template, *limits, args.profile_pass)
+        training = "train" not in self.pairs
         audit = self.audits[dataset_name] = Audit()
         pairs = self.pairs[dataset_name] = maker.make(rows, audit)
         require(pairs, audit, dataset_name)
-        features = [self._prefixes.features(trained(pair, args), args.profile_pass) for pair in pairs]
-        columns = {name: [one[name] for one in features] for name in features[0]}
+        features = [self._prefixes.features(trained_tokens(pair, args), args.profile_pass) for pair in pairs]
+        columns = {name: [feature[name] for feature in features] for name in features[0]}
         if training:
-            columns["row"] = [[index] * len(one["input_ids"]) for index, one in enumerate(features)]
+            columns["row"] = [[index] * len(feature["input_ids"]) for index, feature in enumerate(features)]
         return datasets.Dataset.from_dict(columns)
 
-    def _with_log_probs(self, dataset: datasets.Dataset) -> datasets.Dataset:
-        """Adds what the estimator takes as a constant of the data: one scoring pass, adapters off, or store hits."""
-        started = time.perf_counter()
-        found = constants(self.model, self.pairs["train"], self.args, self.args.seed)
-        self.scoring_seconds = time.perf_counter() - started
-        self.weight_scale, self.store_hits = found.scale, found.hits
-        for name, column in found.columns.items():
-            dataset = dataset.add_column(name, column)
-        return dataset
+    def prepare(self) -> None:
+        """Adds the reference log-probs to the training set, then shuffles and packs it; `train` calls it, once.
 
-    def _ordered(self, dataset: datasets.Dataset) -> datasets.Dataset:
-        """Shuffled once and packed, where asked for."""
+        One scoring pass with the adapters off, or store hits: the longest step before training.
+        """
+        if self._prepared:
+            return
+        started = time.perf_counter()
+        reference = reference_log_probs(self.model, self.pairs["train"], self.args, self.args.seed)
+        self.scoring_seconds = time.perf_counter() - started
+        self.weight_scale, self.store_hits = reference.scale, reference.store_hits
+        dataset = self.train_dataset
+        for name, column in reference.columns.items():
+            dataset = dataset.add_column(name, column)
         if self.args.shuffle_dataset:
             dataset = dataset.shuffle(seed=self.args.seed)
-        return pack_dataset(dataset, self.args.max_length, "bfd") if self.args.packing else dataset
+        self.train_dataset = pack_dataset(dataset, self.args.max_length, "bfd") if self.args.packing else dataset
+        self._prepared = True
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's, after `prepare`."""
+        self.prepare()
+        return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """As TRL's, after `prepare`: a batch holds the reference log-probs."""
+        self.prepare()
+        return super().get_train_dataloader()
 
     # In training
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss of `model` with its log-probs (B, T-1) multiplied by their weights; unweighted in evaluation."""
-        rows = inputs.pop("row", None)
-        twin = inputs.pop("counterfactual", None)
-        constants = {name: inputs.pop(name)[:, 1:] for name in LOG_PROB_COLUMNS if name in inputs}
-        if twin is not None and model.training:
-            constants["counterfactual_log_probs"] = self._without_profile(twin, inputs["labels"])
+        """TRL's loss over `weighted_nll` of each token; plain NLL in evaluation.
 
-        numbers = inputs.pop("prefix", None)
+        inputs: `input_ids`, `labels` (B, T), and what the collator adds: `row`, `prefix`, reference log-probs (B, T),
+            with `bootstrap` the rows without their profile
+        """
+        row_numbers, prefix_numbers = inputs.pop("row", None), inputs.pop("prefix", None)
+        without_profile = inputs.pop("counterfactual", None)
+        reference = {name: inputs.pop(name)[:, 1:] for name in LOG_PROB_COLUMNS if name in inputs}  # (B, T-1)
+        if without_profile is not None and model.training:
+            reference["counterfactual_log_probs"] = self._without_profile(without_profile, inputs["labels"])
 
         def forward(**forward_inputs: Any) -> Any:
-            return model(**self._behind(forward_inputs, numbers))
+            return model(**self._behind(forward_inputs, prefix_numbers))
 
-        def weighted(**forward_inputs: Any) -> Any:
+        def weighted_forward(**forward_inputs: Any) -> Any:
             outputs = forward(**forward_inputs)
-            factual = constants.get("factual_log_probs", outputs.log_probs)
-            counterfactual = constants.get("counterfactual_log_probs")
-            pir = None if counterfactual is None else contrast.pir(factual, counterfactual)
-            self._record(outputs, pir, num_items_in_batch)
-            if pir is not None:
-                weights = contrast.weights(pir, self.args.clip_min, self.args.clip_max, self.weight_scale)
-                outputs.log_probs = weights * outputs.log_probs
+            weighted = weighted_nll(
+                outputs.log_probs,
+                reference.get("counterfactual_log_probs"),
+                reference.get("factual_log_probs"),
+                clip_min=self.args.clip_min,
+                clip_max=self.args.clip_max,
+                scale=self.weight_scale,
+            )
+            self._record(outputs, weighted.pir, num_items_in_batch)
+            outputs.log_probs = -weighted.per_token  # TRL sums them and divides by the window's tokens
             return outputs
 
         result = super().compute_loss(
-            weighted if model.training else forward, inputs, return_outputs, num_items_in_batch=num_items_in_batch
+            weighted_forward if model.training else forward,
+            inputs,
+            return_outputs,
+            num_items_in_batch=num_items_in_batch,
         )
         loss = result[0] if return_outputs else result
         if model.training and not torch.isfinite(loss):
-            named = [self.pairs["train"][index].row for index in rows.unique().tolist() if index >= 0]  # -1: padding
-            raise not_finite(f"The loss is {loss.item()}", self.state.global_step + 1, named)
+            rows = [
+                self.pairs["train"][index].row for index in row_numbers.unique().tolist() if index >= 0
+            ]  # -1: padding
+            raise non_finite_error(f"The loss is {loss.item()}", self.state.global_step + 1, rows)
         return result
 
     def _behind(self, inputs: dict[str, Any], numbers: Tensor | None) -> dict[str, Any]:
@@ -210,7 +260,7 @@ class PerCETrainer(SFTTrainer):
         tokens = torch.as_tensor(mask.sum() if window_tokens is None else window_tokens).clamp(min=1)
         figures = {"unweighted_loss": -(outputs.log_probs.detach().sum() * batches / tokens).item()}
         if pir is not None:
-            figures |= contrast.health(pir[mask], self.args.clip_min, self.args.clip_max)
+            figures |= weight_statistics(pir[mask], self.args.clip_min, self.args.clip_max)
             figures["weight_mean"] *= self.weight_scale
             figures["store_hits"] = self.store_hits
         for name, value in figures.items():
@@ -241,6 +291,18 @@ class PerCETrainer(SFTTrainer):
             )
         with disk_full_is_clear(Path(self.args.output_dir), advice):
             super()._save_checkpoint(model, trial)
+
+
+def non_finite_error(what: str, step: int, rows: Sequence[Row]) -> NonFiniteLossError:
+    """The error that names the rows of a step whose loss or gradient is not finite.
+
+    what: "The loss is nan"
+    """
+    named = "; ".join(f"{row.where} (user {row.user})" for row in rows)
+    return NonFiniteLossError(
+        f"{what} at step {step}, in these rows: {named}. Nothing of this step was kept. Lower train.learning_rate, or "
+        "look at the rows with `perce-lite check`."
+    )
 
 
 def _refuse(model: Any, args: PerCEConfig, train_dataset: Any, kwargs: dict[str, Any]) -> None:

@@ -82,7 +82,7 @@ HEALTH = {
     "weight_mean": ("mean weight", "{:.2f}"),
     "effective_tokens": ("effective tokens", "{:.1%}"),
 }
-"""Figures of `contrast.health`, in the order of the table: what they are called, how they are written."""
+"""Figures of `loss.weight_statistics`, in the order of the table: what they are called, how they are written."""
 
 
 def pir_class(pir: float) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.progress import Progress
 
 from perce_lite.console import progress_bar
-from perce_lite.data.rows import to_columns
+from perce_lite.data.rows import to_records
 from perce_lite.errors import BenchError
 from perce_lite.evaluation.bench import children
 from perce_lite.evaluation.bench.measuring import ARMS, Job, recipe_of
@@ -128,7 +128,7 @@ class _Measurements:
 
     def __init__(self, recipe: Recipe, load: Workload, warmup: int, scratch: Path) -> None:
         self._recipe, self._load, self._warmup, self._scratch = recipe.model_dump(mode="json"), load, warmup, scratch
-        self._rows = to_columns([pair.row for pair in load.pairs])
+        self._rows = to_records([pair.row for pair in load.pairs])
 
     def job(self, arm: str, fill: bool = False) -> Job:
         """The job of one measurement of `arm`; `fill`: only its store is filled."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from perce_lite.config import pick_device
 from perce_lite.console import progress_bar
-from perce_lite.data.rows import to_columns
+from perce_lite.data.rows import to_records
 from perce_lite.errors import BenchError
 from perce_lite.evaluation.bench import children
 from perce_lite.evaluation.bench.bench import median, note, portable, spread
@@ -154,7 +154,7 @@ class _Measurements:
             training_config(own)  # what a trainer refuses is told before anything is measured
             rows = exact_rows(own, words, length, users, self._steps)
             names = dict.fromkeys(row.user for row in rows)
-            self._rows[length] = {name: to_columns([row for row in rows if row.user == name]) for name in names}
+            self._rows[length] = {name: to_records([row for row in rows if row.user == name]) for name in names}
 
     def _of(self, length: int) -> Recipe:
         """The recipe for rows of `length` tokens, as every arm trains it: a row a step, the constants in the store."""

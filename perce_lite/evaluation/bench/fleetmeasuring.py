@@ -19,7 +19,7 @@ from perce_lite.fleet.engines.slots import Slotted
 from perce_lite.fleet.groups import Group
 from perce_lite.model.base import load_base
 from perce_lite.recipe import Recipe, training_config
-from perce_lite.training.reference_logprobs import constants
+from perce_lite.training.reference_logprobs import reference_log_probs
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class FleetJob:
     """What one process measures; every field is what JSON can hold.
 
     recipe: a `Recipe`, as `model_dump(mode="json")` gives it, which says the steps of a user
-    rows: records of `to_columns`, of all users
+    rows: records of `to_records`, of all users
     slots: users trained at once; 0: one after another; None: nobody is trained, the store is filled
     warmup: steps of as many users as are trained at once, ahead of what is measured; they do not count
     whole: the whole process counts, its loading of the base too, so the peak is the process's
@@ -98,7 +98,7 @@ def fill(recipe: Recipe, rows: list[Row]) -> dict[str, Any]:
     base = load_base(recipe)
     args = training_config(recipe)
     maker = PairMaker.of(recipe, base.tokenizer, args.max_length)
-    constants(base.model, maker.make(rows), args, args.seed)
+    reference_log_probs(base.model, maker.make(rows), args, args.seed)
     return {"scored": len(rows)}
 
 

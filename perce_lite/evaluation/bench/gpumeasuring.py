@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from perce_lite.config import DTYPES
 from perce_lite.console import no_bars
 from perce_lite.data.pairs import PairMaker
-from perce_lite.data.rows import Row, to_columns
+from perce_lite.data.rows import Row, to_records
 from perce_lite.errors import PerceLiteError
 from perce_lite.evaluation.bench.bench import summary
 from perce_lite.evaluation.bench.children import out_of_memory
@@ -61,7 +61,7 @@ class Place:
         """One arm over `rows`; warm arms of one estimator share a store."""
         store = self.scratch / "stores" / (f"{arm}" if ARMS[arm].cold else str(ARMS[arm].store))
         places = {"store": str(store), "scratch": str(self.scratch), "result": str(self.scratch / "result.json")}
-        return Job(arm, self.recipe.model_dump(mode="json"), to_columns(rows), steps, warmup, **places)
+        return Job(arm, self.recipe.model_dump(mode="json"), to_records(rows), steps, warmup, **places)
 
 
 def told(what: Callable[[], dict[str, Any]]) -> dict[str, Any]:

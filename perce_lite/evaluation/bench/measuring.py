@@ -28,7 +28,7 @@ from perce_lite.evaluation.bench import children
 from perce_lite.files import bytes_of, digest
 from perce_lite.model.base import Base, load_base
 from perce_lite.recipe import Recipe, lora_config, training_config
-from perce_lite.training.reference_logprobs import trained
+from perce_lite.training.reference_logprobs import trained_tokens
 from perce_lite.training.train import make_trainer
 from perce_lite.training.trainer import PerCETrainer
 
@@ -97,7 +97,7 @@ class Job:
 
     arm: a name of `ARMS`
     recipe: a `Recipe`, as `model_dump(mode="json")` gives it
-    rows: records of `to_columns`, `steps` batches of them in their order
+    rows: records of `to_records`, `steps` batches of them in their order
     steps, warmup: optimizer steps; 0 steps: nothing is trained, the store is filled
     store, scratch, result: a folder, a folder for all else, and the file that the figures go to
     """
@@ -182,8 +182,8 @@ def measured(job: Job, base: Base) -> dict[str, Any]:
     adapter = Path(job.scratch) / "adapter"
     trainer.model.save_pretrained(adapter)
     ours = isinstance(trainer, PerCETrainer)
-    trained_tokens = int(trainer._total_train_tokens) if arm.kind != "hand-written" else None
-    passes = [trained(pair, trainer.args) for pair in trainer.pairs["train"]] if ours else []
+    token_count = int(trainer._total_train_tokens) if arm.kind != "hand-written" else None
+    passes = [trained_tokens(pair, trainer.args) for pair in trainer.pairs["train"]] if ours else []
     ids = [one.ids for one in passes] or list(trainer.train_dataset["input_ids"])
     labels = [one.labels for one in passes] or list(trainer.train_dataset["labels"])
     return {
@@ -197,7 +197,7 @@ def measured(job: Job, base: Base) -> dict[str, Any]:
         "store_bytes": _bytes(Path(job.store)) if arm.store is not None else 0,
         "tokens": sum(map(len, ids)),
         "digest": digest([ids, labels]),
-        "trained_tokens": trained_tokens,
+        "trained_tokens": token_count,
         "loss": loss,
         "machine": machine(device),
     }

@@ -6,12 +6,12 @@ from typing import Any
 from perce_lite.console import say
 from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.data.readers import read_rows
-from perce_lite.data.rows import from_columns, of_split, to_columns
+from perce_lite.data.rows import from_columns, of_split, to_records
 from perce_lite.errors import BenchError
 from perce_lite.files import digest
 from perce_lite.model.base import load_tokenizer
 from perce_lite.recipe import Recipe, training_config
-from perce_lite.training.reference_logprobs import train_sampler
+from perce_lite.training.order import train_sampler
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def workload(recipe: Recipe, steps: int) -> Workload:
     maker = PairMaker.of(recipe, load_tokenizer(recipe), config.max_length)
     audit = Audit()
     # There and back again, as training does it: a column has one type, so a profile may become a list of one item.
-    records = to_columns(of_split(read_rows(recipe), "train"))
+    records = to_records(of_split(read_rows(recipe), "train"))
     pairs = maker.make([from_columns(record, f"row {number}") for number, record in enumerate(records)], audit)
     require(pairs, audit, "train")
     lengths = [len(pair.factual.ids) for pair in pairs]

@@ -23,8 +23,9 @@ from perce_lite.model.fingerprint import hash_once
 from perce_lite.model.scoring import Job, kept_log_probs, store_of
 from perce_lite.planning.oom_advice import full_card_in_a_fleet, let_go
 from perce_lite.recipe import Recipe
-from perce_lite.training.reference_logprobs import trained
-from perce_lite.training.train import Run, health, make_trainer, to_the_end
+from perce_lite.training.reference_logprobs import trained_tokens
+from perce_lite.training.run import Run
+from perce_lite.training.train import make_trainer, mean_statistics, train_to_end
 from perce_lite.training.trainer import PerCETrainer
 
 
@@ -129,9 +130,9 @@ class OneByOne:
             trainer = make_trainer(recipe, base, task.rows, task.start)
             trainer.add_callback(_Tells(told))
             before = _losses(trainer, recipe, task.rows, ("base", "start"))
-            to_the_end(trainer, recipe, task.rows, run)
+            train_to_end(trainer, recipe, task.rows, run)
             after = _losses(trainer, recipe, task.rows, ("own",))
-            weights = health(trainer)
+            weights = mean_statistics(trainer)
             trained_parameters = sum(one.numel() for one in trainer.model.parameters() if one.requires_grad)
         run.drop_checkpoints()
         losses = {split: {**before[split], **after[split]} for split in before}
@@ -193,7 +194,7 @@ def held_out_jobs(maker: PairMaker, recipe: Recipe, args: PerCEConfig, rows: Seq
             spread_over_users([row for row in of_split(rows, split) if row.profile], recipe.evaluation.max_rows)
         )
         if pairs:
-            found[split] = [Job(pair.row.user, trained(pair, args)) for pair in pairs]
+            found[split] = [Job(pair.row.user, trained_tokens(pair, args)) for pair in pairs]
     return found
 
 

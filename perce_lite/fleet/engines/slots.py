@@ -34,7 +34,7 @@ from perce_lite.model.base import fingerprint
 from perce_lite.model.scoring import Job, kept_log_probs, store_of
 from perce_lite.planning.oom_advice import full_card_in_a_fleet
 from perce_lite.recipe import Recipe, lora_config, training_config
-from perce_lite.training.train import describe
+from perce_lite.training.train import run_metadata
 
 
 class Slotted(OneByOne):
@@ -136,7 +136,7 @@ class _Users:
                 losses[split] |= loss_of(name, self._scored(some, None if name == "base" else result.slot))
         figures = {"losses": [], "weights": result.weights}
         template, kept = self._maker.tokenizer.chat_template, len(job.pairs)
-        told = describe(task.recipe, args, template, task.rows, kept, result.steps, task.run, figures)
+        told = run_metadata(task.recipe, args, template, task.rows, kept, result.steps, task.run, figures)
         folder = task.folder / "adapter"
         try:
             save_slot(model, result.adapter, folder, told)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perce_lite.training import loss as contrast
+from perce_lite.training import loss
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
 nats = st.floats(-60, 60, width=32)
@@ -25,12 +25,12 @@ def clipped(values, low, high):
 def test_known_answers():
     factual = torch.tensor([[-1.0, -2.0, -0.5, -9.0]])
     counterfactual = torch.tensor([[-1.5, -1.0, -4.0, -9.0]])
-    pir = contrast.pir(factual, counterfactual)
+    pir = loss.pir(factual, counterfactual)
     assert pir.tolist() == [[0.5, -1.0, 3.5, 0.0]]
-    assert contrast.weights(pir, 0.25, 3.0).tolist() == [[0.5, 0.25, 3.0, 0.25]]
-    assert contrast.weights(pir, 0.25, 3.0, scale=2.0).tolist() == [[1.0, 0.5, 6.0, 0.5]]
-    assert contrast.mean_weight([pir[0, :1], pir[0, 1:]], 0.25, 3.0) == 1.0
-    figures = contrast.health(pir[0], 0.25, 3.0)
+    assert loss.token_weights(pir, 0.25, 3.0).tolist() == [[0.5, 0.25, 3.0, 0.25]]
+    assert loss.token_weights(pir, 0.25, 3.0, scale=2.0).tolist() == [[1.0, 0.5, 6.0, 0.5]]
+    assert loss.mean_weight([pir[0, :1], pir[0, 1:]], 0.25, 3.0) == 1.0
+    figures = loss.weight_statistics(pir[0], 0.25, 3.0)
     assert figures == pytest.approx(
         {
             "pir_mean": 0.75,
@@ -50,17 +50,17 @@ def test_known_answers():
 @given(st.lists(st.tuples(nats, nats), min_size=1, max_size=30))
 def test_pir_is_the_difference_in_float32(drawn):
     factual, counterfactual = (torch.tensor(column) for column in zip(*drawn, strict=True))
-    pir = contrast.pir(factual, counterfactual)
+    pir = loss.pir(factual, counterfactual)
     expected = np.array([one for one, _ in drawn]) - np.array([other for _, other in drawn])
     assert pir.dtype == torch.float32
     np.testing.assert_allclose(pir.numpy(), expected, rtol=2**-23, atol=0)
-    assert contrast.pir(factual[None], counterfactual[None]).shape == (1, len(drawn))
+    assert loss.pir(factual[None], counterfactual[None]).shape == (1, len(drawn))
 
 
 @quick
 @given(st.lists(nats, min_size=1, max_size=30), clips, st.floats(0.125, 8, width=32))
 def test_weights_are_clipped_and_scaled(values, clip, scale):
-    weights = contrast.weights(torch.tensor(values), *clip, scale)
+    weights = loss.token_weights(torch.tensor(values), *clip, scale)
     expected = [weight * scale for weight in clipped(values, *clip)]
     np.testing.assert_allclose(weights.numpy(), expected, rtol=2**-22, atol=1e-40)
     assert weights.min() >= clip[0] * scale * (1 - 2**-22) - 1e-40
@@ -72,10 +72,10 @@ def test_weights_are_clipped_and_scaled(values, clip, scale):
 def test_mean_weight_is_over_tokens_not_over_rows(rows, clip):
     flat = [weight for row in rows for weight in clipped(row, *clip)]
     expected = math.fsum(flat) / len(flat) if flat else 0.0
-    mean = contrast.mean_weight([torch.tensor(row) for row in rows], *clip)
+    mean = loss.mean_weight([torch.tensor(row) for row in rows], *clip)
     assert mean == pytest.approx(expected, rel=1e-12, abs=1e-300)
     if flat and expected > 1e-3:  # normalised, the mean is 1
-        scaled = [contrast.weights(torch.tensor(row).double(), *clip, 1 / mean) for row in rows]
+        scaled = [loss.token_weights(torch.tensor(row).double(), *clip, 1 / mean) for row in rows]
         assert float(torch.cat(scaled).mean()) == pytest.approx(1, rel=1e-12)
 
 
@@ -96,29 +96,31 @@ def test_health(values, clip, twice_at_the_clip):
         "share_at_max": sum(value >= high for value in values) / len(values),
         "effective_tokens": math.fsum(weight) ** 2 / (len(values) * math.fsum(weight**2)),
     }
-    figures = contrast.health(torch.tensor(values), low, high)
+    figures = loss.weight_statistics(torch.tensor(values), low, high)
     assert figures == pytest.approx(expected, rel=1e-9, abs=1e-9)
     assert all(type(value) is float for value in figures.values())
 
 
 def test_health_of_nothing_is_nothing():
-    assert contrast.health(torch.zeros(0), 0.1, 3.0) == {}
+    assert loss.weight_statistics(torch.zeros(0), 0.1, 3.0) == {}
 
 
 @pytest.mark.parametrize("clip_min", [1e-3, 0.8])
 @pytest.mark.parametrize("count", [1, 2, 1000])
 def test_equal_weights_are_all_effective(count, clip_min):
     for value in (-5.0, 0.9, 50.0):
-        assert contrast.health(torch.full((count,), value), clip_min, 5.0)["effective_tokens"] == pytest.approx(1)
+        assert loss.weight_statistics(torch.full((count,), value), clip_min, 5.0)["effective_tokens"] == pytest.approx(
+            1
+        )
     one_of_all = torch.tensor([100.0] + [-1.0] * (count - 1))
-    assert contrast.health(one_of_all, 0.0, 5.0)["effective_tokens"] == pytest.approx(1 / count)
+    assert loss.weight_statistics(one_of_all, 0.0, 5.0)["effective_tokens"] == pytest.approx(1 / count)
 
 
 @quick
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=6), st.integers(0, 10_000), st.integers(0, 10_000))
 def test_permutation_stays_inside_responses_and_repeats(responses, seed, row):
     state = torch.get_rng_state()
-    order = contrast.permutation(responses, seed, row)
+    order = loss.permutation(responses, seed, row)
     assert torch.equal(torch.get_rng_state(), state)
     assert order.shape == (sum(responses),)
     start = 0
@@ -126,21 +128,21 @@ def test_permutation_stays_inside_responses_and_repeats(responses, seed, row):
         assert sorted(order[start : start + length].tolist()) == list(range(start, start + length))
         start += length
     torch.rand(3)  # nor does it depend on the state
-    assert torch.equal(contrast.permutation(responses, seed, row), order)
+    assert torch.equal(loss.permutation(responses, seed, row), order)
 
 
 def test_permutation_changes_with_seed_and_row_and_moves_something():
-    orders = {tuple(contrast.permutation([20], seed, row).tolist()) for seed in range(8) for row in range(8)}
+    orders = {tuple(loss.permutation([20], seed, row).tolist()) for seed in range(8) for row in range(8)}
     assert len(orders) == 64
     assert tuple(range(20)) not in orders
-    both = contrast.permutation([12, 12], 0, 0)
+    both = loss.permutation([12, 12], 0, 0)
     assert (both[:12] != both[12:] - 12).any()  # each response is shuffled in a way of its own
 
 
 def test_gradients_go_through_the_log_probs_and_not_through_the_weights():
     factual = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
-    pir = contrast.pir(factual, torch.tensor([-2.0, -1.0, -5.0]))
-    weights = contrast.weights(pir, 0.5, 1.5)
+    pir = loss.pir(factual, torch.tensor([-2.0, -1.0, -5.0]))
+    weights = loss.token_weights(pir, 0.5, 1.5)
     assert not pir.requires_grad
     assert not weights.requires_grad
     (weights * factual).sum().backward()
@@ -148,8 +150,8 @@ def test_gradients_go_through_the_log_probs_and_not_through_the_weights():
 
 
 def test_pir_is_detached_from_the_counterfactual():
-    assert not contrast.pir(torch.tensor([-1.0]), torch.tensor([-2.0], requires_grad=True)).requires_grad
+    assert not loss.pir(torch.tensor([-1.0]), torch.tensor([-2.0], requires_grad=True)).requires_grad
 
 
 def test_equal_small_weights_are_all_effective():
-    assert contrast.health(torch.full((4,), -1.0), 1e-8, 5.0)["effective_tokens"] == pytest.approx(1)
+    assert loss.weight_statistics(torch.full((4,), -1.0), 1e-8, 5.0)["effective_tokens"] == pytest.approx(1)

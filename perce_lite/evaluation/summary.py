@@ -1,0 +1,66 @@
+"""What `perce-lite train` does: train, then measure the adapter on held-out rows, then keep both."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from perce_lite.console import say
+from perce_lite.data.pairs import PairMaker
+from perce_lite.data.rows import Row, of_split, spread_over_users
+from perce_lite.evaluation.conditions import before_and_after, cases
+from perce_lite.files import write_json
+from perce_lite.model.base import load_base
+from perce_lite.model.generate import generate
+from perce_lite.model.scoring import store_of
+from perce_lite.recipe import Recipe
+from perce_lite.training.train import mean_statistics, open_run, save_adapter, train
+from perce_lite.training.trainer import PerCETrainer
+
+
+def train_and_measure(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
+    """Trains the recipe's adapter, or resumes an earlier run of the same recipe, and measures it on held-out rows.
+
+    restart: forget an earlier run in the same output folder
+
+    Gives the figures that `perce-lite train` shows; they are kept in `<output_dir>/figures.json`. A run that was
+    finished before is not repeated. Raises what `open_run`, `load_base` and `train` raise.
+    """
+    rows, run = open_run(recipe, restart)
+    finished = run.finished(recipe)
+    if finished is not None:
+        say(f"This recipe was trained before on the same data; --restart trains it anew. Adapter: {run.adapter}")
+        return finished
+    trainer = train(recipe, load_base(recipe), rows, run)
+    figures = {**measure(recipe, trainer, rows), "evaluation": recipe.evaluation.model_dump()}
+    write_json(run.figures, figures)
+    save_adapter(recipe, trainer, rows, run, figures)
+    return {**figures, "adapter": str(run.adapter)}
+
+
+def measure(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row]) -> dict[str, Any]:
+    """Figures of a finished training: held-out losses, weight statistics, one answer of base and adapter."""
+    maker = PairMaker.of(recipe, trainer.processing_class, trainer.args.max_length)
+    held_out = spread_over_users(of_split(rows, "test") or of_split(rows, "validation"), recipe.evaluation.max_rows)
+    store = store_of(trainer.args.store, trainer.model, trainer.autocast)
+    losses = before_and_after(trainer.model, cases(maker, held_out), store, trainer.autocast, trainer.args.clip_min)
+    return {
+        "losses": losses,
+        "weights": mean_statistics(trainer),
+        "sample": _sample(recipe, trainer, maker, held_out),
+        "rows": trainer.audits["train"].summary(),
+    }
+
+
+def _sample(recipe: Recipe, trainer: PerCETrainer, maker: PairMaker, held_out: Sequence[Row]) -> dict[str, str] | None:
+    """The answers of base and adapter to the first held-out query that fits, beside what the user wrote."""
+    pair = next(iter(maker.make(held_out)), None)
+    if pair is None:
+        return None
+    profile = "" if trainer.args.train_on == "counterfactual" else pair.profile
+    options = (maker, pair.row.prompt, profile, recipe.evaluation.max_new_tokens)
+    return {
+        "user": pair.row.user,
+        "query": pair.row.query,
+        "written": next(message["content"] for message in pair.row.completion if message["role"] == "assistant"),
+        "base": generate(trainer.model, *options, use_adapter=False, autocast=trainer.autocast),
+        "adapter": generate(trainer.model, *options, use_adapter=True, autocast=trainer.autocast),
+    }
