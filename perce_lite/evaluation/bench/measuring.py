@@ -174,6 +174,8 @@ def measured(job: Job, base: Base) -> dict[str, Any]:
     device = base.model.device
     peak_of = reset_peak(device)
     trainer = make(arm, recipe, base, job.rows)
+    if isinstance(trainer, PerCETrainer):
+        trainer.prepare()  # a job without steps fills the store
     trainer.remove_callback(PrinterCallback)
     clock = Clock()
     trainer.add_callback(clock)
