@@ -8,7 +8,8 @@ import pyarrow.parquet
 import pytest
 import toys
 
-from perce_lite.data.readers import history, read_rows
+from perce_lite.data import retrieval
+from perce_lite.data.readers import read_rows, user_texts
 from perce_lite.data.retrieval import Item
 from perce_lite.data.rows import Row, spread_over_users
 from perce_lite.errors import DataError
@@ -237,10 +238,26 @@ def test_a_split_of_the_data_is_kept(rows):
 def test_history_is_all_of_a_user(recipe):
     documents = toys.toy_documents(2, 3)
     expected = [Item(one["title"], one["text"]) for one in documents if one["user"] == "user1"]
-    assert list(history(recipe(documents[::-1]), "user1")) == expected
+    assert list(user_texts(recipe(documents[::-1]), "user1").history.items) == expected
     a, b = ({"title": name, "text": "x"} for name in "ab")
     made = recipe([{**TEXTS, "profile": [a]}, {**TEXTS, "profile": [a, b]}, {**TEXTS, "user": "bob", "profile": []}])
-    assert history(made, "ann") == (Item("a", "x"), Item("b", "x"))
-    assert history(recipe([TEXTS]), "ann") == "She sails."
+    assert user_texts(made, "ann").history.items == (Item("a", "x"), Item("b", "x"))
+    assert user_texts(recipe([TEXTS]), "ann").text == "She sails."
     with pytest.raises(DataError, match="user zoe: the data knows no such user; it has user0, user1"):
-        history(recipe(documents), "zoe")
+        user_texts(recipe(documents), "zoe")
+
+
+def test_a_profile_never_holds_the_answer(recipe, monkeypatch):
+    documents = toys.toy_documents(2, 6)
+    made = recipe(documents)
+    texts = user_texts(made, "user1")
+    built = []
+    real = retrieval.Bm25Index.__init__
+    monkeypatch.setattr(
+        retrieval.Bm25Index, "__init__", lambda self, texts: (built.append(len(texts)), real(self, texts))[1]
+    )
+    for document in documents[6:9]:
+        chosen = texts.profile_for(document["query"], made.profile)
+        assert chosen
+        assert document["text"] not in {item.text for item in chosen}
+    assert built == [6], "one index for all questions"

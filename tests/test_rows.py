@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perce_lite.data.retrieval import Item, bm25, choose
+from perce_lite.data.retrieval import Bm25Index, History, Item, tokens_of
 from perce_lite.data.rows import Row, from_columns, split_rows, swap_profiles, to_records
 from perce_lite.errors import DataError
 from perce_lite.recipe import Split
@@ -76,6 +76,10 @@ def test_swapped_profiles_are_another_users():
     assert swap_profiles([row for row in ROWS if row.user == "u3"]) == []
 
 
+def choose(items, query, select, top_k):
+    return History(items).choose(query, select, top_k)
+
+
 def test_bm25_picks_what_the_query_is_about():
     cat, boat, bread = (
         Item("Cats", "the cat sleeps"),
@@ -87,10 +91,35 @@ def test_bm25_picks_what_the_query_is_about():
     assert choose([cat, boat, bread], "zebra", "bm25", 2) == [bread, boat]  # nothing fits: the newest
     old, new = Item("old", "cat"), Item("new", "cat")
     assert choose([old, boat, new, bread], "cat", "bm25", 2) == [new, old]
-    assert bm25(["", "..."], "cat") == [0.0, 0.0]
+    assert Bm25Index(["", "..."]).scores("cat").tolist() == [0.0, 0.0]
+    assert History([cat, boat, bread]).choose("the cat", "bm25", 1, among=[1, 2]) == [bread], (
+        "a later text is not chosen"
+    )
     assert choose([], "cat", "bm25", 2) == choose([], "cat", "all", 1) == []
     assert choose([old, new, cat], "boat", "all", 1) == [cat, new, old]
     assert choose([old, new, cat], "boat", "recency", 2) == [cat, new]
+
+
+@pytest.mark.parametrize(
+    ("texts", "query", "nearest"),
+    [
+        (["今天天气很好，我们去公园", "我喜欢写代码和看书", "昨天晚上下雨了"], "周末在公园散步，天气好", 0),
+        (["昨日は図書館で本を読んだ", "猫が庭で寝ている", "電車が遅れた"], "図書館の本について書いて", 0),
+        (["เมื่อวานฝนตกหนักมาก", "ฉันชอบอ่านหนังสือในห้องสมุด", "แมวนอนอยู่"], "หนังสือห้องสมุด", 1),
+        (["ບ້ານຂອງຂ້ອຍ", "ຂ້ອຍມັກອ່ານປຶ້ມ"], "ອ່ານປຶ້ມ", 1),
+    ],
+)
+def test_scripts_without_spaces_are_searched_too(texts, query, nearest):
+    scores = Bm25Index(texts).scores(query)
+    assert scores.argmax() == nearest
+    assert scores[nearest] > 0
+    assert choose([Item("", text) for text in texts], query, "bm25", 1) == [Item("", texts[nearest])]
+
+
+def test_tokens():
+    assert tokens_of("The CAT's 2 boats, naïve_word x 東京タワー 雨") == [
+        "the", "cat", "boats", "naïve_word", "東京", "京タ", "タワ", "ワー", "雨",
+    ]  # fmt: skip
 
 
 # Through JSON records

@@ -16,10 +16,11 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from perce_lite.console import errors
+from perce_lite.data.readers import UserTexts, user_texts
 from perce_lite.data.rows import Message, Profiled
 from perce_lite.errors import DataError, PerceLiteError
 from perce_lite.model.fused_head import base_of
-from perce_lite.model.generate import Opened, generate, texts_of
+from perce_lite.model.generate import Opened, generate
 from perce_lite.recipe_checks import nearest
 
 HELP = {
@@ -84,6 +85,7 @@ class Conversation:
     use_adapter: bool = True
     turns: list[tuple[str, str]] = field(default_factory=list)
     _last: tuple[list[Message], Profiled] | None = None
+    _texts: UserTexts | None = None
     _kept: Kept | None = None
 
     @property
@@ -130,7 +132,7 @@ class Conversation:
         """
         name = given.removeprefix("user ").strip()
         if given.startswith("user ") and name:
-            texts_of(self.opened.recipe, name, "")
+            self._texts = user_texts(self.opened.recipe, name)
             self.profile, self.user = "", name
             return
         text = read_text(given[1:]) if given.startswith("@") else "" if given == "none" else given
@@ -144,8 +146,10 @@ class Conversation:
         return owner + (text or "There is no profile in the prompt.")
 
     def _profile_for(self, question: str) -> Profiled:
-        whole: Profiled = self.profile if self.user is None else texts_of(self.opened.recipe, self.user, question)
-        return self.opened.maker.fitting([{"role": "user", "content": question}], whole)
+        profile: Profiled = self.profile
+        if self.user is not None and self._texts is not None:
+            profile = self._texts.profile_for(question, self.opened.recipe.profile)
+        return self.opened.maker.fitting([{"role": "user", "content": question}], profile)
 
     def _prompt(self, question: str, profile: Profiled) -> list[Message]:
         """The turns and the question, without the oldest turns where they do not fit beside an answer; says so."""

@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from perce_lite.data.retrieval import Item, choose
+from perce_lite.data.retrieval import History, Item
 from perce_lite.data.rows import Row, cohort_name, is_held_out, split_name, split_rows, user_name
 from perce_lite.errors import DataError
 from perce_lite.recipe import Profile, Recipe
@@ -14,8 +14,14 @@ Record = tuple[str, str | None, Mapping[str, Any]]
 """Where a record stands, the split its file says it is of, and what it says."""
 
 
-def from_documents(records: Sequence[Record], rule: Profile) -> list[Row]:
-    """Documents by author: the profile of each is made of the same author's earlier ones, never later ones."""
+def from_documents(records: Sequence[Record], rule: Profile, profiles: bool = True) -> list[Row]:
+    """Documents by author: the profile of each is made of the same author's earlier ones, never later ones.
+
+    profiles: whether to choose them; without, rows have an empty profile, which their split does not depend on
+
+    Raises:
+        DataError: a document without text or query, or without the date that `rule` needs.
+    """
     by_user: dict[str, list[Record]] = defaultdict(list)
     for where, split, record in records:
         if not isinstance(record.get("text"), str):
@@ -28,27 +34,48 @@ def from_documents(records: Sequence[Record], rule: Profile) -> list[Row]:
     rows = []
     for user, documents in by_user.items():
         documents.sort(key=age(documents))
-        for index, (where, _, record) in enumerate(documents):
-            said = _said_split(documents[index])
-            earlier = [
-                other[2]
-                for other in documents[:index]
-                if _is_earlier(other[2], record, rule.earlier_by)
-                and (said in ("validation", "test") or _said_split(other) not in ("validation", "test"))
-            ]
-            items = [item_of(other) for other in earlier]
+        history = History([item_of(record) for _, _, record in documents])
+        splits = [_split_of(document) for document in documents]
+        for place, (where, _, record) in enumerate(documents):
             query = str(record.get("query") or record.get("title"))
-            chosen = choose(items, str(record.get("title") or query), rule.select, rule.top_k)
+            chosen: list[Item] = []
+            if profiles:
+                earlier = _earlier(documents, splits, place, rule.earlier_by)
+                chosen = history.choose(str(record.get("title") or query), rule.select, rule.top_k, earlier)
             prompt = ({"role": "user", "content": query},)
             completion = ({"role": "assistant", "content": record["text"]},)
-            named = (cohort_name(record), is_held_out(record))
-            rows.append(Row(where, user, tuple(chosen), prompt, completion, said, *named))
+            rows.append(
+                Row(
+                    where,
+                    user,
+                    tuple(chosen),
+                    prompt,
+                    completion,
+                    splits[place],
+                    cohort_name(record),
+                    is_held_out(record),
+                )
+            )
     return rows
+
+
+def _earlier(documents: Sequence[Record], splits: Sequence[str | None], place: int, by: str) -> list[int]:
+    """Places of the documents that may stand in the profile of the one at `place`: older by the unit `by`.
+
+    A held-out document stands in no profile that is trained on.
+    """
+    held_out = ("validation", "test")
+    record = documents[place][2]
+    return [
+        other
+        for other in range(place)
+        if (splits[place] in held_out or splits[other] not in held_out) and _is_earlier(documents[other][2], record, by)
+    ]
 
 
 def trained_documents(records: Sequence[Record], recipe: Recipe) -> set[str]:
     """Where the documents of the training split stand."""
-    rows = split_rows(from_documents(records, recipe.profile), recipe.split, "the data", "time")
+    rows = split_rows(from_documents(records, recipe.profile, profiles=False), recipe.split, "the data", "time")
     return {row.where for row in rows if row.split == "train"}
 
 
@@ -56,7 +83,7 @@ def item_of(document: Mapping[str, Any]) -> Item:
     return Item(str(document.get("title") or ""), document["text"])
 
 
-def _said_split(document: Record) -> str | None:
+def _split_of(document: Record) -> str | None:
     where, split, record = document
     return split_name(record.get("split") or record.get("temporal_split") or split, where)
 

@@ -3,13 +3,13 @@
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from perce_lite.console import warn
 from perce_lite.data.documents import Record, age, from_documents, item_of, trained_documents
-from perce_lite.data.retrieval import Item
+from perce_lite.data.retrieval import History, Item
 from perce_lite.data.rows import (
     SPLIT_NAMES,
     Profiled,
@@ -22,7 +22,7 @@ from perce_lite.data.rows import (
     user_name,
 )
 from perce_lite.errors import DataError
-from perce_lite.recipe import Recipe
+from perce_lite.recipe import Profile, Recipe
 
 
 def read_rows(recipe: Recipe) -> list[Row]:
@@ -65,38 +65,68 @@ def read_rows(recipe: Recipe) -> list[Row]:
     return rows
 
 
-def history(recipe: Recipe, user: str, prompt: str = "") -> Profiled:
-    """What the data knows of `user`: the documents, or the profile items of the rows, oldest first.
+class UserTexts:
+    """What the data holds of one user, to choose a profile from for any prompt: one reading, one BM25 index.
 
-    Held-out documents are left out (unless the user has no other), and the one that answers `prompt` always: an answer
-    must not stand in the profile it is asked with.
+    text: the user's profile where the data has it as one text
+    history: else the documents, or the profile items of the rows, oldest first
+    prompts: of each document what it answers, its query and its title
+    trained: whether each document is of the training split
+    """
+
+    def __init__(
+        self,
+        text: str | None,
+        items: Sequence[Item] = (),
+        prompts: Sequence[tuple[Any, ...]] = (),
+        trained: Sequence[bool] = (),
+    ) -> None:
+        self.text, self.history = text, History(items)
+        self._prompts, self._trained = prompts, trained
+
+    def profile_for(self, prompt: str, rule: Profile) -> Profiled:
+        """The profile for `prompt`, chosen by `rule`.
+
+        Held-out documents are left out, unless the user has no other; the document that answers `prompt` always is: an
+        answer must not stand in the profile that it is asked with.
+        """
+        if self.text is not None:
+            return self.text
+        places = range(len(self.history.items))
+        allowed = [place for place in places if not self._prompts or prompt not in self._prompts[place]]
+        if self._trained:
+            allowed = [place for place in allowed if self._trained[place]] or allowed
+        return tuple(self.history.choose(prompt, rule.select, rule.top_k, allowed))
+
+
+def user_texts(recipe: Recipe, user: str) -> UserTexts:
+    """The texts of `user` in the recipe's data.
 
     Raises:
-        DataError: no such user.
+        DataError: no such user, or the data cannot be read.
     """
     records = list(_records(recipe))
     shape = recipe.data.format if recipe.data.format != "auto" else _shape(records[0])
     if shape == "documents":
         trained = trained_documents(records, recipe)
-        theirs = [
-            record
-            for record in records
-            if user_name(record[2].get("user")) == user
-            and prompt not in (record[2].get("query"), record[2].get("title"))
-        ]
-        theirs = [record for record in theirs if record[0] in trained] or theirs
-        items = [item_of(one) for _, _, one in sorted(theirs, key=age(theirs))]
+        documents = [record for record in records if user_name(record[2].get("user")) == user]
+        documents.sort(key=age(documents))
+        if documents:
+            return UserTexts(
+                None,
+                [item_of(record) for _, _, record in documents],
+                [(record.get("query"), record.get("title")) for _, _, record in documents],
+                [where in trained for where, _, _ in documents],
+            )
     else:
         rows = [from_record(record, where, split, shape, None) for where, split, record in records]
         profiles = [row.profile for row in rows if row.user == user]
         texts = [profile for profile in profiles if isinstance(profile, str)]
-        if texts:
-            return texts[-1]
         items = list(dict.fromkeys(item for profile in profiles for item in profile if isinstance(item, Item)))
-    if not items:
-        users = sorted({user_name(record.get("user")) for _, _, record in records})
-        raise DataError(f"user {user}: the data knows no such user; it has {', '.join(users[:20])}")
-    return tuple(items)
+        if texts or items:
+            return UserTexts(texts[-1] if texts else None, items)
+    users = sorted({user_name(record.get("user")) for _, _, record in records})
+    raise DataError(f"user {user}: the data knows no such user; it has {', '.join(users[:20])}")
 
 
 def library(recipe: Recipe) -> dict[str, list[Item]]:

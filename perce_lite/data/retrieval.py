@@ -1,7 +1,22 @@
 """Which of a user's texts go into a row's profile: BM25 against the query, or the newest."""
 
+import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+_UNSPACED = (
+    "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Hiragana, Katakana
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"  # Han
+    "\u0e00-\u0e7f\u0e80-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Burmese, Khmer
+)
+"""Scripts that put no spaces between words."""
+
+_TOKEN = re.compile(rf"[{_UNSPACED}]+|[^\W{_UNSPACED}]{{2,}}")
+_UNSPACED_RUN = re.compile(rf"[{_UNSPACED}]+")
 
 
 @dataclass(frozen=True)
@@ -12,31 +27,65 @@ class Item:
     text: str
 
 
-def choose(items: Sequence[Item], query: str, select: str, top_k: int) -> list[Item]:
-    """The `top_k` items that fit `query` best, best first; `items` are in order of time, oldest first.
+def tokens_of(text: str) -> list[str]:
+    """Lower-case words of two letters or more; of scripts without spaces, every two neighbouring characters.
 
-    `select`: "bm25" (ties go to the newer item), "recency" (newest first) or "all" (newest first, no top_k).
+    Character pairs are what search engines index such scripts by when they have no dictionary.
     """
-    newest_first = list(reversed(items))
-    if select == "all":
-        return newest_first
-    if select == "recency" or len(newest_first) <= 1:
-        return newest_first[:top_k]
-    scores = bm25([f"{item.title}\n{item.text}" for item in newest_first], query)
-    order = sorted(range(len(newest_first)), key=lambda index: -scores[index])  # stable: the newer one first
-    return [newest_first[index] for index in order[:top_k]]
+    tokens: list[str] = []
+    for token in _TOKEN.findall(text.lower()):
+        if _UNSPACED_RUN.match(token):
+            tokens += [token[at : at + 2] for at in range(max(1, len(token) - 1))]
+        else:
+            tokens.append(token)
+    return tokens
 
 
-def bm25(texts: Sequence[str], query: str) -> list[float]:
-    """BM25 score of each text for `query` (bm25s, Lucene's variant, no stop words, no stemming)."""
-    import bm25s
+class Bm25Index:
+    """BM25 over N texts, for any number of queries (bm25s, Lucene's variant, no stop words, no stemming)."""
 
-    tokens = bm25s.tokenize(list(texts), stopwords=None, return_ids=False, show_progress=False)
-    wanted = bm25s.tokenize([query], stopwords=None, return_ids=False, show_progress=False)[0]
-    vocabulary = {token for text in tokens for token in text}
-    known = [token for token in wanted if token in vocabulary]
-    if not known:
-        return [0.0] * len(texts)
-    index = bm25s.BM25()
-    index.index(tokens, show_progress=False)
-    return [float(score) for score in index.get_scores(known)]
+    def __init__(self, texts: Sequence[str]) -> None:
+        import bm25s
+
+        self._size = len(texts)
+        corpus = [tokens_of(text) for text in texts]
+        self._vocabulary = {token for tokens in corpus for token in tokens}
+        self._index = bm25s.BM25()
+        if self._vocabulary:
+            self._index.index(corpus, show_progress=False)
+
+    def scores(self, query: str) -> NDArray[np.float32]:
+        """The score of each text for `query`, (N,); zeros where they share no word."""
+        known = [token for token in tokens_of(query) if token in self._vocabulary]
+        if not known:
+            return np.zeros(self._size, np.float32)
+        scores: NDArray[np.float32] = self._index.get_scores(known)
+        return scores
+
+
+class History:
+    """A user's texts, oldest first, with one BM25 index for all queries, built when the first needs it.
+
+    How rare a word is and how long a text is on average is counted over the whole history, later texts included; which
+    texts may be chosen for a query is the caller's (`among`).
+    """
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = tuple(items)
+
+    @functools.cached_property
+    def _index(self) -> Bm25Index:
+        return Bm25Index([f"{item.title}\n{item.text}" for item in self.items])
+
+    def choose(self, query: str, select: str, top_k: int, among: Sequence[int] | None = None) -> list[Item]:
+        """The `top_k` items that fit `query` best, best first.
+
+        select: "bm25" (the newer of two equal scores first), "recency" (newest first) or "all" (newest first, no top_k)
+        among: places in `items` to choose from, ascending; None: all
+        """
+        newest_first = list(reversed(range(len(self.items)) if among is None else among))
+        if select == "bm25" and len(newest_first) > 1:
+            scores = self._index.scores(query)
+            newest_first.sort(key=lambda place: -scores[place])  # stable
+        chosen = newest_first if select == "all" else newest_first[:top_k]
+        return [self.items[place] for place in chosen]

@@ -1,5 +1,6 @@
 """Rows: one response of one user, with the profile it may lean on; from records in every naming that we know."""
 
+import functools
 import itertools
 import random
 from collections import defaultdict
@@ -7,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from perce_lite.data.retrieval import Item, choose
+from perce_lite.data.retrieval import History, Item
 from perce_lite.errors import DataError
 from perce_lite.files import digest
 from perce_lite.recipe import Profile, Split
@@ -238,7 +239,7 @@ def from_record(record: Mapping[str, Any], where: str, split: str | None, shape:
     )
     if rule is None or isinstance(row.profile, str):
         return row
-    return replace(row, profile=tuple(choose(row.profile, row.query, rule.select, rule.top_k)))
+    return replace(row, profile=tuple(_history(row.profile).choose(row.query, rule.select, rule.top_k)))
 
 
 def _conversation(record: Mapping[str, Any], where: str) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
@@ -268,6 +269,12 @@ def _messages(value: Any, column: str, role: str, where: str) -> tuple[Message, 
         f"{where}: {column} is a text, or a list of messages such as {{role: user, content: a text}}; "
         f"this is {str(value)[:60]!r}"
     )
+
+
+@functools.lru_cache(maxsize=32)
+def _history(items: tuple[Item, ...]) -> History:
+    """Rows of one user often carry the same profile items: their index is built once."""
+    return History(items)
 
 
 _TEXTS = ("text", "abstract", "reviewText", "content", "description", "output")

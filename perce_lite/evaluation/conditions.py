@@ -1,5 +1,6 @@
 """Held-out rows under their controls: own profile, none, a random other user's, the best topical match of others."""
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from perce_lite.data.pairs import Pair, PairMaker, Tokens
-from perce_lite.data.retrieval import Item, bm25
+from perce_lite.data.retrieval import Bm25Index, Item
 from perce_lite.data.rows import Row, swap_profiles
 from perce_lite.evaluation.metrics import Array, Bootstrap
 from perce_lite.model.logprob_store import Store
@@ -30,19 +31,27 @@ class Case:
 
 @dataclass(frozen=True)
 class Topics:
-    """Every user's texts, to find the best match of other users for a query."""
+    """Every user's texts, to find the best match of other users for a query; one BM25 index over all of them."""
 
     texts: Mapping[str, Sequence[Item]]
     top_k: int
 
+    @functools.cached_property
+    def _owned(self) -> list[tuple[str, Item]]:
+        return [(user, item) for user, items in self.texts.items() for item in items]
+
+    @functools.cached_property
+    def _index(self) -> Bm25Index:
+        return Bm25Index([f"{item.title}\n{item.text}" for _, item in self._owned])
+
     def match(self, row: Row) -> Row | None:
         """`row` with the other users' texts nearest to its query (BM25) as profile; None where there are none."""
-        others = [item for user, items in self.texts.items() if user != row.user for item in items]
+        others = [place for place, (user, _) in enumerate(self._owned) if user != row.user]
         if not others:
             return None
-        scores = bm25([f"{item.title}\n{item.text}" for item in others], row.query)
-        nearest = sorted(range(len(others)), key=lambda index: -scores[index])[: self.top_k]
-        return replace(row, profile=tuple(others[index] for index in nearest))
+        scores = self._index.scores(row.query)
+        nearest = sorted(others, key=lambda place: -scores[place])[: self.top_k]
+        return replace(row, profile=tuple(self._owned[place][1] for place in nearest))
 
 
 def cases(

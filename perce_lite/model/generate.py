@@ -11,8 +11,7 @@ from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from perce_lite.config import chosen_dtype, pick_device
 from perce_lite.data.pairs import PairMaker
-from perce_lite.data.readers import history
-from perce_lite.data.retrieval import choose
+from perce_lite.data.readers import user_texts
 from perce_lite.data.rows import Message, Profiled
 from perce_lite.errors import AdapterError
 from perce_lite.model import adapters
@@ -85,18 +84,6 @@ def opened(card: dict[str, Any]) -> Opened:
     return Opened(card, recipe, model, maker, None if dtype == torch.float32 else dtype)
 
 
-def texts_of(recipe: Recipe, user: str, prompt: str) -> Profiled:
-    """The profile of a `user` of the recipe's data: their text, or those of their texts that are nearest to `prompt`.
-
-    Raises:
-        DataError: no such user, or the data is not there any more.
-    """
-    known = history(recipe, user, prompt)
-    if isinstance(known, str):
-        return known
-    return tuple(choose(known, prompt, recipe.profile.select, recipe.profile.top_k))
-
-
 def from_folder(
     folder: Path,
     prompt: str,
@@ -118,7 +105,8 @@ def from_folder(
     card = adapters.about(folder)
     chosen: Profiled
     if user is not None:
-        chosen = texts_of(Recipe.model_validate(card["recipe"]), user, prompt)
+        trained_with = Recipe.model_validate(card["recipe"])
+        chosen = user_texts(trained_with, user).profile_for(prompt, trained_with.profile)
     elif profile is not None:
         chosen = profile
     elif card["train_on"] == "factual":
