@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from perce_lite.data.chat_template import Chat, Span
+from perce_lite.data.pair_cache import PairCache, tokenizer_fingerprint
 from perce_lite.data.rows import Message, Profiled, Row
 from perce_lite.errors import DataError, TemplateError
+from perce_lite.files import digest
 from perce_lite.recipe import Recipe, Template
 
 IGNORED = -100
@@ -88,6 +90,8 @@ class Audit:
         }
 
 
+_CACHE = PairCache()
+
 NO_PROFILE, NO_RESPONSE = "empty profile", "empty response"
 TOO_LONG, PROFILE_TOO_LONG = "query and response exceed max_length", "no profile item fits beside query and response"
 
@@ -117,6 +121,9 @@ class PairMaker(Chat):
                 f"profile_pass: frozen has to know where in the text a token stands, which {type(tokenizer).__name__} "
                 "does not tell. Use a model with a fast tokenizer, or profile_pass: full."
             )
+        known = tokenizer_fingerprint(tokenizer)
+        settings = (self.template.model_dump(mode="json"), max_length, max_profile_tokens, profile_pass)
+        self._settings = None if known is None else (known, digest(settings))
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> "PairMaker":
@@ -133,7 +140,7 @@ class PairMaker(Chat):
         made = []
         for row in rows:
             audit.read += 1
-            pair = self._pair(row)
+            pair = self._cached_pair(row)
             if isinstance(pair, str):
                 audit.drop(row, pair)
                 continue
@@ -182,6 +189,29 @@ class PairMaker(Chat):
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     # One row
+
+    def _cached_pair(self, row: Row) -> Pair | str:
+        """As `_pair`, made once a process for rows of equal content."""
+        if self._settings is None:
+            return self._pair(row)
+        key = self._settings, row.fingerprint()
+        cached = _CACHE.get(key)
+        if cached is None:
+            pair = self._pair(row)
+            if isinstance(pair, str):
+                _CACHE.put(key, [], pair)
+            else:
+                passes = (pair.factual, pair.counterfactual)
+                prefixes = [tokens.prefix_length for tokens in passes]
+                beside = (prefixes, pair.profile, pair.items_left_out, pair.broken_tokens)
+                _CACHE.put(key, [sequence for tokens in passes for sequence in (tokens.ids, tokens.labels)], beside)
+            return pair
+        sequences, beside = cached
+        if isinstance(beside, str):
+            return beside
+        (factual, counterfactual), *rest = beside
+        ids, labels, other_ids, other_labels = sequences
+        return Pair(row, Tokens(ids, labels, factual), Tokens(other_ids, other_labels, counterfactual), *rest)
 
     def _pair(self, row: Row) -> Pair | str:
         """The pair, or the reason why there is none."""

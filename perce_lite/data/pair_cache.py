@@ -1,0 +1,61 @@
+"""Pairs by content: a row is rendered and tokenised once a process, whichever command step asks for it."""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import xxhash
+from transformers import PreTrainedTokenizerBase
+
+LIMIT_BYTES = 64 * 2**20
+"""Token ids and labels that are kept, four bytes each; the least recently used go first."""
+
+
+class PairCache:
+    """Maps (settings, row fingerprint) to what was made of the row: sequences of integers, and what goes with them."""
+
+    def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
+        self.limit_bytes = limit_bytes
+        self.hits = self.misses = 0
+        self._bytes = 0
+        self._entries: OrderedDict[Hashable, tuple[tuple[array[int], ...], Any]] = OrderedDict()
+
+    def get(self, key: Hashable) -> tuple[list[list[int]], Any] | None:
+        """The sequences as new lists, and what was put beside them; None where nothing is kept."""
+        entry = self._entries.get(key)
+        if entry is None:
+            self.misses += 1
+            return None
+        self.hits += 1
+        self._entries.move_to_end(key)
+        return [sequence.tolist() for sequence in entry[0]], entry[1]
+
+    def put(self, key: Hashable, sequences: list[list[int]], beside: Any) -> None:
+        self._entries[key] = tuple(array("i", sequence) for sequence in sequences), beside
+        self._bytes += _size(self._entries[key])
+        while self._bytes > self.limit_bytes:
+            self._bytes -= _size(self._entries.popitem(last=False)[1])
+
+
+def _size(entry: tuple[tuple[array[int], ...], Any]) -> int:
+    return 1024 + sum(4 * len(sequence) for sequence in entry[0])
+
+
+_fingerprints: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple[Any, ...], str]] = WeakKeyDictionary()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Hash of all that a tokenizer makes ids by, its chat template included; None for a slow tokenizer."""
+    if not tokenizer.is_fast:
+        return None
+    state = (len(tokenizer), str(tokenizer.chat_template), tuple(tokenizer.all_special_tokens))
+    known = _fingerprints.get(tokenizer)
+    if known is None or known[0] != state:
+        content = tokenizer.backend_tokenizer.to_str() + repr(state)
+        known = state, xxhash.xxh3_128_hexdigest(content.encode("utf-8", "surrogatepass"))
+        _fingerprints[tokenizer] = known
+    return known[1]
