@@ -15,7 +15,7 @@ from typing import Any
 
 from perce_lite.errors import DiskFullError
 
-CARD = "perce_lite.json"
+METADATA = "perce_lite.json"
 """The file beside an adapter's weights that says where they come from."""
 
 

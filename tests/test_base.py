@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from perce_lite import PerCEConfig, PerCETrainer
 from perce_lite.data.pairs import IGNORED
 from perce_lite.model.base import fingerprint, same_base, sketch
-from perce_lite.model.scoring import frozen, log_probs
+from perce_lite.model.scoring import compute_log_probs, no_grad_eval
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
@@ -91,12 +91,12 @@ def test_scoring_leaves_a_4_bit_base_and_its_gradients_unchanged(tmp_path, monke
     assert any(gradient.abs().max() > 0 for gradient in first.values())
     sequences = [pair.counterfactual for pair in trainer.pairs["train"]]
     once, again = {}, {}
-    log_probs(trainer.model, sequences, False, trainer.autocast, once.__setitem__)
+    compute_log_probs(trainer.model, sequences, False, trainer.autocast, once.__setitem__)
     second = fixed_gradients(trainer, batch)
     assert fingerprint(trainer.model) == before
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    log_probs(trainer.model, sequences, False, trainer.autocast, again.__setitem__)
+    compute_log_probs(trainer.model, sequences, False, trainer.autocast, again.__setitem__)
     assert once.keys() == again.keys() == set(range(len(sequences)))
     assert all(torch.equal(once[index], again[index]) for index in once)
 
@@ -123,7 +123,7 @@ def test_frozen_restores_modes_and_gradients():
     dict(model.named_parameters())[kept].requires_grad_(False)
     modes = {name: module.training for name, module in model.named_modules()}
     wanted = {name: p.requires_grad for name, p in model.named_parameters()}
-    with frozen(model, adapters=False):
+    with no_grad_eval(model, adapters=False):
         assert not any(module.training for module in model.modules())
         assert not torch.is_grad_enabled()
     assert {name: module.training for name, module in model.named_modules()} == modes

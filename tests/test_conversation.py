@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 from perce_lite.cli.chat import Conversation, Kept, Stop, chat, talk, typed
 from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.model import adapters
-from perce_lite.model.generate import generate, opened
+from perce_lite.model.generate import generate, load_adapter
 from perce_lite.recipe import load_recipe
 
 pytest_plugins = ["cli_fixtures"]
@@ -37,7 +37,7 @@ def trained(tmp_path_factory, toy):
 @pytest.fixture
 def its(trained):
     """That adapter, loaded."""
-    return opened(adapters.about(trained))
+    return load_adapter(adapters.read_metadata(trained))
 
 
 def said(its, messages, profile="", use_adapter=True, tokens=8):

@@ -21,7 +21,7 @@ from perce_lite.fleet.slot_routing import BARE
 from perce_lite.fleet.slot_trainer import SlotEngine
 from perce_lite.fleet.slot_user import UserJob
 from perce_lite.model.base import fingerprint
-from perce_lite.model.lora_core import faults, freeze, plain_state
+from perce_lite.model.lora_core import add_cores, faults, plain_state
 from perce_lite.recipe import load_recipe, lora_config
 
 pytest_plugins = ["cli_fixtures"]
@@ -36,7 +36,7 @@ def cored(parent, dtype=torch.float64):
     """A peft model with `parent` frozen on it and a core in each layer."""
     model = peft_model(0, dtype)
     model.load_state_dict({name.replace(".weight", ".default.weight"): one for name, one in parent.items()}, False)
-    freeze(model)
+    add_cores(model)
     return model
 
 
@@ -172,9 +172,9 @@ def test_a_parent_makes_room_for_the_next(tmp_path, monkeypatch):
 
 def test_what_a_core_cannot_stand_in_is_refused():
     with pytest.raises(ConfigError, match="plain LoRA on linear layers"):
-        freeze(peft_model(0, use_dora=True))
+        add_cores(peft_model(0, use_dora=True))
     with pytest.raises(ConfigError, match="would be trained too"):
-        freeze(peft_model(0, modules_to_save=["norm"]))
+        add_cores(peft_model(0, modules_to_save=["norm"]))
     assert faults({}) == []
 
 
@@ -267,5 +267,5 @@ def test_the_field_never_reaches_peft(recipe):
     assert lora_config(read).r == 4
     model = get_peft_model(toy_base(), lora_config(read))
     before = fingerprint(model)
-    freeze(model)
+    add_cores(model)
     assert fingerprint(model) == before, "a core is no part of the base"

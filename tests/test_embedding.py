@@ -11,9 +11,9 @@ from perce_lite.errors import ModelError
 from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.model import adapters
 from perce_lite.model.base import fingerprint, load_base, sketch
-from perce_lite.model.generate import from_folder
+from perce_lite.model.generate import generate_from_folder
 from perce_lite.model.host_embedding import HostEmbedding, keep_on_host
-from perce_lite.model.scoring import log_probs, store_key
+from perce_lite.model.scoring import compute_log_probs, store_key
 from perce_lite.recipe import Recipe, load_recipe
 
 pytest_plugins = ["cli_fixtures"]
@@ -97,7 +97,7 @@ def test_scores_are_bit_identical(toy_trainer):
     found = []
     for one in (trainer, hosted):
         scores: dict[int, torch.Tensor] = {}
-        log_probs(one.model, [pair.factual for pair in one.pairs["train"]], False, None, scores.__setitem__)
+        compute_log_probs(one.model, [pair.factual for pair in one.pairs["train"]], False, None, scores.__setitem__)
         found.append(scores)
     assert all(torch.equal(found[0][index], found[1][index]) for index in range(len(found[0])))
 
@@ -136,7 +136,7 @@ def test_a_recipe_trains_saves_and_answers_alike(recipe, tmp_path):
         read = load_recipe(recipe(text=text), settings)
         assert isinstance(load_base(read).model.get_input_embeddings(), HostEmbedding) == (hosted == "true")
         figures = train_and_measure(read)
-        answers.append(from_folder(tmp_path / out, "Who are you?", "An otter.", None, 6)["answer"])
+        answers.append(generate_from_folder(tmp_path / out, "Who are you?", "An otter.", None, 6)["answer"])
         weights.append(adapters.load_file(tmp_path / out / "adapter" / "adapter_model.safetensors"))
         assert figures["losses"]
     assert answers[0] == answers[1]

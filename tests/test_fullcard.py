@@ -18,7 +18,7 @@ from perce_lite.evaluation import compare, evaluate
 from perce_lite.fleet.slot_trainer import SlotEngine
 from perce_lite.fleet.slot_user import Learner
 from perce_lite.model import scoring as score
-from perce_lite.model.scoring import log_probs
+from perce_lite.model.scoring import compute_log_probs
 from perce_lite.planning import parts as memory
 
 pytest_plugins = ["cli_fixtures"]
@@ -112,7 +112,7 @@ def test_scoring_halves_a_batch_that_does_not_fit(toy_trainer, monkeypatch):
     trainer = toy_trainer(estimator="uniform")
     sequences = [pair.factual for pair in trainer.pairs["train"]][:7]
     alone: dict[int, torch.Tensor] = {}
-    log_probs(trainer.model, sequences, False, None, alone.__setitem__)
+    compute_log_probs(trainer.model, sequences, False, None, alone.__setitem__)
     original, sizes = score.batch_log_probs, []
 
     def narrow(forward, inputs, autocast):
@@ -124,7 +124,7 @@ def test_scoring_halves_a_batch_that_does_not_fit(toy_trainer, monkeypatch):
     monkeypatch.setattr(score, "batch_log_probs", narrow)
     monkeypatch.setattr(score, "_batches", lambda sequences, alone: iter([list(range(len(sequences)))]))
     together: dict[int, torch.Tensor] = {}
-    log_probs(trainer.model, sequences, False, None, together.__setitem__)
+    compute_log_probs(trainer.model, sequences, False, None, together.__setitem__)
     assert sizes == [7, 3, 1, 2, 4, 2, 2]
     assert sorted(together) == sorted(alone)
     for index, values in alone.items():

@@ -12,7 +12,7 @@ from perce_lite.config import compute_dtype
 from perce_lite.evaluation.bench.gpureport import gpu_report, markdown
 from perce_lite.model.base import fingerprint
 from perce_lite.model.host_embedding import keep_on_host
-from perce_lite.model.scoring import log_probs
+from perce_lite.model.scoring import compute_log_probs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -56,10 +56,10 @@ def test_scores_of_a_padded_batch_equal_those_of_rows_alone(tmp_path):
     trainer = trainer_on_gpu(tmp_path, bf16=False, fp16=False)
     sequences = [pair.factual for pair in trainer.pairs["train"]]
     together: dict[int, torch.Tensor] = {}
-    log_probs(trainer.model, sequences, False, None, together.__setitem__)
+    compute_log_probs(trainer.model, sequences, False, None, together.__setitem__)
     for index, tokens in enumerate(sequences):
         alone: dict[int, torch.Tensor] = {}
-        log_probs(trainer.model, [tokens], False, None, alone.__setitem__)
+        compute_log_probs(trainer.model, [tokens], False, None, alone.__setitem__)
         torch.testing.assert_close(together[index], alone[0], rtol=0, atol=2e-2)
 
 
@@ -74,7 +74,7 @@ def test_packed_rows_do_not_see_each_other(tmp_path):
     loss = float(trainer.compute_loss(trainer.model.train(), dict(batch), num_items_in_batch=total))
     alone: dict[int, torch.Tensor] = {}
     sequences = [trainer.pairs["train"][index].factual for index in indices]
-    log_probs(trainer.model, sequences, True, None, alone.__setitem__)
+    compute_log_probs(trainer.model, sequences, True, None, alone.__setitem__)
     assert loss == pytest.approx(-sum(float(values.sum()) for values in alone.values()) / total, rel=1e-2)
 
 
@@ -115,10 +115,12 @@ def test_paged_8_bit_adamw_with_checkpointing_learns(tmp_path):
 def test_nothing_of_scoring_stays_on_the_card(tmp_path):
     trainer = trainer_on_gpu(tmp_path, estimator="uniform")
     sequences = [pair.factual for pair in trainer.pairs["train"]]
-    log_probs(trainer.model, sequences[:1], False, None, lambda index, values: None)  # tables that are made once
+    compute_log_probs(
+        trainer.model, sequences[:1], False, None, lambda index, values: None
+    )  # tables that are made once
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    log_probs(trainer.model, sequences, False, None, lambda index, values: None)
+    compute_log_probs(trainer.model, sequences, False, None, lambda index, values: None)
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
 

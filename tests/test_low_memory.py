@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from perce_lite.config import compute_dtype
 from perce_lite.evaluation.bench.measuring import _full_log_probs
-from perce_lite.model.scoring import Job, kept_log_probs
+from perce_lite.model.scoring import ScoringJob, cached_log_probs
 from perce_lite.recipe import Recipe, train_defaults, training_config
 
 WIDTH = toys.VOCAB_SIZE
@@ -86,12 +86,14 @@ def test_one_pass_is_gone_before_the_next_begins(toy_trainer):
 
 def test_nothing_of_scoring_stays_but_the_log_probs(toy_trainer):
     trainer = toy_trainer("llama3", rows=toys.toy_rows(2, 2))
-    jobs = [Job("ann", pair.factual) for pair in trainer.pairs["train"]]
-    kept_log_probs(trainer.model, jobs[:1], None, None, "x")  # rotary tables and the like are made at the first forward
+    jobs = [ScoringJob("ann", pair.factual) for pair in trainer.pairs["train"]]
+    cached_log_probs(
+        trainer.model, jobs[:1], None, None, "x"
+    )  # rotary tables and the like are made at the first forward
     backbone, before = trainer.model.get_base_model().base_model, []
     with Watch(trainer.model) as watch:
         backbone.register_forward_pre_hook(lambda *_: before.append(watch.largest()))
-        found = kept_log_probs(trainer.model, jobs, None, None, "x")
+        found = cached_log_probs(trainer.model, jobs, None, None, "x")
     assert len(before) == len(jobs)
     assert max(before) <= max(len(job.tokens.ids) for job in jobs)
     alive = {shape for shape in watch.alive() if math.prod(shape) > 1}

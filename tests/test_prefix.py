@@ -14,15 +14,15 @@ from perce_lite.model.base import keep_base_constant
 from perce_lite.model.fused_head import training_forward
 from perce_lite.model.generate import generate
 from perce_lite.model.scoring import (
-    Job,
-    frozen,
-    inputs_of,
-    kept_log_probs,
-    log_probs,
+    ScoringJob,
+    cached_log_probs,
+    compute_log_probs,
+    encode_prefix,
+    encode_prefixes,
+    model_inputs,
+    no_grad_eval,
     padded,
-    prefixes_of,
-    read_prefix,
-    read_prefixes,
+    prefix_cache_of,
     store_of,
 )
 from perce_lite.recipe import Template
@@ -61,14 +61,14 @@ def whole(model, tokens):
 
 def short(model, sequences):
     """Log-probs (N,) of a padded batch of what follows the prefixes, with gradients."""
-    inputs = inputs_of(sequences, 0, torch.device("cpu"), prefixes_of(model, None))
+    inputs = model_inputs(sequences, 0, torch.device("cpu"), prefix_cache_of(model, None))
     model.train()
     return training_forward(model)(**inputs, use_cache=False)
 
 
 def exactly(model, sequences):
     """As `short`, from full logits: the fused head computes in float32."""
-    inputs = inputs_of(sequences, 0, torch.device("cpu"), prefixes_of(model, None))
+    inputs = model_inputs(sequences, 0, torch.device("cpu"), prefix_cache_of(model, None))
     labels = inputs.pop("labels")[:, 1:]
     model.train()
     values = model(**inputs, use_cache=False).logits[:, :-1].log_softmax(-1)
@@ -187,9 +187,9 @@ def test_rows_that_share_a_prefix_read_it_once(toy_trainer, monkeypatch):
 
     def counted(model, prefixes, autocast):
         read.extend(map(tuple, prefixes))
-        return read_prefixes(model, prefixes, autocast)
+        return encode_prefixes(model, prefixes, autocast)
 
-    monkeypatch.setattr(training, "read_prefixes", counted)
+    monkeypatch.setattr(training, "encode_prefixes", counted)
     trainer = toy_trainer(rows=shared, profile_pass="frozen", max_steps=12)
     read.clear()
     trainer.train()
@@ -206,17 +206,17 @@ def test_prefixes_of_one_row_each_are_read_together_and_each_as_if_alone(toy_tra
 
     def counted(model, prefixes, autocast):
         read.append(len(prefixes))
-        return read_prefixes(model, prefixes, autocast)
+        return encode_prefixes(model, prefixes, autocast)
 
-    monkeypatch.setattr(training, "read_prefixes", counted)
+    monkeypatch.setattr(training, "encode_prefixes", counted)
     trainer = toy_trainer(profile_pass="frozen", max_steps=3)
     read.clear()
     trainer.train()
     assert read == [2, 2, 2], "a forward a batch of two rows"
     prefixes = [one.factual.prefix_ids for one in trainer.pairs["train"]][:4]
     assert len({len(one) for one in prefixes}) > 1
-    for ids, found in zip(prefixes, read_prefixes(trainer.model, prefixes, None), strict=True):
-        alone = read_prefix(trainer.model, ids, None)
+    for ids, found in zip(prefixes, encode_prefixes(trainer.model, prefixes, None), strict=True):
+        alone = encode_prefix(trainer.model, ids, None)
         assert found.get_seq_length() == len(ids)
         for one, other in zip(found.layers, alone.layers, strict=True):
             torch.testing.assert_close(one.keys, other.keys, rtol=0, atol=1e-5)
@@ -243,20 +243,20 @@ def test_scoring_with_the_adapter_on_sleeps_through_the_prefix(tmp_path):
     model, pairs = toy().float(), made()
     sequences = [one.factual for one in pairs]
     found = {}
-    log_probs(model, sequences, True, None, found.__setitem__)
+    compute_log_probs(model, sequences, True, None, found.__setitem__)
     for index, one in enumerate(sequences):
         with torch.no_grad():
             torch.testing.assert_close(found[index], whole(model, one), rtol=0, atol=2e-5)
     # The store never takes one way for the other; the bare base has but one.
     store = store_of(str(tmp_path), model, None, adapters=True)
-    jobs = [Job("u", one) for one in sequences]
-    awake = [Job("u", one._replace(prefix_length=0)) for one in sequences]
-    assert kept_log_probs(model, jobs, store, None, "", adapters=True).hits == 0
-    assert kept_log_probs(model, awake, store, None, "", adapters=True).hits == 0
-    assert kept_log_probs(model, jobs, store, None, "", adapters=True).hits == len(jobs)
+    jobs = [ScoringJob("u", one) for one in sequences]
+    awake = [ScoringJob("u", one._replace(prefix_length=0)) for one in sequences]
+    assert cached_log_probs(model, jobs, store, None, "", adapters=True).hits == 0
+    assert cached_log_probs(model, awake, store, None, "", adapters=True).hits == 0
+    assert cached_log_probs(model, jobs, store, None, "", adapters=True).hits == len(jobs)
     bare = store_of(str(tmp_path), model, None)
-    assert kept_log_probs(model, jobs, bare, None, "").hits == 0
-    assert kept_log_probs(model, awake, bare, None, "").hits == len(jobs)
+    assert cached_log_probs(model, jobs, bare, None, "").hits == 0
+    assert cached_log_probs(model, awake, bare, None, "").hits == len(jobs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -266,7 +266,7 @@ def test_generation_wakes_behind_the_profile(family):
     said = generate(model, own, pair.row.prompt, pair.row.profile, 12)
     asked = own.prompt(pair.row.prompt, pair.row.profile)
     ids = list(asked.ids)
-    with frozen(model, adapters=True), asleep(model, asked.prefix_length):
+    with no_grad_eval(model, adapters=True), asleep(model, asked.prefix_length):
         for _ in range(12):
             ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
             if ids[-1] in own.stop_ids():
@@ -282,6 +282,6 @@ def test_evaluation_in_training_sleeps_too(toy_trainer):
     stir(trainer.model)
     loss = trainer.evaluate()["eval_loss"]
     found = {}
-    log_probs(trainer.model, [one.factual for one in trainer.pairs["eval"]], True, None, found.__setitem__)
+    compute_log_probs(trainer.model, [one.factual for one in trainer.pairs["eval"]], True, None, found.__setitem__)
     values = torch.cat(list(found.values()))
     assert loss == pytest.approx(-float(values.mean()), abs=0.05)

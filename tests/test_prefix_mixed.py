@@ -15,7 +15,7 @@ from perce_lite.fleet.slot_trainer import SlotEngine
 from perce_lite.fleet.slot_user import UserJob
 from perce_lite.model import prefix_cache as room
 from perce_lite.model import scoring
-from perce_lite.model.scoring import Job, kept_log_probs, log_probs
+from perce_lite.model.scoring import ScoringJob, cached_log_probs, compute_log_probs
 from perce_lite.recipe import Template
 
 
@@ -50,7 +50,7 @@ def test_scoring_takes_both_kinds_of_rows(family, alone, monkeypatch):
     batches = [[index] for index in every] if alone else [[*every]]
     monkeypatch.setattr(scoring, "_batches", lambda *_, **__: batches)
     found = {}
-    log_probs(model, sequences, True, None, found.__setitem__)
+    compute_log_probs(model, sequences, True, None, found.__setitem__)
     for index, one in enumerate(sequences):
         with torch.no_grad():
             torch.testing.assert_close(found[index], whole(model, one), rtol=0, atol=2e-5)
@@ -59,7 +59,7 @@ def test_scoring_takes_both_kinds_of_rows(family, alone, monkeypatch):
 def test_prefixes_that_do_not_fit_together_are_taken_a_few_at_a_time(monkeypatch):
     """As on a card, where the keys and values of a whole batch may be too many."""
     model, sequences = toy().float(), mixed()
-    own, sizes = scoring.inputs_of, []
+    own, sizes = scoring.model_inputs, []
 
     def full(several, *rest):
         sizes.append(len(several))
@@ -68,9 +68,9 @@ def test_prefixes_that_do_not_fit_together_are_taken_a_few_at_a_time(monkeypatch
         return own(several, *rest)
 
     monkeypatch.setattr(scoring, "_batches", lambda every, **_: [[*range(len(every))]])
-    monkeypatch.setattr(scoring, "inputs_of", full)
+    monkeypatch.setattr(scoring, "model_inputs", full)
     found = {}
-    log_probs(model, sequences, True, None, found.__setitem__)
+    compute_log_probs(model, sequences, True, None, found.__setitem__)
     assert sizes == [4, 2, 1, 1, 2, 1, 1]
     assert sorted(found) == [0, 1, 2, 3]
 
@@ -103,7 +103,7 @@ def test_twins_of_bootstrap_need_no_prefix_of_their_own(toy_trainer, packing):
     twins = [pair.counterfactual for pair in trainer.pairs["train"]]
     assert {one.prefix_length > 0 for one in twins} == {True, False}
     expected = {}
-    log_probs(trainer.model, twins, True, None, expected.__setitem__)
+    compute_log_probs(trainer.model, twins, True, None, expected.__setitem__)
     seen = []
     for batch in trainer.get_train_dataloader():
         rows = list(dict.fromkeys(row for row in batch["row"].flatten().tolist() if row >= 0))
@@ -141,7 +141,7 @@ def test_a_prefix_that_rows_share_is_read_once_a_batch_even_without_room(monkeyp
             cache.update(torch.zeros(1, 1, len(ids), 4), torch.zeros(1, 1, len(ids), 4), 0)
         return caches
 
-    prefixes = room.Prefixes(left_by)
+    prefixes = room.PrefixCache(left_by)
     rows = [Tokens([1, 2, 7, 8], [-100, -100, -100, 8], 2), Tokens([3, 7, 8], [-100, -100, 8], 1)]
     one, other = (prefixes.features(row, "frozen")["prefix"][0] for row in rows)
     for row in rows:
@@ -161,7 +161,7 @@ def test_cores_of_two_parents_sleep_each_beside_their_own(tmp_path):
     parents = [stirred(two.model.fresh(seed), seed) for seed in range(2)]
     jobs = [UserJob(f"user{u}", pairs_of(u, 3, "frozen"), adapter=parents[u]) for u in range(2)]
     together = run(two, jobs)
-    held_out = [Job("user0", pair.factual) for pair in pairs_of(2, 2, "frozen")]
+    held_out = [ScoringJob("user0", pair.factual) for pair in pairs_of(2, 2, "frozen")]
     for slot, job in enumerate(jobs):
         one = engine(1)
         alone = run(one, [job])[job.user]
@@ -171,6 +171,6 @@ def test_cores_of_two_parents_sleep_each_beside_their_own(tmp_path):
         scored = []
         for its, place in ((two, slot), (one, 0)):
             with its.model.route.everything_to(place):
-                scored.append(kept_log_probs(its.model.base, held_out, None, None, "", True, its.prefixes).log_probs)
+                scored.append(cached_log_probs(its.model.base, held_out, None, None, "", True, its.prefixes).log_probs)
         for mine, theirs in zip(*scored, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)

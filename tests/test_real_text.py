@@ -6,8 +6,8 @@ import pytest
 from conftest import DATA
 
 from perce_lite.evaluation.summary import train_and_measure
-from perce_lite.model.adapters import about
-from perce_lite.model.generate import from_folder
+from perce_lite.model.adapters import read_metadata
+from perce_lite.model.generate import generate_from_folder
 from perce_lite.recipe import load_recipe
 
 DOCS = DATA / "curl_commits" / "docs.jsonl"
@@ -34,14 +34,14 @@ def test_short_training_on_commit_messages(real_model, tmp_path):
     assert losses["own"]["adapter"] < losses["own"]["base"] - 0.05, "training lowered the held-out loss"
     assert losses["own"]["adapter"] < losses["other user's"]["adapter"], "the own profile beats another user's"
     assert losses["own"]["rows"] == 8
-    card = about(tmp_path / "out" / "adapter")
+    card = read_metadata(tmp_path / "out" / "adapter")
     texts = [json.loads(line)["text"] for line in DOCS.read_text(encoding="utf-8").splitlines()]
     assert not any(text in json.dumps(card, ensure_ascii=False) for text in texts if len(text) > 40)
     again = train_and_measure(recipe)
     assert again["losses"] == figures["losses"], "a finished run is not trained again"
     options = {"max_new_tokens": 12, "profile": "", "user": None}
     adapter, base = (
-        from_folder(tmp_path / "out" / "adapter", "Write a commit message.", use_adapter=on, **options)
+        generate_from_folder(tmp_path / "out" / "adapter", "Write a commit message.", use_adapter=on, **options)
         for on in (True, False)
     )
     assert adapter["answer"] != base["answer"]

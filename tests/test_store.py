@@ -18,7 +18,7 @@ from perce_lite.data.pairs import IGNORED, PairMaker, Tokens
 from perce_lite.data.rows import from_columns
 from perce_lite.model import scoring as score
 from perce_lite.model.logprob_store import Store, clear, entry_key, usage
-from perce_lite.model.scoring import Job, kept_log_probs, store_key
+from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_key
 
 ODD = [0.0, -0.0, 1e-45, -1e-38, -3.4028235e38, float("inf"), float("nan"), -1.0000001, -17.25]
 
@@ -212,7 +212,7 @@ def jobs(family="chatml"):
     """Jobs of three users, interleaved, both terms of every row."""
     rows = [from_columns(record, f"row {n}") for n, record in enumerate(toys.toy_rows(3, 2))]
     pairs = PairMaker(toys.toy_tokenizer(family)).make(rows[::2] + rows[1::2])
-    return [Job(pair.row.user, tokens) for pair in pairs for tokens in (pair.factual, pair.counterfactual)]
+    return [ScoringJob(pair.row.user, tokens) for pair in pairs for tokens in (pair.factual, pair.counterfactual)]
 
 
 def forbid(*_):
@@ -222,7 +222,7 @@ def forbid(*_):
 def test_the_second_call_makes_no_forward_and_gives_the_same_bits(tmp_path, monkeypatch):
     model, todo = toys.toy_model("chatml", toys.VOCAB_SIZE), jobs()
     store = Store(tmp_path, store_key(model, None))
-    first = kept_log_probs(model, todo, store, None, "scoring")
+    first = cached_log_probs(model, todo, store, None, "scoring")
     assert first.hits == 0
     for job, values in zip(todo, first.log_probs, strict=True):  # in the order of the jobs, and right
         labels = torch.tensor(job.tokens.labels)
@@ -230,17 +230,17 @@ def test_the_second_call_makes_no_forward_and_gives_the_same_bits(tmp_path, monk
         picked = logits.log_softmax(-1)[labels[1:] != IGNORED].gather(1, labels[labels != IGNORED][:, None])[:, 0]
         torch.testing.assert_close(values.double(), picked, atol=1e-4, rtol=0)
     model.float()
-    again = kept_log_probs(model, todo, None, None, "scoring").log_probs
+    again = cached_log_probs(model, todo, None, None, "scoring").log_probs
     assert all(same_bits(*both) for both in zip(again, first.log_probs, strict=True))
-    changed = Job(todo[0].user, Tokens(todo[0].tokens.ids, [IGNORED, *todo[0].tokens.ids[1:]]))
-    assert kept_log_probs(model, [changed, *todo], store, None, "scoring").hits == len(todo)
+    changed = ScoringJob(todo[0].user, Tokens(todo[0].tokens.ids, [IGNORED, *todo[0].tokens.ids[1:]]))
+    assert cached_log_probs(model, [changed, *todo], store, None, "scoring").hits == len(todo)
     monkeypatch.setattr(score, "batch_log_probs", forbid)
     model.model.register_forward_pre_hook(forbid)
-    second = kept_log_probs(model, todo[::-1], store, None, "scoring")
+    second = cached_log_probs(model, todo[::-1], store, None, "scoring")
     assert second.hits == len(todo)
     assert all(same_bits(*both) for both in zip(second.log_probs[::-1], first.log_probs, strict=True))
     with pytest.raises(AssertionError, match="a forward"):
-        kept_log_probs(model, todo, Store(tmp_path, "another"), None, "scoring")
+        cached_log_probs(model, todo, Store(tmp_path, "another"), None, "scoring")
 
 
 def test_a_pass_that_stops_goes_on_where_it_was(tmp_path, monkeypatch):
@@ -256,9 +256,9 @@ def test_a_pass_that_stops_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(score, "_SECONDS_BETWEEN_WRITES", -1.0)
     monkeypatch.setattr(score, "batch_log_probs", stops)
     with pytest.raises(KeyboardInterrupt):
-        kept_log_probs(model, todo, Store(tmp_path, "base"), None, "scoring")
+        cached_log_probs(model, todo, Store(tmp_path, "base"), None, "scoring")
     monkeypatch.setattr(score, "batch_log_probs", real)
-    assert kept_log_probs(model, todo, Store(tmp_path, "base"), None, "scoring").hits == 5
+    assert cached_log_probs(model, todo, Store(tmp_path, "base"), None, "scoring").hits == 5
 
 
 def test_store_key_changes_with_what_the_base_computes_with_and_not_with_its_adapter(tmp_path):
@@ -291,7 +291,7 @@ def test_store_key_changes_with_what_the_base_computes_with_and_not_with_its_ada
 def test_store_key_changes_with_the_config():
     models = [toys.toy_model("gemma", toys.VOCAB_SIZE) for _ in range(2)]
     models[1].config.final_logit_softcapping = None
-    values = [kept_log_probs(model, jobs("gemma")[:1], None, None, "scoring").log_probs[0] for model in models]
+    values = [cached_log_probs(model, jobs("gemma")[:1], None, None, "scoring").log_probs[0] for model in models]
     assert not torch.equal(*values)
     keys = [store_key(model, None) for model in models]
     assert keys[0] != keys[1]

@@ -185,11 +185,11 @@ def generate(
     text = "" if no_profile else _text_or_file(profile)
     from transformers import set_seed
 
-    from perce_lite.model.generate import from_folder
+    from perce_lite.model.generate import generate_from_folder
 
     set_seed(seed)
     options = _sampling(temperature, top_p)
-    figures = from_folder(adapter, prompt, text, user, max_new_tokens, not base, stream=True, **options)
+    figures = generate_from_folder(adapter, prompt, text, user, max_new_tokens, not base, stream=True, **options)
     write(json, figures)
 
 
@@ -213,9 +213,9 @@ def chat(
 
     from perce_lite.cli import chat as conversation
     from perce_lite.model import adapters
-    from perce_lite.model.generate import opened
+    from perce_lite.model.generate import load_adapter
 
-    its = opened(adapters.about(adapter))
+    its = load_adapter(adapters.read_metadata(adapter))
     set_seed(seed)
     conversation.chat(its, text, user, max_new_tokens, **_sampling(temperature, top_p))
 

@@ -20,7 +20,7 @@ from perce_lite.data.readers import UserTexts, user_texts
 from perce_lite.data.rows import Message, Profiled
 from perce_lite.errors import DataError, PerceLiteError
 from perce_lite.model.fused_head import base_of
-from perce_lite.model.generate import Opened, generate
+from perce_lite.model.generate import LoadedAdapter, generate
 from perce_lite.recipe_checks import nearest
 
 HELP = {
@@ -76,7 +76,7 @@ class Conversation:
     told: takes each line that is said about the conversation and is no answer
     """
 
-    opened: Opened
+    opened: LoadedAdapter
     max_new_tokens: int
     told: Callable[[str], None]
     options: dict[str, Any] = field(default_factory=dict)
@@ -296,10 +296,10 @@ def tell(message: str) -> None:
     errors.print(message, style="dim" if sys.stdin.isatty() else None, markup=False, soft_wrap=True)
 
 
-def chat(opened: Opened, profile: str | None, user: str | None, max_new_tokens: int, **options: Any) -> None:
+def chat(opened: LoadedAdapter, profile: str | None, user: str | None, max_new_tokens: int, **options: Any) -> None:
     """Talks to an adapter on standard input and output until the input ends.
 
-    profile, user: as `generate.from_folder` takes them; options: of transformers' `generate`
+    profile, user: as `generate.generate_from_folder` takes them; options: of transformers' `generate`
 
     Raises:
         DataError: a user whom the data does not know.
@@ -311,7 +311,7 @@ def chat(opened: Opened, profile: str | None, user: str | None, max_new_tokens: 
     talk(conversation, typed(tell))
 
 
-def greeting(opened: Opened, has_profile: bool) -> str:
+def greeting(opened: LoadedAdapter, has_profile: bool) -> str:
     """What the first line says: whom one talks to, and whether it needs a profile."""
     name = f"An adapter for {opened.recipe.model}."
     if opened.card["train_on"] == "counterfactual":

@@ -14,7 +14,7 @@ from perce_lite.data.retrieval import Bm25Index, Item
 from perce_lite.data.rows import Row, swap_profiles
 from perce_lite.evaluation.metrics import Array, Bootstrap
 from perce_lite.model.logprob_store import Store
-from perce_lite.model.scoring import Job, kept_log_probs
+from perce_lite.model.scoring import ScoringJob, cached_log_probs
 from perce_lite.training.loss import pir
 
 PARTS = ("all", "personal", "others")
@@ -93,8 +93,8 @@ def score_cases(
     adapters: bool,
 ) -> dict[str, list[Tensor]]:
     """Log-probs of each case's response, (R,) float64, nats, under each of `profiles`."""
-    jobs = [Job(case.pair.row.user, case.passes[name]) for name in profiles for case in found]
-    scored = kept_log_probs(model, jobs, store, autocast, what, adapters).log_probs
+    jobs = [ScoringJob(case.pair.row.user, case.passes[name]) for name in profiles for case in found]
+    scored = cached_log_probs(model, jobs, store, autocast, what, adapters).log_probs
     size = len(found)
     return {
         name: [values.double() for values in scored[index * size : (index + 1) * size]]

@@ -22,7 +22,7 @@ from perce_lite.model import adapters
 from perce_lite.model.base import load_base
 from perce_lite.model.generate import generate
 from perce_lite.model.logprob_store import Store
-from perce_lite.model.scoring import Job, kept_log_probs, store_key
+from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_key
 from perce_lite.recipe import Recipe, training_config
 
 BASE = "base"
@@ -65,8 +65,8 @@ def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
                 split: score_cases(model, some, list(some[0].passes), store, config.autocast, f"{arm}, {split}", on)
                 for split, some in found.items()
             }
-            jobs = [Job("general", tokens) for tokens in general]
-            plain[arm] = kept_log_probs(model, jobs, store, config.autocast, f"{arm}, general", on).log_probs
+            jobs = [ScoringJob("general", tokens) for tokens in general]
+            plain[arm] = cached_log_probs(model, jobs, store, config.autocast, f"{arm}, general", on).log_probs
             texts += kept.of(model, answered, arm, on, key)
     return {
         "model": recipe.model,
@@ -117,7 +117,7 @@ def _named(folders: Sequence[Path], recipe: Recipe) -> dict[str, Path | None]:
         raise AdapterError("No adapter was given: --adapter FOLDER, once for each.")
     named: dict[str, Path | None] = {}
     for folder in folders:
-        card = adapters.about(folder)  # all faults before any scoring
+        card = adapters.read_metadata(folder)  # all faults before any scoring
         adapters.same_pass(folder, recipe)
         if _split_of(card["recipe"]) != _split_of(recipe.model_dump(mode="json")):
             warn(f"{folder} was trained with another split of the data: rows it is judged on may be rows it has seen")

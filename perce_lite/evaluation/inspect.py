@@ -23,7 +23,7 @@ from perce_lite.evaluation.conditions import id_of
 from perce_lite.evaluation.metrics import FEW_USERS, Bootstrap
 from perce_lite.model import adapters
 from perce_lite.model.base import load_base
-from perce_lite.model.scoring import Job, kept_log_probs, store_of
+from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.training import loss
 
@@ -102,14 +102,14 @@ def _score(
     autocast = config.autocast
     store = store_of(config.store, model, autocast)
     users = [pair.row.user for pair in pairs]
-    twins = [Job(user, pair.counterfactual) for user, pair in zip(users, pairs, strict=True)]
-    factual = [Job(user, pair.factual) for user, pair in zip(users, pairs, strict=True)]
-    factual += [Job(user, tokens) for user, tokens in zip(users, swapped, strict=True) if tokens is not None]
+    twins = [ScoringJob(user, pair.counterfactual) for user, pair in zip(users, pairs, strict=True)]
+    factual = [ScoringJob(user, pair.factual) for user, pair in zip(users, pairs, strict=True)]
+    factual += [ScoringJob(user, tokens) for user, tokens in zip(users, swapped, strict=True) if tokens is not None]
     if adapter_on:
-        counterfactuals = kept_log_probs(model, twins, store, autocast, "Scoring under the base").log_probs
-        factuals = kept_log_probs(model, factual, None, autocast, "Scoring with the adapter", True).log_probs
+        counterfactuals = cached_log_probs(model, twins, store, autocast, "Scoring under the base").log_probs
+        factuals = cached_log_probs(model, factual, None, autocast, "Scoring with the adapter", True).log_probs
     else:
-        both = kept_log_probs(model, [*twins, *factual], store, autocast, "Scoring under the base").log_probs
+        both = cached_log_probs(model, [*twins, *factual], store, autocast, "Scoring under the base").log_probs
         counterfactuals, factuals = both[: len(pairs)], both[len(pairs) :]
     rest = iter(factuals[len(pairs) :])
     return [

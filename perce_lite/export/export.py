@@ -49,7 +49,7 @@ def export(
         AdapterError: no adapter, or one of another base; DiskFullError: no space left, and nothing was written.
     """
     check_options(target, base_gguf, quant)
-    card = adapters.about(folder)
+    card = adapters.read_metadata(folder)
     source = Path(card["folder"])
     preflight(card, target)
     place = out or source.with_name(f"{source.name}-{target}")

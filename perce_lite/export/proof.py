@@ -26,7 +26,7 @@ from perce_lite.files import read_json
 from perce_lite.model import adapters
 from perce_lite.model.base import Base, load_base, sketch
 from perce_lite.model.fingerprint import hash_tensor
-from perce_lite.model.scoring import log_probs
+from perce_lite.model.scoring import compute_log_probs
 from perce_lite.recipe import Recipe, Template
 
 PROOF = "proof.json"
@@ -218,7 +218,7 @@ def expected(model: nn.Module, ids: Sequence[int], adapters: bool, prefix: int =
     scored = min(_SCORED, len(ids) - 1)
     labels = [IGNORED] * (len(ids) - scored) + list(ids[-scored:])
     found: list[float] = []
-    log_probs(
+    compute_log_probs(
         model, [Tokens(list(ids), labels, prefix)], adapters, None, lambda _, values: found.extend(values.tolist())
     )
     return found

@@ -75,7 +75,7 @@ def _write_adapter(job: Job, aside: Path) -> dict[str, Any]:
         model, tokenizer = _on(base.model, base.tokenizer, job)
         proof = record(model, tokenizer, recipe, job.target, TIGHT)
         tokenizer.save_pretrained(aside)
-    for name in ("adapter_model.safetensors", "adapter_config.json", adapters.CARD):
+    for name in ("adapter_model.safetensors", "adapter_config.json", adapters.METADATA):
         shutil.copyfile(job.source / name, aside / name)
     if proof.invocation:
         config = read_json(aside / "adapter_config.json")

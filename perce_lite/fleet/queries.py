@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from perce_lite.errors import FleetError
-from perce_lite.files import CARD, bytes_of, read_json, safe_name
+from perce_lite.files import METADATA, bytes_of, read_json, safe_name
 from perce_lite.fleet.groups import EVERYBODY, Key, key_of
 from perce_lite.fleet.registry import FILE, KEPT, Adapter, Registry, held
 
@@ -73,7 +73,7 @@ def _known(registry: Registry, user: str) -> tuple[str | None, int, bool]:
 
 def _is_of(folder: Path, adapter: Adapter) -> bool:
     """Whether `folder` holds what the book says was trained and judged, not what a killed run left after it."""
-    card = read_json(folder / CARD)
+    card = read_json(folder / METADATA)
     return card is not None and card.get("run") == adapter.trained_run
 
 
@@ -91,7 +91,7 @@ def show(registry: Registry, name: str) -> dict[str, Any]:
     if found is None:
         raise FleetError(f"{name}: the fleet has no such adapter; perce-lite adapters who USER says what serves a user")
     told = {"state": found.state, "trained": trained(found), **asdict(found)}
-    card = read_json(registry.folder / found.folder / "adapter" / CARD)
+    card = read_json(registry.folder / found.folder / "adapter" / METADATA)
     return told if card is None else {**told, **lineage(card)}
 
 
@@ -123,10 +123,10 @@ def verify(registry: Registry) -> list[str]:
         if adapter.trained_run is None:
             continue
         folder = registry.folder / adapter.folder / "adapter"
-        card = read_json(folder / CARD)
+        card = read_json(folder / METADATA)
         fault = None
         if card is None:
-            fault = f"{folder / CARD} is missing or torn"
+            fault = f"{folder / METADATA} is missing or torn"
         elif card.get("run") != adapter.trained_run:
             fault = f"{folder} holds an adapter of another training than the book says"
         else:

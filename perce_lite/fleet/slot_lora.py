@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from perce_lite.errors import AdapterError, ConfigError, NonFiniteLossError
 from perce_lite.files import folder_written_aside, write_json, write_text
 from perce_lite.fleet.slot_routing import Route
-from perce_lite.model.adapters import CARD, versions
+from perce_lite.model.adapters import METADATA, versions
 from perce_lite.model.base import fingerprint, keep_base_constant, sketch
 from perce_lite.model.lora_core import folded
 from perce_lite.model.model_card import model_card
@@ -345,5 +345,5 @@ def save_slot(model: SlotModel, state: Mapping[str, Tensor], folder: Path, about
     with folder_written_aside(folder) as aside:
         save_file(dict(state), aside / "adapter_model.safetensors", metadata={"format": "pt"})
         model.config.save_pretrained(str(aside))
-        write_json(aside / CARD, {**about, **model.provenance})
+        write_json(aside / METADATA, {**about, **model.provenance})
         write_text(aside / "README.md", model_card(about))

@@ -22,8 +22,16 @@ from perce_lite.errors import AdapterError, ConfigError, DataError, PerceLiteErr
 from perce_lite.fleet.slot_lora import SlotModel, attach
 from perce_lite.fleet.slot_user import Learner, Result, Unfinished, UserJob
 from perce_lite.model.fused_head import never_met, scoring_forward, training_forward
-from perce_lite.model.prefix_cache import Prefixes, look_ahead
-from perce_lite.model.scoring import batch_log_probs, behind, frozen, in_dtype, inputs_of, read_prefixes, store_of
+from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
+from perce_lite.model.scoring import (
+    autocast_to,
+    batch_log_probs,
+    encode_prefixes,
+    model_inputs,
+    no_grad_eval,
+    store_of,
+    with_prefix,
+)
 from perce_lite.training.loss import weighted_nll
 from perce_lite.training.reference_logprobs import reference_log_probs, scored_passes
 
@@ -63,9 +71,9 @@ class SlotEngine:
         self.store = store_of(args.store, base, args.autocast) if scored_passes(args) else None
         self.forward = training_forward(base)
         self.scoring_forward = scoring_forward(base)
-        self.prefixes = Prefixes(_reader(self.model, args))
+        self.prefixes = PrefixCache(_reader(self.model, args))
         if args.profile_pass == "frozen":
-            look_ahead(base, self.prefixes)
+            enable_prefix_attention(base, self.prefixes)
 
     def run(
         self,
@@ -168,7 +176,7 @@ class SlotEngine:
         batch = self.collator([training.features[row] for training, row in taken])
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         if "prefix" in batch:
-            batch = behind(batch, batch.pop("prefix"), self.prefixes)
+            batch = with_prefix(batch, batch.pop("prefix"), self.prefixes)
         with self.model.route.of([training.slot for training, _ in taken]):
             if self.args.estimator == "bootstrap":
                 batch["counterfactual"] = self._without_profile(taken)
@@ -195,7 +203,7 @@ class SlotEngine:
         """Each user's weighted loss, nats a token of that user's accumulation window."""
         scored = batch["labels"][:, 1:] != IGNORED
         given = {name: batch[name] for name in _GIVEN if name in batch}
-        with in_dtype(self.device, self.args.autocast):
+        with autocast_to(self.device, self.args.autocast):
             flat = self.forward(**given, use_cache=False)  # (N,), row after row
         constant = {name: batch[name][:, 1:][scored] for name in trainings[0].found.columns}
         if "counterfactual" in batch:
@@ -225,8 +233,8 @@ class SlotEngine:
         """Log-probs (N,) of the same rows under the same slots, without the profile."""
         twins = [training.job.pairs[row].counterfactual for training, row in taken]
         slept = self.prefixes if self.args.profile_pass == "frozen" else None
-        inputs = inputs_of(twins, self.collator.pad_token_id, self.device, slept)
-        with frozen(self.model.base, adapters=True):
+        inputs = model_inputs(twins, self.collator.pad_token_id, self.device, slept)
+        with no_grad_eval(self.model.base, adapters=True):
             return batch_log_probs(self.scoring_forward, inputs, self.args.autocast)
 
     def _update(self, due: Sequence[Learner]) -> dict[int, PerceLiteError]:
@@ -250,7 +258,7 @@ def _reader(model: SlotModel, args: PerCEConfig) -> Callable[[Sequence[tuple[int
 
     def read(prefixes: Sequence[tuple[int, ...]]) -> list[DynamicCache]:
         with model.route.bare():
-            return read_prefixes(model.base, prefixes, args.autocast)
+            return encode_prefixes(model.base, prefixes, args.autocast)
 
     return read
 

@@ -15,7 +15,7 @@ from perce_lite.console import warn
 from perce_lite.data.pairs import IGNORED, Pair
 from perce_lite.errors import PerceLiteError
 from perce_lite.files import written_aside
-from perce_lite.model.prefix_cache import Prefixes
+from perce_lite.model.prefix_cache import PrefixCache
 from perce_lite.training.loss import weight_statistics
 from perce_lite.training.order import steps_of, windows
 from perce_lite.training.reference_logprobs import ReferenceLogProbs, trained_tokens
@@ -90,7 +90,7 @@ class Learner:
         found: ReferenceLogProbs,
         parameters: list[Tensor],
         args: PerCEConfig,
-        prefixes: Prefixes,
+        prefixes: PrefixCache,
     ) -> None:
         seed = args.seed if job.seed is None else job.seed
         self.slot, self.job, self.found, self.parameters, self.args = slot, job, found, parameters, args

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from perce_lite.errors import AdapterError, NonFiniteLossError
-from perce_lite.files import CARD as CARD
+from perce_lite.files import METADATA as METADATA
 from perce_lite.files import folder_written_aside, read_json, write_json, write_text
 from perce_lite.model.base import fingerprint, same_base, sketch
 from perce_lite.model.lora_core import plain_state
@@ -36,11 +36,11 @@ def save(model: PeftModel, folder: Path, about: dict[str, Any]) -> None:
     known = {"base": {**sketch(base), "fingerprint": fingerprint(model)}, "versions": versions()}
     with folder_written_aside(folder) as aside:
         model.save_pretrained(aside, state_dict=plain_state(model))
-        write_json(aside / CARD, {**about, **known})
+        write_json(aside / METADATA, {**about, **known})
         write_text(aside / "README.md", model_card(about))
 
 
-def about(folder: Path) -> dict[str, Any]:
+def read_metadata(folder: Path) -> dict[str, Any]:
     """What `perce_lite.json` says.
 
     Raises:
@@ -51,19 +51,19 @@ def about(folder: Path) -> dict[str, Any]:
             f"{folder}: there is no such folder. An adapter lies in <output_dir>/adapter after training."
         )
     for nested in (folder, folder / "adapter"):
-        card = read_json(nested / CARD)
+        card = read_json(nested / METADATA)
         if isinstance(card, dict) and (nested / "adapter_model.safetensors").is_file():
             _check(card, nested)
             return {**card, "folder": str(nested)}
     raise AdapterError(
-        f"{folder}: no adapter of PerCE Lite: it needs adapter_model.safetensors, adapter_config.json and {CARD}. Give "
-        "the folder that `perce-lite train` named at its end."
+        f"{folder}: no adapter of PerCE Lite: it needs adapter_model.safetensors, adapter_config.json and {METADATA}. "
+        "Give the folder that `perce-lite train` named at its end."
     )
 
 
 def same_pass(folder: Path, recipe: Recipe) -> None:
     """Raises AdapterError where the adapter in `folder` was not trained with the `profile_pass` of `recipe`."""
-    theirs, ours = Recipe.model_validate(about(folder)["recipe"]).profile_pass, recipe.profile_pass
+    theirs, ours = Recipe.model_validate(read_metadata(folder)["recipe"]).profile_pass, recipe.profile_pass
     if theirs != ours:
         raise AdapterError(
             f"{folder}: this adapter was trained with profile_pass: {theirs} and would be used with {ours}, which is "
@@ -83,8 +83,8 @@ def _check(card: dict[str, Any], folder: Path) -> None:
     written, here = card.get("versions", {}).get("perce-lite", "unknown"), importlib.metadata.version("perce-lite")
     whose = "an earlier state of this version" if written == here else f"another version, {written}; this is {here}"
     raise AdapterError(
-        f"{folder}: its {CARD} was written by PerCE Lite in {whose}. It does not fit in: {', '.join(missing)}. Train "
-        "it anew, install what wrote it, or load the folder with peft."
+        f"{folder}: its {METADATA} was written by PerCE Lite in {whose}. It does not fit in: {', '.join(missing)}. "
+        "Train it anew, install what wrote it, or load the folder with peft."
     )
 
 
@@ -94,7 +94,7 @@ def load(base: PreTrainedModel, folder: Path) -> PeftModel:
     Raises:
         AdapterError: the folder holds no adapter, or one that was trained on another base.
     """
-    card = about(folder)
+    card = read_metadata(folder)
     theirs = card["base"]
     ours = sketch(base)
     if not same_base(theirs, ours):
@@ -115,7 +115,7 @@ def start_from(model: PeftModel, folder: Path) -> None:
     Raises:
         AdapterError: no adapter there, or one of another shape or base.
     """
-    card = about(folder)
+    card = read_metadata(folder)
     ours = sketch(model.get_base_model())
     weights = load_file(Path(card["folder"]) / "adapter_model.safetensors")
     missing = set(get_peft_model_state_dict(model)) ^ set(weights)

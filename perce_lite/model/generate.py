@@ -17,7 +17,7 @@ from perce_lite.errors import AdapterError
 from perce_lite.model import adapters
 from perce_lite.model.base import load_base
 from perce_lite.model.fused_head import base_of
-from perce_lite.model.scoring import frozen, in_dtype, read_prefix
+from perce_lite.model.scoring import autocast_to, encode_prefix, no_grad_eval
 from perce_lite.recipe import Recipe
 
 
@@ -42,9 +42,9 @@ def generate(
     ids = torch.tensor([asked.ids], device=device)
     known = options.get("past_key_values")
     if use_adapter and asked.prefix_length > (0 if known is None else known.get_seq_length()):  # the bare base reads it
-        options["past_key_values"] = read_prefix(model, asked.prefix_ids, autocast, known)
+        options["past_key_values"] = encode_prefix(model, asked.prefix_ids, autocast, known)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    with frozen(model, adapters=use_adapter), in_dtype(device, autocast):
+    with no_grad_eval(model, adapters=use_adapter), autocast_to(device, autocast):
         out = base_of(model).generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -58,7 +58,7 @@ def generate(
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedAdapter:
     """An adapter's folder, loaded: its base with it on, and what makes the prompts that training saw."""
 
     card: dict[str, Any]
@@ -68,8 +68,8 @@ class Opened:
     autocast: torch.dtype | None
 
 
-def opened(card: dict[str, Any]) -> Opened:
-    """The adapter whose `adapters.about` is `card`, on its base, in eval mode.
+def load_adapter(card: dict[str, Any]) -> LoadedAdapter:
+    """The adapter whose `adapters.read_metadata` is `card`, on its base, in eval mode.
 
     Raises:
         ModelError, DeviceError: its base cannot be loaded; AdapterError: the base is another one now.
@@ -81,10 +81,10 @@ def opened(card: dict[str, Any]) -> Opened:
     base.tokenizer.chat_template = card["chat_template"]
     maker = PairMaker.of(recipe, base.tokenizer, recipe.train.get("max_length", 1024))
     dtype = chosen_dtype(recipe.dtype, pick_device(recipe.device))
-    return Opened(card, recipe, model, maker, None if dtype == torch.float32 else dtype)
+    return LoadedAdapter(card, recipe, model, maker, None if dtype == torch.float32 else dtype)
 
 
-def from_folder(
+def generate_from_folder(
     folder: Path,
     prompt: str,
     profile: str | None,
@@ -102,7 +102,7 @@ def from_folder(
     Raises:
         AdapterError: no adapter there, or a profile is missing that the adapter was trained with.
     """
-    card = adapters.about(folder)
+    card = adapters.read_metadata(folder)
     chosen: Profiled
     if user is not None:
         trained_with = Recipe.model_validate(card["recipe"])
@@ -116,7 +116,7 @@ def from_folder(
         )
     else:
         chosen = ""
-    its = opened(card)
+    its = load_adapter(card)
     message = [{"role": "user", "content": prompt}]
     chosen = its.maker.fitting(message, chosen)
     answer = generate(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from perce_lite.errors import ConfigError
 
 
-class CoredB(nn.Module):
+class CoreB(nn.Module):
     """Stands in the place of peft's `lora_B`: `frozen` (out, r) is B, and `core` (r, r) is trained."""
 
     frozen: Tensor
@@ -34,7 +34,7 @@ class CoredB(nn.Module):
         return nn.functional.linear(nn.functional.linear(x, self.core), self.frozen)
 
 
-def freeze(model: PeftModel) -> None:
+def add_cores(model: PeftModel) -> None:
     """Freezes the adapter on `model` as it is and gives each of its layers a core to train.
 
     Raises:
@@ -53,7 +53,7 @@ def freeze(model: PeftModel) -> None:
             weight = first.weight.detach()
             del first.weight
             first.register_buffer("weight", weight)
-            layer.lora_B[name] = CoredB(layer.lora_B[name].weight)
+            layer.lora_B[name] = CoreB(layer.lora_B[name].weight)
 
 
 def faults(layers: Mapping[str, LoraLayer]) -> list[str]:
@@ -74,7 +74,7 @@ def folded(b: Tensor, core: Tensor) -> Tensor:
 
 def plain_state(model: PeftModel) -> dict[str, Tensor] | None:
     """The state of `model` with every core folded into its B, as peft would name it; None where there is no core."""
-    cored = {path: module for path, module in model.named_modules() if isinstance(module, CoredB)}
+    cored = {path: module for path, module in model.named_modules() if isinstance(module, CoreB)}
     if not cored:
         return None
     state: dict[str, Tensor] = model.state_dict()

@@ -34,7 +34,7 @@ _NOBODY, _PADDING = -2, -1
 """Owners of a place among the keys that no token may look at, and of a token that is padding."""
 
 
-class Ahead:
+class PrefixAttention:
     """What stands ahead of a batch (B, T): the keys and values of its prefixes, and who may look at what.
 
     caches: a row's prefixes in the order of its segments; several in a packed row
@@ -88,7 +88,7 @@ class Ahead:
         return torch.nn.functional.pad(whole, (0, 0, self._width - whole.shape[2], 0))
 
 
-class Prefixes:
+class PrefixCache:
     """The prefixes of a data set, as `read` gives them: for several ids what each leaves, (1, heads, P, d) a layer.
 
     One that several rows share is read alone, so that what it leaves depends on nothing but itself, and kept for the
@@ -166,7 +166,7 @@ class Prefixes:
         segments: of each row, the prefix and the tokens of each of its segments
         """
         caches = self._of(list(dict.fromkeys(ids for row in segments for ids, _ in row)))
-        made = Ahead(
+        made = PrefixAttention(
             [[caches[ids] for ids, _ in row] for row in segments],
             [[count for _, count in row] for row in segments],
             length,
@@ -218,7 +218,7 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    ahead: Ahead | None = None,
+    ahead: PrefixAttention | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function `name` on (B, heads, T, d), which looks at what is `ahead` too."""
@@ -245,7 +245,7 @@ for _name, _own in _OURS.items():
     AttentionMaskInterface.register(_own, ALL_MASK_ATTENTION_FUNCTIONS[_name])
 
 
-def look_ahead(base: PreTrainedModel, prefixes: Prefixes) -> None:
+def enable_prefix_attention(base: PreTrainedModel, prefixes: PrefixCache) -> None:
     """Lets every layer of `base` take an `ahead` of its `prefixes`; without one all is as before.
 
     Raises:

@@ -20,7 +20,7 @@ from perce_lite.files import digest
 from perce_lite.model.base import adapter_fingerprint, fingerprint
 from perce_lite.model.fused_head import base_of, scoring_forward
 from perce_lite.model.logprob_store import Store, entry_key
-from perce_lite.model.prefix_cache import Prefixes, look_ahead
+from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
 
 SCORING_VERSION = 1
 """Part of a store's key: raise it when the arithmetic below changes."""
@@ -29,7 +29,7 @@ _GPU_TOKENS = 8192  # tokens of a padded batch; the head is tiled, so hidden sta
 _SECONDS_BETWEEN_WRITES = 20.0
 
 
-class Job(NamedTuple):
+class ScoringJob(NamedTuple):
     """One sequence to score; `user` names its store file."""
 
     user: str
@@ -44,7 +44,7 @@ class Scored(NamedTuple):
 
 
 @contextmanager
-def frozen(model: torch.nn.Module, adapters: bool) -> Iterator[None]:
+def no_grad_eval(model: torch.nn.Module, adapters: bool) -> Iterator[None]:
     """Eval mode, no-grad, adapters off unless `adapters`; afterwards every mode and `requires_grad` is as before.
 
     peft switches gradients on for every active adapter when `disable_adapter` ends, a frozen one included.
@@ -63,14 +63,14 @@ def frozen(model: torch.nn.Module, adapters: bool) -> Iterator[None]:
             parameter.requires_grad_(mode)
 
 
-def in_dtype(device: torch.device, autocast: torch.dtype | None) -> torch.autocast:
+def autocast_to(device: torch.device, autocast: torch.dtype | None) -> torch.autocast:
     """The context in which every forward of ours runs: autocast to a dtype, or None for float32."""
     return torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
 
 
 def batch_log_probs(forward: Callable[..., Tensor], inputs: Mapping[str, Any], autocast: torch.dtype | None) -> Tensor:
-    """Log-probs (N,) float32 of a batch's scored tokens, row after row, by `scoring_forward`. Call it in `frozen`."""
-    with in_dtype(inputs["input_ids"].device, autocast):
+    """Log-probs (N,) float32 of a batch's scored tokens, by `scoring_forward`. Call it in `no_grad_eval`."""
+    with autocast_to(inputs["input_ids"].device, autocast):
         return forward(**inputs, use_cache=False).float()
 
 
@@ -87,7 +87,7 @@ def padded(sequences: Sequence[Tokens], pad_id: int, device: torch.device) -> di
     }
 
 
-def read_prefix(
+def encode_prefix(
     model: torch.nn.Module, ids: Sequence[int], autocast: torch.dtype | None, cache: DynamicCache | None = None
 ) -> DynamicCache:
     """Keys and values (1, heads, P, d) a layer that the bare base has for `ids`, read without gradients.
@@ -99,10 +99,10 @@ def read_prefix(
     return cache
 
 
-def read_prefixes(
+def encode_prefixes(
     model: torch.nn.Module, prefixes: Sequence[Sequence[int]], autocast: torch.dtype | None
 ) -> list[DynamicCache]:
-    """As `read_prefix`, of several in one forward: they are padded behind their ends, where none of them looks."""
+    """As `encode_prefix`, of several in one forward: they are padded behind their ends, where none of them looks."""
     whole, length = DynamicCache(), max(map(len, prefixes))
     _read(model, [[*ids, *[0] * (length - len(ids))] for ids in prefixes], autocast, whole)
     if len(prefixes) == 1:
@@ -121,23 +121,23 @@ def _read(
 ) -> None:
     """Fills `cache` with what the bare base has for `ids` (B, P)."""
     device = next(model.parameters()).device
-    with frozen(model, adapters=False), in_dtype(device, autocast):
+    with no_grad_eval(model, adapters=False), autocast_to(device, autocast):
         base_of(model).base_model(input_ids=torch.tensor(ids, device=device), past_key_values=cache, use_cache=True)
 
 
-def prefixes_of(model: torch.nn.Module, autocast: torch.dtype | None) -> Prefixes:
+def prefix_cache_of(model: torch.nn.Module, autocast: torch.dtype | None) -> PrefixCache:
     """The prefixes of `model`, none read yet; from now on its layers can look at what stands ahead of a batch.
 
     Raises:
         ConfigError: its attention cannot.
     """
-    prefixes = Prefixes(lambda several: read_prefixes(model, several, autocast))
-    look_ahead(base_of(model), prefixes)
+    prefixes = PrefixCache(lambda several: encode_prefixes(model, several, autocast))
+    enable_prefix_attention(base_of(model), prefixes)
     return prefixes
 
 
-def inputs_of(
-    sequences: Sequence[Tokens], pad_id: int, device: torch.device, prefixes: Prefixes | None
+def model_inputs(
+    sequences: Sequence[Tokens], pad_id: int, device: torch.device, prefixes: PrefixCache | None
 ) -> dict[str, Any]:
     """Inputs of a forward: of the whole sequences (B, T), or with `prefixes` of what follows each one's prefix."""
     if prefixes is None:
@@ -149,19 +149,19 @@ def inputs_of(
     return {**inputs, **prefixes.before(segments, inputs["input_ids"].shape[1], device)}
 
 
-def behind(inputs: Mapping[str, Any], numbers: Tensor, prefixes: Prefixes) -> dict[str, Any]:
+def with_prefix(inputs: Mapping[str, Any], numbers: Tensor, prefixes: PrefixCache) -> dict[str, Any]:
     """`inputs` of a forward of what follows the prefixes, whose `numbers` (B, T) name each token's; -1 is padding."""
     rest = {name: given for name, given in inputs.items() if name != "attention_mask"}
     return {**rest, **prefixes.ahead(numbers, rest.get("position_ids"))}
 
 
-def log_probs(
+def compute_log_probs(
     model: torch.nn.Module,
     sequences: Sequence[Tokens],
     adapters: bool,
     autocast: torch.dtype | None,
     done: Callable[[int, Tensor], None],
-    prefixes: Prefixes | None = None,
+    prefixes: PrefixCache | None = None,
 ) -> None:
     """Calls `done(index, log-probs (R,) float32 on the CPU)` for each sequence, in the order that suits the device.
 
@@ -173,12 +173,12 @@ def log_probs(
     if not (adapters and any(one.prefix_length for one in sequences)):
         prefixes = None
     elif prefixes is None:
-        prefixes = prefixes_of(model, autocast)
+        prefixes = prefix_cache_of(model, autocast)
 
     def scored(rows: Sequence[Tokens]) -> Tensor:
-        return batch_log_probs(forward, inputs_of(rows, 0, device, prefixes), autocast)
+        return batch_log_probs(forward, model_inputs(rows, 0, device, prefixes), autocast)
 
-    with frozen(model, adapters):
+    with no_grad_eval(model, adapters):
         todo = list(_batches(sequences, alone=device.type == "cpu"))
         while todo:
             batch = todo.pop(0)
@@ -245,19 +245,19 @@ _NO_ARITHMETIC = (
 """Keys of a config that do not change a log-prob; trainers set some of them."""
 
 
-def kept_log_probs(
+def cached_log_probs(
     model: torch.nn.Module,
-    jobs: Sequence[Job],
+    jobs: Sequence[ScoringJob],
     store: Store | None,
     autocast: torch.dtype | None,
     what: str,
     adapters: bool = False,
-    prefixes: Prefixes | None = None,
+    prefixes: PrefixCache | None = None,
 ) -> Scored:
     """Log-probs of `jobs`, the adapters off unless `adapters`: from `store` where it has them, else one forward each.
 
-    `store` is of `store_key(model, autocast, adapters)`; `what` names the progress bar; `prefixes` as in `log_probs`.
-    What is new goes to the store every few seconds, so that a killed pass goes on where it was.
+    `store` is of `store_key(model, autocast, adapters)`; `what` names the progress bar; `prefixes` as in
+    `compute_log_probs`. What is new goes to the store every few seconds, so that a killed pass resumes there.
     """
     # Without adapters it is all one where a prefix ends.
     keys = [
@@ -291,7 +291,7 @@ def kept_log_probs(
 
         try:
             if todo:
-                log_probs(model, [jobs[index].tokens for index in todo], adapters, autocast, done, prefixes)
+                compute_log_probs(model, [jobs[index].tokens for index in todo], adapters, autocast, done, prefixes)
         finally:
             keep()
     return Scored([found[index] for index in range(len(jobs))], hits)

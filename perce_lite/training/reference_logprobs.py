@@ -10,7 +10,7 @@ from perce_lite.config import PerCEConfig
 from perce_lite.data.pairs import IGNORED, Pair, Tokens
 from perce_lite.errors import DataError
 from perce_lite.model.logprob_store import Store
-from perce_lite.model.scoring import Job, kept_log_probs, runs, store_of
+from perce_lite.model.scoring import ScoringJob, cached_log_probs, runs, store_of
 from perce_lite.training import loss
 
 _PASSES: dict[str, tuple[str, ...]] = {
@@ -64,13 +64,13 @@ def reference_log_probs(
     if not passes:
         return ReferenceLogProbs({})
     jobs = [
-        Job(pair.row.user, pair.factual if name == "factual" else pair.counterfactual)
+        ScoringJob(pair.row.user, pair.factual if name == "factual" else pair.counterfactual)
         for name in passes
         for pair in pairs
     ]
     if store is None:
         store = store_of(args.store, model, args.autocast)
-    scored = kept_log_probs(model, jobs, store, args.autocast, "Scoring under the base")
+    scored = cached_log_probs(model, jobs, store, args.autocast, "Scoring under the base")
     by_pass = {name: scored.log_probs[i * len(pairs) : (i + 1) * len(pairs)] for i, name in enumerate(passes)}
     columns = {
         f"{name}_log_probs": [

@@ -76,7 +76,7 @@ class Run:
         Raises:
             RunError: the adapter in the folder is another run's.
         """
-        card = read_json(self.adapter / adapters.CARD)
+        card = read_json(self.adapter / adapters.METADATA)
         if card is not None and card.get("run") != self.name_in_metadata:
             self._refuse()
         return card is not None
@@ -122,7 +122,7 @@ class Run:
         """
         if read_json(self._marker) != {"run": self.fingerprint, "base": base}:
             self.drop_checkpoints()
-        if self.adapter.is_dir() and not _has_run(self.adapter / adapters.CARD):  # torn: it cannot be loaded
+        if self.adapter.is_dir() and not _has_run(self.adapter / adapters.METADATA):  # torn: it cannot be loaded
             shutil.rmtree(self.adapter)
 
     def drop_checkpoints(self) -> None:
@@ -144,7 +144,7 @@ class Run:
         if _has_run(self._marker):
             return True
         unknown = checkpoints_in(self.folder)
-        if self.adapter.exists() and not _has_run(self.adapter / adapters.CARD):
+        if self.adapter.exists() and not _has_run(self.adapter / adapters.METADATA):
             unknown.append(self.adapter)
         if unknown:
             raise RunError(

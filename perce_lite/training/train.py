@@ -16,7 +16,7 @@ from perce_lite.files import digest
 from perce_lite.model import adapters
 from perce_lite.model.base import Base, fingerprint, with_adapter
 from perce_lite.model.footprint import refuse_exports
-from perce_lite.model.lora_core import freeze
+from perce_lite.model.lora_core import add_cores
 from perce_lite.recipe import Recipe, refuse_cores, training_config
 from perce_lite.training.run import Run, run_of
 from perce_lite.training.trainer import PerCETrainer
@@ -71,7 +71,7 @@ def make_trainer(recipe: Recipe, base: Base, rows: Sequence[Row], start: Path | 
     if start is not None:
         adapters.start_from(model, start)
     if recipe.core_only:
-        freeze(model)
+        add_cores(model)
     trainer = PerCETrainer(
         model,
         config,

@@ -28,8 +28,8 @@ from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.files import disk_full_is_clear
 from perce_lite.model.base import keep_base_constant
 from perce_lite.model.fused_head import base_of, never_met, project_scored_positions_only, scoring_forward
-from perce_lite.model.prefix_cache import Prefixes, look_ahead
-from perce_lite.model.scoring import batch_log_probs, behind, frozen, read_prefixes
+from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
+from perce_lite.model.scoring import batch_log_probs, encode_prefixes, no_grad_eval, with_prefix
 from perce_lite.recipe import Template
 from perce_lite.training.loss import weight_statistics, weighted_nll
 from perce_lite.training.order import train_sampler
@@ -79,7 +79,7 @@ class PerCETrainer(SFTTrainer):
         self.audits: dict[str, Audit] = {}
         self.pairs: dict[str, list[Pair]] = {}
         self._template, self._max_profile_tokens = template, max_profile_tokens
-        self._prefixes = Prefixes(lambda several: read_prefixes(self.model, several, self.autocast))
+        self._prefixes = PrefixCache(lambda several: encode_prefixes(self.model, several, self.autocast))
         self.scoring_seconds, self.weight_scale, self.store_hits, self._prepared = 0.0, 1.0, 0.0, False
         tokenized = functools.partial(self._tokenized_rows, kwargs.get("processing_class"), args)
         train_dataset = tokenized("train", train_dataset)
@@ -98,7 +98,7 @@ class PerCETrainer(SFTTrainer):
         if next(self.model.parameters()).device.type == "cpu":
             project_scored_positions_only(self.model)
         if args.profile_pass == "frozen":
-            look_ahead(base_of(self.model), self._prefixes)
+            enable_prefix_attention(base_of(self.model), self._prefixes)
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the training loop counts
         bootstrap = args.estimator == "bootstrap"
         self._scoring_forward = scoring_forward(self.model) if bootstrap else None
@@ -239,13 +239,13 @@ class PerCETrainer(SFTTrainer):
 
     def _behind(self, inputs: dict[str, Any], numbers: Tensor | None) -> dict[str, Any]:
         """`inputs` of a forward, (B, T), behind the prefixes of these `numbers`, where there are some."""
-        return inputs if numbers is None else behind(inputs, numbers, self._prefixes)
+        return inputs if numbers is None else with_prefix(inputs, numbers, self._prefixes)
 
     def _without_profile(self, twin: dict[str, Any], labels: Tensor) -> Tensor:
         """Log-probs of the same adapter without the profile, laid out as the training forward's (B, T-1)."""
         assert self._scoring_forward is not None
         twin = self._behind(twin, twin.pop("prefix", None))
-        with frozen(self.model, adapters=True):
+        with no_grad_eval(self.model, adapters=True):
             flat = batch_log_probs(self._scoring_forward, twin, self.autocast)
         mask = labels[:, 1:] != IGNORED
         return torch.zeros(mask.shape, device=flat.device).masked_scatter(mask, flat)

@@ -27,7 +27,7 @@ from perce_lite.fleet.slot_trainer import SlotEngine
 from perce_lite.fleet.slot_user import Result, UserJob
 from perce_lite.model.base import Base, with_adapter
 from perce_lite.model.fused_head import training_forward
-from perce_lite.model.scoring import batch_log_probs, frozen, in_dtype, padded
+from perce_lite.model.scoring import autocast_to, batch_log_probs, no_grad_eval, padded
 from perce_lite.planning.oom_advice import let_go
 from perce_lite.recipe import Recipe, lora_config, training_config
 
@@ -260,10 +260,10 @@ def _log_probs_and_gradient(model: nn.Module, batch: dict[str, Tensor], dtype: t
     autocast = None if dtype == torch.float32 else dtype
     forward = training_forward(model)
     trained = [one for one in model.parameters() if one.requires_grad]
-    with frozen(model, adapters=True):
+    with no_grad_eval(model, adapters=True):
         scored = batch_log_probs(forward, batch, autocast).double().cpu()
     model.zero_grad()
-    with in_dtype(batch["input_ids"].device, autocast):
+    with autocast_to(batch["input_ids"].device, autocast):
         loss = -forward(**batch, use_cache=False).mean()
     (loss * 1024).backward()
     gradient = torch.cat([one.grad.flatten().double().cpu() for one in trained if one.grad is not None]) / 1024

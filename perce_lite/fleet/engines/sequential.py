@@ -20,7 +20,7 @@ from perce_lite.fleet.groups import Key
 from perce_lite.model import adapters
 from perce_lite.model.base import Base, fingerprint, load_base, sketch
 from perce_lite.model.fingerprint import hash_once
-from perce_lite.model.scoring import Job, kept_log_probs, store_of
+from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
 from perce_lite.planning.oom_advice import full_card_in_a_fleet, let_go
 from perce_lite.recipe import Recipe
 from perce_lite.training.reference_logprobs import trained_tokens
@@ -181,12 +181,14 @@ def _losses(
         found[split] = {}
         for name in who:
             on = name != "base"
-            scored = kept_log_probs(trainer.model, jobs, None if on else base, trainer.autocast, split, on).log_probs
+            scored = cached_log_probs(trainer.model, jobs, None if on else base, trainer.autocast, split, on).log_probs
             found[split] |= loss_of(name, scored)
     return found
 
 
-def held_out_jobs(maker: PairMaker, recipe: Recipe, args: PerCEConfig, rows: Sequence[Row]) -> dict[str, list[Job]]:
+def held_out_jobs(
+    maker: PairMaker, recipe: Recipe, args: PerCEConfig, rows: Sequence[Row]
+) -> dict[str, list[ScoringJob]]:
     """What to score of a user's held-out rows, by split, as the adapter will be used."""
     found = {}
     for split in ("validation", "test"):
@@ -194,7 +196,7 @@ def held_out_jobs(maker: PairMaker, recipe: Recipe, args: PerCEConfig, rows: Seq
             spread_over_users([row for row in of_split(rows, split) if row.profile], recipe.evaluation.max_rows)
         )
         if pairs:
-            found[split] = [Job(pair.row.user, trained_tokens(pair, args)) for pair in pairs]
+            found[split] = [ScoringJob(pair.row.user, trained_tokens(pair, args)) for pair in pairs]
     return found
 
 

@@ -29,9 +29,9 @@ from perce_lite.fleet.registry import KEPT
 from perce_lite.fleet.slot_lora import save_slot
 from perce_lite.fleet.slot_trainer import SlotEngine
 from perce_lite.fleet.slot_user import Result, Unfinished, UserJob
-from perce_lite.model.adapters import about
+from perce_lite.model.adapters import read_metadata
 from perce_lite.model.base import fingerprint
-from perce_lite.model.scoring import Job, kept_log_probs, store_of
+from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
 from perce_lite.planning.oom_advice import full_card_in_a_fleet
 from perce_lite.recipe import Recipe, lora_config, training_config
 from perce_lite.training.train import run_metadata
@@ -145,18 +145,18 @@ class _Users:
         weights = {**result.weights, "store_hits": result.store_hits}
         return Outcome(losses, weights, bytes_of(folder), model.parameters)
 
-    def _scored(self, jobs: Sequence[Job], slot: int | None) -> list[Tensor]:
+    def _scored(self, jobs: Sequence[ScoringJob], slot: int | None) -> list[Tensor]:
         """Log-probs of `jobs` with the adapter in `slot`, or under the bare base, from the store where it has them."""
         model, autocast = self._engine.model, self._engine.args.autocast
         if slot is None:
-            return kept_log_probs(model.base, jobs, self._store, autocast, "base").log_probs
+            return cached_log_probs(model.base, jobs, self._store, autocast, "base").log_probs
         with model.route.everything_to(slot):
-            return kept_log_probs(model.base, jobs, None, autocast, "adapter", True, self._engine.prefixes).log_probs
+            return cached_log_probs(model.base, jobs, None, autocast, "adapter", True, self._engine.prefixes).log_probs
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
     """An adapter's tensors by PEFT's names."""
-    return load_file(Path(about(folder)["folder"]) / "adapter_model.safetensors")
+    return load_file(Path(read_metadata(folder)["folder"]) / "adapter_model.safetensors")
 
 
 def engine_for(recipe: Recipe) -> Engine:
