@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import unicodedata
 from collections.abc import Iterator
@@ -66,11 +67,19 @@ def disk_full_is_clear(path: Path, advice: str = "Free some space and run the sa
 def written_aside(path: Path) -> Iterator[Path]:
     """Yields a temporary file beside `path` that takes `path`'s place when the block ends well.
 
-    A kill at any moment leaves either the old file or the new one, never half of one.
+    A kill at any moment leaves either the old file or the new one, never half of one. A symbolic link stays: its target
+    is replaced. What is no regular file (a pipe, a terminal, /dev/stdout) is written through, never replaced.
 
     Raises:
         DiskFullError: no space left; the old file stays.
     """
+    if _is_special(path):
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch) / "written"
+            with path.open("wb") as stream:
+                stream.write((Path(scratch) / "written").read_bytes())
+        return
+    path = path.resolve()
     with disk_full_is_clear(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
@@ -81,6 +90,15 @@ def written_aside(path: Path) -> Iterator[Path]:
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
+
+
+def _is_special(path: Path) -> bool:
+    """Whether `path`, or what it links to, exists and is neither a regular file nor a folder."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 @contextmanager
@@ -126,9 +144,14 @@ def write_text(path: Path, text: str) -> None:
         aside.chmod(0o644)
 
 
+def json_text(value: Any) -> str:
+    """`value` as indented JSON, with a line break at its end."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` to `path` as JSON, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json_text(value))
 
 
 def read_json(path: Path) -> Any:

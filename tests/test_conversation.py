@@ -14,7 +14,7 @@ import torch
 import toys
 from transformers.cache_utils import DynamicCache
 
-from perce_lite.cli.chat import Conversation, Kept, Stop, chat, talk, typed
+from perce_lite.cli.conversation import Conversation, Kept, Stop, chat, talk, typed
 from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.model import adapters
 from perce_lite.model.generate import generate, load_adapter

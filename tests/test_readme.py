@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import toys
-import typer.main
 
-from perce_lite.cli.app import app
+from perce_lite.cli.app import COMMANDS as LAZY
 from perce_lite.config import VERDICTS
 from perce_lite.recipe import Recipe, Section
 
@@ -28,9 +27,9 @@ def options(command) -> set[str]:
 
 def commands() -> dict[str, object]:
     """Every command by the words that call it."""
-    root = typer.main.get_command(app)
     found = {}
-    for name, command in root.commands.items():
+    for name, known in LAZY.items():
+        command = known.load(name)
         if hasattr(command, "commands"):
             found |= {f"{name} {sub}": one for sub, one in command.commands.items()}
         else:

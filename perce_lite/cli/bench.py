@@ -5,7 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
+from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import Json, Set, write
+from perce_lite.cli.views import terminal
+from perce_lite.console import console
+from perce_lite.files import write_json, write_text
+from perce_lite.recipe import load_recipe
+
+benchmark = Lazy("perce_lite.evaluation.bench.bench")
+fleet_benchmark = Lazy("perce_lite.evaluation.bench.fleetbench")
+gpu_reports = Lazy("perce_lite.evaluation.bench.gpureport")
 
 
 def bench(
@@ -37,28 +46,20 @@ def bench(
     given["--out"] = out
     _only(given, fleet, gpu_report)
     if gpu_report:
-        pace = (steps or 3, warmup, repeats or 2, epochs)
-        _report(shape, lengths, pace, out or Path("runs/gpu-report.md"), json)
+        _report(shape, lengths, (steps or 3, warmup, repeats or 2, epochs), out or Path("runs/gpu-report.md"), json)
         return
     assert recipe is not None
-    from perce_lite.recipe import load_recipe
-
-    read = load_recipe(recipe, set_ or [])
-    from perce_lite.cli.views import terminal as tables
-
+    loaded = load_recipe(recipe, set_ or [])
+    pace = (steps or 6, warmup, repeats or 3)
     if fleet:
-        from perce_lite.evaluation.bench.fleetbench import fleet_bench, lengths_of, slots_of
-
-        figures = fleet_bench(read, lengths_of(lengths), slots_of(slots), steps or 6, warmup, repeats or 3)
+        sizes = fleet_benchmark.lengths_of(lengths), fleet_benchmark.slots_of(slots)
+        figures = fleet_benchmark.fleet_bench(loaded, *sizes, *pace)
         write(json, figures)
-        tables.show_fleet_bench(figures)
+        terminal.show_fleet_bench(figures)
         return
-    from perce_lite.evaluation.bench.bench import arms_of
-    from perce_lite.evaluation.bench.bench import bench as run
-
-    figures = run(read, arms_of(arms), steps or 6, warmup, repeats or 3, epochs)
+    figures = benchmark.bench(loaded, benchmark.arms_of(arms), *pace, epochs)
     write(json, figures)
-    tables.show_bench(figures)
+    terminal.show_bench(figures)
 
 
 def _only(given: dict[str, Any], fleet: bool, gpu_report: bool) -> None:
@@ -73,7 +74,7 @@ def _only(given: dict[str, Any], fleet: bool, gpu_report: bool) -> None:
     }
     for name, value in given.items():
         if value is not None and name not in takes[kind]:
-            where = " or ".join(one for one, names in takes.items() if one and name in names)
+            where = " or ".join(option for option, names in takes.items() if option and name in names)
             raise typer.BadParameter(f"{name} has no part in {kind}" if kind else f"{name} goes with {where}")
     if not gpu_report and given["RECIPE"] is None:
         raise typer.BadParameter("give a recipe, such as recipes/quickstart.yaml, or --gpu-report")
@@ -83,19 +84,13 @@ def _report(
     shape: str | None, length: str | None, pace: tuple[int, int, int, int], out: Path, json: Path | None
 ) -> None:
     """Measures at `pace` (steps, warmup, repeats, epochs), and writes the table and, beside it, the figures."""
-    from perce_lite.console import console
-    from perce_lite.evaluation.bench.fleetbench import lengths_of
-    from perce_lite.evaluation.bench.gpureport import LENGTH, SHAPE, markdown, planned_parts
-    from perce_lite.evaluation.bench.gpureport import gpu_report as run
-    from perce_lite.files import write_json, write_text
-
     if out.suffix == ".json":
         raise typer.BadParameter(f"--out {out}: the table is Markdown; the figures go beside it as JSON")
-    rows = [LENGTH] if length is None else lengths_of(length)
+    rows = [gpu_reports.LENGTH] if length is None else fleet_benchmark.lengths_of(length)
     if len(rows) != 1:
         raise typer.BadParameter(f"--lengths {length}: --gpu-report has rows of one length")
-    figures = run(shape or SHAPE, rows[0], *pace, planned=planned_parts)
-    table = markdown(figures)
+    figures = gpu_reports.gpu_report(shape or gpu_reports.SHAPE, rows[0], *pace, planned=gpu_reports.planned_parts)
+    table = gpu_reports.markdown(figures)
     write_text(out, table)
     write_json(out.with_suffix(".json"), figures)
     write(json, figures)

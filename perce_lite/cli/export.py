@@ -1,4 +1,4 @@
-"""The command `perce-lite export`. Heavy modules are imported inside it."""
+"""The command `perce-lite export`."""
 
 import sys
 from pathlib import Path
@@ -6,9 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
+from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import FleetPath, Json, write
+from perce_lite.cli.views import terminal
 from perce_lite.console import warn
 from perce_lite.errors import ExportError
+
+exports = Lazy("perce_lite.export.export")
+fleet_exports = Lazy("perce_lite.export.export_all")
+hub = Lazy("perce_lite.export.hub")
 
 
 def export(
@@ -40,9 +46,6 @@ def export(
         raise typer.BadParameter("--fleet goes with --all")
     if (public or yes) and push_to_hub is None:
         raise typer.BadParameter("--public and --yes go with --push-to-hub")
-    from perce_lite.cli.views import terminal as tables
-    from perce_lite.export import export as exports
-
     figures: dict[str, Any]
     if verify is not None:
         figures = exports.verify(verify, base_gguf)
@@ -51,25 +54,19 @@ def export(
             _ask(push_to_hub, to, public, yes)
         figures = exports.export(adapter, to, out, force, base_gguf, quant, evaluation)
         if push_to_hub is not None:
-            from perce_lite.export.hub import push
-
-            figures["pushed"] = push(Path(figures["folder"]), push_to_hub, public)
+            figures["pushed"] = hub.push(Path(figures["folder"]), push_to_hub, public)
     elif to is not None:
-        from perce_lite.export.export_all import export_all
-
-        figures = export_all(fleet, to, out, force, base_gguf, quant)
+        figures = fleet_exports.export_all(fleet, to, out, force, base_gguf, quant)
         write(json, figures)
-        tables.show_exports(figures)
+        terminal.show_exports(figures)
         raise typer.Exit(3 if figures["failed"] else 0)
     write(json, figures)
-    tables.show_export(figures)
+    terminal.show_export(figures)
 
 
 def _ask(repo: str, target: str, public: bool, yes: bool) -> None:
     """The warning, and the question; raises ExportError where the answer is no, or nobody can be asked."""
-    from perce_lite.export.hub import check
-
-    warn(check(repo, target, public))
+    warn(hub.check(repo, target, public))
     if yes:
         return
     if not sys.stdin.isatty():

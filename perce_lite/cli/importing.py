@@ -1,9 +1,9 @@
-"""The command `perce-lite import`. Heavy modules are imported inside it."""
+"""The command `perce-lite import`."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -11,10 +11,8 @@ from rich.text import Text
 
 from perce_lite.cli.options import Json, write
 from perce_lite.console import console, say, warn
-
-if TYPE_CHECKING:
-    from perce_lite.data.importers.importing import Imported
-    from perce_lite.data.importers.writings import Notes
+from perce_lite.data.importers.importing import FEW, Imported, Wanted, look
+from perce_lite.data.importers.writings import Notes
 
 _SHOWN = 3
 _SHOWN_LETTERS = 400
@@ -41,8 +39,6 @@ def import_(
         raise typer.BadParameter("--append adds and --force replaces; give one of them")
     if not user.strip():
         raise typer.BadParameter("--user: a name that is not empty")
-    from perce_lite.data.importers.importing import Wanted, look
-
     wanted = Wanted(user, text_column, from_ or (), me or (), min_words, max_words)
     found = look(path, wanted, out, append, force)
     _show(found)
@@ -53,7 +49,7 @@ def import_(
     write(json, {**found.figures(), "written": written})
 
 
-def _agreed(found: "Imported") -> bool:
+def _agreed(found: Imported) -> bool:
     """Asks whether to write. Where nobody can answer, nothing is written: a look is all that was asked for."""
     if not sys.stdin.isatty():
         say(f"Nothing was written: this was a look. To write {found.out}, add --yes.")
@@ -64,10 +60,8 @@ def _agreed(found: "Imported") -> bool:
     return agreed
 
 
-def _show(found: "Imported") -> None:
+def _show(found: Imported) -> None:
     """What was read and left out, and the first rows."""
-    from perce_lite.data.importers.importing import FEW
-
     console.print(_counts(found.notes, len(found.new)))
     for record in found.new[:_SHOWN]:
         console.print(_row(record))
@@ -80,7 +74,7 @@ def _show(found: "Imported") -> None:
         warn(f"{count} texts of {found.user} are few: expect little, and hardly any to hold out")
 
 
-def _counts(notes: "Notes", rows: int) -> Table:
+def _counts(notes: Notes, rows: int) -> Table:
     table = Table(title="What was read", title_justify="left")
     table.add_column("")
     table.add_column("how many", justify="right")
@@ -104,7 +98,7 @@ def _row(record: dict[str, str]) -> Table:
     return table
 
 
-def _show_written(found: "Imported") -> None:
+def _show_written(found: Imported) -> None:
     users = sorted({str(record["user"]) for record in found.records})
     told = f", of {len(users)} users" if len(users) > 1 else ""
     console.print(f"Written: {found.out} ({len(found.records)} rows{told}). Look at them, then train:", markup=False)

@@ -12,7 +12,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from perce_lite.cli.views.sections import drifted
 from perce_lite.data.chat_template import Chat
 from perce_lite.errors import ExportError
 from perce_lite.export import modelfile
@@ -36,7 +35,7 @@ from perce_lite.export.proof import (
     sketched,
     tensors_of,
 )
-from perce_lite.export_targets import max_rank
+from perce_lite.export_targets import max_rank, merge_drift
 from perce_lite.files import bytes_of, digest, read_json, write_json, write_text
 from perce_lite.hub import hub_options
 from perce_lite.model import adapters
@@ -130,7 +129,7 @@ def _write_merged(job: Job, aside: Path) -> dict[str, Any]:
     del merged  # the base as trained is loaded next
     drift = _measured_drift(job, proof)
     dtype = str(kept).removeprefix("torch.")
-    told = f"## Merged\n\nThe adapter is merged into the original weights, kept in {dtype}. {drifted(drift)}\n"
+    told = f"## Merged\n\nThe adapter is merged into the original weights, kept in {dtype}. {merge_drift(drift)}\n"
     _finish(job, recipe, aside, proof, told)
     return {"dtype": dtype, "drift": drift}
 

@@ -4,6 +4,10 @@ import io
 import re
 from collections.abc import Sequence
 
+import matplotlib
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
 from perce_lite.cli.views.sections import Point
 
 _SENTINELS = {"#010203": "var(--ink)", "#040506": "var(--line)", "#070809": "var(--soft)"}
@@ -18,10 +22,6 @@ def forest(points: Sequence[Point], unit: str) -> str:
 
     Gives an `<svg>` element without script, style sheet or address.
     """
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
     ink, line, soft = _SENTINELS
     rows = list(dict.fromkeys(point.row for point in points))
     series = list(dict.fromkeys(point.series for point in points))

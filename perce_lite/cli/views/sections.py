@@ -334,13 +334,3 @@ def mean_gain(gains: Mapping[str, float]) -> str:
 
 
 # export
-
-
-def drifted(drift: Mapping[str, Any]) -> str:
-    """What merging did to the log-probs of a fixed text."""
-    if drift["quantization"] == "none":
-        return "The base was whole in training, so merging changes nothing but rounding."
-    return (
-        f"Trained on the base in {drift['quantization']}, merged into its original weights: a fixed text's log-probs "
-        f"moved by {drift['mean']:.3f} nats a token, {drift['max']:.3f} at the most."
-    )

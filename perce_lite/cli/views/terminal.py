@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from perce_lite.cli.views.page import HEALTH, words
-from perce_lite.cli.views.sections import Section, drifted, mean_gain
+from perce_lite.cli.views.sections import Section, mean_gain
 from perce_lite.console import console
+from perce_lite.export_targets import merge_drift
 
 _STYLES = {"template": "dim", "profile": "cyan", "query": "yellow", "response": "bold green"}
 
@@ -289,7 +290,7 @@ def show_export(figures: dict[str, Any]) -> None:
     if "greedy" in proof:
         console.print(f"The first {proof['greedy']} tokens of its greedy answer are those of the merged model.")
     if "drift" in figures:
-        console.print(drifted(figures["drift"]))
+        console.print(merge_drift(figures["drift"]))
     console.print(f"Export: {figures['folder']}", markup=False, soft_wrap=True)
     if "pushed" in figures:
         console.print(f"Pushed: {figures['pushed']}", markup=False, soft_wrap=True)

@@ -1,0 +1,74 @@
+"""The commands `perce-lite adapters list`, `show`, `who`, `verify` and `delete`."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from perce_lite.cli.options import FleetPath, Json, write
+from perce_lite.cli.views import sections, terminal
+from perce_lite.console import console
+from perce_lite.fleet import queries
+from perce_lite.fleet.registry import opened
+
+adapters = typer.Typer(
+    help="The adapters of a fleet.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+
+
+@adapters.command("list")
+def list_(fleet: FleetPath = None, json: Json = None) -> None:
+    """Every adapter of a fleet: state, training rows, gain, size."""
+    with opened(queries.find(fleet)) as registry:
+        entries = registry.all()
+    write(json, {"adapters": [{"state": entry.state, **vars(entry)} for entry in entries]})
+    for section in sections.fleet(entries):
+        terminal.show_book(section)
+
+
+@adapters.command("show")
+def show(
+    name: Annotated[str, typer.Argument(help="A user, cohort:NAME, or all.")],
+    fleet: FleetPath = None,
+    json: Json = None,
+) -> None:
+    """All that the registry holds of one adapter: lineage, figures, state."""
+    _answer(queries.show, name, fleet, json)
+
+
+@adapters.command("who")
+def who(user: Annotated[str, typer.Argument(help="A user.")], fleet: FleetPath = None, json: Json = None) -> None:
+    """Which adapter serves a user, and why that one."""
+    _answer(queries.who, user, fleet, json)
+
+
+def _answer(ask: Callable[[Any, str], dict[str, Any]], name: str, fleet: Path | None, json: Path | None) -> None:
+    """Shows what `ask` answers about `name`, from the registry of `fleet`."""
+    with opened(queries.find(fleet)) as registry:
+        facts = ask(registry, name)
+    write(json, facts)
+    terminal.show_facts(facts)
+
+
+@adapters.command("verify")
+def verify(fleet: FleetPath = None, json: Json = None) -> None:
+    """Whether every adapter that was trained is there and whole."""
+    with opened(queries.find(fleet)) as registry:
+        faults = queries.verify(registry)
+        trained = sum(entry.trained_run is not None for entry in registry.all())
+    write(json, {"faults": faults, "trained": trained})
+    for fault in faults:
+        console.print(fault, markup=False, style="red")
+    console.print(f"{trained - len(faults)} of {trained} adapters are whole.")
+    if faults:
+        raise typer.Exit(2)
+
+
+@adapters.command("delete")
+def delete(user: Annotated[str, typer.Argument(help="A user.")], fleet: FleetPath = None, json: Json = None) -> None:
+    """Remove all that was written of a user, and print a receipt."""
+    receipt = asdict(queries.delete(queries.find(fleet), user))
+    write(json, receipt)
+    terminal.show_facts(receipt)

@@ -1,0 +1,41 @@
+"""The command `perce-lite compare`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perce_lite.cli.lazy import Lazy
+from perce_lite.cli.options import Json, RecipePath, Set, write
+from perce_lite.cli.views import sections, terminal
+from perce_lite.recipe import load_recipe
+
+comparison = Lazy("perce_lite.evaluation.compare")
+oom_advice = Lazy("perce_lite.planning.oom_advice")
+pages = Lazy("perce_lite.cli.views.page")
+
+
+def compare(
+    recipe: RecipePath,
+    arms: Annotated[
+        str | None, typer.Option(help="Estimators, else all; with other fields of PerCEConfig as base:clip_min=0.2.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each arm at its best rate.")] = 3,
+    rates: Annotated[
+        str | None, typer.Option(help="Rates to choose from by validation; else half, once and twice the recipe's.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="The page; else <output_dir>/compare.html.")] = None,
+    set_: Set = None,
+    json: Json = None,
+) -> None:
+    """Train ways of weighting under one budget and judge them on held-out rows. Takes hours; resumes."""
+    loaded = load_recipe(recipe, set_ or [])
+    with oom_advice.full_card_in_scoring(loaded, own_folder=True):
+        named, grid = comparison.arms_of(loaded, arms or comparison.ARMS), comparison.grid(loaded, rates)
+        figures = comparison.compare(loaded, named, grid, seeds)
+    page = out or loaded.output_dir / "compare.html"
+    sentences, tables = sections.comparison_sentences(figures), sections.comparison(figures)
+    lead = f"{recipe}, {figures['model']}; {len(figures['arms'])} arms, {seeds} seeds."
+    pages.write_figures("Ways of weighting, compared", lead, sentences, tables, page)
+    write(json, {**figures, "sentences": sentences})
+    terminal.show_sections(sentences, tables, page)

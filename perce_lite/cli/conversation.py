@@ -1,0 +1,323 @@
+"""Talking to an adapter in a terminal or a pipe: turns in its own template, its profile, its base for comparison."""
+
+import importlib.util
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from perce_lite.console import errors
+from perce_lite.data.readers import UserTexts, user_texts
+from perce_lite.data.rows import Message, Profiled
+from perce_lite.errors import DataError, PerceLiteError
+from perce_lite.model.fused_head import base_of
+from perce_lite.model.generate import LoadedAdapter, generate
+from perce_lite.recipe_checks import nearest
+
+HELP = {
+    "/profile": "show the profile; /profile TEXT or @FILE sets it, none drops it, user NAME takes a user of the data",
+    "/base": "switch the adapter off, or on again",
+    "/compare": "let base and adapter answer your last question, one below the other",
+    "/clear": "forget the turns so far; the profile stays",
+    "/help": "show this",
+    "/quit": "leave; Ctrl-D does so too, Ctrl-C stops an answer",
+}
+"""What a line may start with that is no question."""
+
+
+class Stop(StoppingCriteria):
+    """Ends an answer after the token at which `asked` was set."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.full((input_ids.shape[0],), self.asked, device=input_ids.device)
+
+
+@dataclass
+class Kept:
+    """Keys and values of the last prompt (T ids), adapter on or off: the next prompt mostly starts as it did."""
+
+    use_adapter: bool
+    ids: list[int]
+    cache: DynamicCache
+
+    def start_of(self, ids: Sequence[int], prefix: int, use_adapter: bool) -> DynamicCache | None:
+        """The cache cut to what `ids` has in common with its own prompt; None where nothing of it can be used.
+
+        A sliding window forgets, so it cannot be cut. The last id stays out: a forward needs something to read. A
+        prefix that the adapter sleeps through is there whole or not at all.
+        """
+        pairs = zip(self.ids, ids[:-1], strict=False)
+        shared = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(self.ids), len(ids) - 1))
+        whole = all(type(layer) is DynamicLayer for layer in self.cache.layers)
+        if use_adapter != self.use_adapter or not whole or shared < max(1, prefix):
+            return None
+        self.cache.crop(shared - self.cache.get_seq_length())
+        return self.cache
+
+
+@dataclass
+class Conversation:
+    """The turns with one adapter, and all that an answer depends on.
+
+    options: of transformers' `generate`
+    profile: a text, empty for none; with `user`, their texts nearest to each question are taken instead
+    told: takes each line that is said about the conversation and is no answer
+    """
+
+    opened: LoadedAdapter
+    max_new_tokens: int
+    told: Callable[[str], None]
+    options: dict[str, Any] = field(default_factory=dict)
+    profile: str = ""
+    user: str | None = None
+    use_adapter: bool = True
+    turns: list[tuple[str, str]] = field(default_factory=list)
+    _last: tuple[list[Message], Profiled] | None = None
+    _texts: UserTexts | None = None
+    _kept: Kept | None = None
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can look at, the answer included."""
+        return int(base_of(self.opened.model).config.get_text_config().max_position_embeddings)
+
+    def ask(self, question: str, stop: Stop) -> str:
+        """The answer to `question`, written to standard output while it comes; both become a turn.
+
+        Raises:
+            DataError: the question alone does not fit beside an answer.
+        """
+        profile = self._profile_for(question)
+        prompt = self._prompt(question, profile)
+        self._last = prompt, profile
+        answer = self._answer(prompt, profile, self.use_adapter, stop)
+        if answer or not stop.asked:
+            self.turns.append((question, answer))
+        return answer
+
+    def compare(self, stop: Stop) -> dict[str, str]:
+        """What base and adapter answer to the last question, each as a fresh answer; no turn is added."""
+        if self._last is None:
+            self.told("There is no question to compare yet: ask one first.")
+            return {}
+        answers = {}
+        for name, use_adapter in (("base", False), ("adapter", True)):
+            if not stop.asked:
+                print(f"{name}:", flush=True)
+                answers[name] = self._answer(*self._last, use_adapter, stop)
+        return answers
+
+    def clear(self) -> None:
+        """Forgets the turns."""
+        self.turns.clear()
+        self._last = None
+
+    def set_profile(self, given: str) -> None:
+        """Takes `given` as the profile: a text, @FILE, none, or user NAME.
+
+        Raises:
+            DataError: a file that cannot be read, or a user whom the data does not know. The profile stays as it was.
+        """
+        name = given.removeprefix("user ").strip()
+        if given.startswith("user ") and name:
+            self._texts = user_texts(self.opened.recipe, name)
+            self.profile, self.user = "", name
+            return
+        text = read_text(given[1:]) if given.startswith("@") else "" if given == "none" else given
+        self.profile, self.user = text, None
+
+    def profile_shown(self) -> str:
+        """The profile as the last question met it, or as the next one will."""
+        question = self.turns[-1][0] if self.turns else ""
+        text = self.opened.maker.profile_text(self._profile_for(question))
+        owner = "" if self.user is None else f"Of {self.user}, the texts nearest to each question; now:\n"
+        return owner + (text or "There is no profile in the prompt.")
+
+    def _profile_for(self, question: str) -> Profiled:
+        profile: Profiled = self.profile
+        if self.user is not None and self._texts is not None:
+            profile = self._texts.profile_for(question, self.opened.recipe.profile)
+        return self.opened.maker.fitting([{"role": "user", "content": question}], profile)
+
+    def _prompt(self, question: str, profile: Profiled) -> list[Message]:
+        """The turns and the question, without the oldest turns where they do not fit beside an answer; says so."""
+        for left_out in range(len(self.turns) + 1):
+            said = [pair for turn in self.turns[left_out:] for pair in zip(("user", "assistant"), turn, strict=True)]
+            messages = [{"role": role, "content": text} for role, text in [*said, ("user", question)]]
+            length = len(self.opened.maker.prompt_ids(messages, profile))
+            if length + self.max_new_tokens <= self.context:
+                break
+        else:
+            raise DataError(
+                f"The question, its profile and an answer of {self.max_new_tokens} tokens take "
+                f"{length + self.max_new_tokens} tokens, and the model looks at {self.context}: ask a shorter one, "
+                "set a shorter profile, or start with a smaller --max-new-tokens."
+            )
+        del self.turns[:left_out]
+        if left_out:
+            turns = "The oldest turn is" if left_out == 1 else f"The {left_out} oldest turns are"
+            self.told(f"{turns} left out: the model looks at {self.context} tokens, and the conversation is longer.")
+        return messages
+
+    def _answer(self, prompt: list[Message], profile: Profiled, use_adapter: bool, stop: Stop) -> str:
+        its = self.opened
+        ids, _, prefix = its.maker.prompt(prompt, profile)
+        cache = self._kept.start_of(ids, prefix, use_adapter) if self._kept is not None else None
+        if cache is None:
+            cache = DynamicCache(config=base_of(its.model).config)
+        self._kept = None  # an answer that fails halfway leaves keys that nobody knows
+        more: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([stop]), "past_key_values": cache}
+        answer = generate(
+            its.model,
+            its.maker,
+            prompt,
+            profile,
+            self.max_new_tokens,
+            use_adapter,
+            its.autocast,
+            stream=True,
+            **{**self.options, **more},
+        )
+        self._kept = Kept(use_adapter, ids, cache)
+        return answer
+
+
+def read_text(path: str) -> str:
+    """The text of a file.
+
+    Raises:
+        DataError: it cannot be read as UTF-8.
+    """
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"@{path}: {error}") from error
+
+
+def talk(conversation: Conversation, lines: Iterable[str]) -> None:
+    """Goes through `lines`, questions and commands, until /quit or their end. A line that fails is told, no more."""
+    for line in lines:
+        if line.rstrip() == "/quit":
+            return
+        if not line.strip():
+            continue
+        try:
+            with stoppable() as stop:
+                _one(conversation, line, stop)
+            if stop.asked:
+                conversation.told("Stopped.")
+        except PerceLiteError as error:
+            conversation.told(f"error: {error}")
+
+
+def _one(conversation: Conversation, line: str, stop: Stop) -> None:
+    """What one line asks for. A line with a space ahead of its slash is a question."""
+    word, _, rest = line.partition(" ") if line.startswith("/") else ("", "", line)
+    if word == "":
+        conversation.ask(line.strip(), stop)
+    elif word == "/profile" and rest.strip():
+        conversation.set_profile(rest.strip())
+        conversation.told(conversation.profile_shown())
+    elif word == "/profile":
+        conversation.told(conversation.profile_shown())
+    elif word == "/base":
+        conversation.use_adapter = not conversation.use_adapter
+        conversation.told(f"The {'adapter' if conversation.use_adapter else 'base, the adapter off,'} answers now.")
+    elif word == "/compare":
+        conversation.compare(stop)
+    elif word == "/clear":
+        conversation.clear()
+        conversation.told("The turns are forgotten.")
+    elif word == "/help":
+        for name, what in HELP.items():
+            conversation.told(f"{name:9} {what}")
+    else:
+        conversation.told(f"error: there is no {word}; {nearest(word, HELP)} A question may start with a space.")
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Inside, Ctrl-C sets `asked` of what it gives, and nothing else."""
+    stop = Stop()
+
+    def ask(signum: int, frame: object) -> None:
+        stop.asked = True
+
+    with _on_ctrl_c(ask):
+        yield stop
+
+
+@contextmanager
+def _on_ctrl_c(handler: Callable[[int, FrameType | None], object]) -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def typed(told: Callable[[str], None]) -> Iterator[str]:
+    """Lines of standard input: from a terminal with a prompt and its own editing, else as they come.
+
+    Ctrl-D ends them; Ctrl-C while a line is typed drops that line.
+    """
+    if not sys.stdin.isatty():
+        yield from (line.rstrip("\r\n") for line in sys.stdin)
+        return
+    if importlib.util.find_spec("readline") is not None:  # Windows has its own
+        importlib.import_module("readline")  # arrow keys and earlier lines in input()
+    while True:
+        try:
+            with _on_ctrl_c(signal.default_int_handler):
+                line = input("> ")
+        except KeyboardInterrupt:
+            told("\nCtrl-D or /quit leaves.")
+            continue
+        except EOFError:
+            print()
+            return
+        yield line
+
+
+def tell(message: str) -> None:
+    """A line about the conversation, on standard error; dim where both ends are a terminal."""
+    errors.print(message, style="dim" if sys.stdin.isatty() else None, markup=False, soft_wrap=True)
+
+
+def chat(opened: LoadedAdapter, profile: str | None, user: str | None, max_new_tokens: int, **options: Any) -> None:
+    """Talks to an adapter on standard input and output until the input ends.
+
+    profile, user: as `generate.generate_from_folder` takes them; options: of transformers' `generate`
+
+    Raises:
+        DataError: a user whom the data does not know.
+    """
+    conversation = Conversation(opened, max_new_tokens, tell, options, profile or "")
+    if user is not None:
+        conversation.set_profile(f"user {user}")
+    tell(greeting(opened, bool(profile) or user is not None))
+    talk(conversation, typed(tell))
+
+
+def greeting(opened: LoadedAdapter, has_profile: bool) -> str:
+    """What the first line says: whom one talks to, and whether it needs a profile."""
+    name = f"An adapter for {opened.recipe.model}."
+    if opened.card["train_on"] == "counterfactual":
+        need = "It was trained without the profile in the prompt, so it needs none."
+    elif has_profile:
+        need = "It was trained with the profile in the prompt, and has one."
+    else:
+        need = "It was trained with the profile in the prompt: set one with /profile, or it answers without."
+    return f"{name} {need} /help lists the commands, /quit leaves."

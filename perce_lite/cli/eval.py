@@ -1,0 +1,34 @@
+"""The command `perce-lite eval`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perce_lite.cli.lazy import Lazy
+from perce_lite.cli.options import Json, RecipePath, Set, write
+from perce_lite.cli.views import sections, terminal
+from perce_lite.recipe import load_recipe
+
+evaluation = Lazy("perce_lite.evaluation.evaluate")
+oom_advice = Lazy("perce_lite.planning.oom_advice")
+pages = Lazy("perce_lite.cli.views.page")
+
+
+def evaluate(
+    recipe: RecipePath,
+    adapter: Annotated[list[Path], typer.Option(help="The folder of an adapter; once for each.")],
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="The page; else <output_dir>/eval.html.")] = None,
+    set_: Set = None,
+    json: Json = None,
+) -> None:
+    """Judge adapters on held-out rows: own profile, none, another user's, the best topical match."""
+    loaded = load_recipe(recipe, set_ or [])
+    with oom_advice.full_card_in_scoring(loaded):
+        figures = evaluation.evaluate(loaded, adapter)
+    page = out or loaded.output_dir / "eval.html"
+    sentences, tables = sections.evaluation_sentences(figures), sections.evaluation(figures)
+    lead = f"{recipe}, {figures['model']}; the base, and the adapters {', '.join(list(figures['arms'])[1:])}."
+    pages.write_figures("Held-out texts, under every condition", lead, sentences, tables, page, figures["answers"])
+    write(json, {**figures, "sentences": sentences})
+    terminal.show_sections(sentences, tables, page)

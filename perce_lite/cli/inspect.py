@@ -1,0 +1,35 @@
+"""The command `perce-lite inspect`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perce_lite.cli.lazy import Lazy
+from perce_lite.cli.options import Json, RecipePath, Set, write
+from perce_lite.cli.views import terminal
+from perce_lite.recipe import load_recipe
+
+inspection = Lazy("perce_lite.evaluation.inspect")
+oom_advice = Lazy("perce_lite.planning.oom_advice")
+pages = Lazy("perce_lite.cli.views.page")
+
+
+def inspect(
+    recipe: RecipePath,
+    adapter: Annotated[Path | None, typer.Option(help="Look with this adapter on.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Training rows at the most, spread over users.")] = 48,
+    user: Annotated[str | None, typer.Option(help="Rows of this user only.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Most personal words and rows to list.")] = 20,
+    out: Annotated[Path | None, typer.Option(dir_okay=False, help="The page; else <output_dir>/inspect.html.")] = None,
+    set_: Set = None,
+    json: Json = None,
+) -> None:
+    """Look at what PerContrast finds in the data, token by token, before any training."""
+    loaded = load_recipe(recipe, set_ or [])
+    with oom_advice.full_card_in_scoring(loaded):
+        figures = inspection.inspect(loaded, adapter, rows, user, top)
+    page = out or loaded.output_dir / "inspect.html"
+    pages.write_inspection(figures, page)
+    write(json, figures)
+    terminal.show_inspection(figures, page)
