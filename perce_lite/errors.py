@@ -17,6 +17,7 @@ PerceLiteError              the command line prints it as one clean line and exi
 |- CardFullError            a card whose memory is full; says what would fit
 |  `- BaseTooLargeError     the base alone does not fit
 |- DiskFullError            no space left where something had to be written
+|- CompatibilityError       a version of another library that lacks what PerCE Lite leans on
 `- NonFiniteLossError       a loss that is not a number; names the rows
 """
 
@@ -99,6 +100,10 @@ class BaseTooLargeError(CardFullError):
 
 class DiskFullError(PerceLiteError):
     """No space left where something had to be written."""
+
+
+class CompatibilityError(PerceLiteError):
+    """A version of another library that lacks something PerCE Lite leans on. Says which."""
 
 
 class NonFiniteLossError(PerceLiteError):

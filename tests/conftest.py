@@ -40,7 +40,7 @@ def own_home(request, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyt
 @pytest.fixture(scope="session")
 def real_model() -> Path:
     """The folder of the built-in model, brought and converted at first use."""
-    from perce_lite.model.base import built_in_folder
+    from perce_lite.model.builtin import built_in_folder
 
     return built_in_folder("smollm2-135m")
 

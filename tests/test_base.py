@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from perce_lite import PerCEConfig, PerCETrainer
 from perce_lite.data.pairs import IGNORED
-from perce_lite.model.base import fingerprint, same_base, sketch
+from perce_lite.model.fingerprint import fingerprint, same_base, sketch
 from perce_lite.model.scoring import compute_log_probs, no_grad_eval
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

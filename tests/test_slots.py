@@ -12,7 +12,7 @@ from transformers import set_seed
 from perce_lite.errors import AdapterError, ConfigError
 from perce_lite.fleet.slot_lora import attach, save_slot
 from perce_lite.fleet.slot_routing import BARE
-from perce_lite.model.base import fingerprint
+from perce_lite.model.fingerprint import fingerprint
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 

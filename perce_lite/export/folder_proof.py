@@ -25,7 +25,7 @@ from perce_lite.export.proof import (
     tensors_of,
 )
 from perce_lite.model import adapters
-from perce_lite.model.base import same_base
+from perce_lite.model.fingerprint import same_base
 from perce_lite.recipe import Recipe
 
 

@@ -26,7 +26,7 @@ class GgufBase:
     """What is known of a GGUF model without running it.
 
     tokens: the vocabulary's spelling of each id
-    embedding: 64 values of the embedding, those of `models.sketch`
+    embedding: 64 values of the embedding, those of `fingerprint.sketch`
     exact: every weight is float32
     """
 

@@ -24,8 +24,8 @@ from perce_lite.errors import ExportError
 from perce_lite.export.reuse import reused
 from perce_lite.files import read_json
 from perce_lite.model import adapters
-from perce_lite.model.base import Base, load_base, sketch
-from perce_lite.model.fingerprint import hash_tensor
+from perce_lite.model.base import Base, load_base
+from perce_lite.model.fingerprint import hash_tensor, sketch
 from perce_lite.model.scoring import compute_log_probs
 from perce_lite.recipe import Recipe, Template
 
@@ -54,7 +54,7 @@ _MEASURABLE = 1e-4  # nats: less than this is the noise of float32
 
 
 class Sketch(BaseModel):
-    """What `models.sketch` gives: a model's type, layers, width, vocabulary and tied head; values of its embedding."""
+    """What `sketch` gives: a model's type, layers, width, vocabulary and tied head; values of its embedding."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -68,7 +68,7 @@ class Proof(BaseModel):
     adapter: log-probs with the adapter on; base: with it off
     tolerance: nats by which a log-prob of the export may differ; at most a quarter of what the adapter changes
     pieces: the vocabulary's own spelling of `ids`
-    sketch: of the base, or of the merged model (`models.sketch`)
+    sketch: of the base, or of the merged model (`fingerprint.sketch`)
     fingerprints: of the export's tensors, in PyTorch's order of rows
     heads: GGUF: heads by the kind of tensor whose rows llama.cpp wants permuted
     quant: GGUF: what the matrices were written as
@@ -142,7 +142,7 @@ def base_for(recipe: Recipe) -> Iterator[Base]:
     """The recipe's base for a while, shared inside `reuse.kept`; what was put on it is taken off again.
 
     Raises:
-        ModelError: as `models.load_base`.
+        ModelError: as `load_base`.
     """
     key = f"{recipe.model} {recipe.quantization}"
     with reused(key, lambda: nullcontext(load_base(recipe))) as base:
@@ -187,7 +187,7 @@ def record(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe,
 
 
 def sketched(model: PreTrainedModel) -> Sketch:
-    """`models.sketch` of `model`."""
+    """`fingerprint.sketch` of `model`."""
     found = sketch(model)
     return Sketch(shape=tuple(found["shape"]), embedding=found["embedding"])
 

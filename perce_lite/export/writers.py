@@ -39,7 +39,8 @@ from perce_lite.export_targets import max_rank, merge_drift
 from perce_lite.files import bytes_of, digest, read_json, write_json, write_text
 from perce_lite.hub import hub_options
 from perce_lite.model import adapters
-from perce_lite.model.base import BUILT_IN, load_base, model_source
+from perce_lite.model.base import load_base, model_source
+from perce_lite.model.builtin import BUILT_IN
 from perce_lite.model.model_card import licence_of, model_card, write_licence
 from perce_lite.recipe import Recipe
 

@@ -19,7 +19,7 @@ def users_at_once(recipe: Recipe) -> int:
     not known is trained one user after another.
 
     Raises:
-        ModelError: as `models.load_base`; RecipeError, DeviceError: as `recipe.training_config`.
+        ModelError: as `load_base`; RecipeError, DeviceError: as `recipe.training_config`.
     """
     if recipe.fleet.slots != "auto":
         return recipe.fleet.slots

@@ -14,7 +14,7 @@ from perce_lite.errors import FleetError, PerceLiteError
 from perce_lite.fleet.engines.sequential import Engine, Outcome, Task
 from perce_lite.fleet.groups import Group, Key, Plan, key_of, plan, run_fingerprint
 from perce_lite.fleet.registry import KEPT, KINDS, Adapter, Registry, held, held_out, imagined
-from perce_lite.model.base import same_base
+from perce_lite.model.fingerprint import same_base
 from perce_lite.model.footprint import adapter_bytes, refuse_exports, source_fingerprint, trained_bytes
 from perce_lite.planning.plan import MOST_USERS
 from perce_lite.recipe import Recipe, training_config
@@ -151,10 +151,10 @@ def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> 
     """Writes users and adapters into the book; what would be trained from something else than it was is due by that."""
     runs: dict[Key, str] = {}
     records = []
-    sources: dict[int, str] = {}
+    distinct = {id(recipe): recipe for recipe in recipes.values()}  # few recipes, many groups
+    sources = {key: f"{recipe.fleet_fingerprint()} {source_fingerprint(recipe)}" for key, recipe in distinct.items()}
     for group in planned.groups:
-        recipe = recipes[group.key]
-        source = sources.setdefault(id(recipe), f"{recipe.fleet_fingerprint()} {source_fingerprint(recipe)}")
+        source = sources[id(recipes[group.key])]
         parent = None if group.parent is None else runs[group.parent]
         runs[group.key] = run_fingerprint(group, source, registry.generation(*group.key), parent)
         kind, name = group.key

@@ -26,7 +26,8 @@ from perce_lite.errors import AdapterError, ConfigError, NonFiniteLossError
 from perce_lite.files import folder_written_aside, write_json, write_text
 from perce_lite.fleet.slot_routing import Route
 from perce_lite.model.adapters import METADATA, versions
-from perce_lite.model.base import fingerprint, keep_base_constant, sketch
+from perce_lite.model.compat import keep_base_constant
+from perce_lite.model.fingerprint import fingerprint, sketch
 from perce_lite.model.lora_core import folded
 from perce_lite.model.model_card import model_card
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -16,7 +15,8 @@ from transformers import PreTrainedModel
 from perce_lite.errors import AdapterError, NonFiniteLossError
 from perce_lite.files import METADATA as METADATA
 from perce_lite.files import folder_written_aside, read_json, write_json, write_text
-from perce_lite.model.base import fingerprint, same_base, sketch
+from perce_lite.model.compat import is_lora_weight, lora_layers
+from perce_lite.model.fingerprint import fingerprint, same_base, sketch
 from perce_lite.model.lora_core import plain_state
 from perce_lite.model.model_card import model_card
 from perce_lite.recipe import Recipe
@@ -30,7 +30,7 @@ def save(model: PeftModel, folder: Path, about: dict[str, Any]) -> None:
     Raises:
         DiskFullError: no space left; NonFiniteLossError: weights that are no numbers. What was there before stays.
     """
-    if not all(torch.isfinite(parameter).all() for name, parameter in model.named_parameters() if ".lora_" in name):
+    if not all(torch.isfinite(parameter).all() for name, parameter in model.named_parameters() if is_lora_weight(name)):
         raise NonFiniteLossError(f"The adapter's weights are not finite, so {folder} was not written. Lower the rate.")
     base: PreTrainedModel = model.get_base_model()
     known = {"base": {**sketch(base), "fingerprint": fingerprint(model)}, "versions": versions()}
@@ -104,7 +104,7 @@ def load(base: PreTrainedModel, folder: Path) -> PeftModel:
         )
     model: PeftModel = PeftModel.from_pretrained(base, card["folder"])
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if is_lora_weight(name):
             parameter.data = parameter.data.to(torch.float32)
     return model.eval()
 
@@ -148,7 +148,7 @@ def on(base: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedModel |
 
 def strip(base: PreTrainedModel) -> None:
     """Takes every LoRA layer off `base`, whatever put it there."""
-    for path, layer in [(path, one) for path, one in base.named_modules() if isinstance(one, LoraLayer)]:
+    for path, layer in lora_layers(base).items():
         base.set_submodule(path, layer.get_base_layer())
     base.__dict__.pop("peft_config", None)
 

@@ -1,49 +1,123 @@
-"""Hashes of weights; what a frozen base was found to hash to, so that a fleet does not hash it several times a user."""
+"""Hashes by which a base, an adapter or a file is recognised: of weights, of a few numbers, of a folder's files.
 
-from collections.abc import Callable, Iterator, Sequence
-from weakref import WeakKeyDictionary
+The base is hashed once a process: `load_base` remembers each base that it loads, and `fingerprint` hashes such a base
+again only if one of its weights was replaced or written to. Files are read again only if their size or time changed.
+"""
+
+import functools
+import hashlib
+import math
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import xxhash
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
-_known: "WeakKeyDictionary[nn.Module, dict[tuple[int, ...], str]]" = WeakKeyDictionary()
+from perce_lite.model.compat import base_weight_name, is_base_weight, is_lora_weight, quantisation_state, write_count
+from perce_lite.model.host_embedding import tables_on_host
 
 
-def hash_once(base: nn.Module) -> None:
-    """From now on `models.fingerprint` hashes `base`, bare or with adapters on it, once for all.
+class _State(NamedTuple):
+    """A tensor as it was when it was hashed; the reference is weak, so that a new tensor at an old address differs."""
 
-    It is hashed anew where a weight was replaced or written to, as torch counts writes. For a base that nobody else
-    writes to: a write through `.data` is not counted.
+    tensor: "weakref.ref[torch.Tensor]"
+    address: int
+    writes: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "_State":
+        return cls(weakref.ref(tensor), tensor.data_ptr(), write_count(tensor))
+
+    def still(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` is this one, neither moved nor written to since."""
+        return self.tensor() is tensor and self.address == tensor.data_ptr() and self.writes == write_count(tensor)
+
+
+class _Hashed(NamedTuple):
+    """The hash of a base, and its tensors as they were when it was made."""
+
+    fingerprint: str
+    states: list[_State]
+
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether nothing of the base was replaced or written to since."""
+        pairs = zip(self.states, tensors, strict=False)
+        return len(self.states) == len(tensors) and all(state.still(tensor) for state, tensor in pairs)
+
+
+_remembered: "weakref.WeakKeyDictionary[nn.Module, _Hashed | None]" = weakref.WeakKeyDictionary()
+"""Bases to hash once; None: not hashed yet."""
+
+
+def remember_fingerprint(base: nn.Module) -> None:
+    """From now on `fingerprint` hashes `base`, bare or with adapters on it, once.
+
+    It is hashed again if a weight was replaced or written to, as torch counts writes. A write through `.data` is not
+    counted: call `forget_fingerprint` after one.
     """
-    _known.setdefault(base, {})
+    _remembered.setdefault(base, None)
 
 
-def remembered(base: nn.Module, frozen: Sequence[torch.Tensor], compute: Callable[[], str]) -> str:
-    """What `compute` gives for the weights `frozen` of `base`, or gave before, after `hash_once`."""
-    known = _known.get(base)
-    if known is None:
-        return compute()
-    as_they_are = tuple(number for parameter in frozen for number in _written(parameter))
-    if as_they_are not in known:
-        known.clear()
-        known[as_they_are] = compute()
-    return known[as_they_are]
+def forget_fingerprint(base: nn.Module) -> None:
+    """`fingerprint` hashes `base` anew each time, as a base that was never remembered."""
+    _remembered.pop(base, None)
 
 
-def _written(parameter: torch.Tensor) -> Iterator[int]:
-    """Numbers that change where a parameter, or the constants of its quantisation, are others or were written to."""
-    quant_state = vars(parameter).get("quant_state")
-    for one in [parameter] if quant_state is None else [parameter, quant_state.absmax]:
-        yield from (id(one), one.data_ptr(), one._version)
+def fingerprint(model: nn.Module) -> str:
+    """Hash of what the frozen base computes with: every weight as loaded, quantisation constants included.
+
+    Adapters do not count, so it is the same before and after training. It depends on device and dtype, as the
+    log-probs do for which it is a key. To tell whether an adapter fits a base use `sketch`.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    weights = sorted(_base_weights(model))
+    if base not in _remembered:
+        return _hash_of(weights)
+    tensors = [tensor for _, weight in weights for tensor in _tensors_of(weight)]
+    known = _remembered[base]
+    if known is None or not known.holds(tensors):
+        known = _remembered[base] = _Hashed(_hash_of(weights), [_State.of(tensor) for tensor in tensors])
+    return known.fingerprint
+
+
+def adapter_fingerprint(model: nn.Module) -> str:
+    """Hash of the adapters' weights."""
+    return _hash_of([(name, weight) for name, weight in sorted(model.named_parameters()) if is_lora_weight(name)])
+
+
+def _base_weights(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Weights of the base by their names in the bare base, embedding tables on the host included."""
+    return [
+        (base_weight_name(name), weight)
+        for name, weight in [*model.named_parameters(), *tables_on_host(model)]
+        if is_base_weight(name)
+    ]
+
+
+def _tensors_of(weight: torch.Tensor) -> list[torch.Tensor]:
+    """A weight and, if it is quantised, its absolute maxima."""
+    state = quantisation_state(weight)
+    return [weight] if state is None else [weight, state.absmax]
+
+
+def _hash_of(weights: Sequence[tuple[str, torch.Tensor]]) -> str:
+    state = xxhash.xxh3_128()
+    for name, weight in weights:
+        hash_parameter(state, name, weight)
+    return str(state.hexdigest())
 
 
 def hash_parameter(state: xxhash.xxh3_128, name: str, parameter: torch.Tensor) -> None:
     """Adds a parameter to `state`, the constants of its quantisation included."""
     tensors = {name: parameter.data}
-    quant_state = vars(parameter).get("quant_state")
-    if quant_state is not None:
-        tensors |= {f"{name}.{key}": value for key, value in quant_state.as_dict(packed=True).items()}
+    quantisation = quantisation_state(parameter)
+    if quantisation is not None:
+        tensors |= {f"{name}.{key}": value for key, value in quantisation.as_dict(packed=True).items()}
     for key, tensor in tensors.items():
         hash_tensor(state, key, tensor)
 
@@ -53,3 +127,85 @@ def hash_tensor(state: xxhash.xxh3_128, name: str, tensor: torch.Tensor) -> None
     flat = tensor.detach().cpu().contiguous()
     state.update(f"{name} {flat.dtype} {tuple(flat.shape)}".encode())
     state.update(flat.view(-1).view(torch.uint8).numpy().data)
+
+
+# A base on any device, in any dtype
+
+
+def sketch(model: PreTrainedModel) -> dict[str, Any]:
+    """A few numbers by which a base is recognised on any device, in any dtype, in 4 bit or not.
+
+    `shape`: model type, layers, width, vocabulary size, tied head; `embedding`: 64 of its values.
+    """
+    embedding = model.get_input_embeddings().weight
+    rows = torch.linspace(0, embedding.shape[0] - 1, 64, device=embedding.device).long()
+    columns = torch.linspace(0, embedding.shape[1] - 1, 64, device=embedding.device).long()
+    values = embedding.detach()[rows, columns].float().cpu()
+    config = model.config.get_text_config()
+    shape = [
+        config.model_type,
+        config.num_hidden_layers,
+        config.hidden_size,
+        int(embedding.shape[0]),
+        config.tie_word_embeddings,
+    ]
+    return {"shape": shape, "embedding": [round(float(value), 6) for value in values]}
+
+
+def same_base(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether two sketches are of one base; the tolerance is that of rounding to bf16."""
+    if first["shape"] != second["shape"]:
+        return False
+    return all(
+        math.isclose(a, b, rel_tol=2**-8, abs_tol=1e-6)
+        for a, b in zip(first["embedding"], second["embedding"], strict=True)
+    )
+
+
+# Files, each read once a process
+
+
+class FileStamp(NamedTuple):
+    """A file as the disk describes it; it changes when the file is written."""
+
+    path: Path
+    modified_ns: int
+    size: int
+
+    @classmethod
+    def of(cls, path: Path) -> "FileStamp":
+        """
+        Raises:
+            OSError: no such file.
+        """
+        status = path.stat()
+        return cls(path.absolute(), status.st_mtime_ns, status.st_size)
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    return _sha256(FileStamp.of(path))
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256(stamp: FileStamp) -> str:
+    with stamp.path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sampled_hash(head: str, files: Sequence[Path]) -> str:
+    """Hash of `head` and of each file's name, size and 64 samples of 4096 bytes: enough to notice other weights."""
+    return _sampled_hash(head, tuple(FileStamp.of(file) for file in files))
+
+
+@functools.lru_cache(maxsize=256)
+def _sampled_hash(head: str, stamps: tuple[FileStamp, ...]) -> str:
+    state = xxhash.xxh3_128()
+    state.update(head.encode())
+    for stamp in stamps:
+        state.update(f"{stamp.path.name} {stamp.size}".encode())
+        with stamp.path.open("rb") as file:
+            for part in range(64):
+                file.seek(max(0, stamp.size - 4096) * part // 63)
+                state.update(file.read(4096))
+    return str(state.hexdigest())

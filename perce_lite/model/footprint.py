@@ -1,16 +1,16 @@
-"""What a recipe's model and adapters are, without loading any weights."""
+"""What a recipe's model and adapters are, without loading weights: its configuration, sizes, a hash of its files."""
 
 from pathlib import Path
 
 import torch
-import xxhash
-from peft.tuners.lora import LoraLayer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from perce_lite import export_targets as targets
 from perce_lite.errors import ModelError, RecipeError
 from perce_lite.hub import hub_options
 from perce_lite.model.base import model_source, not_there, with_adapter
+from perce_lite.model.compat import is_lora_weight, lora_layers
+from perce_lite.model.fingerprint import sampled_hash
 from perce_lite.recipe import Recipe, lora_config
 
 
@@ -28,34 +28,26 @@ def config_of(recipe: Recipe) -> PretrainedConfig:
 
 
 def on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a configuration with shapes alone: no weight has memory."""
+    """The model of a configuration on the meta device: shapes only, no memory for weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
 
 def source_fingerprint(recipe: Recipe) -> str:
-    """A hash by which a changed base is noticed without loading it: names, sizes and samples of its weights' files.
+    """A hash that notices a changed base without loading it: names, sizes and samples of its weights' files.
 
-    Of a Hub id it is the id alone.
+    For a Hub id it is a hash of the id alone. Files that have not changed are read once a process.
     """
     folder = Path(model_source(recipe))
-    state = xxhash.xxh3_128()
-    state.update(f"{recipe.model if recipe.model_folder is None else ''} {recipe.quantization}".encode())
-    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else []:
-        size = file.stat().st_size
-        state.update(f"{file.name} {size}".encode())
-        with file.open("rb") as opened:
-            for part in range(64):
-                opened.seek(max(0, size - 4096) * part // 63)
-                state.update(opened.read(4096))
-    return str(state.hexdigest())
+    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    return sampled_hash(f"{recipe.model if recipe.model_folder is None else ''} {recipe.quantization}", weights)
 
 
 def refuse_exports(recipe: Recipe) -> None:
-    """Asks every target in `export.to` whether it can take what the recipe trains, base included; reads no weights.
+    """Checks that every target in `export.to` can take what the recipe trains, base included; reads no weights.
 
     Raises:
-        RecipeError: with every reason why one cannot; ModelError: as `load_base`.
+        RecipeError: with every reason why a target cannot; ModelError: as `load_base`.
     """
     if not recipe.export.to:
         return
@@ -77,13 +69,13 @@ def adapter_bytes(recipe: Recipe) -> int:
         ModelError: as `load_base`; RecipeError: a `lora` section that does not go with the model.
     """
     adapted = with_adapter(on_meta(config_of(recipe)), recipe)
-    return 4 * sum(one.numel() for name, one in adapted.named_parameters() if ".lora_" in name)
+    return 4 * sum(weight.numel() for name, weight in adapted.named_parameters() if is_lora_weight(name))
 
 
 def trained_bytes(recipe: Recipe) -> int:
-    """As `adapter_bytes`, of what is trained: with `lora.core_only` a matrix of r x r a layer."""
+    """As `adapter_bytes`, of what is trained: with `lora.core_only` one r x r matrix a layer."""
     if not recipe.core_only:
         return adapter_bytes(recipe)
     model = with_adapter(on_meta(config_of(recipe)), recipe)
-    ranks = (layer.r for layer in model.modules() if isinstance(layer, LoraLayer))
-    return 4 * sum(rank**2 for one in ranks for rank in one.values())
+    ranks = [rank for layer in lora_layers(model).values() for rank in layer.r.values()]
+    return 4 * sum(rank**2 for rank in ranks)

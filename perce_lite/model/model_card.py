@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from perce_lite.files import write_text
-from perce_lite.model.base import BUILT_IN, model_source
+from perce_lite.model.base import model_source
+from perce_lite.model.builtin import BUILT_IN
 from perce_lite.recipe import CORE_ONLY, Recipe
 
 _HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from perce_lite.console import progress_bar
 from perce_lite.data.pairs import IGNORED, Tokens
 from perce_lite.files import digest
-from perce_lite.model.base import adapter_fingerprint, fingerprint
+from perce_lite.model.fingerprint import adapter_fingerprint, fingerprint
 from perce_lite.model.fused_head import base_of, scoring_forward
 from perce_lite.model.logprob_store import Store, entry_key
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention

@@ -14,7 +14,8 @@ from perce_lite.data.rows import Row, of_split
 from perce_lite.errors import DataError
 from perce_lite.files import digest
 from perce_lite.model import adapters
-from perce_lite.model.base import Base, fingerprint, with_adapter
+from perce_lite.model.base import Base, with_adapter
+from perce_lite.model.fingerprint import fingerprint
 from perce_lite.model.footprint import refuse_exports
 from perce_lite.model.lora_core import add_cores
 from perce_lite.recipe import Recipe, refuse_cores, training_config

@@ -26,7 +26,7 @@ from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.data.rows import Row, from_columns
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.files import disk_full_is_clear
-from perce_lite.model.base import keep_base_constant
+from perce_lite.model.compat import keep_base_constant
 from perce_lite.model.fused_head import base_of, never_met, project_scored_positions_only, scoring_forward
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
 from perce_lite.model.scoring import batch_log_probs, encode_prefixes, no_grad_eval, with_prefix

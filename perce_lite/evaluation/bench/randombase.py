@@ -14,7 +14,8 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from perce_lite.errors import BenchError
 from perce_lite.evaluation.bench.exactrows import CHAT_TEMPLATE
-from perce_lite.model.base import Base, keep_base_constant
+from perce_lite.model.base import Base
+from perce_lite.model.compat import keep_base_constant
 from perce_lite.planning.shapes import known_config
 
 TOY = {

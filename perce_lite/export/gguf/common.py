@@ -13,7 +13,7 @@ from perce_lite.errors import ExportError
 from perce_lite.export.llamacpp import GgufBase
 from perce_lite.export.proof import Proof, fingerprint
 from perce_lite.export_targets import GGUF_FAMILIES
-from perce_lite.model.base import same_base
+from perce_lite.model.fingerprint import same_base
 
 ARCHITECTURES = {kind: gguf.MODEL_ARCH[name.upper()] for kind, name in GGUF_FAMILIES.items()}
 """llama.cpp's architecture for transformers' model type."""

@@ -30,7 +30,7 @@ from perce_lite.export.gguf.proof import NOT_DONE
 from perce_lite.export.proof import Proof, base_for, check_not_idle, does_as_recorded, fingerprint, gap
 from perce_lite.export.reuse import reused
 from perce_lite.files import disk_full_is_clear
-from perce_lite.model.base import BUILT_IN, built_in_gguf
+from perce_lite.model.builtin import BUILT_IN, built_in_gguf
 from perce_lite.recipe import Recipe
 
 FILE = "adapter.gguf"

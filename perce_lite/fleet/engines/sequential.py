@@ -18,8 +18,8 @@ from perce_lite.errors import ConfigError, DeviceError, DiskFullError, ModelErro
 from perce_lite.files import bytes_of, digest
 from perce_lite.fleet.groups import Key
 from perce_lite.model import adapters
-from perce_lite.model.base import Base, fingerprint, load_base, sketch
-from perce_lite.model.fingerprint import hash_once
+from perce_lite.model.base import Base, load_base
+from perce_lite.model.fingerprint import fingerprint, sketch
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
 from perce_lite.planning.oom_advice import full_card_in_a_fleet, let_go
 from perce_lite.recipe import Recipe
@@ -142,7 +142,6 @@ class OneByOne:
         if self._loaded is None:
             with full_card_in_a_fleet(self._recipe, self._slots, lambda: (), of_users=False):
                 self._loaded = load_base(self._recipe)
-            hash_once(self._loaded.model)
         return self._loaded
 
 

@@ -30,7 +30,7 @@ from perce_lite.fleet.slot_lora import save_slot
 from perce_lite.fleet.slot_trainer import SlotEngine
 from perce_lite.fleet.slot_user import Result, Unfinished, UserJob
 from perce_lite.model.adapters import read_metadata
-from perce_lite.model.base import fingerprint
+from perce_lite.model.fingerprint import fingerprint
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
 from perce_lite.planning.oom_advice import full_card_in_a_fleet
 from perce_lite.recipe import Recipe, lora_config, training_config
