@@ -37,7 +37,7 @@ def full_card(monkeypatch):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(PerCETrainer, "training_step", step)
-    monkeypatch.setattr(memory, "_CHUNKED_LOGPROB_CHUNK_SIZE", toys.VOCAB_SIZE)  # else a toy's head outweighs all else
+    monkeypatch.setattr(memory, "VOCABULARY_CHUNK_SIZE", toys.VOCAB_SIZE)  # else a toy's head outweighs all else
     return lambda at: full.update(at=at)
 
 
@@ -139,7 +139,7 @@ def no_room(monkeypatch):
         raise torch.OutOfMemoryError(TELLS)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
-    monkeypatch.setattr(memory, "_CHUNKED_LOGPROB_CHUNK_SIZE", toys.VOCAB_SIZE)
+    monkeypatch.setattr(memory, "VOCABULARY_CHUNK_SIZE", toys.VOCAB_SIZE)
 
 
 @pytest.mark.parametrize("command", ["train", "inspect", "compare", "fleet"])
@@ -162,7 +162,7 @@ def test_a_base_that_does_not_fit_and_no_recipe_to_change(recipe, run, monkeypat
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
     code, _, err = run("generate", "--adapter", "out/adapter", "--prompt", "Hello?", "--no-profile")
-    assert (code, "does not fit the card" in err, "CUDA_VISIBLE_DEVICES=" in err) == (2, True, True)
+    assert (code, "does not fit the GPU" in err, "CUDA_VISIBLE_DEVICES=" in err) == (2, True, True)
 
 
 @pytest.mark.parametrize("command", ["eval", "compare"])
@@ -174,7 +174,7 @@ def test_a_full_card_while_adapters_are_judged(recipe, run, monkeypatch, command
         "eval": ("eval", path, "--adapter", "out/adapter", "--set", "train.store=elsewhere"),
         "compare": ("compare", path, "--arms", "base,uniform", "--seeds", "1", "--rates", "1e-3"),
     }[command]
-    monkeypatch.setattr(memory, "_CHUNKED_LOGPROB_CHUNK_SIZE", toys.VOCAB_SIZE)
+    monkeypatch.setattr(memory, "VOCABULARY_CHUNK_SIZE", toys.VOCAB_SIZE)
 
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError(TELLS)
@@ -204,7 +204,7 @@ def test_a_full_card_with_many_users_at_once(recipe, run, monkeypatch):
         return original(self, trainings)
 
     monkeypatch.setattr(SlotEngine, "_step", step)
-    monkeypatch.setattr(memory, "_CHUNKED_LOGPROB_CHUNK_SIZE", toys.VOCAB_SIZE)
+    monkeypatch.setattr(memory, "VOCABULARY_CHUNK_SIZE", toys.VOCAB_SIZE)
     path = recipe(rows_of(4), recipe_text(gradient_checkpointing=True) + FLEET)
     most["users"] = 3
     code, _, err = run("fleet", path)
@@ -245,7 +245,7 @@ def test_one_user_whose_rows_do_not_fit_leaves_the_others_alone(recipe, run, mon
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(PerCETrainer, "training_step", step)
-    monkeypatch.setattr(memory, "_CHUNKED_LOGPROB_CHUNK_SIZE", toys.VOCAB_SIZE)
+    monkeypatch.setattr(memory, "VOCABULARY_CHUNK_SIZE", toys.VOCAB_SIZE)
     path = recipe(rows_of(2), recipe_text(gradient_checkpointing=True) + FLEET.replace("slots: 4", "slots: 1"))
     code, out, err = run("fleet", path)
     assert (code, err.count("left out. The card's memory is full"), len(failed)) == (3, 1, 1)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from perce_lite.config import compute_dtype
 from perce_lite.evaluation.bench.measuring import _full_log_probs
+from perce_lite.model import compat
 from perce_lite.model.scoring import ScoringJob, cached_log_probs
 from perce_lite.recipe import Recipe, train_defaults, training_config
 
@@ -52,6 +53,7 @@ class Watch(TorchDispatchMode):
 def narrow_tiles(monkeypatch):
     """A head that looks at 128 words at a time: the toy's vocabulary is several tiles, as a real one's is."""
     monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 128)
+    monkeypatch.setattr(compat, "VOCABULARY_CHUNK_SIZE", 128)
 
 
 @pytest.mark.parametrize("estimator", ["base", "mixed", "bootstrap", "uniform"])

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 
+from perce_lite.model import compat
 from perce_lite.planning import parts as memory
 from perce_lite.planning.shapes import shape_of
 
@@ -39,8 +40,9 @@ CASES = {
 def test_peak_of_a_step(tmp_path, monkeypatch, kind, checkpointing, options, flash):
     asked = torch.is_autocast_enabled
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": asked(device))  # as peft sees it on a GPU
-    for module in (trl.trainer.utils, memory):
-        monkeypatch.setattr(module, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 64)
+    for module in (compat, memory):
+        monkeypatch.setattr(module, "VOCABULARY_CHUNK_SIZE", 64)
     recipe = recipe_for(tmp_path, kind, SIZES, "r: 8")
     given = {"per_device_train_batch_size": 1, "words": 12, "gradient_checkpointing": checkpointing, **options}
     given |= {"gradient_accumulation_steps": 2}  # the last batch then finds the gradients of the one before

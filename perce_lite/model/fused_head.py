@@ -1,23 +1,29 @@
-"""TRL's fused head, given the scored positions alone.
+"""Log-probs of scored positions alone: the backbone runs, its output is cut, TRL's kernel projects what is left.
 
-On a GPU TRL projects only positions that carry a label; on a CPU it projects all of them, and with a long profile most
-of that is thrown away. Here the backbone's output is cut to the scored positions before the head sees it.
+TRL's own fused head leaves positions without a label out where it has Triton. Elsewhere, on a CPU above all, it
+projects every position, and with a long profile most of that is thrown away.
 """
 
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
-from trl.trainer.utils import add_fused_lm_head
 
 from perce_lite.data.pairs import IGNORED
-
-_PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+from perce_lite.model.compat import (
+    FusedCausalLMOutput,
+    HeadSettings,
+    chunked_log_probs,
+    head_projects_scored_positions_only,
+    head_settings,
+    router_loss,
+    settings_of,
+)
 
 
 def base_of(model: torch.nn.Module) -> PreTrainedModel:
@@ -29,8 +35,8 @@ def never_met(lora: LoraConfig) -> list[str]:
     """Faults of a `LoraConfig` that puts an adapter where the fused head does not look: on the head itself."""
     faults = []
     for name in ("target_modules", "modules_to_save"):
-        given = vars(lora)[name]
-        if any("lm_head" in one for one in ([given] if isinstance(given, str) else given or ())):
+        modules = vars(lora)[name]
+        if any("lm_head" in module for module in ([modules] if isinstance(modules, str) else modules or ())):
             faults.append(f"lora: {name}: the fused head reads lm_head's own weight and would never meet its adapter")
     return faults
 
@@ -38,72 +44,96 @@ def never_met(lora: LoraConfig) -> list[str]:
 def scoring_forward(model: torch.nn.Module) -> Callable[..., Tensor]:
     """A forward that gives log-probs (N,) of a batch's scored tokens, row after row, from a float32 head.
 
-    It takes what the model takes, `labels` (B, T) included, and never builds full logits. The model's own forward stays
-    as it was: training keeps the head that TRL gave it.
+    It takes what the model takes, with `labels` (B, T), and never builds full logits. The model's own forward is not
+    touched.
     """
-    return _forward_beside(base_of(model), cast_lm_head_to_fp32=True)
+    return _log_probs_of(base_of(model), cast_lm_head_to_fp32=True)
 
 
 def training_forward(model: torch.nn.Module) -> Callable[..., Tensor]:
     """As `scoring_forward`, with the head in the dtype that TRL trains in: for a training loop that is not TRL's."""
-    return _forward_beside(base_of(model), cast_lm_head_to_fp32=False)
+    return _log_probs_of(base_of(model), cast_lm_head_to_fp32=False)
 
 
-def _forward_beside(base: PreTrainedModel, cast_lm_head_to_fp32: bool) -> Callable[..., Tensor]:
-    """A fused forward of `base` that leaves the one it has in place."""
-    own = base.__dict__.get("forward")
-    add_fused_lm_head(base, cast_lm_head_to_fp32=cast_lm_head_to_fp32)
-    fused = base.__dict__.pop("forward").__func__
-    if own is not None:
-        base.forward = own
-    forward = _compacted(fused, base)
-    return lambda labels, **inputs: forward(labels, **inputs)[0].log_probs[0]
+def _log_probs_of(base: PreTrainedModel, cast_lm_head_to_fp32: bool) -> Callable[..., Tensor]:
+    settings = head_settings(base, cast_lm_head_to_fp32)
+    return lambda labels, **inputs: _run(base, settings, labels, **inputs).per_token["log_probs"]
 
 
 def project_scored_positions_only(model: torch.nn.Module) -> None:
-    """Makes the fused head that TRL has put on `model` project scored positions alone; its results stay the same."""
-    base = base_of(model)
-    original = base.forward
-    forward = _compacted(original.__func__, base)
+    """Makes the fused head that TRL has put on `model` project scored positions alone; its results stay the same.
 
-    @functools.wraps(original)
+    Where TRL's does so by itself nothing is changed.
+    """
+    base = base_of(model)
+    if head_projects_scored_positions_only(base.device):
+        return
+    trl_forward = base.forward
+    settings = settings_of(trl_forward.__func__)
+
+    @functools.wraps(trl_forward)
     def fused_forward(
-        self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, labels: Tensor | None = None, **inputs: Any
+        self: PreTrainedModel,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Tensor | None = None,
+        num_items_in_batch: Any = None,
+        **inputs: Any,
     ) -> Any:
         if not fused_lm_head or labels is None:
-            given = inputs if labels is None else {**inputs, "labels": labels}
-            return original(*args, fused_lm_head=fused_lm_head, **given)
-        outputs, scored = forward(labels, *args, **inputs)
-        for name in [name for name in _PER_TOKEN if name in outputs]:
-            outputs[name] = outputs[name].new_zeros(scored.shape).masked_scatter(scored, outputs[name])
-        outputs.label_mask = scored
-        return outputs
+            optional = {"labels": labels, "num_items_in_batch": num_items_in_batch}
+            given = {name: value for name, value in optional.items() if value is not None}
+            return trl_forward(*args, fused_lm_head=fused_lm_head, **given, **inputs)
+        return _output_of(_run(base, settings, labels, *args, **inputs), num_items_in_batch)
 
     base.forward = types.MethodType(fused_forward, base)
 
 
-def _compacted(fused: Callable[..., Any], base: PreTrainedModel) -> Callable[..., tuple[Any, Tensor]]:
-    """`fused` (a function of TRL's) run on a stand-in for `base`; gives its output (1, N) and the mask (B, T-1)."""
-    stand_in = _ScoredPositions(base)
+class _Scored(NamedTuple):
+    """What a forward gives of its N scored positions.
 
-    def forward(labels: Tensor, *args: Any, **inputs: Any) -> tuple[Any, Tensor]:
-        scored = labels[:, 1:] != IGNORED
-        shifted = labels[:, 1:][scored][None]
-        return fused(stand_in, *args, scored=scored, shift_labels=shifted, fused_lm_head=True, **inputs), scored
+    per_token: fields of TRL's output, each (N,) or None
+    mask: (B, T-1), where the next token is scored
+    router_loss: of a mixture whose config asks for it; router_weight: by which it enters the loss
+    """
 
-    return forward
+    per_token: dict[str, Any]
+    mask: Tensor
+    router_loss: Tensor | None
+    router_weight: float
 
 
-class _ScoredPositions:
-    """What TRL's fused forward takes for the model: a backbone whose last hidden state (1, N, H) is the scored ones."""
+def _run(base: PreTrainedModel, settings: HeadSettings, labels: Tensor, *args: Any, **inputs: Any) -> _Scored:
+    """Runs the backbone and projects the scored positions.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._model = model
+    labels: (B, T), IGNORED where a token is not scored
+    args, inputs: of the backbone
+    """
+    config = vars(base.config.get_text_config())
+    inputs["use_cache"] = False
+    if config.get("output_router_logits"):
+        inputs.setdefault("output_router_logits", True)
+    outputs = base.base_model(*args, **inputs)
+    head = base.get_output_embeddings()
+    hidden = outputs.last_hidden_state[:, :-1]  # (B, T-1, H)
+    mask = labels[:, 1:].to(hidden.device) != IGNORED
+    targets = labels[:, 1:].to(hidden.device)[mask]  # (N,)
+    per_token = chunked_log_probs(hidden[mask].to(head.weight.device), head, targets, settings)
+    loss = None
+    if inputs.get("output_router_logits"):
+        loss = router_loss(base.config, outputs.router_logits, inputs.get("attention_mask"))
+    return _Scored(per_token, mask, loss, config.get("router_aux_loss_coef", 0.0))
 
-    def base_model(self, *args: Any, scored: Tensor, **inputs: Any) -> Any:
-        outputs = self._model.base_model(*args, **inputs)
-        outputs.last_hidden_state = outputs.last_hidden_state[:, :-1][scored.to(outputs.last_hidden_state.device)][None]
-        return outputs
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+def _output_of(scored: _Scored, num_items_in_batch: Any) -> FusedCausalLMOutput:
+    """TRL's output: per-token fields (B, T-1), zero where nothing is scored."""
+    mask = scored.mask
+    laid_out = {
+        name: None if values is None else values.new_zeros(mask.shape).masked_scatter(mask, values)
+        for name, values in scored.per_token.items()
+    }
+    tokens = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    loss = -scored.per_token["log_probs"].sum() / tokens
+    if scored.router_loss is not None:
+        loss = loss + scored.router_weight * scored.router_loss
+    return FusedCausalLMOutput(loss=loss, label_mask=mask, aux_loss=scored.router_loss, **laid_out)

@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PretrainedConfig
-from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
-from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from perce_lite.model.base import with_adapter
+from perce_lite.model.compat import TOKEN_CHUNK_SIZE, VOCABULARY_CHUNK_SIZE, LoraLayer
 from perce_lite.model.footprint import on_meta
 from perce_lite.planning.shapes import Shape
 from perce_lite.recipe import Recipe, lora_config
@@ -316,7 +314,7 @@ def _masks(shape: Shape, step: Step) -> int:
 def head_at_work(shape: Shape, step: Step) -> int:
     """TRL's chunked head in training: one tile of logits, and the gradient of the scored hidden states in float32."""
     scored = step.rows * step.scored
-    tile = min(scored, TOKEN_CHUNK_SIZE) * _CHUNKED_LOGPROB_CHUNK_SIZE * step.itemsize
+    tile = min(scored, TOKEN_CHUNK_SIZE) * VOCABULARY_CHUNK_SIZE * step.itemsize
     return tile + scored * shape.hidden * (FLOAT32 + step.itemsize)
 
 
@@ -327,8 +325,8 @@ def scoring(shape: Shape, weights: Weights, step: Step) -> int:
     A batch of several rows that does not fit is halved by itself, down to one row.
     """
     layer = _layer_without_gradients(shape, weights, step, step.length)
-    tile = min(step.scored, TOKEN_CHUNK_SIZE) * _CHUNKED_LOGPROB_CHUNK_SIZE * FLOAT32
-    part = min(shape.vocabulary, _CHUNKED_LOGPROB_CHUNK_SIZE) * shape.hidden * FLOAT32
+    tile = min(step.scored, TOKEN_CHUNK_SIZE) * VOCABULARY_CHUNK_SIZE * FLOAT32
+    part = min(shape.vocabulary, VOCABULARY_CHUNK_SIZE) * shape.hidden * FLOAT32
     return max(layer, tile + part + step.scored * shape.hidden * FLOAT32)
 
 

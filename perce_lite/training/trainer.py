@@ -95,8 +95,7 @@ class PerCETrainer(SFTTrainer):
                 parameter.data = given.get(name, parameter.data).to(parameter.device, torch.float32)
         keep_base_constant(self.model)
         self.autocast = args.autocast
-        if next(self.model.parameters()).device.type == "cpu":
-            project_scored_positions_only(self.model)
+        project_scored_positions_only(self.model)
         if args.profile_pass == "frozen":
             enable_prefix_attention(base_of(self.model), self._prefixes)
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the training loop counts
