@@ -194,7 +194,7 @@ def test_rows_that_share_a_prefix_read_it_once(toy_trainer, monkeypatch):
     read.clear()
     trainer.train()
     assert len(read) == len(set(read)) == 2, "two users, two prefixes, two epochs"
-    monkeypatch.setattr(room, "KEPT_BYTES", 1)
+    monkeypatch.setattr(room, "MAX_CACHED_BYTES", 1)
     read.clear()
     trainer = toy_trainer(rows=shared, profile_pass="frozen", max_steps=12)
     trainer.train()
@@ -234,7 +234,7 @@ def test_without_room_the_adapter_is_the_same(toy_trainer, monkeypatch, each):
         return {name: one.detach().clone() for name, one in trainer.model.named_parameters() if one.requires_grad}
 
     first = trained()
-    monkeypatch.setattr(room, "KEPT_BYTES", 1)
+    monkeypatch.setattr(room, "MAX_CACHED_BYTES", 1)
     second = trained()
     assert all(torch.equal(first[name], second[name]) for name in first)
 

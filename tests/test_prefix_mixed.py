@@ -131,7 +131,7 @@ def test_a_slot_without_a_system_message_trains_what_the_trainer_trains(tmp_path
 
 
 def test_a_prefix_that_rows_share_is_read_once_a_batch_even_without_room(monkeypatch):
-    monkeypatch.setattr(room, "KEPT_BYTES", 1)
+    monkeypatch.setattr(room, "MAX_CACHED_BYTES", 1)
     read = []
 
     def left_by(several):
@@ -146,7 +146,7 @@ def test_a_prefix_that_rows_share_is_read_once_a_batch_even_without_room(monkeyp
     one, other = (prefixes.features(row, "frozen")["prefix"][0] for row in rows)
     for row in rows:
         prefixes.features(row, "frozen")
-    prefixes.ahead(torch.tensor([[one, one], [other, -1], [one, -1]]))
+    prefixes.inputs_of_tokens(torch.tensor([[one, one], [other, -1], [one, -1]]))
     assert read == [[(1, 2)], [(3,)]]
 
 

@@ -111,6 +111,8 @@ def test_an_attention_that_cannot_is_refused(toy_trainer, change, told):
 
 def test_a_layer_that_would_not_look_ahead_is_found(toy_trainer, monkeypatch):
     own = LlamaAttention.forward
-    monkeypatch.setattr(LlamaAttention, "forward", lambda self, *args, ahead=None, **rest: own(self, *args, **rest))
+    monkeypatch.setattr(
+        LlamaAttention, "forward", lambda self, *args, batch_prefixes=None, **rest: own(self, *args, **rest)
+    )
     with pytest.raises(ConfigError, match="does not reach every layer of LlamaForCausalLM"):
         toy_trainer(profile_pass="frozen")

@@ -1,5 +1,6 @@
 """The store: bit-exact, safe under two processes and a kill, and never stale."""
 
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from perce_lite.data.pairs import IGNORED, PairMaker, Tokens
 from perce_lite.data.rows import from_columns
 from perce_lite.model import scoring as score
 from perce_lite.model.logprob_store import Store, clear, entry_key, usage
-from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_key
+from perce_lite.model.scoring import ScoringJob, cached_log_probs, prefix_cache_of, store_key
 
 ODD = [0.0, -0.0, 1e-45, -1e-38, -3.4028235e38, float("inf"), float("nan"), -1.0000001, -17.25]
 
@@ -306,3 +307,25 @@ def test_store_key_changes_with_the_precision_of_float32_products(monkeypatch):
     assert store_key(model, None) == exact
     monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")  # as `tf32: true` does
     assert store_key(model, None) != exact
+
+
+def test_store_key_changes_with_the_attention_and_not_with_prefix_attention():
+    model = toys.toy_model("chatml", toys.VOCAB_SIZE)
+    sdpa = store_key(model, None)
+    prefix_cache_of(model, None)
+    assert model.config._attn_implementation != "sdpa"
+    assert store_key(model, None) == sdpa, "bare, it computes what it did"
+    model.set_attn_implementation("eager")
+    assert store_key(model, None) != sdpa
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "trl", "bitsandbytes"])
+def test_store_key_changes_with_the_minor_version_of_what_computes(monkeypatch, package):
+    model = toys.toy_model("chatml", toys.VOCAB_SIZE)
+    real = importlib.metadata.version
+    keys = []
+    for version in ("7.1.0", "7.1.4+cpu", "7.2.0"):
+        with monkeypatch.context() as patch:
+            patch.setattr(importlib.metadata, "version", lambda name, v=version: v if name == package else real(name))
+            keys.append(store_key(model, None))
+    assert keys[0] == keys[1] != keys[2]

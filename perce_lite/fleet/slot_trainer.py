@@ -35,7 +35,7 @@ from perce_lite.model.scoring import (
 from perce_lite.training.loss import weighted_nll
 from perce_lite.training.reference_logprobs import reference_log_probs, scored_passes
 
-_GIVEN = ("input_ids", "labels", "attention_mask", "position_ids", "ahead")
+_GIVEN = ("input_ids", "labels", "attention_mask", "position_ids", "batch_prefixes")
 """What a forward takes of a batch."""
 
 

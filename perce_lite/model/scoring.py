@@ -1,5 +1,6 @@
-"""Log-probs of scored tokens, adapters on or off: one autocast, one head, one place."""
+"""Log-probs of scored tokens, adapters on or off, in nats: the one place where they are computed."""
 
+import importlib.metadata
 import itertools
 import time
 from collections import defaultdict
@@ -17,15 +18,16 @@ from transformers import DynamicCache
 from perce_lite.console import progress_bar
 from perce_lite.data.pairs import IGNORED, Tokens
 from perce_lite.files import digest
+from perce_lite.model.compat import split_cache
 from perce_lite.model.fingerprint import adapter_fingerprint, fingerprint
 from perce_lite.model.fused_head import base_of, scoring_forward
 from perce_lite.model.logprob_store import Store, entry_key
-from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
+from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention, plain_implementation
 
 SCORING_VERSION = 1
-"""Part of a store's key: raise it when the arithmetic below changes."""
+"""Part of a store's key; raise it when the arithmetic in this room changes."""
 
-_GPU_TOKENS = 8192  # tokens of a padded batch; the head is tiled, so hidden states are what counts
+_GPU_TOKENS = 8192  # of a padded batch; the head is tiled, so the hidden states decide what fits
 _SECONDS_BETWEEN_WRITES = 20.0
 
 
@@ -37,7 +39,7 @@ class ScoringJob(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Log-probs, one (R,) float32 tensor on the CPU a job, in order; `hits` of them came from the store."""
+    """Log-probs of each job in order, (R,) float32 on the CPU; `hits` of them came from the store."""
 
     log_probs: list[Tensor]
     hits: int
@@ -47,10 +49,10 @@ class Scored(NamedTuple):
 def no_grad_eval(model: torch.nn.Module, adapters: bool) -> Iterator[None]:
     """Eval mode, no-grad, adapters off unless `adapters`; afterwards every mode and `requires_grad` is as before.
 
-    peft switches gradients on for every active adapter when `disable_adapter` ends, a frozen one included.
+    When `disable_adapter` ends, peft switches gradients on for every active adapter, a frozen one included.
     """
     training = {module: module.training for module in model.modules()}
-    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    requires_grad = {parameter: parameter.requires_grad for parameter in model.parameters()}
     off = model.disable_adapter() if isinstance(model, PeftModel) and not adapters else nullcontext()
     try:
         model.eval()
@@ -59,12 +61,12 @@ def no_grad_eval(model: torch.nn.Module, adapters: bool) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
-        for parameter, mode in wanted.items():
-            parameter.requires_grad_(mode)
+        for parameter, required in requires_grad.items():
+            parameter.requires_grad_(required)
 
 
 def autocast_to(device: torch.device, autocast: torch.dtype | None) -> torch.autocast:
-    """The context in which every forward of ours runs: autocast to a dtype, or None for float32."""
+    """The context in which every forward of ours runs: autocast to a dtype; None: float32."""
     return torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
 
 
@@ -76,60 +78,51 @@ def batch_log_probs(forward: Callable[..., Tensor], inputs: Mapping[str, Any], a
 
 def padded(sequences: Sequence[Tokens], pad_id: int, device: torch.device) -> dict[str, Tensor]:
     """`input_ids`, `labels`, `attention_mask`, each (B, T), padded on the right."""
-    length = max(len(one.ids) for one in sequences)
-    ids = [one.ids + [pad_id] * (length - len(one.ids)) for one in sequences]
-    labels = [one.labels + [IGNORED] * (length - len(one.ids)) for one in sequences]
-    mask = [[1] * len(one.ids) + [0] * (length - len(one.ids)) for one in sequences]
+    length = max(len(tokens.ids) for tokens in sequences)
+    padding = [length - len(tokens.ids) for tokens in sequences]
+    rows = list(zip(sequences, padding, strict=True))
     return {
-        "input_ids": torch.tensor(ids, device=device),
-        "labels": torch.tensor(labels, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
+        "input_ids": torch.tensor([tokens.ids + [pad_id] * count for tokens, count in rows], device=device),
+        "labels": torch.tensor([tokens.labels + [IGNORED] * count for tokens, count in rows], device=device),
+        "attention_mask": torch.tensor([[1] * (length - count) + [0] * count for count in padding], device=device),
     }
 
 
 def encode_prefix(
     model: torch.nn.Module, ids: Sequence[int], autocast: torch.dtype | None, cache: DynamicCache | None = None
 ) -> DynamicCache:
-    """Keys and values (1, heads, P, d) a layer that the bare base has for `ids`, read without gradients.
+    """Keys and values (1, heads, P, d) a layer that the base has for `ids` (P,), adapters off, without gradients.
 
-    cache: an empty one to fill
+    cache: an empty cache to fill, or one that holds the first ids already
     """
     cache = DynamicCache() if cache is None else cache
-    _read(model, [ids], autocast, cache)
+    _encode(model, [ids], autocast, cache)
     return cache
 
 
 def encode_prefixes(
     model: torch.nn.Module, prefixes: Sequence[Sequence[int]], autocast: torch.dtype | None
 ) -> list[DynamicCache]:
-    """As `encode_prefix`, of several in one forward: they are padded behind their ends, where none of them looks."""
-    whole, length = DynamicCache(), max(map(len, prefixes))
-    _read(model, [[*ids, *[0] * (length - len(ids))] for ids in prefixes], autocast, whole)
-    if len(prefixes) == 1:
-        return [whole]
-    found = [DynamicCache() for _ in prefixes]
-    for number in range(len(whole.layers)):
-        layer = whole.layers.pop(0)  # so that never two copies of all layers are there
-        for row, (ids, cache) in enumerate(zip(prefixes, found, strict=True)):
-            mine = slice(row, row + 1), slice(None), slice(len(ids))
-            cache.update(layer.keys[mine], layer.values[mine], number)
-    return found
+    """As `encode_prefix`, of several in one forward: padded on the right, where no token of theirs attends to."""
+    cache, lengths = DynamicCache(), [len(ids) for ids in prefixes]
+    _encode(model, [[*ids, *[0] * (max(lengths) - len(ids))] for ids in prefixes], autocast, cache)
+    return [cache] if len(prefixes) == 1 else split_cache(cache, lengths)
 
 
-def _read(
+def _encode(
     model: torch.nn.Module, ids: Sequence[Sequence[int]], autocast: torch.dtype | None, cache: DynamicCache
 ) -> None:
-    """Fills `cache` with what the bare base has for `ids` (B, P)."""
+    """Fills `cache` with the keys and values of the base for `ids` (B, P)."""
     device = next(model.parameters()).device
     with no_grad_eval(model, adapters=False), autocast_to(device, autocast):
         base_of(model).base_model(input_ids=torch.tensor(ids, device=device), past_key_values=cache, use_cache=True)
 
 
 def prefix_cache_of(model: torch.nn.Module, autocast: torch.dtype | None) -> PrefixCache:
-    """The prefixes of `model`, none read yet; from now on its layers can look at what stands ahead of a batch.
+    """Enables prefix attention on `model`; returns an empty prefix cache.
 
     Raises:
-        ConfigError: its attention cannot.
+        ConfigError: the model's attention cannot attend to prefixes.
     """
     prefixes = PrefixCache(lambda several: encode_prefixes(model, several, autocast))
     enable_prefix_attention(base_of(model), prefixes)
@@ -139,20 +132,23 @@ def prefix_cache_of(model: torch.nn.Module, autocast: torch.dtype | None) -> Pre
 def model_inputs(
     sequences: Sequence[Tokens], pad_id: int, device: torch.device, prefixes: PrefixCache | None
 ) -> dict[str, Any]:
-    """Inputs of a forward: of the whole sequences (B, T), or with `prefixes` of what follows each one's prefix."""
+    """Inputs of a forward: of complete sequences (B, T), or with `prefixes` of what follows the prefix of each."""
     if prefixes is None:
         return dict(padded(sequences, pad_id, device))
-    awake = [one.after_prefix for one in sequences]
-    inputs = padded(awake, pad_id, device)
-    del inputs["attention_mask"]  # what is ahead has its own
-    segments = [[(whole.prefix_ids, len(rest.ids))] for whole, rest in zip(sequences, awake, strict=True)]
-    return {**inputs, **prefixes.before(segments, inputs["input_ids"].shape[1], device)}
+    following = [tokens.after_prefix for tokens in sequences]
+    inputs = padded(following, pad_id, device)
+    del inputs["attention_mask"]  # the prefixes bring their own
+    segments = [[(tokens.prefix_ids, len(own.ids))] for tokens, own in zip(sequences, following, strict=True)]
+    return {**inputs, **prefixes.inputs_of_segments(segments, inputs["input_ids"].shape[1], device)}
 
 
 def with_prefix(inputs: Mapping[str, Any], numbers: Tensor, prefixes: PrefixCache) -> dict[str, Any]:
-    """`inputs` of a forward of what follows the prefixes, whose `numbers` (B, T) name each token's; -1 is padding."""
-    rest = {name: given for name, given in inputs.items() if name != "attention_mask"}
-    return {**rest, **prefixes.ahead(numbers, rest.get("position_ids"))}
+    """`inputs` of a forward with the prefixes that its tokens follow.
+
+    numbers: (B, T), of each token's prefix; -1 for padding
+    """
+    without_mask = {name: tensor for name, tensor in inputs.items() if name != "attention_mask"}
+    return {**without_mask, **prefixes.inputs_of_tokens(numbers, without_mask.get("position_ids"))}
 
 
 def compute_log_probs(
@@ -163,39 +159,41 @@ def compute_log_probs(
     done: Callable[[int, Tensor], None],
     prefixes: PrefixCache | None = None,
 ) -> None:
-    """Calls `done(index, log-probs (R,) float32 on the CPU)` for each sequence, in the order that suits the device.
+    """Scores `sequences` and calls `done(index, log-probs (R,) float32 on the CPU)` for each, in any order.
 
-    On a CPU a row is scored alone, so that its values depend on nothing but itself. An adapter sleeps through the
-    prefix of a sequence that has one: through those of `prefixes`, where the model is not one of peft's.
+    On a CPU a row is scored alone, so that its values depend on nothing but itself.
+
+    adapters: on or off; they are off in the prefix of a sequence that has one
+    prefixes: needed for such sequences only if the model is not one of peft's
     """
     device = next(model.parameters()).device
     forward = scoring_forward(model)
-    if not (adapters and any(one.prefix_length for one in sequences)):
+    if not (adapters and any(tokens.prefix_length for tokens in sequences)):
         prefixes = None
     elif prefixes is None:
         prefixes = prefix_cache_of(model, autocast)
 
-    def scored(rows: Sequence[Tokens]) -> Tensor:
+    def score(rows: Sequence[Tokens]) -> Tensor:
         return batch_log_probs(forward, model_inputs(rows, 0, device, prefixes), autocast)
 
     with no_grad_eval(model, adapters):
-        todo = list(_batches(sequences, alone=device.type == "cpu"))
-        while todo:
-            batch = todo.pop(0)
-            flat = _where_it_fits(scored, [sequences[index] for index in batch])
+        batches = list(_batches(sequences, alone=device.type == "cpu"))
+        while batches:
+            batch = batches.pop(0)
+            flat = _score_if_it_fits(score, [sequences[index] for index in batch])
             if flat is None:
                 torch.cuda.empty_cache()
-                todo[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+                batches[:0] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
                 continue
             counts = [sum(label != IGNORED for label in sequences[index].labels) for index in batch]
-            for index, values in zip(batch, flat.split(counts), strict=True):
-                done(index, values.clone())
+            for index, log_probs in zip(batch, flat.split(counts), strict=True):
+                done(index, log_probs.clone())
 
 
-def _where_it_fits(scored: Callable[[Sequence[Tokens]], Tensor], rows: Sequence[Tokens]) -> Tensor | None:
-    """What `scored` gives, on the CPU, or None where several rows and their prefixes do not fit the card's memory."""
+def _score_if_it_fits(score: Callable[[Sequence[Tokens]], Tensor], rows: Sequence[Tokens]) -> Tensor | None:
+    """`score(rows)` on the CPU; None if several rows and their prefixes do not fit the GPU's memory together."""
     try:
-        return scored(rows).cpu()
+        return score(rows).cpu()
     except torch.OutOfMemoryError:
         if len(rows) == 1:
             raise
@@ -214,28 +212,38 @@ def _batches(sequences: Sequence[Tokens], alone: bool) -> Iterator[list[int]]:
 
 
 def store_key(model: torch.nn.Module, autocast: torch.dtype | None, adapters: bool = False) -> str:
-    """The store's folder for a base: its weights, quantisation, compute dtype, device kind and what its config says.
+    """The store's folder for a base: a hash of everything that changes a log-prob, whatever row is scored.
 
-    Float32 products that are allowed to be less than that (`tf32: true`) count as well.
-    adapters: for the base with its adapters on; what they weigh is then part of the key.
+    That is its weights and quantisation, compute dtype, device kind, configuration, attention implementation, whether
+    float32 products may be less than that (`tf32: true`), and the versions of the libraries that compute.
+
+    adapters: for the base with its adapters on; their weights are then part of the key
     """
     device = next(model.parameters()).device.type
-    config = {name: value for name, value in base_of(model).config.to_dict().items() if name not in _NO_ARITHMETIC}
-    four_bit = sorted({str(one.compute_dtype) for one in model.modules() if isinstance(one, bnb.nn.Linear4bit)})
+    base = base_of(model)
+    config = {name: value for name, value in base.config.to_dict().items() if name not in _NO_ARITHMETIC}
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     products = (torch.backends.cuda if device == "cuda" else torch.backends.mkldnn).matmul.fp32_precision
-    more = [] if products in ("none", "ieee") else [products]
-    more += [adapter_fingerprint(model)] if adapters else []
-    return digest([fingerprint(model), str(autocast), four_bit, device, config, SCORING_VERSION, *more])
+    parts = {
+        "base": fingerprint(model),
+        "autocast": str(autocast),
+        "four_bit": sorted({str(layer.compute_dtype) for layer in layers}),
+        "device": device,
+        "config": config,
+        "attention": plain_implementation(base),
+        "products": None if products in ("none", "ieee") else products,
+        "adapters": adapter_fingerprint(model) if adapters else None,
+        "versions": {name: _major_minor(name) for name in _COMPUTING},
+        "scoring": SCORING_VERSION,
+    }
+    return digest(parts)
 
 
-def store_of(
-    folder: str | None, model: torch.nn.Module, autocast: torch.dtype | None, adapters: bool = False
-) -> Store | None:
-    """The store in `folder` for the base of `model`, or for it with its adapters on.
+_COMPUTING = ("torch", "transformers", "trl", "bitsandbytes")
 
-    None where there is no folder, and then nothing is hashed.
-    """
-    return None if not folder else Store(Path(folder), store_key(model, autocast, adapters))
+
+def _major_minor(package: str) -> str:
+    return ".".join(importlib.metadata.version(package).split(".")[:2])
 
 
 _NO_ARITHMETIC = (
@@ -243,6 +251,13 @@ _NO_ARITHMETIC = (
     "pad_token_id", "bos_token_id", "eos_token_id",
 )  # fmt: skip
 """Keys of a config that do not change a log-prob; trainers set some of them."""
+
+
+def store_of(
+    folder: str | None, model: torch.nn.Module, autocast: torch.dtype | None, adapters: bool = False
+) -> Store | None:
+    """The store in `folder` for the base of `model`, adapters off or on; no folder: None, and nothing is hashed."""
+    return None if not folder else Store(Path(folder), store_key(model, autocast, adapters))
 
 
 def cached_log_probs(
@@ -254,49 +269,66 @@ def cached_log_probs(
     adapters: bool = False,
     prefixes: PrefixCache | None = None,
 ) -> Scored:
-    """Log-probs of `jobs`, the adapters off unless `adapters`: from `store` where it has them, else one forward each.
+    """Log-probs of `jobs`: from `store` if it has them, else one forward each; adapters are off unless `adapters`.
 
-    `store` is of `store_key(model, autocast, adapters)`; `what` names the progress bar; `prefixes` as in
-    `compute_log_probs`. What is new goes to the store every few seconds, so that a killed pass resumes there.
+    New values are written to the store every few seconds, so that a killed pass resumes there.
+
+    store: that of `store_key(model, autocast, adapters)`
+    what: label of the progress bar
+    prefixes: as in `compute_log_probs`
     """
-    # Without adapters it is all one where a prefix ends.
-    keys = [
-        entry_key(one.ids, one.labels, one.prefix_length if adapters else 0) for one in (job.tokens for job in jobs)
-    ]
-    known = {user: store.get(user) if store is not None else {} for user in dict.fromkeys(job.user for job in jobs)}
-    cached = [known[job.user].get(key) for job, key in zip(jobs, keys, strict=True)]
-    found = {index: values for index, values in enumerate(cached) if values is not None}
-    hits = len(found)
-    fresh: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    todo = sorted(set(range(len(jobs))) - set(found), key=lambda index: jobs[index].user)
-    written = time.monotonic()
-
-    def keep() -> None:
-        nonlocal written
-        if store is not None:
-            for user, entries in fresh.items():
-                store.put(user, entries)
-        fresh.clear()
-        written = time.monotonic()
-
-    with progress_bar() as bar:
+    # Without adapters the length of a prefix changes nothing.
+    keys = [entry_key(job.tokens.ids, job.tokens.labels, job.tokens.prefix_length if adapters else 0) for job in jobs]
+    stored = {user: store.get(user) if store is not None else {} for user in dict.fromkeys(job.user for job in jobs)}
+    log_probs: dict[int, Tensor] = {}
+    for index, (job, key) in enumerate(zip(jobs, keys, strict=True)):
+        if key in stored[job.user]:
+            log_probs[index] = stored[job.user][key]
+    hits = len(log_probs)
+    missing = sorted(set(range(len(jobs))) - set(log_probs), key=lambda index: jobs[index].user)
+    with progress_bar() as bar, _Unwritten(store) as unwritten:
         task = bar.add_task(what, total=len(jobs), completed=hits, note="")
 
         def done(position: int, values: Tensor) -> None:
-            index = todo[position]
-            found[index] = fresh[jobs[index].user][keys[index]] = values
+            index = missing[position]
+            log_probs[index] = values
             bar.advance(task)
-            if time.monotonic() - written > _SECONDS_BETWEEN_WRITES:
-                keep()
+            unwritten.add(jobs[index].user, keys[index], values)
 
-        try:
-            if todo:
-                compute_log_probs(model, [jobs[index].tokens for index in todo], adapters, autocast, done, prefixes)
-        finally:
-            keep()
-    return Scored([found[index] for index in range(len(jobs))], hits)
+        if missing:
+            sequences = [jobs[index].tokens for index in missing]
+            compute_log_probs(model, sequences, adapters, autocast, done, prefixes)
+    return Scored([log_probs[index] for index in range(len(jobs))], hits)
+
+
+class _Unwritten:
+    """New entries of a store, written every few seconds and when the block ends, also by an error."""
+
+    def __init__(self, store: Store | None) -> None:
+        self._store = store
+        self._entries: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        self._written = time.monotonic()
+
+    def __enter__(self) -> "_Unwritten":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._write()
+
+    def add(self, user: str, key: str, values: Tensor) -> None:
+        self._entries[user][key] = values
+        if time.monotonic() - self._written > _SECONDS_BETWEEN_WRITES:
+            self._write()
+
+    def _write(self) -> None:
+        if self._store is not None:
+            for user, entries in self._entries.items():
+                self._store.put(user, entries)
+        self._entries.clear()
+        self._written = time.monotonic()
 
 
 def runs(labels: Sequence[int]) -> list[int]:
     """Lengths of the runs of scored tokens in `labels`: one a response, R in sum."""
-    return [len(list(group)) for scored, group in itertools.groupby(labels, lambda one: one != IGNORED) if scored]
+    groups = itertools.groupby(labels, lambda label: label != IGNORED)
+    return [len(list(group)) for scored, group in groups if scored]

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from perce_lite.config import PerCEConfig
 from perce_lite.data.pairs import most_that_fit
 from perce_lite.model.host_embedding import tied
-from perce_lite.model.prefix_cache import KEPT_BYTES
+from perce_lite.model.prefix_cache import MAX_CACHED_BYTES
 from perce_lite.planning import parts as memory
 from perce_lite.planning.gpus import GIB, Card
 from perce_lite.planning.row_lengths import Rows, packed, rows_of
@@ -115,7 +115,7 @@ class Plan:
             "layer": memory.layer_at_work(self.shape, weights, step, choice.checkpointing),
             "attention": memory.attention(self.shape, step),
             "head": memory.head_at_work(self.shape, step) + memory.casts(weights, step),
-            "prefixes": max(memory.prefixes(self.shape, step), KEPT_BYTES) if step.prefix else 0,
+            "prefixes": max(memory.prefixes(self.shape, step), MAX_CACHED_BYTES) if step.prefix else 0,
             "reading": memory.reading(self.shape, weights, step),
             "scoring": 0 if self._option("estimator") == "uniform" else self._pass(choice, card),
         }
