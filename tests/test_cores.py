@@ -13,12 +13,12 @@ from test_engine import config, exact_head, pairs_of, toy_base
 from test_slots import LORA, ids_of, loss_of, padded, peft_model, stirred
 
 from perce_lite.errors import AdapterError, ConfigError
-from perce_lite.fleet.engines.sequential import OneByOne
+from perce_lite.fleet.engines.sequential import SequentialEngine
 from perce_lite.fleet.fleet import fleet
 from perce_lite.fleet.registry import opened
 from perce_lite.fleet.slot_lora import attach
 from perce_lite.fleet.slot_routing import BARE
-from perce_lite.fleet.slot_trainer import SlotEngine
+from perce_lite.fleet.slot_trainer import SlotTrainer
 from perce_lite.fleet.slot_user import UserJob
 from perce_lite.model.fingerprint import fingerprint
 from perce_lite.model.lora_core import add_cores, faults, plain_state
@@ -150,7 +150,9 @@ def test_a_parent_makes_room_for_the_next(tmp_path, monkeypatch):
 
     def engine(slots):
         lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        return SlotEngine(toy_base(torch.float64), toys.toy_tokenizer("chatml"), args, lora, slots, torch.float64, True)
+        return SlotTrainer(
+            toy_base(torch.float64), toys.toy_tokenizer("chatml"), args, lora, slots, torch.float64, True
+        )
 
     two = engine(2)
     whole = attach(toy_base(torch.float64), LoraConfig(**LORA), 1, torch.float64)
@@ -190,14 +192,14 @@ def weights_of(folder, user):
 
 
 def test_a_fleet_of_cores(recipe, figures, run):
-    """Slots and one by one train the same; what comes out is a plain LoRA; the book says what was trained."""
+    """Slots and one by one train the same; what comes out is a plain LoRA; the registry says what was trained."""
     path = recipe(rows_of(3), CORED + LORA_TEXT)
     told = figures("fleet", path)
     assert (told["trained"], told["failed"], told["gains"]["users"]) == (4, 0, 3)
     shutil.move("out", "slots")
-    fleet(load_recipe(path), OneByOne)
-    [everybody] = Path("slots").rglob("all-*/adapter")
-    start = load_file(everybody / "adapter_model.safetensors")
+    fleet(load_recipe(path), SequentialEngine)
+    [shared] = Path("slots").rglob("all-*/adapter")
+    start = load_file(shared / "adapter_model.safetensors")
     for user in ("user0", "user1", "user2"):
         one, other = weights_of("slots", user), weights_of("out", user)
         assert one.keys() == other.keys() == start.keys()
@@ -220,7 +222,7 @@ def test_a_fleet_of_cores(recipe, figures, run):
         layers, user = len(start) // 2, one.get("user", "user1")
     assert user.metrics["parameters"] == 4 * 4 * layers
     shown = figures("adapters", "show", "user1", "--fleet", "slots")
-    assert shown["trained"].startswith(f"a core of {16 * layers} parameters between A and B of everybody's")
+    assert shown["trained"].startswith(f"a core of {16 * layers} parameters between A and B of the shared adapter")
     assert "core" not in figures("adapters", "show", "all", "--fleet", "slots")["trained"]
     assert run("adapters", "verify", "--fleet", "slots")[0] == 0
     assert run("export", folder, "--to", "peft", "--out", "plain")[0] == 0
@@ -237,7 +239,7 @@ def test_asking_for_cores_trains_no_parent_again(recipe):
     fleet(load_recipe(path, ["lora.core_only=false"]), engine)
     assert names(engine) == ["user0", "user1"]
     fleet(load_recipe(path, ["fleet.max_examples=3"]), engine)
-    assert names(engine) == ["all", "user0", "user1"], "everybody's adapter has seen fewer rows as well"
+    assert names(engine) == ["all", "user0", "user1"], "the shared adapter has seen fewer rows as well"
 
 
 @pytest.mark.parametrize(

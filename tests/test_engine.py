@@ -15,7 +15,7 @@ from perce_lite.data.pairs import PairMaker
 from perce_lite.data.rows import from_columns
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.fleet.slot_lora import SlotModel
-from perce_lite.fleet.slot_trainer import SlotEngine
+from perce_lite.fleet.slot_trainer import SlotTrainer
 from perce_lite.fleet.slot_user import UserJob
 from perce_lite.training.order import steps_of
 
@@ -48,7 +48,7 @@ def toy_base(dtype=torch.float32):
 
 def engine(args, slots, base=None, dtype=torch.float32):
     base = toy_base(dtype) if base is None else base
-    return SlotEngine(base, toys.toy_tokenizer("chatml"), args, LoraConfig(**LORA), slots, dtype)
+    return SlotTrainer(base, toys.toy_tokenizer("chatml"), args, LoraConfig(**LORA), slots, dtype)
 
 
 def run(engine, jobs):

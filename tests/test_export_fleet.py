@@ -28,7 +28,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def fleet(recipe, run, trained, tmp_path) -> Path:
-    """Three users with an adapter of their own, each; one held back; everybody's serves that one."""
+    """Three users with an adapter of their own, each; one held back; the shared adapter serves that one."""
     if not trained.exists():
         mine = recipe(rows_of(3), TEXT)
         assert run("fleet", mine)[0] == 0

@@ -14,8 +14,8 @@ from test_inspect import full_logits
 from perce_lite.data.pairs import PairMaker
 from perce_lite.fleet import fleet as fleets
 from perce_lite.fleet.engines import slots as slotted
-from perce_lite.fleet.engines.sequential import OneByOne
-from perce_lite.fleet.engines.slots import Slotted, engine_for
+from perce_lite.fleet.engines.sequential import SequentialEngine
+from perce_lite.fleet.engines.slots import SlotsEngine, engine_for
 from perce_lite.fleet.fleet import fleet
 from perce_lite.fleet.registry import opened
 from perce_lite.model import fingerprint as hashing
@@ -80,37 +80,37 @@ def test_an_adapter_that_is_worse_is_held_back(recipe, run, figures, monkeypatch
     assert told["states"]["in service"] == 1
     why = figures("adapters", "who", "user0", "--fleet", "out")
     assert why["adapter"] == ["all", "all"]
-    assert "user user0's is held back: -0.200 nats" in why["why"]
+    assert "user user0's adapter is held back: -0.200 nats" in why["why"]
     assert "held back (worse than what it replaces)" in Path("out/fleet.html").read_text("utf-8")
 
 
-def test_users_start_from_everybodys_adapter_and_the_base_stays_bare(recipe, figures, run):
+def test_users_start_from_the_shared_adapter_and_the_base_stays_bare(recipe, figures, run):
     """For real: three toy users over one base; each adapter loads with plain peft."""
     path = recipe(rows_of(3), TEXT + "lora: {r: 4}\n")
     told = figures("fleet", path)
     assert (told["trained"], told["failed"]) == (4, 0)
     with opened(Path("out")) as registry:
-        book = {one.name: one for one in registry.all()}
-        everybody, one = book["all"], book["user1"]
-        losses = one.metrics["losses"]["test"]
-    assert one.gain == pytest.approx(losses["start"] - losses["own"])
+        by_name = {one.name: one for one in registry.all()}
+        shared, own = by_name["all"], by_name["user1"]
+        losses = own.metrics["losses"]["test"]
+    assert own.gain == pytest.approx(losses["start"] - losses["own"])
     assert losses["own"] != losses["start"] != losses["base"]
-    # The loss of what it started from is that of everybody's adapter, by full logits and plain peft.
+    # The loss of what it started from is that of the shared adapter, by full logits and plain peft.
     read = load_recipe(path)
     maker = PairMaker(toys.toy_tokenizer("chatml"), read.template, 1024)
     pairs = maker.make([row for row in fleets.read_rows(read) if row.user == "user1" and row.split == "test"])
-    for name, adapter in (("start", everybody), ("own", one)):
+    for name, adapter in (("start", shared), ("own", own)):
         folder = Path("out") / adapter.folder / "adapter"
         model = PeftModel.from_pretrained(toys.toy_model("chatml", 600), folder).eval().double()
         by_hand = torch.cat([full_logits(model, pair.factual) for pair in pairs])
         assert losses[name] == pytest.approx(-float(by_hand.mean()), abs=1e-4)
     assert not list(Path("out").rglob("checkpoint-*"))
     assert run("adapters", "verify", "--fleet", "out")[0] == 0
-    weights = Path("out") / one.folder / "adapter/adapter_model.safetensors"
+    weights = Path("out") / own.folder / "adapter/adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     code, out, _ = run("adapters", "verify", "--fleet", "out")
     assert code == 2
-    assert "user user1's" in out
+    assert "user user1's adapter" in out
     assert "3 of 4 adapters are whole" in out
 
 
@@ -119,7 +119,7 @@ def test_the_base_is_hashed_once(recipe, monkeypatch):
     hashed = []
     path = recipe(rows_of(3), TEXT.replace("gate: null", "gate: null, slots: 2"))
     base = toys.toy_model("chatml", 600)
-    for engine in (OneByOne, engine_for):
+    for engine in (SequentialEngine, engine_for):
         with monkeypatch.context() as patch:
             patch.setattr(hashing, "hash_parameter", lambda state, name, parameter: hashed.append(name))
             fleet(load_recipe(path), engine, retrain=["all"])
@@ -130,9 +130,9 @@ def test_the_base_is_hashed_once(recipe, monkeypatch):
 def test_order_does_not_matter_for_a_user(recipe, tmp_path):
     """A user's adapter is the same whether trained first or after others: the base is given back as it was."""
     path = recipe(rows_of(3), TEXT.replace("gate: null", "gate: null, init_from: none"))
-    fleet(load_recipe(path), OneByOne)
+    fleet(load_recipe(path), SequentialEngine)
     shutil.move("out", "first")
-    fleet(load_recipe(path), OneByOne, only=["user2"])
+    fleet(load_recipe(path), SequentialEngine, only=["user2"])
     [alone] = Path("out").rglob("user2-*/adapter/adapter_model.safetensors")
     [later] = Path("first").rglob("user2-*/adapter/adapter_model.safetensors")
     one, other = load_file(alone), load_file(later)
@@ -141,15 +141,15 @@ def test_order_does_not_matter_for_a_user(recipe, tmp_path):
 
 @pytest.mark.parametrize("profile_pass", ["full", "frozen"])
 def test_slots_train_what_one_by_one_trains(recipe, profile_pass):
-    """Three users in two slots, one of them refilled: the book and the adapters are those of one after another."""
+    """Three users in two slots, one of them refilled: the registry and the adapters are those of one after another."""
     text = TEXT.replace("gate: null", "gate: null, slots: 2") + "lora: {r: 4}\n"
     slow = f"learning_rate: 0.01, adam_epsilon: 1e-4, profile_pass: {profile_pass}"
     path = recipe(rows_of(3), text.replace("learning_rate: 0.05", slow))
     engine = engine_for(load_recipe(path))
-    assert isinstance(engine, Slotted)
+    assert isinstance(engine, SlotsEngine)
     assert fleet(load_recipe(path), engine_for)["trained"] == 4
     shutil.move("out", "slots")
-    fleet(load_recipe(path), OneByOne)
+    fleet(load_recipe(path), SequentialEngine)
     for user in ("user0", "user1", "user2"):
         [one], [other] = (
             list(Path(name).rglob(f"{user}-*/adapter/adapter_model.safetensors")) for name in ("slots", "out")
@@ -222,7 +222,7 @@ def test_a_stopped_fleet_goes_on(recipe):
 
 
 def test_what_is_half_trained_does_not_go_on_with_other_rows(recipe, monkeypatch):
-    """Everybody's adapter is stopped after a checkpoint; with another set of rows it starts anew."""
+    """The shared adapter is stopped after a checkpoint; with another set of rows it starts anew."""
     text = TEXT.replace("max_steps: 3", "max_steps: 4, save_steps: 2")
     path = recipe(rows_of(3), text)
 
@@ -237,29 +237,29 @@ def test_what_is_half_trained_does_not_go_on_with_other_rows(recipe, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr(PerCETrainer, "_save_checkpoint", stops)
             with pytest.raises(Stopped):
-                fleet(load_recipe(path), OneByOne)
+                fleet(load_recipe(path), SequentialEngine)
 
     real, resumed = PerCETrainer._save_checkpoint, []
     monkeypatch.setattr("perce_lite.training.run.say", resumed.append)
     stopped(path)
     assert list(Path("out").rglob("checkpoint-2"))
-    fleet(load_recipe(recipe(rows_of(2), text)), OneByOne)
+    fleet(load_recipe(recipe(rows_of(2), text)), SequentialEngine)
     assert resumed == []
     shutil.rmtree("out")
     stopped(path)
-    fleet(load_recipe(path), OneByOne)
+    fleet(load_recipe(path), SequentialEngine)
     assert len(resumed) == 1, "with the very same rows it goes on"
 
 
 def test_a_dry_run_changes_nothing(recipe, run):
     path, engine = recipe(rows_of(3), TEXT), Clock()
     fleet(load_recipe(path), engine)
-    with opened(Path("out")) as book:
-        before = book.all()
+    with opened(Path("out")) as registry:
+        before = registry.all()
     for changes, retrain in ((["lora.r=4"], []), ([], ["user1"]), ([], ["all"])):
         assert sum(fleet(load_recipe(path, changes), engine, retrain=retrain, dry_run=True)["due"].values()) > 0
-    with opened(Path("out")) as book:
-        assert book.all() == before
+    with opened(Path("out")) as registry:
+        assert registry.all() == before
     code, out, _ = run("fleet", path, "--dry-run")
     assert (code, "Page" in out, Path("out/fleet.html").exists()) == (0, False, False)
     engine.trained.clear()
@@ -273,7 +273,7 @@ def test_what_is_not_judged_or_held_back_is_not_served(recipe, figures):
     path = recipe([*rows_of(2), more], TEXT.replace("gate: null", "gate: 0.0"))
 
     def killed(task):
-        Clock().train(task)  # the adapter lies there, the book does not know
+        Clock().train(task)  # the adapter lies there, the registry does not know
         raise KeyboardInterrupt
 
     engine = Clock()

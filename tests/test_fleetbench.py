@@ -16,8 +16,8 @@ from perce_lite.data import pairs
 from perce_lite.errors import BenchError, DataError
 from perce_lite.evaluation.bench import children, exactrows, fleetbench, fleetmeasuring
 from perce_lite.files import read_json
-from perce_lite.fleet.engines.sequential import OneByOne
-from perce_lite.fleet.engines.slots import Slotted
+from perce_lite.fleet.engines.sequential import SequentialEngine
+from perce_lite.fleet.engines.slots import SlotsEngine
 from perce_lite.recipe import load_recipe
 
 pytest_plugins = ["cli_fixtures"]
@@ -83,7 +83,7 @@ def test_every_arm_trains_its_users(recipe, here, monkeypatch):
         return made
 
     monkeypatch.setattr(pairs.PairMaker, "make", seen)
-    for engine in (OneByOne, Slotted):
+    for engine in (SequentialEngine, SlotsEngine):
         run = engine.run
         monkeypatch.setattr(
             engine, "run", lambda self, *given, run=run: (engines.append(type(self)), run(self, *given))[1]
@@ -108,7 +108,7 @@ def test_every_arm_trains_its_users(recipe, here, monkeypatch):
     ], "the arm that comes first changes from repeat to repeat"
     assert len(here) == 1 + len(measured), "the store is filled once"
     assert {job.recipe["lora"]["r"] for job in here} == {8}
-    assert {OneByOne, Slotted} == set(engines)
+    assert {SequentialEngine, SlotsEngine} == set(engines)
     assert {one["why"] for one in found["bars"]} == {"not measured"}
     assert sorted(one.name for one in Path.cwd().iterdir()) == ["mine.yaml", "rows.jsonl"]
 

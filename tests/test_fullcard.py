@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from perce_lite import PerCETrainer
 from perce_lite.evaluation import compare, evaluate
-from perce_lite.fleet.slot_trainer import SlotEngine
-from perce_lite.fleet.slot_user import Learner
+from perce_lite.fleet.slot_trainer import SlotTrainer
+from perce_lite.fleet.slot_user import SlotUser
 from perce_lite.model import scoring as score
 from perce_lite.model.scoring import compute_log_probs
 from perce_lite.planning import parts as memory
@@ -196,14 +196,14 @@ FLEET = "fleet: {min_examples: 4, gate: null, init_from: none, slots: 4}\n"
 
 def test_a_full_card_with_many_users_at_once(recipe, run, monkeypatch):
     """Fewer at once fit; the line says how many, and with exactly that the fleet goes on from what is kept."""
-    original, most = SlotEngine._step, {"users": 4}
+    original, most = SlotTrainer._step, {"users": 4}
 
     def step(self, trainings):
         if len(trainings) > most["users"] and trainings[0].log:
             raise torch.OutOfMemoryError(TELLS)
         return original(self, trainings)
 
-    monkeypatch.setattr(SlotEngine, "_step", step)
+    monkeypatch.setattr(SlotTrainer, "_step", step)
     monkeypatch.setattr(memory, "VOCABULARY_CHUNK_SIZE", toys.VOCAB_SIZE)
     path = recipe(rows_of(4), recipe_text(gradient_checkpointing=True) + FLEET)
     most["users"] = 3
@@ -213,8 +213,8 @@ def test_a_full_card_with_many_users_at_once(recipe, run, monkeypatch):
     [_, word] = overrides(told)
     most["users"] = int(word.removeprefix("fleet.slots="))
     assert 1 < most["users"] < 4
-    restored, real = [], Learner.restore
-    monkeypatch.setattr(Learner, "restore", lambda self, state: (restored.append(self.job.user), real(self, state)))
+    restored, real = [], SlotUser.restore
+    monkeypatch.setattr(SlotUser, "restore", lambda self, state: (restored.append(self.job.user), real(self, state)))
     code, _, err = run("fleet", path, "--set", word)
     assert (code, restored) == (0, ["user0", "user1", "user2", "user3"])
 

@@ -126,11 +126,11 @@ def test_your_own_texts(toy, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_fleet(toy, tmp_path, monkeypatch):
-    """It trains everybody, says who is served by what, answers for two, and forgets one."""
+    """It trains all users, says who is served by what, answers for two, and forgets one."""
     done = executed("fleet", tmp_path, monkeypatch, MORE=f"{TINY.format(toy)} {QUICK}")
     said = told(done)
     assert said.index("marlow:") < said.index("odette:")
-    assert "everybody's adapter" in said.rpartition("odette:")[2]
+    assert "the shared adapter" in said.rpartition("odette:")[2]
     assert len(list((tmp_path / "runs/fleet/adapters").rglob("adapter_model.safetensors"))) == 4
     assert "prof_lindqvist" in frames(done)[0]
 

@@ -11,7 +11,7 @@ from test_slots import stirred
 
 from perce_lite.data.pairs import IGNORED, Tokens
 from perce_lite.evaluation.conditions import Case, before_and_after
-from perce_lite.fleet.slot_trainer import SlotEngine
+from perce_lite.fleet.slot_trainer import SlotTrainer
 from perce_lite.fleet.slot_user import UserJob
 from perce_lite.model import prefix_cache as room
 from perce_lite.model import scoring
@@ -123,7 +123,7 @@ def test_a_slot_without_a_system_message_trains_what_the_trainer_trains(tmp_path
 
     trainer = trained_by_trainer(args, 1, base(), family="gemma")
     assert not any(pair.counterfactual.prefix_length for pair in trainer.pairs["train"])
-    engine = SlotEngine(base(), toys.toy_tokenizer("gemma"), args, LoraConfig(**LORA), 1)
+    engine = SlotTrainer(base(), toys.toy_tokenizer("gemma"), args, LoraConfig(**LORA), 1)
     ours = run(engine, [UserJob("user1", trainer.pairs["train"])])["user1"]
     assert ours.error is None
     for key, tensor in get_peft_model_state_dict(trainer.model).items():
@@ -155,7 +155,7 @@ def test_cores_of_two_parents_sleep_each_beside_their_own(tmp_path):
     args = config(tmp_path, estimator="bootstrap", profile_pass="frozen", max_steps=2)
 
     def engine(slots):
-        return SlotEngine(toy_base(), toys.toy_tokenizer("chatml"), args, LoraConfig(**LORA), slots, core=True)
+        return SlotTrainer(toy_base(), toys.toy_tokenizer("chatml"), args, LoraConfig(**LORA), slots, core=True)
 
     two = engine(2)
     parents = [stirred(two.model.fresh(seed), seed) for seed in range(2)]

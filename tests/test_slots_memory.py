@@ -18,7 +18,7 @@ from perce_lite.data.rows import from_columns
 from perce_lite.fleet import capacity
 from perce_lite.fleet.capacity import users_at_once
 from perce_lite.fleet.slot_routing import Route
-from perce_lite.fleet.slot_trainer import SlotEngine
+from perce_lite.fleet.slot_trainer import SlotTrainer
 from perce_lite.fleet.slot_user import UserJob
 from perce_lite.planning import parts as memory
 from perce_lite.planning.gpus import GIB, of_size
@@ -30,14 +30,14 @@ from perce_lite.recipe import Recipe, load_recipe, lora_config
 pytest_plugins = ["cli_fixtures"]
 
 
-def engine_of(recipe: Recipe, users: int, dtype: torch.dtype, folder, **options) -> tuple[SlotEngine, list[UserJob]]:
+def engine_of(recipe: Recipe, users: int, dtype: torch.dtype, folder, **options) -> tuple[SlotTrainer, list[UserJob]]:
     base = base_as_on_a_card(recipe, dtype)
     given = {"estimator": "uniform", "max_length": 4096, "gradient_checkpointing": False, "report_to": "none",
              "per_device_train_batch_size": 1}  # fmt: skip
     args = PerCEConfig(str(folder / "out"), **{**given, "bf16": dtype == torch.bfloat16, **options})
     maker = PairMaker.of(recipe, base.tokenizer, args.max_length)
     rows = [from_columns({**row, "completion": row["completion"] * 3}, "") for row in toys.toy_rows(users, 3)]
-    engine = SlotEngine(base.model, base.tokenizer, args, lora_config(recipe), users, core=recipe.core_only)
+    engine = SlotTrainer(base.model, base.tokenizer, args, lora_config(recipe), users, core=recipe.core_only)
     one_parent = recipe.fleet.init_from == "all"
     names = dict.fromkeys(row.user for row in rows)
     pairs = {name: maker.make([row for row in rows if row.user == name]) for name in names}

@@ -19,8 +19,8 @@ from perce_lite.fleet.engines.slots import engine_for
 from perce_lite.fleet.fleet import fleet
 from perce_lite.fleet.registry import KEPT
 from perce_lite.fleet.slot_lora import attach
-from perce_lite.fleet.slot_trainer import SlotEngine
-from perce_lite.fleet.slot_user import Learner, Unfinished, UserJob
+from perce_lite.fleet.slot_trainer import SlotTrainer
+from perce_lite.fleet.slot_user import SlotUser, Unfinished, UserJob
 from perce_lite.recipe import load_recipe
 
 pytest_plugins = ["cli_fixtures"]
@@ -69,7 +69,7 @@ def test_a_killed_run_goes_on_to_the_bit(tmp_path, name, last, torn):
 
     def run(jobs, kept):
         results = {}
-        engine = SlotEngine(toy_base(), toys.toy_tokenizer("chatml"), args, LoraConfig(**LORA), 2, core=core)
+        engine = SlotTrainer(toy_base(), toys.toy_tokenizer("chatml"), args, LoraConfig(**LORA), 2, core=core)
         try:
             engine.run(jobs, lambda result: results.update({result.user: result}), kept)
         except Killed:
@@ -115,8 +115,8 @@ def test_a_stopped_fleet_goes_on_in_its_slots(recipe, monkeypatch):
     rows = [{**row, "completion": ""} if row["user"] == "user0" else row for row in rows_of(5)]
     text = TEXT.replace("gate: null", "gate: null, slots: 2, init_from: none").replace("max_steps: 3", "max_steps: 4")
     path = recipe(rows, text.replace("train: {", "train: {save_steps: 3, ") + "lora: {r: 4}\n")
-    restored, real = [], Learner.restore
-    monkeypatch.setattr(Learner, "restore", lambda self, state: (restored.append(self.job.user), real(self, state)))
+    restored, real = [], SlotUser.restore
+    monkeypatch.setattr(SlotUser, "restore", lambda self, state: (restored.append(self.job.user), real(self, state)))
     assert fleet(load_recipe(path), engine_for)["failed"] == 1
     shutil.move("out", "whole")
     with monkeypatch.context() as patch:
@@ -142,10 +142,10 @@ def test_a_fleet_that_the_system_kills_goes_on_to_the_bit(recipe):
     path = Path(recipe(rows_of(4), text.replace("train: {", "train: {save_steps: 2, "))).absolute()
     assert run_alone(path, command="fleet").returncode == 0
     shutil.move("out", "whole")
-    killed = run_alone(path, "perce_lite.fleet.slot_trainer:SlotEngine._step:6", command="fleet")
+    killed = run_alone(path, "perce_lite.fleet.slot_trainer:SlotTrainer._step:6", command="fleet")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert Unfinished(Path("out", KEPT)).users == ["user0", "user1"]
-    resumed = run_alone(path, "perce_lite.fleet.slot_trainer:SlotEngine._step:99", command="fleet")
+    resumed = run_alone(path, "perce_lite.fleet.slot_trainer:SlotTrainer._step:99", command="fleet")
     assert resumed.returncode == 0, resumed.stderr
     for user in ("user0", "user1", "user2", "user3"):
         [mine], [theirs] = (list(Path(at).rglob(f"{user}-*/adapter/*.safetensors")) for at in ("out", "whole"))

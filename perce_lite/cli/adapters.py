@@ -25,7 +25,7 @@ def list_(fleet: FleetPath = None, json: Json = None) -> None:
         entries = registry.all()
     write(json, {"adapters": [{"state": entry.state, **vars(entry)} for entry in entries]})
     for section in sections.fleet(entries):
-        terminal.show_book(section)
+        terminal.show_registry(section)
 
 
 @adapters.command("show")

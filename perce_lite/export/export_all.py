@@ -1,4 +1,4 @@
-"""A whole fleet exported, one adapter after another over one base: what serves somebody, as the book says."""
+"""A whole fleet exported, one adapter after another over one base: what serves somebody, as the registry says."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

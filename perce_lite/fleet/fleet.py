@@ -1,4 +1,4 @@
-"""Many users over one base: who is due is trained, the rest is left alone; the book says who is served by what."""
+"""Many users over one base: who is due is trained, the rest is left alone; the registry says who is served by what."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def fleet(
     engine: makes the thing that trains, where there is something to train
     only: users to train now, with what they start from; the others wait
     retrain: users to train again, though nothing has changed; "cohort:NAME" or "all" for what others start from
-    dry_run: nothing is trained, and the book stays as it was
+    dry_run: nothing is trained, and the registry stays as it was
 
     Raises:
         FleetError: another run is on this folder, it is of another base, or a name is not known.
@@ -52,7 +52,7 @@ def fleet(
     refuse_exports(recipe)
     # Every row of a user counts: with max_rows, one user's new rows would push out another's.
     rows = read_rows(recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_rows": None})}))
-    with _book(recipe, dry_run) as registry:
+    with _registry(recipe, dry_run) as registry:
         for name in retrain:
             registry.readmit(name)
         gone = {user for user in {row.user for row in rows} if registry.was_deleted(user)}
@@ -84,7 +84,7 @@ def fleet(
 
 
 @contextmanager
-def _book(recipe: Recipe, dry_run: bool) -> Iterator[Registry]:
+def _registry(recipe: Recipe, dry_run: bool) -> Iterator[Registry]:
     if dry_run:
         with imagined(recipe.output_dir) as copy:
             yield copy
@@ -148,7 +148,7 @@ def _know(planned: Plan, keys: Sequence[Key]) -> None:
 
 
 def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> None:
-    """Writes users and adapters into the book; what would be trained from something else than it was is due by that."""
+    """Writes users and adapters into the registry; what would be trained from something else than it was is due by that."""
     runs: dict[Key, str] = {}
     records = []
     distinct = {id(recipe): recipe for recipe in recipes.values()}  # few recipes, many groups
@@ -216,7 +216,7 @@ def _disk(recipe: Recipe, count: int) -> int:
 
 
 def _same_base(registry: Registry, engine: Engine, recipe: Recipe) -> None:
-    """Writes the base into the book, or refuses a folder whose adapters are of another."""
+    """Writes the base into the registry, or refuses a folder whose adapters are of another."""
     mine = engine.base()
     known = registry.meta("base")
     if known is None:
@@ -229,7 +229,7 @@ def _same_base(registry: Registry, engine: Engine, recipe: Recipe) -> None:
 
 
 def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Tally) -> None:
-    """One pass over what is due: everybody, cohorts, users."""
+    """One pass over what is due: the shared adapter, cohorts, users."""
     at_work: dict[Key, Adapter] = {}
     with progress_bar() as bar:
         progress = bar.add_task("Adapters", total=total, note="")

@@ -1,4 +1,4 @@
-"""Who gets an adapter: users, cohorts and everybody, from the rows and the recipe's `fleet` section."""
+"""Who gets an adapter: users, cohorts and all of them together, from the rows and the recipe's `fleet` section."""
 
 import unicodedata
 from collections import Counter, defaultdict
@@ -15,7 +15,7 @@ from perce_lite.recipe import Recipe
 Key = tuple[str, str]
 """(kind, name): ("user", "ann"), ("cohort", "press"), ("all", "all")."""
 
-EVERYBODY: Key = ("all", "all")
+SHARED: Key = ("all", "all")
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ def plan(rows: Sequence[Row], recipe: Recipe) -> Plan:
     with_parent = rule.init_from != "none"
     groups = []
     if rule.group_by == "all" or (with_parent and (common == "all" or None in cohorts.values())):
-        groups.append(Group(EVERYBODY, list(rows), None))
+        groups.append(Group(SHARED, list(rows), None))
     if rule.group_by == "cohort" or (rule.group_by == "user" and with_parent and common == "cohort"):
-        parent = EVERYBODY if rule.group_by == "cohort" and rule.init_from == "all" else None
+        parent = SHARED if rule.group_by == "cohort" and rule.init_from == "all" else None
         for cohort in sorted(named):
             groups.append(Group(("cohort", cohort), [row for row in rows if cohorts[row.user] == cohort], parent))
     own = {user for user in by_user if rule.group_by == "user" and examples[user] >= rule.min_examples}
     for user in sorted(own):
         home = cohorts[user]
-        parent = ("cohort", home) if common == "cohort" and home is not None else EVERYBODY
+        parent = ("cohort", home) if common == "cohort" and home is not None else SHARED
         groups.append(Group(("user", user), by_user[user], parent if with_parent else None))
     groups = [group for group in groups if group.examples]
     if not groups:
@@ -88,8 +88,8 @@ def plan(rows: Sequence[Row], recipe: Recipe) -> Plan:
 
 def key_of(name: str) -> Key:
     """What a name on the command line means: "cohort:press", "all", or a user."""
-    if name == EVERYBODY[1]:
-        return EVERYBODY
+    if name == SHARED[1]:
+        return SHARED
     kind, colon, rest = name.partition(":")
     return ("cohort", rest) if colon and kind == "cohort" else ("user", name)
 

@@ -1,4 +1,4 @@
-"""Questions to a fleet's book: who is served by what and why, is it whole, and deleting a user without a trace."""
+"""Questions to a fleet's registry: who is served by what and why, is it whole, and deleting a user without a trace."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from perce_lite.errors import FleetError
 from perce_lite.files import METADATA, bytes_of, read_json, safe_name
-from perce_lite.fleet.groups import EVERYBODY, Key, key_of
+from perce_lite.fleet.groups import SHARED, Key, key_of
 from perce_lite.fleet.registry import FILE, KEPT, Adapter, Registry, held
 
 PERSONAL = (
@@ -48,7 +48,7 @@ def who(registry: Registry, user: str) -> dict[str, Any]:
     if not own and registry.meta("group_by") == "user":
         least = registry.meta("min_examples")
         reasons.append(f"{examples} training rows are too few for an adapter of their own (fleet.min_examples {least})")
-    for key in [*chain, EVERYBODY]:
+    for key in [*chain, SHARED]:
         adapter = registry.get(*key)
         if adapter is None:
             continue
@@ -63,7 +63,7 @@ def who(registry: Registry, user: str) -> dict[str, Any]:
 
 
 def _known(registry: Registry, user: str) -> tuple[str | None, int, bool]:
-    """What the book says of `user`; raises FleetError where it knows no such user."""
+    """What the registry says of `user`; raises FleetError where it knows no such user."""
     known = registry.user(user)
     if known is None:
         like = ", ".join(registry.users_like(user))
@@ -72,17 +72,17 @@ def _known(registry: Registry, user: str) -> tuple[str | None, int, bool]:
 
 
 def _is_of(folder: Path, adapter: Adapter) -> bool:
-    """Whether `folder` holds what the book says was trained and judged, not what a killed run left after it."""
+    """Whether `folder` holds what the registry says was trained and judged, not what a killed run left after it."""
     card = read_json(folder / METADATA)
     return card is not None and card.get("run") == adapter.trained_run
 
 
 def _called(adapter: Adapter) -> str:
-    return "everybody's" if adapter.kind == "all" else f"{adapter.kind} {adapter.name}'s"
+    return "the shared adapter" if adapter.kind == "all" else f"{adapter.kind} {adapter.name}'s adapter"
 
 
 def show(registry: Registry, name: str) -> dict[str, Any]:
-    """All that the book says of one adapter: a user's, "cohort:NAME", or "all".
+    """All that the registry says of one adapter: a user's, "cohort:NAME", or "all".
 
     Raises:
         FleetError: there is none.
@@ -112,12 +112,16 @@ def trained(adapter: Adapter) -> str:
         return "nothing so far"
     if not adapter.metrics["core_only"]:
         return f"{count:,} parameters"
-    start = "everybody's" if adapter.parent_kind == "all" else f"{adapter.parent_kind} {adapter.parent_name}'s"
+    start = (
+        "the shared adapter"
+        if adapter.parent_kind == "all"
+        else f"{adapter.parent_kind} {adapter.parent_name}'s adapter"
+    )
     return f"a core of {count:,} parameters between A and B of {start} (lora.core_only); saved as a whole LoRA"
 
 
 def verify(registry: Registry) -> list[str]:
-    """What is wrong with the adapters that were trained: files gone or torn, of another training than the book says."""
+    """What is wrong with the adapters that were trained: files gone or torn, of another training than the registry says."""
     faults = []
     for adapter in registry.all():
         if adapter.trained_run is None:
@@ -128,7 +132,7 @@ def verify(registry: Registry) -> list[str]:
         if card is None:
             fault = f"{folder / METADATA} is missing or torn"
         elif card.get("run") != adapter.trained_run:
-            fault = f"{folder} holds an adapter of another training than the book says"
+            fault = f"{folder} holds an adapter of another training than the registry says"
         else:
             try:
                 with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
@@ -152,7 +156,7 @@ class Receipt:
 
 
 def delete(folder: Path, user: str) -> Receipt:
-    """Removes what was written of `user`: adapter, checkpoints, store files, pages that quote texts, rows of the book.
+    """Removes what was written of `user`: adapter, checkpoints, store files, pages that quote texts, rows of the registry.
 
     Raises:
         FleetError: no such user; a fleet run is on the folder. Then nothing is removed.
@@ -172,7 +176,7 @@ def delete(folder: Path, user: str) -> Receipt:
                 for file in base.glob(f"*{safe_name(user)}.safetensors*"):
                     _remove(file, receipt)
         for key in registry.forget(user):
-            called = "everybody's adapter" if key == EVERYBODY else f"the adapter of {' '.join(key)}"
+            called = "the shared adapter" if key == SHARED else f"the adapter of {' '.join(key)}"
             receipt.due.append(called)
             receipt.left += _exports(registry, key, called)
         data = registry.meta("data")

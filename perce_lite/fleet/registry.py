@@ -1,4 +1,4 @@
-"""Which adapter belongs to whom: a fleet's book, one SQLite file, with lineage, figures and state."""
+"""Which adapter belongs to whom: a fleet's registry, one SQLite file, with lineage, figures and state."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ CREATE TABLE deleted (user_hash TEXT PRIMARY KEY) WITHOUT ROWID;
 
 @dataclass(frozen=True)
 class Adapter:
-    """One row of the book.
+    """One row of the registry.
 
     present: whether its group stands in the data of the last run
     run: fingerprint of what it should be trained from; trained_run: of what it was trained from
@@ -96,13 +96,13 @@ def held_out(adapter: Adapter) -> dict[str, float] | None:
 
 
 class Registry:
-    """The book of the fleet in `folder`. Open it with `opened` or `held`."""
+    """The registry of the fleet in `folder`. Open it with `opened` or `held`."""
 
     def __init__(self, folder: Path, connection: sqlite3.Connection) -> None:
         self.folder, self._db = folder, connection
 
     def copy_to(self, other: sqlite3.Connection) -> None:
-        """Copies the whole book."""
+        """Copies the whole registry."""
         self._db.backup(other)
 
     # Meta
@@ -265,7 +265,7 @@ class Registry:
 
 @contextmanager
 def opened(folder: Path, create: bool = False) -> Iterator[Registry]:
-    """The fleet's book, to read or to write one thing.
+    """The fleet's registry, to read or to write one thing.
 
     Raises:
         FleetError: no fleet there, or one of a newer version; DiskFullError: no space left.
@@ -294,14 +294,14 @@ def opened(folder: Path, create: bool = False) -> Iterator[Registry]:
             raise DiskFullError(f"The disk is full: {path} could not be written. What it held is unharmed.") from error
         raise FleetError(f"{path} cannot be used: {error}. Nothing was changed.") from error
     except sqlite3.DatabaseError as error:
-        raise FleetError(f"{path} is not a fleet's book, or is damaged: {error}. Nothing was changed.") from error
+        raise FleetError(f"{path} is not a fleet's registry, or is damaged: {error}. Nothing was changed.") from error
     finally:
         connection.close()
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[Registry]:
-    """The fleet's book for a run that trains; nobody else trains meanwhile.
+    """The fleet's registry for a run that trains; nobody else trains meanwhile.
 
     Raises:
         FleetError: another run is on it; and as `opened`.
@@ -319,7 +319,7 @@ def held(folder: Path) -> Iterator[Registry]:
 
 @contextmanager
 def imagined(folder: Path) -> Iterator[Registry]:
-    """A copy of the book of `folder` in memory, or an empty one: what a dry run writes is gone. Raises as `held`."""
+    """a copy of the registry of `folder` in memory, or an empty one: what a dry run writes is gone. Raises as `held`."""
     copy = sqlite3.connect(":memory:")
     copy.row_factory = sqlite3.Row
     try:

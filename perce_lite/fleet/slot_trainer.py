@@ -20,7 +20,7 @@ from perce_lite.data.collator import PairCollator
 from perce_lite.data.pairs import IGNORED
 from perce_lite.errors import AdapterError, ConfigError, DataError, PerceLiteError
 from perce_lite.fleet.slot_lora import SlotModel, attach
-from perce_lite.fleet.slot_user import Learner, Result, Unfinished, UserJob
+from perce_lite.fleet.slot_user import SlotUser, Result, Unfinished, UserJob
 from perce_lite.model.fused_head import never_met, scoring_forward, training_forward
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
 from perce_lite.model.scoring import (
@@ -39,7 +39,7 @@ _GIVEN = ("input_ids", "labels", "attention_mask", "position_ids", "batch_prefix
 """What a forward takes of a batch."""
 
 
-class SlotEngine:
+class SlotTrainer:
     """Trains users' adapters over one base, `slots` of them at once.
 
     args: what every user is trained with; `per_device_train_batch_size` rows of each are in a batch
@@ -90,7 +90,7 @@ class SlotEngine:
         """
         waiting = iter(jobs)
         base = self.model.base
-        running: dict[int, Learner] = {}
+        running: dict[int, SlotUser] = {}
         base.train()
         if self.args.gradient_checkpointing:
             options = {**(self.args.gradient_checkpointing_kwargs or {}), "use_reentrant": False}
@@ -117,7 +117,7 @@ class SlotEngine:
                 base.gradient_checkpointing_disable()
             base.eval()
 
-    def _is_due(self, batch: int, running: Iterable[Learner]) -> bool:
+    def _is_due(self, batch: int, running: Iterable[SlotUser]) -> bool:
         """Whether users are kept after so many batches; below 1, `save_steps` is a share of a user's steps."""
         if self.args.save_strategy == "no":
             return False
@@ -126,17 +126,17 @@ class SlotEngine:
             every *= max((one.total for one in running), default=1)
         return batch % max(1, int(every)) == 0
 
-    def _state(self, learner: Learner) -> dict[str, Any]:
+    def _state(self, learner: SlotUser) -> dict[str, Any]:
         gradients = self.model.gradients_of(learner.slot) if learner.figures else []
         return {**learner.state(), "begun": learner.job.begun, "gradients": gradients}
 
     def _fill(
         self,
-        running: dict[int, Learner],
+        running: dict[int, SlotUser],
         waiting: Iterator[UserJob],
         done: Callable[[Result], None],
         kept: Unfinished | None,
-    ) -> dict[int, Learner]:
+    ) -> dict[int, SlotUser]:
         """Gives each free slot the next job that can start."""
         for slot in range(self.model.slots):
             while slot not in running:
@@ -149,7 +149,7 @@ class SlotEngine:
                     done(Result(job.user, slot, error=error))
         return running
 
-    def _start(self, slot: int, job: UserJob, state: Mapping[str, Any] | None) -> Learner:
+    def _start(self, slot: int, job: UserJob, state: Mapping[str, Any] | None) -> SlotUser:
         """state: of `_state`, where the user was stopped in the middle."""
         if not job.pairs:
             raise DataError(f"No rows of user {job.user} can be trained on")
@@ -158,19 +158,19 @@ class SlotEngine:
         seed = self.args.seed if job.seed is None else job.seed
         found = reference_log_probs(self.model.base, job.pairs, self.args, seed, self.store)
         self.model.load_slot(slot, self.model.fresh(seed) if job.adapter is None else job.adapter)
-        learner = Learner(slot, job, found, self.model.parameters_of(slot), self.args, self.prefixes)
+        learner = SlotUser(slot, job, found, self.model.parameters_of(slot), self.args, self.prefixes)
         if state is not None:
             learner.restore(state)
             self.model.add_gradients(slot, state["gradients"])
         return learner
 
-    def _result(self, training: Learner, error: PerceLiteError | None) -> Result:
+    def _result(self, training: SlotUser, error: PerceLiteError | None) -> Result:
         adapter = {} if error is not None else self.model.read_slot(training.slot)
         self.model.clear_gradients(training.slot)
         self.prefixes.forget(training.features)
         return Result(training.job.user, training.slot, adapter, training.log, training.found.store_hits, error)
 
-    def _step(self, trainings: Sequence[Learner]) -> dict[int, PerceLiteError]:
+    def _step(self, trainings: Sequence[SlotUser]) -> dict[int, PerceLiteError]:
         """One batch of every user: one forward, one backward, and the steps that are due. Gives errors by slot."""
         taken = [(training, row) for training in trainings for row in training.take()]
         batch = self.collator([training.features[row] for training, row in taken])
@@ -199,7 +199,7 @@ class SlotEngine:
             self.model.clear_gradients(training.slot)
         return errors
 
-    def _losses(self, trainings: Sequence[Learner], batch: dict[str, Any]) -> list[Tensor]:
+    def _losses(self, trainings: Sequence[SlotUser], batch: dict[str, Any]) -> list[Tensor]:
         """Each user's weighted loss, nats a token of that user's accumulation window."""
         scored = batch["labels"][:, 1:] != IGNORED
         given = {name: batch[name] for name in _GIVEN if name in batch}
@@ -216,7 +216,7 @@ class SlotEngine:
             for index, (training, log_probs) in enumerate(zip(trainings, flat.split(sizes), strict=True))
         ]
 
-    def _loss(self, training: Learner, log_probs: Tensor, constant: dict[str, Tensor]) -> Tensor:
+    def _loss(self, training: SlotUser, log_probs: Tensor, constant: dict[str, Tensor]) -> Tensor:
         """One user's part of the batch; all tensors are (n,), a scored token each."""
         weighted = weighted_nll(
             log_probs,
@@ -229,7 +229,7 @@ class SlotEngine:
         training.seen = log_probs.detach(), weighted.pir
         return weighted.per_token.sum() / training.tokens
 
-    def _without_profile(self, taken: Sequence[tuple[Learner, int]]) -> Tensor:
+    def _without_profile(self, taken: Sequence[tuple[SlotUser, int]]) -> Tensor:
         """Log-probs (N,) of the same rows under the same slots, without the profile."""
         twins = [training.job.pairs[row].counterfactual for training, row in taken]
         slept = self.prefixes if self.args.profile_pass == "frozen" else None
@@ -237,7 +237,7 @@ class SlotEngine:
         with no_grad_eval(self.model.base, adapters=True):
             return batch_log_probs(self.scoring_forward, inputs, self.args.autocast)
 
-    def _update(self, due: Sequence[Learner]) -> dict[int, PerceLiteError]:
+    def _update(self, due: Sequence[SlotUser]) -> dict[int, PerceLiteError]:
         """Clips and steps each user on its own; a user whose gradient is not finite does not step."""
         errors: dict[int, PerceLiteError] = {}
         norms = []

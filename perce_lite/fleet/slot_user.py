@@ -77,7 +77,7 @@ class Result:
         }
 
 
-class Learner:
+class SlotUser:
     """One user in one slot: rows, place in their order, optimizer, schedule, figures.
 
     parameters: the slot's tensors; job, found: the user's rows, and what is constant of them; prefixes: all users'
@@ -226,9 +226,9 @@ class Unfinished:
 
     def write(self, states: Mapping[str, Mapping[str, Any]]) -> None:
         """Keeps `states` by user, with those who still wait; no file where there is nobody."""
-        everybody = {**states, **self._states}
-        if not everybody:
+        unfinished = {**states, **self._states}
+        if not unfinished:
             self._file.unlink(missing_ok=True)
             return
         with written_aside(self._file) as aside:
-            torch.save(everybody, aside)
+            torch.save(unfinished, aside)

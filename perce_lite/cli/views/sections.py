@@ -287,9 +287,9 @@ def _point(row: str, series: str, one: Mapping[str, Any] | None) -> Point:
 # fleet
 
 
-def fleet(book: Sequence[Adapter]) -> list[Section]:
+def fleet(adapters: Sequence[Adapter]) -> list[Section]:
     """The table of a fleet: what others start from, then users, those whom training helped most first."""
-    ordered = sorted(book, key=lambda one: (one.kind == "user", one.kind == "cohort", -(one.gain or 0.0)))
+    ordered = sorted(adapters, key=lambda one: (one.kind == "user", one.kind == "cohort", -(one.gain or 0.0)))
     note = (
         "Gain: nats a token on held-out rows (positive is better) against what the adapter started from, and against "
         "the base; then the loss of the base, of what it started from, and of the adapter."
@@ -312,9 +312,9 @@ def _adapter_row(one: Adapter) -> tuple[str, ...]:
     return name, one.state + worse, str(one.examples), *figures, trained, f"{one.bytes / 2**20:.1f}"
 
 
-def fleet_sentences(figures: Mapping[str, Any], book: Sequence[Adapter]) -> list[str]:
+def fleet_sentences(figures: Mapping[str, Any], adapters: Sequence[Adapter]) -> list[str]:
     """What a fleet's figures say, in words."""
-    gains = [one.gain for one in book if one.kind == "user" and one.gain is not None]
+    gains = [one.gain for one in adapters if one.kind == "user" and one.gain is not None]
     told = [", ".join(f"{count} {state}" for state, count in figures["states"].items() if count) + "."]
     if gains:
         better = sum(gain > 0 for gain in gains)

@@ -167,7 +167,7 @@ def show_sections(sentences: Sequence[str], sections: Sequence[Section], page: P
         console.print(Text.assemble("Page: ", (str(page), "bold")))
 
 
-def show_book(section: Section) -> None:
+def show_registry(section: Section) -> None:
     """`perce-lite adapters list`: plain columns, for a table of ten thousand rows takes rich many seconds."""
     rows = [[control_free(cell) for cell in row] for row in (section.head, *section.rows)]
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]

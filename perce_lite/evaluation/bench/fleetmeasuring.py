@@ -14,8 +14,8 @@ from perce_lite.data.rows import Row, from_columns
 from perce_lite.errors import PerceLiteError
 from perce_lite.evaluation.bench import children
 from perce_lite.evaluation.bench.measuring import machine, peak_bytes, reset_peak
-from perce_lite.fleet.engines.sequential import OneByOne, Outcome, Task
-from perce_lite.fleet.engines.slots import Slotted
+from perce_lite.fleet.engines.sequential import SequentialEngine, Outcome, Task
+from perce_lite.fleet.engines.slots import SlotsEngine
 from perce_lite.fleet.groups import Group
 from perce_lite.model.base import load_base
 from perce_lite.recipe import Recipe, training_config
@@ -53,7 +53,7 @@ def measure(job: FleetJob) -> dict[str, Any]:
     rows = [replace(from_columns(record, f"row {number}"), split="train") for number, record in enumerate(job.rows)]
     if job.slots is None:
         return fill(recipe, rows)
-    engine = Slotted(recipe, job.slots) if job.slots else OneByOne(recipe)
+    engine = SlotsEngine(recipe, job.slots) if job.slots else SequentialEngine(recipe)
     engine.base()
     device = pick_device(recipe.device)
     peak_of = "process" if job.whole else reset_peak(device)

@@ -23,7 +23,7 @@ from perce_lite.evaluation.bench.exactrows import exact_rows
 from perce_lite.evaluation.bench.measuring import ARMS, Job, make, measured, peak_bytes, recipe_of, reset_peak
 from perce_lite.evaluation.bench.randombase import random_base
 from perce_lite.fleet.engines.sequential import bare
-from perce_lite.fleet.slot_trainer import SlotEngine
+from perce_lite.fleet.slot_trainer import SlotTrainer
 from perce_lite.fleet.slot_user import Result, UserJob
 from perce_lite.model.base import Base, with_adapter
 from perce_lite.model.fused_head import training_forward
@@ -178,7 +178,7 @@ def slots(place: Place, base: Base, users: int) -> dict[str, Any]:
     args = training_config(recipe)
     maker = PairMaker.of(recipe, base.tokenizer, args.max_length)
     pairs = maker.make(place.rows(SLOT_TOKENS, users, 1))
-    engine = SlotEngine(base.model, base.tokenizer, args, lora_config(recipe), users)
+    engine = SlotTrainer(base.model, base.tokenizer, args, lora_config(recipe), users)
     try:
         _trained(engine, [UserJob(one.row.user, [one], max(1, place.warmup)) for one in pairs])  # fills the store
         reset_peak(engine.device)
@@ -191,7 +191,7 @@ def slots(place: Place, base: Base, users: int) -> dict[str, Any]:
     return {"tokens_per_second": users * place.steps * SLOT_TOKENS / seconds, "seconds": seconds, "peak_bytes": peak}
 
 
-def _trained(engine: SlotEngine, jobs: Sequence[UserJob]) -> None:
+def _trained(engine: SlotTrainer, jobs: Sequence[UserJob]) -> None:
     """Trains `jobs`; raises what one of them met."""
     results: list[Result] = []
     engine.run(jobs, results.append)

@@ -33,7 +33,7 @@ from perce_lite.training.trainer import PerCETrainer
 class Task:
     """One adapter to train.
 
-    key: (kind, name) in the fleet's book
+    key: (kind, name) in the fleet's registry
     folder: its own; the adapter comes to lie in `folder/adapter`
     run: fingerprint of what it is trained from
     start: folder of the adapter it starts from; None: from nothing
@@ -66,8 +66,8 @@ class Outcome:
     parameters: int
 
 
-Done = Callable[[Task, Outcome | PerceLiteError], None]
-Told = Callable[[float, float], None]
+OnDone = Callable[[Task, Outcome | PerceLiteError], None]
+OnProgress = Callable[[float, float], None]
 """Called after each step with the loss a token, nats, of those at work, the mean over them, and with what of their
 training is done, in adapters: three users who are halfway are 1.5.
 """
@@ -79,18 +79,18 @@ class Engine(Protocol):
     def base(self) -> dict[str, Any]:
         """The sketch of its base, by which a fleet's folder knows it again."""
 
-    def run(self, tasks: Iterator[Task], done: Done, told: Told) -> None:
+    def run(self, tasks: Iterator[Task], done: OnDone, told: OnProgress) -> None:
         """Trains each, calling `done` as it ends, with the error where it cannot be trained; reads on as it has room.
 
         An error that is not the user's own (no disk space) is raised.
         """
 
 
-EVERYBODYS = (DiskFullError, DeviceError, ModelError, RecipeError, ConfigError)
+FATAL_ERRORS = (DiskFullError, DeviceError, ModelError, RecipeError, ConfigError)
 """Errors that the next user would meet as well; after any other, the others go on."""
 
 
-class OneByOne:
+class SequentialEngine:
     """Trains with `PerCETrainer`, one adapter after another, over a base that is loaded once.
 
     users: how many are to be trained at once, for what is said where not even the base fits
@@ -103,12 +103,12 @@ class OneByOne:
     def base(self) -> dict[str, Any]:
         return sketch(self._base().model)
 
-    def run(self, tasks: Iterator[Task], done: Done, told: Told) -> None:
+    def run(self, tasks: Iterator[Task], done: OnDone, told: OnProgress) -> None:
         for task in tasks:
             outcome: Outcome | PerceLiteError
             try:
                 outcome = self._train(task, told)
-            except EVERYBODYS:
+            except FATAL_ERRORS:
                 raise
             except PerceLiteError as error:  # a full card too: other users may have shorter rows
                 outcome = error
@@ -117,11 +117,11 @@ class OneByOne:
                 del outcome  # its frames hold what was on the card
                 let_go()
 
-    def _train(self, task: Task, told: Told) -> Outcome:
+    def _train(self, task: Task, told: OnProgress) -> Outcome:
         with full_card_in_a_fleet(task.recipe, 1, lambda: task.rows, of_users=task.start is not None):
             return self._trained(task, told)
 
-    def _trained(self, task: Task, told: Told) -> Outcome:
+    def _trained(self, task: Task, told: OnProgress) -> Outcome:
         run = Run(task.folder, task.begun, task.run)
         recipe = task.recipe.model_copy(update={"train": {**task.recipe.train, "output_dir": str(task.folder)}})
         base = self._base()
@@ -148,7 +148,7 @@ class OneByOne:
 class _Tells(TrainerCallback):
     """Says the loss of each step that is logged."""
 
-    def __init__(self, told: Told) -> None:
+    def __init__(self, told: OnProgress) -> None:
         self._told = told
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:

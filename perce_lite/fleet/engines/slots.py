@@ -15,19 +15,19 @@ from perce_lite.errors import ConfigError, NonFiniteLossError, PerceLiteError
 from perce_lite.files import bytes_of, digest
 from perce_lite.fleet.capacity import users_at_once
 from perce_lite.fleet.engines.sequential import (
-    EVERYBODYS,
-    Done,
+    FATAL_ERRORS,
+    OnDone,
     Engine,
-    OneByOne,
+    SequentialEngine,
     Outcome,
     Task,
-    Told,
+    OnProgress,
     held_out_jobs,
     loss_of,
 )
 from perce_lite.fleet.registry import KEPT
 from perce_lite.fleet.slot_lora import save_slot
-from perce_lite.fleet.slot_trainer import SlotEngine
+from perce_lite.fleet.slot_trainer import SlotTrainer
 from perce_lite.fleet.slot_user import Result, Unfinished, UserJob
 from perce_lite.model.adapters import read_metadata
 from perce_lite.model.fingerprint import fingerprint
@@ -37,8 +37,8 @@ from perce_lite.recipe import Recipe, lora_config, training_config
 from perce_lite.training.train import run_metadata
 
 
-class Slotted(OneByOne):
-    """Trains users in `slots` at once; what others start from (everybody's adapter, a cohort's) one after another.
+class SlotsEngine(SequentialEngine):
+    """Trains users in `slots` at once; what others start from (the shared adapter, a cohort's) one after another.
 
     Tasks of one recipe share the slots. Users who are stopped in the middle go on from where all slots were last kept.
     may_fall_back: train one after another, and say so, where the recipe asks for what slots cannot do
@@ -48,14 +48,14 @@ class Slotted(OneByOne):
         super().__init__(recipe, slots)
         self._may_fall_back = may_fall_back
 
-    def run(self, tasks: Iterator[Task], done: Done, told: Told) -> None:
+    def run(self, tasks: Iterator[Task], done: OnDone, told: OnProgress) -> None:
         for (kind, recipe), group in itertools.groupby(tasks, lambda task: (task.key[0], task.recipe)):
             if kind == "user":
                 self._together(recipe, group, done, told)
             else:
                 super().run(group, done, told)
 
-    def _together(self, recipe: Recipe, tasks: Iterator[Task], done: Done, told: Told) -> None:
+    def _together(self, recipe: Recipe, tasks: Iterator[Task], done: OnDone, told: OnProgress) -> None:
         """Trains the tasks, all of one recipe; measures and saves each as it ends."""
         base, args = self._base(), training_config(recipe)
         kept = Unfinished(Path(args.output_dir) / KEPT)
@@ -71,7 +71,9 @@ class Slotted(OneByOne):
 
         with full_card_in_a_fleet(recipe, count, rows, of_users=first[0].start is not None):
             try:
-                engine = SlotEngine(base.model, base.tokenizer, args, lora_config(recipe), count, core=recipe.core_only)
+                engine = SlotTrainer(
+                    base.model, base.tokenizer, args, lora_config(recipe), count, core=recipe.core_only
+                )
             except ConfigError as error:
                 if not self._may_fall_back:
                     raise
@@ -92,7 +94,7 @@ class _Users:
     """Tasks of one recipe on their way through an engine's slots; `at_work` has those who are in one, by user."""
 
     def __init__(
-        self, engine: SlotEngine, maker: PairMaker, done: Done, at_work: dict[str, tuple[Task, UserJob]]
+        self, engine: SlotTrainer, maker: PairMaker, done: OnDone, at_work: dict[str, tuple[Task, UserJob]]
     ) -> None:
         self._engine, self._maker, self._done, self._at_work = engine, maker, done, at_work
         args = engine.args
@@ -100,7 +102,7 @@ class _Users:
         # What users start from, of each slot at the most: a cohort's users come from one mapping, which cores share.
         self._start_of = functools.lru_cache(maxsize=engine.model.slots)(_weights)
 
-    def train(self, tasks: Iterator[Task], kept: Unfinished, base: str, told: Told) -> None:
+    def train(self, tasks: Iterator[Task], kept: Unfinished, base: str, told: OnProgress) -> None:
         """base: its fingerprint."""
         self._engine.run(self._jobs(tasks, base), self._ended, kept, told)
 
@@ -111,7 +113,7 @@ class _Users:
                 made = self._maker.make(of_split(task.rows, "train"), audit)
                 require(made, audit, "training")
                 start = None if task.start is None else self._start_of(task.start)
-            except EVERYBODYS:
+            except FATAL_ERRORS:
                 raise
             except PerceLiteError as error:
                 self._done(task, error)
@@ -163,5 +165,5 @@ def engine_for(recipe: Recipe) -> Engine:
     """What trains this recipe's fleet: `fleet.slots` users at once, or one after another where that is 1."""
     count = users_at_once(recipe)
     if count == 1:
-        return OneByOne(recipe)
-    return Slotted(recipe, count, may_fall_back=recipe.fleet.slots == "auto")
+        return SequentialEngine(recipe)
+    return SlotsEngine(recipe, count, may_fall_back=recipe.fleet.slots == "auto")

@@ -1,4 +1,4 @@
-"""The book of a fleet: deletion without a trace, folders that cannot be used, odd names, growth that is linear."""
+"""The registry of a fleet: deletion without a trace, folders that cannot be used, odd names, growth that is linear."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from perce_lite.errors import FleetError
 from perce_lite.fleet import fleet as fleets
 from perce_lite.fleet import queries as roster
 from perce_lite.fleet import registry
-from perce_lite.fleet.engines.sequential import OneByOne
+from perce_lite.fleet.engines.sequential import SequentialEngine
 from perce_lite.fleet.fleet import fleet
 from perce_lite.fleet.registry import FILE, Registry, opened
 from perce_lite.recipe import load_recipe
@@ -80,8 +80,8 @@ def test_folders_that_cannot_be_used(recipe, tmp_path):
         fleet(load_recipe(path), other, retrain=["all"])
     import sqlite3
 
-    with sqlite3.connect(Path("out") / FILE) as book:
-        book.execute("PRAGMA user_version = 9")
+    with sqlite3.connect(Path("out") / FILE) as fleet_registry:
+        fleet_registry.execute("PRAGMA user_version = 9")
     with pytest.raises(FleetError, match="newer version"):
         fleet(load_recipe(path), engine)
     (tmp_path / "broken").mkdir()
@@ -126,7 +126,7 @@ def test_odd_names_are_names_and_never_paths(recipe, run, monkeypatch):
 
 
 def test_ten_thousand_users_grow_linearly(recipe, run, monkeypatch):
-    """Work is counted, not timed: statements of the book stay proportional to the users, and each is a look-up."""
+    """Work is counted, not timed: statements of the registry stay proportional to the users, and each is a look-up."""
     counts = {}
     for users in (1000, 10_000):
         read = load_recipe(recipe(rows_of(1), TEXT), [f"train.output_dir=fleet{users}", "fleet.min_examples=1"])
@@ -140,7 +140,7 @@ def test_ten_thousand_users_grow_linearly(recipe, run, monkeypatch):
         counts[users] = len(statements)
         assert fleet(read, Quick())["trained"] == 0
         again = len(statements) - counts[users]
-        with opened(Path(f"fleet{users}")) as book:
+        with opened(Path(f"fleet{users}")) as fleet_registry:
             plans = [
                 str(one[3])
                 for query in (
@@ -149,14 +149,14 @@ def test_ten_thousand_users_grow_linearly(recipe, run, monkeypatch):
                     "SELECT * FROM seen WHERE user = 'user5'",
                     "SELECT * FROM adapters WHERE due = 1 AND present = 1 AND kind = 'user' AND name > 'x'",
                 )
-                for one in book._db.execute(f"EXPLAIN QUERY PLAN {query}")
+                for one in fleet_registry._db.execute(f"EXPLAIN QUERY PLAN {query}")
             ]
         assert all(one.startswith("SEARCH") for one in plans), plans
         assert again < 4.1 * users, "a run with nothing to do only enrols"
         statements.clear()
         code, out, _ = run("adapters", "list", "--fleet", f"fleet{users}")
         assert (code, len(out.splitlines())) == (0, users + 3)
-        assert len([one for one in statements if one.startswith("SELECT")]) == 1, "the book alone, in one go"
+        assert len([one for one in statements if one.startswith("SELECT")]) == 1, "the registry alone, in one go"
         assert not Path(f"fleet{users}/adapters").exists(), "so no adapter's folder can have been read"
     assert counts[10_000] < 10.5 * counts[1000]
 
@@ -184,8 +184,8 @@ def test_a_killed_deletion_can_be_done_again(recipe, run, monkeypatch):
         patch.setattr(registry.Registry, "_ask", killed)
         with pytest.raises(Killed):
             roster.delete(Path("out"), "user0")
-    with opened(Path("out")) as book:
-        assert book.user("user0") is not None, "all or nothing"
+    with opened(Path("out")) as fleet_registry:
+        assert fleet_registry.user("user0") is not None, "all or nothing"
     assert run("adapters", "delete", "user0", "--fleet", "out")[0] == 0
     assert run("adapters", "delete", "user0", "--fleet", "out")[0] == 0, "again, to be sure"
     told = fleet(load_recipe(path), Clock(), dry_run=True)
@@ -197,15 +197,17 @@ def test_a_cohort_that_a_user_has_left_is_due_when_they_are_deleted(recipe):
     fleet(load_recipe(recipe(rows, TEXT)), Clock())
     moved = [{**row, "cohort": "c1"} if row["user"] == "user0" else row for row in rows]
     fleet(load_recipe(recipe(moved, TEXT)), Clock())
-    with opened(Path("out")) as book:
-        assert book.user("user0")[0] == "c1"
+    with opened(Path("out")) as fleet_registry:
+        assert fleet_registry.user("user0")[0] == "c1"
     assert roster.delete(Path("out"), "user0").due == ["the adapter of cohort c0"], "that of c1 was trained before"
 
 
 def test_exports_of_what_had_seen_a_deleted_user_are_named(recipe):
     fleet(load_recipe(recipe(rows_of(4, cohorts=2), TEXT)), Clock())
-    with opened(Path("out")) as book:
-        mine, other = (Path("out") / book.get("cohort", name).folder / "adapter-gguf" for name in ("c0", "c1"))
+    with opened(Path("out")) as fleet_registry:
+        mine, other = (
+            Path("out") / fleet_registry.get("cohort", name).folder / "adapter-gguf" for name in ("c0", "c1")
+        )
     mine.mkdir(parents=True)
     other.mkdir(parents=True)
     left = roster.delete(Path("out"), "user0").left
@@ -215,7 +217,7 @@ def test_exports_of_what_had_seen_a_deleted_user_are_named(recipe):
 
 def test_a_store_of_another_folder_is_found(recipe, tmp_path, monkeypatch):
     path = recipe(rows_of(2), TEXT)
-    fleet(load_recipe(path), OneByOne)
+    fleet(load_recipe(path), SequentialEngine)
     assert list(Path("store").rglob("user0-*"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -224,15 +226,15 @@ def test_a_store_of_another_folder_is_found(recipe, tmp_path, monkeypatch):
 
 
 def test_two_writers_wait_for_each_other(recipe):
-    """Reading the book while a fleet writes it: neither fails."""
+    """Reading the registry while a fleet writes it: neither fails."""
     fleet(load_recipe(recipe(rows_of(2), TEXT)), Clock())
     faults = []
 
     def read():
         try:
             for _ in range(30):
-                with opened(Path("out")) as book:
-                    book.all()
+                with opened(Path("out")) as fleet_registry:
+                    fleet_registry.all()
         except FleetError as error:
             faults.append(error)
 
@@ -246,8 +248,8 @@ def test_two_writers_wait_for_each_other(recipe):
 
 def test_one_adapter_that_is_gone_stops_nobody_else(recipe):
     rows = rows_of(4, cohorts=2)
-    fleet(load_recipe(recipe(rows, TEXT)), OneByOne)
+    fleet(load_recipe(recipe(rows, TEXT)), SequentialEngine)
     [gone] = Path("out/adapters/cohort").glob("c0-*")
     shutil.rmtree(gone)
-    told = fleet(load_recipe("mine.yaml"), OneByOne, retrain=["user0", "user1"])
+    told = fleet(load_recipe("mine.yaml"), SequentialEngine, retrain=["user0", "user1"])
     assert (told["trained"], told["failed"]) == (1, 1)
