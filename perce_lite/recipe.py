@@ -100,7 +100,7 @@ class Fleet(Section):
     min_examples: int = Field(8, ge=1, description="training rows that a user needs for an adapter of their own")
     init_from: Literal["auto", "cohort", "all", "none"] = Field(
         "auto",
-        description="what it starts from; auto: the cohort's adapter where the data names cohorts, else the shared adapter",
+        description="what it starts from; auto: the cohort's adapter if the data names cohorts, else the shared one",
     )
     slots: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="users trained at once over one forward; auto: what fits the memory; 1: one by one"

@@ -66,7 +66,7 @@ def test_a_failing_user_is_left_out_and_the_fleet_goes_on(run, recipe, figures, 
     assert "failed 1" in out
     told = figures("adapters", "who", "user1", "--fleet", "out")
     assert told["adapter"] == ["all", "all"]
-    assert "user user1's is failed: The loss is nan" in told["why"]
+    assert "user user1's adapter is failed: The loss is nan" in told["why"]
     engine.trained.clear()
     assert run("fleet", path)[0] == 3
     assert names(engine) == ["user1"], "it is tried again, the others are not"

@@ -148,7 +148,7 @@ def _know(planned: Plan, keys: Sequence[Key]) -> None:
 
 
 def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> None:
-    """Writes users and adapters into the registry; what would be trained from something else than it was is due by that."""
+    """Writes users and adapters into the registry. An adapter whose inputs changed becomes due."""
     runs: dict[Key, str] = {}
     records = []
     distinct = {id(recipe): recipe for recipe in recipes.values()}  # few recipes, many groups

@@ -121,7 +121,7 @@ def trained(adapter: Adapter) -> str:
 
 
 def verify(registry: Registry) -> list[str]:
-    """What is wrong with the adapters that were trained: files gone or torn, of another training than the registry says."""
+    """Faults of trained adapters: files missing or damaged, or of another training than the registry says."""
     faults = []
     for adapter in registry.all():
         if adapter.trained_run is None:
@@ -156,7 +156,7 @@ class Receipt:
 
 
 def delete(folder: Path, user: str) -> Receipt:
-    """Removes what was written of `user`: adapter, checkpoints, store files, pages that quote texts, rows of the registry.
+    """Removes a user's adapter, checkpoints, store files, registry rows, and pages that quote texts.
 
     Raises:
         FleetError: no such user; a fleet run is on the folder. Then nothing is removed.

@@ -319,7 +319,7 @@ def held(folder: Path) -> Iterator[Registry]:
 
 @contextmanager
 def imagined(folder: Path) -> Iterator[Registry]:
-    """a copy of the registry of `folder` in memory, or an empty one: what a dry run writes is gone. Raises as `held`."""
+    """An in-memory copy of the registry of `folder`, for a dry run; empty where there is none. Raises as `held`."""
     copy = sqlite3.connect(":memory:")
     copy.row_factory = sqlite3.Row
     try:

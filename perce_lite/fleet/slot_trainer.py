@@ -20,7 +20,7 @@ from perce_lite.data.collator import PairCollator
 from perce_lite.data.pairs import IGNORED
 from perce_lite.errors import AdapterError, ConfigError, DataError, PerceLiteError
 from perce_lite.fleet.slot_lora import SlotModel, attach
-from perce_lite.fleet.slot_user import SlotUser, Result, Unfinished, UserJob
+from perce_lite.fleet.slot_user import Result, SlotUser, Unfinished, UserJob
 from perce_lite.model.fused_head import never_met, scoring_forward, training_forward
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
 from perce_lite.model.scoring import (

@@ -14,7 +14,7 @@ from perce_lite.data.rows import Row, from_columns
 from perce_lite.errors import PerceLiteError
 from perce_lite.evaluation.bench import children
 from perce_lite.evaluation.bench.measuring import machine, peak_bytes, reset_peak
-from perce_lite.fleet.engines.sequential import SequentialEngine, Outcome, Task
+from perce_lite.fleet.engines.sequential import Outcome, SequentialEngine, Task
 from perce_lite.fleet.engines.slots import SlotsEngine
 from perce_lite.fleet.groups import Group
 from perce_lite.model.base import load_base

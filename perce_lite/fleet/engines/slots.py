@@ -16,12 +16,12 @@ from perce_lite.files import bytes_of, digest
 from perce_lite.fleet.capacity import users_at_once
 from perce_lite.fleet.engines.sequential import (
     FATAL_ERRORS,
-    OnDone,
     Engine,
-    SequentialEngine,
-    Outcome,
-    Task,
+    OnDone,
     OnProgress,
+    Outcome,
+    SequentialEngine,
+    Task,
     held_out_jobs,
     loss_of,
 )
