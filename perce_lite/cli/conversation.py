@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from perce_lite.console import errors
 from perce_lite.data.readers import UserTexts, user_texts
 from perce_lite.data.rows import Message, Profiled
 from perce_lite.errors import DataError, PerceLiteError
+from perce_lite.model.compat import DynamicLayer
 from perce_lite.model.fused_head import base_of
 from perce_lite.model.generate import LoadedAdapter, generate
 from perce_lite.recipe_checks import nearest

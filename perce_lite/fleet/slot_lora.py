@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as PeftLinear
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,7 +24,8 @@ from perce_lite.errors import AdapterError, ConfigError, NonFiniteLossError
 from perce_lite.files import folder_written_aside, write_json, write_text
 from perce_lite.fleet.slot_routing import Route
 from perce_lite.model.adapters import METADATA, versions
-from perce_lite.model.compat import keep_base_constant
+from perce_lite.model.compat import LoraLayer, keep_base_constant
+from perce_lite.model.compat import LoraLinear as PeftLinear
 from perce_lite.model.fingerprint import fingerprint, sketch
 from perce_lite.model.lora_core import folded
 from perce_lite.model.model_card import model_card

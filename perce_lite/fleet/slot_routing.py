@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from perce_lite.model.compat import write_count
+
 BARE = -1
 """The slot of a row that sees the base alone."""
 
@@ -58,7 +60,7 @@ class Route:
             return x[self.active].to(dtype)
         if x.dtype == dtype:
             return x
-        same = (x._version, dtype)
+        same = (write_count(x), dtype)
         if self._read is None or self._read[0] is not x or self._read[1] != same:
             self._read = x, same, x.detach().to(dtype)
         shared: Tensor = _SharedCopy.apply(x, self._read[2])

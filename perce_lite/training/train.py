@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, TrainerCallback, TrainerState, set_seed
-from transformers.trainer_callback import ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState, set_seed
 
 from perce_lite.config import PerCEConfig
 from perce_lite.console import progress_bar

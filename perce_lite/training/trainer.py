@@ -26,7 +26,7 @@ from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.data.rows import Row, from_columns
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.files import disk_full_is_clear
-from perce_lite.model.compat import keep_base_constant
+from perce_lite.model.compat import keep_base_constant, require_trainer_hooks
 from perce_lite.model.fused_head import base_of, never_met, project_scored_positions_only, scoring_forward
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
 from perce_lite.model.scoring import batch_log_probs, encode_prefixes, no_grad_eval, with_prefix
@@ -34,6 +34,8 @@ from perce_lite.recipe import Template
 from perce_lite.training.loss import weight_statistics, weighted_nll
 from perce_lite.training.order import train_sampler
 from perce_lite.training.reference_logprobs import reference_log_probs, trained_tokens
+
+require_trainer_hooks(SFTTrainer)
 
 _REFUSED_ARGUMENTS = {
     "data_collator": "the batch carries columns of its own",

@@ -10,12 +10,11 @@ import bitsandbytes as bnb
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerFast
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from perce_lite.errors import BenchError
 from perce_lite.evaluation.bench.exactrows import CHAT_TEMPLATE
 from perce_lite.model.base import Base
-from perce_lite.model.compat import keep_base_constant
+from perce_lite.model.compat import Bnb4BitHfQuantizer, initialise, keep_base_constant
 from perce_lite.planning.shapes import known_config
 
 TOY = {
@@ -79,7 +78,7 @@ def random_base(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
                 _fill(module, dtype, device)
             elif any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(False)):
                 module.to_empty(device=device, recurse=False)
-                model._init_weights(module)
+                initialise(model, module)
         model.tie_weights()
     quantizer.postprocess_model(model)
     model.hf_quantizer, model.config.quantization_config = quantizer, quantization

@@ -9,7 +9,6 @@ from typing import Any
 import gguf
 import numpy as np
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from perce_lite.errors import ExportError, ModelError
@@ -31,6 +30,7 @@ from perce_lite.export.proof import Proof, base_for, check_not_idle, does_as_rec
 from perce_lite.export.reuse import reused
 from perce_lite.files import disk_full_is_clear
 from perce_lite.model.builtin import BUILT_IN, built_in_gguf
+from perce_lite.model.compat import LoraLayer
 from perce_lite.recipe import Recipe
 
 FILE = "adapter.gguf"

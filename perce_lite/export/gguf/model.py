@@ -8,13 +8,13 @@ import gguf
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from perce_lite.errors import ExportError
 from perce_lite.export.gguf.common import ARCHITECTURES, finish, heads_of, permuted
 from perce_lite.export.gguf.vocabulary import add_vocabulary
 from perce_lite.export.proof import fingerprint
 from perce_lite.export_targets import QUANTS
+from perce_lite.model.compat import llama3_frequencies
 
 FILE = "model.gguf"
 
@@ -139,8 +139,7 @@ def _llama3_factors(config: Any) -> Tensor | None:
         return None
     size = _head_size(config)
     plain = 1 / given["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
-    slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config)
-    return plain / slowed
+    return plain / llama3_frequencies(config)
 
 
 def _tensors(model: PreTrainedModel, config: Any, architecture: gguf.MODEL_ARCH) -> Iterator[tuple[str, Tensor]]:
