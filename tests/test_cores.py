@@ -235,7 +235,7 @@ def test_asking_for_cores_trains_no_parent_again(recipe):
     names(engine)
     fleet(load_recipe(path, ["lora.core_only=true"]), engine)
     assert names(engine) == ["user0", "user1"]
-    assert fleet(load_recipe(path, ["lora.core_only=true"]), engine)["trained"] == 0
+    assert fleet(load_recipe(path, ["lora.core_only=true"]), engine).trained == 0
     fleet(load_recipe(path, ["lora.core_only=false"]), engine)
     assert names(engine) == ["user0", "user1"]
     fleet(load_recipe(path, ["fleet.max_examples=3"]), engine)

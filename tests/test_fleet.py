@@ -29,9 +29,9 @@ def test_who_is_due(recipe):
     rows = rows_of(4)[:-5]
     path, engine = recipe(rows, TEXT), Clock()
     first = fleet(load_recipe(path), engine)
-    assert first["due"] == {"user": 3, "cohort": 0, "all": 1}
+    assert first.due == {"user": 3, "cohort": 0, "all": 1}
     assert names(engine) == ["all", "user0", "user1", "user2"], "user3 has too few rows"
-    assert fleet(load_recipe(path), engine)["trained"] == 0
+    assert fleet(load_recipe(path), engine).trained == 0
     # new text of one user retrains that one user
     more = {**rows[2], "prompt": "Something new?"}
     fleet(load_recipe(recipe([*rows, more], TEXT)), engine)
@@ -42,7 +42,7 @@ def test_who_is_due(recipe):
     assert names(engine) == ["all", "user0", "user1", "user2"]
     fleet(load_recipe(path, ["lora.r=4"]), engine, only=["user1"])
     assert names(engine) == ["all", "user1"]
-    assert fleet(load_recipe(path, ["lora.r=4"]), engine, dry_run=True)["due"]["user"] == 2
+    assert fleet(load_recipe(path, ["lora.r=4"]), engine, dry_run=True).due["user"] == 2
     assert names(engine) == []
 
 
@@ -147,7 +147,7 @@ def test_slots_train_what_one_by_one_trains(recipe, profile_pass):
     path = recipe(rows_of(3), text.replace("learning_rate: 0.05", slow))
     engine = engine_for(load_recipe(path))
     assert isinstance(engine, SlotsEngine)
-    assert fleet(load_recipe(path), engine_for)["trained"] == 4
+    assert fleet(load_recipe(path), engine_for).trained == 4
     shutil.move("out", "slots")
     fleet(load_recipe(path), SequentialEngine)
     for user in ("user0", "user1", "user2"):
@@ -169,7 +169,7 @@ def test_a_user_that_fails_in_a_slot_is_left_out(recipe, figures):
     rows = [{**row, "completion": ""} if row["user"] == "user1" else row for row in rows_of(3)]
     path = recipe(rows, TEXT.replace("gate: null", "gate: null, slots: 2"))
     told = fleet(load_recipe(path), engine_for)
-    assert (told["trained"], told["failed"]) == (3, 1)
+    assert (told.trained, told.failed) == (3, 1)
     why = figures("adapters", "who", "user1", "--fleet", "out")
     assert why["adapter"] == ["all", "all"]
     assert "empty response" in why["why"]
@@ -202,7 +202,7 @@ def test_a_slot_whose_weights_are_no_numbers_is_one_users_failure(recipe, monkey
 
     monkeypatch.setattr(slotted, "save_slot", save)
     told = fleet(load_recipe(path), engine_for)
-    assert (told["trained"], told["failed"]) == (1, 1)
+    assert (told.trained, told.failed) == (1, 1)
 
 
 def test_a_stopped_fleet_goes_on(recipe):
@@ -257,13 +257,13 @@ def test_a_dry_run_changes_nothing(recipe, run):
     with opened(Path("out")) as registry:
         before = registry.all()
     for changes, retrain in ((["lora.r=4"], []), ([], ["user1"]), ([], ["all"])):
-        assert sum(fleet(load_recipe(path, changes), engine, retrain=retrain, dry_run=True)["due"].values()) > 0
+        assert sum(fleet(load_recipe(path, changes), engine, retrain=retrain, dry_run=True).due.values()) > 0
     with opened(Path("out")) as registry:
         assert registry.all() == before
     code, out, _ = run("fleet", path, "--dry-run")
     assert (code, "Page" in out, Path("out/fleet.html").exists()) == (0, False, False)
     engine.trained.clear()
-    assert fleet(load_recipe(path), engine)["trained"] == 0
+    assert fleet(load_recipe(path), engine).trained == 0
 
 
 def test_what_is_not_judged_or_held_back_is_not_served(recipe, figures):
@@ -289,14 +289,14 @@ def test_what_is_not_judged_or_held_back_is_not_served(recipe, figures):
 @pytest.mark.parametrize("gain", [float("nan"), 0.0, -0.1])
 def test_a_gain_that_is_none_is_held_back(recipe, gain):
     told = fleet(load_recipe(recipe(rows_of(2), TEXT.replace("gate: null", "gate: 0.0"))), Clock(gain=gain))
-    assert told["held_back"] == 2
+    assert told.held_back == 2
 
 
 def test_children_wait_for_a_parent_whose_retraining_failed(recipe):
     path = recipe(rows_of(2), TEXT)
     fleet(load_recipe(path), Clock())
     told = fleet(load_recipe(path), Clock(fails=("all",)), retrain=["all"])
-    assert (told["trained"], told["failed"]) == (0, 3)
+    assert (told.trained, told.failed) == (0, 3)
     engine = Clock()
     fleet(load_recipe(path), engine)
     assert names(engine) == ["all", "user0", "user1"]
@@ -306,9 +306,9 @@ def test_rows_that_are_put_back_need_no_training(recipe):
     path = recipe(rows_of(2), TEXT)
     fleet(load_recipe(path), Clock())
     more = {**rows_of(2)[2], "prompt": "Something new?"}
-    assert fleet(load_recipe(recipe([*rows_of(2), more], TEXT)), Clock(fails=("user0",)))["states"]["failed"] == 1
+    assert fleet(load_recipe(recipe([*rows_of(2), more], TEXT)), Clock(fails=("user0",))).states["failed"] == 1
     told = fleet(load_recipe(recipe(rows_of(2), TEXT)), Clock())
-    assert (told["trained"], told["states"]["in service"]) == (0, 3)
+    assert (told.trained, told.states["in service"]) == (0, 3)
 
 
 def test_other_users_and_their_number_retrain_nobody(recipe):
@@ -318,7 +318,7 @@ def test_other_users_and_their_number_retrain_nobody(recipe):
     fleet(load_recipe(recipe(rows_of(3), TEXT), ["data.users=[user0, user1, user2]", "data.max_rows=40"]), engine)
     assert names(engine) == ["user2"]
     told = fleet(load_recipe(recipe(rows_of(3), TEXT), ["data.users=[user0]", "lora.r=4"]), engine)
-    assert told["due"] == {"user": 1, "cohort": 0, "all": 1}, "users who are not in the data are not due"
+    assert told.due == {"user": 1, "cohort": 0, "all": 1}, "users who are not in the data are not due"
 
 
 def test_changed_weights_of_the_base_are_noticed(recipe, toy):

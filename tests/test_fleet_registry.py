@@ -136,9 +136,9 @@ def test_ten_thousand_users_grow_linearly(recipe, run, monkeypatch):
         statements = []
         monkeypatch.setattr(registry, "Registry", traced(statements))
         told = fleet(read, Quick())
-        assert (told["trained"], told["failed"], len(told["book"])) == (users + 1, 0, users + 1)
+        assert (told.trained, told.failed, len(told.adapters)) == (users + 1, 0, users + 1)
         counts[users] = len(statements)
-        assert fleet(read, Quick())["trained"] == 0
+        assert fleet(read, Quick()).trained == 0
         again = len(statements) - counts[users]
         with opened(Path(f"fleet{users}")) as fleet_registry:
             plans = [
@@ -189,7 +189,7 @@ def test_a_killed_deletion_can_be_done_again(recipe, run, monkeypatch):
     assert run("adapters", "delete", "user0", "--fleet", "out")[0] == 0
     assert run("adapters", "delete", "user0", "--fleet", "out")[0] == 0, "again, to be sure"
     told = fleet(load_recipe(path), Clock(), dry_run=True)
-    assert told["due"] == {"user": 1, "cohort": 0, "all": 1}
+    assert told.due == {"user": 1, "cohort": 0, "all": 1}
 
 
 def test_a_cohort_that_a_user_has_left_is_due_when_they_are_deleted(recipe):
@@ -252,4 +252,4 @@ def test_one_adapter_that_is_gone_stops_nobody_else(recipe):
     [gone] = Path("out/adapters/cohort").glob("c0-*")
     shutil.rmtree(gone)
     told = fleet(load_recipe("mine.yaml"), SequentialEngine, retrain=["user0", "user1"])
-    assert (told["trained"], told["failed"]) == (1, 1)
+    assert (told.trained, told.failed) == (1, 1)

@@ -39,7 +39,7 @@ def test_the_bar_moves_with_every_step(recipe, shown, slots):
     rows = [{**row, "completion": ""} if row["user"] == "user4" else row for row in rows_of(5)]
     path = recipe(rows, TEXT.replace("gate: null", f"gate: null, init_from: none, slots: {slots}"))
     told = fleet(load_recipe(path), engine_for)
-    assert (told["trained"], told["failed"]) == (4, 1)
+    assert (told.trained, told.failed) == (4, 1)
     done = [completed for completed, _ in shown]
     assert done == sorted(done), "never back"
     assert done[-1] == 5

@@ -117,7 +117,7 @@ def test_a_stopped_fleet_goes_on_in_its_slots(recipe, monkeypatch):
     path = recipe(rows, text.replace("train: {", "train: {save_steps: 3, ") + "lora: {r: 4}\n")
     restored, real = [], SlotUser.restore
     monkeypatch.setattr(SlotUser, "restore", lambda self, state: (restored.append(self.job.user), real(self, state)))
-    assert fleet(load_recipe(path), engine_for)["failed"] == 1
+    assert fleet(load_recipe(path), engine_for).failed == 1
     shutil.move("out", "whole")
     with monkeypatch.context() as patch:
         patch.setattr("perce_lite.fleet.engines.slots.Unfinished", lambda file: Killing(file, 2))
@@ -125,7 +125,7 @@ def test_a_stopped_fleet_goes_on_in_its_slots(recipe, monkeypatch):
             fleet(load_recipe(path), engine_for)
     assert Path("out", KEPT).is_file()
     told = fleet(load_recipe(path), engine_for)
-    assert (told["trained"], told["failed"], restored) == (2, 1, ["user3", "user4"])
+    assert (told.trained, told.failed, restored) == (2, 1, ["user3", "user4"])
     assert not Path("out", KEPT).exists()
     for user in ("user1", "user2", "user3", "user4"):
         [mine], [theirs] = (list(Path(at).rglob(f"{user}-*/adapter/*.safetensors")) for at in ("out", "whole"))

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -11,7 +11,7 @@ from perce_lite.cli.options import FleetPath, Json, write
 from perce_lite.cli.views import sections, terminal
 from perce_lite.console import console
 from perce_lite.fleet import queries
-from perce_lite.fleet.registry import opened
+from perce_lite.fleet.registry import Registry, opened
 
 adapters = typer.Typer(
     help="The adapters of a fleet.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -44,10 +44,15 @@ def who(user: Annotated[str, typer.Argument(help="A user.")], fleet: FleetPath =
     _answer(queries.who, user, fleet, json)
 
 
-def _answer(ask: Callable[[Any, str], dict[str, Any]], name: str, fleet: Path | None, json: Path | None) -> None:
+def _answer(
+    ask: Callable[[Registry, str], queries.Serving | queries.AdapterFacts],
+    name: str,
+    fleet: Path | None,
+    json: Path | None,
+) -> None:
     """Shows what `ask` answers about `name`, from the registry of `fleet`."""
     with opened(queries.find(fleet)) as registry:
-        facts = ask(registry, name)
+        facts = ask(registry, name).figures()
     write(json, facts)
     terminal.show_facts(facts)
 

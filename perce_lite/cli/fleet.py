@@ -26,14 +26,13 @@ def fleet(
 ) -> None:
     """Train an adapter for every user (or cohort) who is due, over one base, or resume."""
     loaded = load_recipe(recipe, set_ or [])
-    figures = fleets.fleet(loaded, engines.engine_for, only or [], retrain or [], dry_run)
-    registered = figures.pop("book")
-    write(json, figures)
+    result = fleets.fleet(loaded, engines.engine_for, only or [], retrain or [], dry_run)
+    write(json, result.figures())
     page = None if dry_run else loaded.output_dir / fleets.PAGE
     if page is not None:
-        sentences = sections.fleet_sentences(figures, registered)
+        sentences = sections.fleet_sentences(result)
         lead = f"{recipe}, {loaded.model}."
-        pages.write_figures("A fleet of adapters", lead, sentences, sections.fleet(registered), page)
-    terminal.show_fleet(figures, page)
-    if figures["failed"]:
+        pages.write_figures("A fleet of adapters", lead, sentences, sections.fleet(result.adapters), page)
+    terminal.show_fleet(result, page)
+    if result.failed:
         raise typer.Exit(3)

@@ -67,11 +67,10 @@ def served(registry: Registry) -> tuple[list[Served], list[str]]:
     bare = []
     for user in registry.users():
         serves = who(registry, user)
-        if serves["adapter"] is None:
+        if serves.adapter is None or serves.folder is None:
             bare.append(user)
             continue
-        kind, name = serves["adapter"]
-        found.setdefault((kind, name), Served((kind, name), Path(serves["folder"]))).users.append(user)
+        found.setdefault(serves.adapter, Served(serves.adapter, Path(serves.folder))).users.append(user)
     return list(found.values()), bare
 
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from perce_lite.console import progress_bar, say, warn
 from perce_lite.data.readers import read_rows
 from perce_lite.errors import FleetError, PerceLiteError
 from perce_lite.fleet.engines.sequential import Engine, Outcome, Task
 from perce_lite.fleet.groups import Group, Key, Plan, key_of, plan, run_fingerprint
-from perce_lite.fleet.registry import KEPT, KINDS, Adapter, Registry, held, held_out, imagined
+from perce_lite.fleet.registry import KEPT, KINDS, Adapter, Registry, held, imagined
+from perce_lite.fleet.result import FleetResult, gains
 from perce_lite.model.fingerprint import same_base
 from perce_lite.model.footprint import adapter_bytes, refuse_exports, source_fingerprint, trained_bytes
 from perce_lite.planning.plan import MOST_USERS
@@ -24,7 +24,7 @@ PAGE = "fleet.html"
 
 @dataclass
 class Tally:
-    """What a run of the fleet did."""
+    """Adapters that a run has finished so far."""
 
     trained: int = 0
     held_back: int = 0
@@ -37,8 +37,8 @@ def fleet(
     only: Sequence[str] = (),
     retrain: Sequence[str] = (),
     dry_run: bool = False,
-) -> dict[str, Any]:
-    """Trains every adapter that is due, those that others start from first, and gives what `perce-lite fleet` shows.
+) -> FleetResult:
+    """Trains every adapter that is due, parents before the adapters that start from them.
 
     engine: makes the thing that trains, where there is something to train
     only: users to train now, with what they start from; the others wait
@@ -69,7 +69,7 @@ def fleet(
         _judge_again(registry, recipe)
         _remember(registry, recipe)
         due = {kind: sum(1 for _ in registry.due(kind, work.wanted(kind))) for kind in KINDS}
-        figures = {"folder": str(recipe.output_dir), "due": due, "bytes_needed": _disk(recipe, sum(due.values()))}
+        bytes_needed = _disk(recipe, sum(due.values()))
         tally = Tally()
         if sum(due.values()) and not dry_run:
             working = engine(recipe)
@@ -77,10 +77,19 @@ def fleet(
             _train(registry, work, working, sum(due.values()), tally)
             if next(registry.due("user"), None) is None:  # who is still in it has been trained otherwise
                 (recipe.output_dir / KEPT).unlink(missing_ok=True)
-        told = {"trained": tally.trained, "held_back": tally.held_back, "failed": tally.failed}
-        book = registry.all()
-        found = {"states": registry.counts(), "gains": gains(book), "book": book}
-        return {**figures, "dry_run": dry_run, **told, **found}
+        adapters = tuple(registry.all())
+        return FleetResult(
+            folder=str(recipe.output_dir),
+            due=due,
+            bytes_needed=bytes_needed,
+            dry_run=dry_run,
+            trained=tally.trained,
+            held_back=tally.held_back,
+            failed=tally.failed,
+            states=registry.counts(),
+            gains=gains(adapters),
+            adapters=adapters,
+        )
 
 
 @contextmanager
@@ -263,22 +272,6 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
 
         for kind in reversed(KINDS):
             engine.run(tasks(kind), done, told)
-
-
-def gains(book: Sequence[Adapter]) -> dict[str, float]:
-    """Means over the users of this run who have an adapter of their own and held-out rows; `users` is their number.
-
-    Nats a token: `base`, `start` and `own` are the loss of the base, of what they started from, of their own adapter;
-    `over_start` and `over_base` what their own is better by. `parameters` is what a user trained.
-    """
-    users = [one for one in book if one.kind == "user" and one.present]
-    judged = [(one, losses) for one in users if (losses := held_out(one)) is not None]
-    if not judged:
-        return {"users": 0}
-    found = {name: sum(losses[name] for _, losses in judged) / len(judged) for name in ("base", "start", "own")}
-    over = {f"over_{name}": found[name] - found["own"] for name in ("start", "base")}
-    parameters = sum(one.metrics.get("parameters", 0) for one, _ in judged) / len(judged)
-    return {"users": len(judged), **found, **over, "parameters": parameters}
 
 
 def _failed(registry: Registry, adapter: Adapter, why: str, tally: Tally) -> None:

@@ -35,8 +35,56 @@ def find(given: Path | None) -> Path:
     raise FleetError(f"Which fleet? Under runs/ there are {told}. Give its folder with --fleet.")
 
 
-def who(registry: Registry, user: str) -> dict[str, Any]:
-    """{user, adapter: (kind, name) or None, folder, why}: which adapter serves `user`, and why that one.
+@dataclass(frozen=True)
+class Serving:
+    """Which adapter serves a user. The fields are the keys of `adapters who --json`.
+
+    adapter: (kind, name); None: the base serves
+    folder: of the adapter's files; None: the base serves
+    why: the reasons, separated by "; "
+    """
+
+    user: str
+    adapter: Key | None
+    folder: str | None
+    why: str
+
+    def figures(self) -> dict[str, Any]:
+        """The JSON object of `adapters who --json`."""
+        return {**vars(self), "adapter": None if self.adapter is None else list(self.adapter)}
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """All that is known of one adapter.
+
+    adapter: its row of the registry
+    trained: what its training changed, in words
+    lineage: model and fingerprints from its metadata; None: it was not trained yet
+    """
+
+    adapter: Adapter
+    trained: str
+    lineage: "Lineage | None"
+
+    def figures(self) -> dict[str, Any]:
+        """The JSON object of `adapters show --json`."""
+        facts = {"state": self.adapter.state, "trained": self.trained, **asdict(self.adapter)}
+        return facts if self.lineage is None else {**facts, **asdict(self.lineage)}
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The model that an adapter was trained on, and the fingerprints of base, recipe and data."""
+
+    model: str
+    base_fingerprint: str
+    recipe_fingerprint: str
+    data_fingerprint: str
+
+
+def who(registry: Registry, user: str) -> Serving:
+    """Which adapter serves `user`, and why that one.
 
     Raises:
         FleetError: no such user.
@@ -55,11 +103,11 @@ def who(registry: Registry, user: str) -> dict[str, Any]:
         folder = registry.folder / adapter.folder / "adapter"
         if adapter.verdict == "in service" and _is_of(folder, adapter):
             reasons.append(adapter.why if not adapter.due else f"in service until trained anew: {adapter.why}")
-            return {"user": user, "adapter": list(key), "folder": str(folder), "why": "; ".join(reasons)}
+            return Serving(user, key, str(folder), "; ".join(reasons))
         state = adapter.verdict if adapter.verdict == "held back" else adapter.state
         reasons.append(f"{_called(adapter)} is {state}: {adapter.why}")
     reasons.append("so the base serves them")
-    return {"user": user, "adapter": None, "folder": None, "why": "; ".join(reasons)}
+    return Serving(user, None, None, "; ".join(reasons))
 
 
 def _known(registry: Registry, user: str) -> tuple[str | None, int, bool]:
@@ -81,28 +129,27 @@ def _called(adapter: Adapter) -> str:
     return "the shared adapter" if adapter.kind == "all" else f"{adapter.kind} {adapter.name}'s adapter"
 
 
-def show(registry: Registry, name: str) -> dict[str, Any]:
-    """All that the registry says of one adapter: a user's, "cohort:NAME", or "all".
+def show(registry: Registry, name: str) -> AdapterFacts:
+    """All that is known of one adapter: a user's, "cohort:NAME", or "all".
 
     Raises:
         FleetError: there is none.
     """
-    found = registry.get(*key_of(name))
-    if found is None:
+    adapter = registry.get(*key_of(name))
+    if adapter is None:
         raise FleetError(f"{name}: the fleet has no such adapter; perce-lite adapters who USER says what serves a user")
-    told = {"state": found.state, "trained": trained(found), **asdict(found)}
-    card = read_json(registry.folder / found.folder / "adapter" / METADATA)
-    return told if card is None else {**told, **lineage(card)}
+    metadata = read_json(registry.folder / adapter.folder / "adapter" / METADATA)
+    return AdapterFacts(adapter, trained(adapter), None if metadata is None else lineage(metadata))
 
 
-def lineage(card: Mapping[str, Any]) -> dict[str, Any]:
-    """What an adapter's card says of its origin: the model, and fingerprints of base, recipe and data."""
-    return {
-        "model": card["recipe"]["model"],
-        "base_fingerprint": card["base"]["fingerprint"],
-        "recipe_fingerprint": card["recipe_fingerprint"],
-        "data_fingerprint": card["data"]["fingerprint"],
-    }
+def lineage(metadata: Mapping[str, Any]) -> Lineage:
+    """The origin of an adapter, from its metadata file."""
+    return Lineage(
+        model=metadata["recipe"]["model"],
+        base_fingerprint=metadata["base"]["fingerprint"],
+        recipe_fingerprint=metadata["recipe_fingerprint"],
+        data_fingerprint=metadata["data"]["fingerprint"],
+    )
 
 
 def trained(adapter: Adapter) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from perce_lite.evaluation.metrics import FEW_USERS
 from perce_lite.fleet.registry import Adapter, held_out
+from perce_lite.fleet.result import FleetResult, Gains
 
 PARTS = {"all": "all tokens", "personal": "personal", "others": "others"}
 
@@ -312,24 +313,24 @@ def _adapter_row(one: Adapter) -> tuple[str, ...]:
     return name, one.state + worse, str(one.examples), *figures, trained, f"{one.bytes / 2**20:.1f}"
 
 
-def fleet_sentences(figures: Mapping[str, Any], adapters: Sequence[Adapter]) -> list[str]:
-    """What a fleet's figures say, in words."""
-    gains = [one.gain for one in adapters if one.kind == "user" and one.gain is not None]
-    told = [", ".join(f"{count} {state}" for state, count in figures["states"].items() if count) + "."]
+def fleet_sentences(result: FleetResult) -> list[str]:
+    """A fleet's result in sentences."""
+    gains = [adapter.gain for adapter in result.adapters if adapter.kind == "user" and adapter.gain is not None]
+    sentences = [", ".join(f"{count} {state}" for state, count in result.states.items() if count) + "."]
     if gains:
         better = sum(gain > 0 for gain in gains)
-        told.append(f"Of {len(gains)} users with held-out rows {better} are better served by their own adapter.")
-        told.append(mean_gain(figures["gains"]))
-    return told
+        sentences.append(f"Of {len(gains)} users with held-out rows {better} are better served by their own adapter.")
+        sentences.append(mean_gain(result.gains))
+    return sentences
 
 
-def mean_gain(gains: Mapping[str, float]) -> str:
-    """`fleet.gains` in words."""
-    if not gains["users"]:
+def mean_gain(gains: Gains) -> str:
+    """The mean gain of a fleet's users in a sentence."""
+    if not gains.users:
         return "No user of this run has held-out rows."
     return (
-        f"In the mean over {gains['users']} users their own adapter gains {gains['over_start']:+.3f} nats a token "
-        f"over what it started from, {gains['over_base']:+.3f} over the base."
+        f"In the mean over {gains.users} users their own adapter gains {gains.over_start:+.3f} nats a token "
+        f"over what it started from, {gains.over_base:+.3f} over the base."
     )
 
 

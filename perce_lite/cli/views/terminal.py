@@ -14,6 +14,7 @@ from perce_lite.cli.views.page import HEALTH, words
 from perce_lite.cli.views.sections import Section, mean_gain
 from perce_lite.console import console
 from perce_lite.export_targets import merge_drift
+from perce_lite.fleet.result import FleetResult
 
 _STYLES = {"template": "dim", "profile": "cyan", "query": "yellow", "response": "bold green"}
 
@@ -128,17 +129,15 @@ def show_inspection(figures: dict[str, Any], page: Path) -> None:
     console.print(Text.assemble("Page: ", (str(page), "bold")))
 
 
-def show_fleet(figures: dict[str, Any], page: Path | None) -> None:
+def show_fleet(result: FleetResult, page: Path | None) -> None:
     """The end of `perce-lite fleet`: what was due, what became of it, who is served."""
-    due = ", ".join(f"{count} {kind}" for kind, count in figures["due"].items() if count)
-    console.print(f"Due: {due or 'nothing'}." + (" Nothing was trained (--dry-run)." if figures["dry_run"] else ""))
-    if not figures["dry_run"]:
-        console.print(
-            f"Trained {figures['trained']}, of them held back {figures['held_back']}; failed {figures['failed']}."
-        )
-    console.print(", ".join(f"{count} {state}" for state, count in figures["states"].items()))
-    if figures["gains"]["users"]:
-        console.print(Text(mean_gain(figures["gains"])))
+    due = ", ".join(f"{count} {kind}" for kind, count in result.due.items() if count)
+    console.print(f"Due: {due or 'nothing'}." + (" Nothing was trained (--dry-run)." if result.dry_run else ""))
+    if not result.dry_run:
+        console.print(f"Trained {result.trained}, of them held back {result.held_back}; failed {result.failed}.")
+    console.print(", ".join(f"{count} {state}" for state, count in result.states.items()))
+    if result.gains.users:
+        console.print(Text(mean_gain(result.gains)))
     if page is not None:
         console.print(Text.assemble("Page: ", (str(page), "bold")))
 
