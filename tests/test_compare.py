@@ -167,9 +167,11 @@ def test_finished_arms_are_not_trained_again(path, figures, trained):
 def test_one_base_scores_every_split_and_each_adapter_is_loaded_once(path, figures, monkeypatch):
     figures("compare", path, "--arms", "uniform,base", "--rates", "0.01", "--seeds", "1")
     loaded, put_on = [], []
-    base, on = comparing.load_base, comparing.adapters.on
+    base, on = comparing.load_base, comparing.adapters.attached
     monkeypatch.setattr(comparing, "load_base", lambda recipe: loaded.append(1) or base(recipe))
-    monkeypatch.setattr(comparing.adapters, "on", lambda model, folder: put_on.append(folder) or on(model, folder))
+    monkeypatch.setattr(
+        comparing.adapters, "attached", lambda model, folder: put_on.append(folder) or on(model, folder)
+    )
     told = figures("compare", path, "--arms", "uniform,base", "--rates", "0.01", "--seeds", "1")
     assert list(told["splits"]) == ["test", "unseen"]
     assert (len(loaded), len(put_on)) == (1, 3)

@@ -186,7 +186,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(its, capfd, monkeypatch):
 
 @pytest.mark.parametrize(("train_on", "said"), [("factual", "/profile"), ("counterfactual", "it needs none")])
 def test_it_says_whether_a_profile_is_needed(its, capfd, monkeypatch, train_on, said):
-    its.card["train_on"] = train_on
+    its.metadata["train_on"] = train_on
     monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n"))
     chat(its, None, None, 2)
     assert said in capfd.readouterr().err

@@ -109,4 +109,4 @@ def test_a_template_that_says_nothing_of_where_to_wake_is_refused(tmp_path, targ
 
 def test_the_card_says_so(adapter, tmp_path):
     export(adapter, "peft", tmp_path / "out", False)
-    assert "wakes behind it" in (tmp_path / "out" / "README.md").read_text()
+    assert "the adapter is active only after it" in (tmp_path / "out" / "README.md").read_text()

@@ -183,7 +183,7 @@ def test_adapter_of_another_base_is_refused(toy_trainer, tmp_path):
     [
         (
             "base",
-            "weighted by how much it leans on the user's profile (estimator `base`, weights clipped",
+            "weighted by how much it depends on the user's profile (estimator `base`, weights clipped",
             "",
         ),
         ("uniform", "plain SFT, all response tokens weigh the same (estimator `uniform`, a control)", "clipped"),

@@ -188,9 +188,9 @@ def test_what_cannot_be_contrasted_is_refused(tmp_path):
     for changes_the_base in ({"bias": "all"}, {"init_lora_weights": "OLoRA"}):
         with pytest.raises(ConfigError, match=next(iter(changes_the_base))):
             refused(tmp_path, peft_config=LoraConfig(target_modules="all-linear", **changes_the_base))
-    for never_met in ({"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ".*lm_head"}):
+    for head_adapter_faults in ({"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ".*lm_head"}):
         with pytest.raises(ConfigError, match="fused head"):
-            refused(tmp_path, peft_config=LoraConfig(**never_met))
+            refused(tmp_path, peft_config=LoraConfig(**head_adapter_faults))
     with pytest.raises(ConfigError, match="no profile column"):
         refused(tmp_path, rows=[{"prompt": "a", "completion": "b"}])
     with pytest.raises(ConfigError, match="prompt and completion"):

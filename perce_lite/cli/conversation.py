@@ -314,7 +314,7 @@ def chat(opened: LoadedAdapter, profile: str | None, user: str | None, max_new_t
 def greeting(opened: LoadedAdapter, has_profile: bool) -> str:
     """What the first line says: whom one talks to, and whether it needs a profile."""
     name = f"An adapter for {opened.recipe.model}."
-    if opened.card["train_on"] == "counterfactual":
+    if opened.metadata["train_on"] == "counterfactual":
         need = "It was trained without the profile in the prompt, so it needs none."
     elif has_profile:
         need = "It was trained with the profile in the prompt, and has one."

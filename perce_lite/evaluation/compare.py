@@ -216,7 +216,7 @@ def _score(
         folder = None if training is None else training.run(rows)[1].adapter
         names = _BOTH if training is None or not tuning else (training.arm.judged,)
         what = UNTRAINED if training is None else f"{training.arm.name}, rate {training.rate:g}, seed {training.seed}"
-        with adapters.on(base.model, folder) as model:
+        with adapters.attached(base.model, folder) as model:
             store = store_of(config.store, model, config.autocast, folder is not None)
             mine = next(iter(found)) if training is None else training.arm.recipe.profile_pass
             for split, some in found[mine].items():

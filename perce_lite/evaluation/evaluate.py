@@ -57,7 +57,7 @@ def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
     plain: dict[str, list[Tensor]] = {}
     texts: list[dict[str, Any]] = []
     for arm, folder in arms.items():
-        with adapters.on(base.model, folder) as model:
+        with adapters.attached(base.model, folder) as model:
             on = folder is not None
             key = store_key(model, config.autocast, on)
             store = Store(Path(config.store), key) if config.store else None
@@ -118,7 +118,7 @@ def _named(folders: Sequence[Path], recipe: Recipe) -> dict[str, Path | None]:
     named: dict[str, Path | None] = {}
     for folder in folders:
         card = adapters.read_metadata(folder)  # all faults before any scoring
-        adapters.same_pass(folder, recipe)
+        adapters.require_profile_pass(folder, recipe)
         if _split_of(card["recipe"]) != _split_of(recipe.model_dump(mode="json")):
             warn(f"{folder} was trained with another split of the data: rows it is judged on may be rows it has seen")
         name = str(folder.parent if folder.name == "adapter" else folder)

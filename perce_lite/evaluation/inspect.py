@@ -76,7 +76,7 @@ def inspect(recipe: Recipe, adapter: Path | None, rows: int, user: str | None, t
     pairs = maker.make(spread_over_users(picked, rows), audit)
     require(pairs, audit, "training")
     if adapter is not None:
-        adapters.same_pass(adapter, recipe)
+        adapters.require_profile_pass(adapter, recipe)
     model = base.model if adapter is None else adapters.load(base.model, adapter)
     seen = _score(model, pairs, _swapped(maker, pairs, training), config, adapter is not None)
     return {

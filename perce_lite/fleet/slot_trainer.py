@@ -21,7 +21,7 @@ from perce_lite.data.pairs import IGNORED
 from perce_lite.errors import AdapterError, ConfigError, DataError, PerceLiteError
 from perce_lite.fleet.slot_lora import SlotModel, attach
 from perce_lite.fleet.slot_user import Result, SlotUser, Unfinished, UserJob
-from perce_lite.model.fused_head import never_met, scoring_forward, training_forward
+from perce_lite.model.fused_head import head_adapter_faults, scoring_forward, training_forward
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
 from perce_lite.model.scoring import (
     autocast_to,
@@ -60,7 +60,7 @@ class SlotTrainer:
         dtype: torch.dtype = torch.float32,
         core: bool = False,
     ) -> None:
-        faults = _faults(base, args) + never_met(lora)
+        faults = _faults(base, args) + head_adapter_faults(lora)
         if faults:
             raise ConfigError(faults)
         self.args = args

@@ -1,4 +1,4 @@
-"""Adapters on disk: PEFT folders, written whole or not at all, that know which base and which data they come from."""
+"""Adapters on disk: PEFT folders with metadata (`perce_lite.json`) that name their base, data and recipe."""
 
 import importlib.metadata
 from collections.abc import Iterator
@@ -21,48 +21,51 @@ from perce_lite.model.lora_core import plain_state
 from perce_lite.model.model_card import model_card
 from perce_lite.recipe import Recipe
 
+_WEIGHTS = "adapter_model.safetensors"
 _PACKAGES = ("perce-lite", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
-def save(model: PeftModel, folder: Path, about: dict[str, Any]) -> None:
-    """Writes `model`'s adapter to `folder` as PEFT does (safetensors), with `about` and the base in `perce_lite.json`.
+def save(model: PeftModel, folder: Path, metadata: dict[str, Any]) -> None:
+    """Writes `model`'s adapter to `folder`: PEFT's files, a model card, and `metadata` with base and versions added.
+
+    The folder is written completely or not at all; on an error its earlier content stays.
 
     Raises:
-        DiskFullError: no space left; NonFiniteLossError: weights that are no numbers. What was there before stays.
+        DiskFullError: no space left; NonFiniteLossError: weights that are not finite.
     """
     if not all(torch.isfinite(parameter).all() for name, parameter in model.named_parameters() if is_lora_weight(name)):
         raise NonFiniteLossError(f"The adapter's weights are not finite, so {folder} was not written. Lower the rate.")
     base: PreTrainedModel = model.get_base_model()
-    known = {"base": {**sketch(base), "fingerprint": fingerprint(model)}, "versions": versions()}
+    origin = {"base": {**sketch(base), "fingerprint": fingerprint(model)}, "versions": versions()}
     with folder_written_aside(folder) as aside:
         model.save_pretrained(aside, state_dict=plain_state(model))
-        write_json(aside / METADATA, {**about, **known})
-        write_text(aside / "README.md", model_card(about))
+        write_json(aside / METADATA, {**metadata, **origin})
+        write_text(aside / "README.md", model_card(metadata))
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """What `perce_lite.json` says.
+    """The metadata of the adapter in `folder` or in `folder/adapter`, with `folder`, the folder of its files, added.
 
     Raises:
-        AdapterError: the folder is not there, or holds no adapter of PerCE Lite.
+        AdapterError: the folder is not there, holds no adapter of PerCE Lite, or one of an incompatible version.
     """
     if not folder.is_dir():
         raise AdapterError(
             f"{folder}: there is no such folder. An adapter lies in <output_dir>/adapter after training."
         )
     for nested in (folder, folder / "adapter"):
-        card = read_json(nested / METADATA)
-        if isinstance(card, dict) and (nested / "adapter_model.safetensors").is_file():
-            _check(card, nested)
-            return {**card, "folder": str(nested)}
+        metadata = read_json(nested / METADATA)
+        if isinstance(metadata, dict) and (nested / _WEIGHTS).is_file():
+            _check(metadata, nested)
+            return {**metadata, "folder": str(nested)}
     raise AdapterError(
-        f"{folder}: no adapter of PerCE Lite: it needs adapter_model.safetensors, adapter_config.json and {METADATA}. "
+        f"{folder}: no adapter of PerCE Lite: it needs {_WEIGHTS}, adapter_config.json and {METADATA}. "
         "Give the folder that `perce-lite train` named at its end."
     )
 
 
-def same_pass(folder: Path, recipe: Recipe) -> None:
-    """Raises AdapterError where the adapter in `folder` was not trained with the `profile_pass` of `recipe`."""
+def require_profile_pass(folder: Path, recipe: Recipe) -> None:
+    """Raises AdapterError if the adapter in `folder` was not trained with the `profile_pass` of `recipe`."""
     theirs, ours = Recipe.model_validate(read_metadata(folder)["recipe"]).profile_pass, recipe.profile_pass
     if theirs != ours:
         raise AdapterError(
@@ -71,19 +74,19 @@ def same_pass(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def _check(card: dict[str, Any], folder: Path) -> None:
-    """Raises AdapterError where `card` is not of this version's shape."""
-    missing = [key for key in ("recipe", "base", "train_on", "chat_template", "run") if key not in card]
+def _check(metadata: dict[str, Any], folder: Path) -> None:
+    """Raises AdapterError if `metadata` lack what this version needs."""
+    unfit = [key for key in ("recipe", "base", "train_on", "chat_template", "run") if key not in metadata]
     try:
-        if not missing:
-            Recipe.model_validate(card["recipe"])
+        if not unfit:
+            Recipe.model_validate(metadata["recipe"])
             return
     except ValidationError as error:
-        missing = [".".join(map(str, fault["loc"])) for fault in error.errors()]
-    written, here = card.get("versions", {}).get("perce-lite", "unknown"), importlib.metadata.version("perce-lite")
-    whose = "an earlier state of this version" if written == here else f"another version, {written}; this is {here}"
+        unfit = [".".join(map(str, fault["loc"])) for fault in error.errors()]
+    writer, here = metadata.get("versions", {}).get("perce-lite", "unknown"), importlib.metadata.version("perce-lite")
+    version = "an earlier state of this version" if writer == here else f"another version, {writer}; this is {here}"
     raise AdapterError(
-        f"{folder}: its {METADATA} was written by PerCE Lite in {whose}. It does not fit in: {', '.join(missing)}. "
+        f"{folder}: its {METADATA} was written by PerCE Lite in {version}. It does not fit in: {', '.join(unfit)}. "
         "Train it anew, install what wrote it, or load the folder with peft."
     )
 
@@ -92,17 +95,16 @@ def load(base: PreTrainedModel, folder: Path) -> PeftModel:
     """`base` with the adapter of `folder` on it, frozen, float32, in eval mode.
 
     Raises:
-        AdapterError: the folder holds no adapter, or one that was trained on another base.
+        AdapterError: the folder holds no adapter, or an adapter that was trained on another base.
     """
-    card = read_metadata(folder)
-    theirs = card["base"]
-    ours = sketch(base)
-    if not same_base(theirs, ours):
+    metadata = read_metadata(folder)
+    trained_on, loaded = metadata["base"], sketch(base)
+    if not same_base(trained_on, loaded):
         raise AdapterError(
-            f"{folder}: this adapter was trained on {card['recipe']['model']} ({_shape(theirs)}), not on the base that "
-            f"is loaded ({_shape(ours)}). Load that base, or train an adapter for this one."
+            f"{folder}: this adapter was trained on {metadata['recipe']['model']} ({_shape(trained_on)}), not on the "
+            f"base that is loaded ({_shape(loaded)}). Load that base, or train an adapter for this one."
         )
-    model: PeftModel = PeftModel.from_pretrained(base, card["folder"])
+    model: PeftModel = PeftModel.from_pretrained(base, metadata["folder"])
     for name, parameter in model.named_parameters():
         if is_lora_weight(name):
             parameter.data = parameter.data.to(torch.float32)
@@ -110,16 +112,15 @@ def load(base: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def start_from(model: PeftModel, folder: Path) -> None:
-    """Gives `model`'s adapter the weights of the one in `folder`.
+    """Copies the weights of the adapter in `folder` into `model`'s adapter.
 
     Raises:
-        AdapterError: no adapter there, or one of another shape or base.
+        AdapterError: no adapter there, or its shape or base is another.
     """
-    card = read_metadata(folder)
-    ours = sketch(model.get_base_model())
-    weights = load_file(Path(card["folder"]) / "adapter_model.safetensors")
-    missing = set(get_peft_model_state_dict(model)) ^ set(weights)
-    if not same_base(card["base"], ours) or missing:
+    metadata = read_metadata(folder)
+    weights = load_file(Path(metadata["folder"]) / _WEIGHTS)
+    same_layers = set(get_peft_model_state_dict(model)) == set(weights)
+    if not same_layers or not same_base(metadata["base"], sketch(model.get_base_model())):
         raise AdapterError(
             f"{folder}: an adapter of another base or with other LoRA layers; nothing can start from it."
         )
@@ -130,8 +131,8 @@ def start_from(model: PeftModel, folder: Path) -> None:
 
 
 @contextmanager
-def on(base: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedModel | PeftModel]:
-    """`base` with the adapter of `folder` on it for a while (None: the base alone); it is taken off again.
+def attached(base: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedModel | PeftModel]:
+    """`base` with the adapter of `folder` on it inside the block; None: the base alone.
 
     Raises:
         AdapterError: as `load`.
@@ -147,17 +148,17 @@ def on(base: PreTrainedModel, folder: Path | None) -> Iterator[PreTrainedModel |
 
 
 def strip(base: PreTrainedModel) -> None:
-    """Takes every LoRA layer off `base`, whatever put it there."""
+    """Removes every LoRA layer from `base`, whoever added it."""
     for path, layer in lora_layers(base).items():
         base.set_submodule(path, layer.get_base_layer())
     base.__dict__.pop("peft_config", None)
 
 
-def _shape(sketched: dict[str, Any]) -> str:
-    kind, layers, width, vocabulary, _ = sketched["shape"]
+def _shape(sketch_of_base: dict[str, Any]) -> str:
+    kind, layers, width, vocabulary, _ = sketch_of_base["shape"]
     return f"{kind}, {layers} layers of {width}, vocabulary {vocabulary}"
 
 
 def versions() -> dict[str, str]:
-    """Versions of what an adapter depends on."""
+    """Versions of the packages that an adapter depends on."""
     return {name: importlib.metadata.version(name) for name in _PACKAGES}

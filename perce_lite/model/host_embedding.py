@@ -1,7 +1,7 @@
-"""An embedding table that stays in the host's memory: ids go there, what was looked up comes back.
+"""An embedding table in host memory: ids are copied to the host, the embeddings that were looked up come back.
 
-A lookup reads as many rows as there are tokens, so a card gains the whole table (1 GiB on an 8B model in bf16) for a
-copy of some MiB a forward.
+A lookup reads one row of the table a token, so the GPU saves the table (1 GiB on an 8B model in bf16) for a copy of a
+few MiB a forward.
 """
 
 from typing import Any
@@ -14,9 +14,9 @@ from perce_lite.errors import ModelError
 
 
 class HostEmbedding(nn.Module):
-    """Gives for ids (B, T) on any device what `table` gives, (B, T, H) on that device, bit by bit the same.
+    """Embeddings (B, T, H) of ids (B, T) on the device of the ids, bit by bit those of `table`.
 
-    The table is no parameter and no submodule: nothing that moves, casts, counts or saves a model's weights finds it.
+    The table is neither parameter nor submodule, so code that moves, casts, counts or saves weights does not find it.
     """
 
     table: nn.Embedding
@@ -32,11 +32,11 @@ class HostEmbedding(nn.Module):
         return self.table.weight
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        looked_up: Tensor = self.table(input_ids.to("cpu"))
-        return looked_up.to(input_ids.device)
+        embeddings: Tensor = self.table(input_ids.to("cpu"))
+        return embeddings.to(input_ids.device)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "HostEmbedding":
-        """peft copies what it is to train as a whole (`modules_to_save`); a table that nothing finds cannot be trained.
+        """peft copies modules that it trains fully (`modules_to_save`); this table cannot be trained.
 
         Raises:
             ModelError: always.
@@ -48,10 +48,10 @@ class HostEmbedding(nn.Module):
 
 
 def keep_on_host(model: PreTrainedModel) -> None:
-    """Moves `model`'s input embeddings to the host's memory, for good; its log-probs stay the same.
+    """Moves `model`'s input embeddings to host memory permanently; its log-probs stay the same.
 
     Raises:
-        ModelError: the head is tied to the table, and the head computes on the card.
+        ModelError: the head is tied to the table, and the head computes on the GPU.
     """
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if isinstance(table, HostEmbedding):
@@ -60,18 +60,18 @@ def keep_on_host(model: PreTrainedModel) -> None:
         raise tied(model.config.model_type)
     model.set_input_embeddings(HostEmbedding(table.requires_grad_(False).to("cpu")))
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what the table took goes back to the card
+        torch.cuda.empty_cache()  # returns the table's memory to the GPU
 
 
 def tied(kind: str) -> ModelError:
     """The error of a model of type `kind` whose head is its embedding table."""
     return ModelError(
         f"embedding_on_host: the output head of this {kind} model is its embedding table (tied), and the head computes "
-        "on the card, so nothing would be saved. Set embedding_on_host: false."
+        "on the GPU, so nothing would be saved. Set embedding_on_host: false."
     )
 
 
 def tables_on_host(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Name and weights (V, H) of every table that is kept on the host, named as the parameter that it was."""
-    found = [(name, one) for name, one in model.named_modules() if isinstance(one, HostEmbedding)]
-    return [(f"{name}.weight", one.weight) for name, one in found]
+    """Name and weights (V, H) of every table on the host, under the name of the parameter that it was."""
+    modules = [(name, module) for name, module in model.named_modules() if isinstance(module, HostEmbedding)]
+    return [(f"{name}.weight", module.weight) for name, module in modules]

@@ -1,7 +1,7 @@
-"""Log-probs under the frozen base, kept between runs: `<base>/<slug-hash>.safetensors`, one file a user.
+"""Log-probs kept between runs: `<base>/<slug-hash>.safetensors`, one file a user.
 
-A key is a hash of ids and labels; the folder is a hash of the base's weights, quantisation and compute dtype. Nothing
-that changes the value of an entry can leave its key as it was, so a hit is never stale. Deleting a user is an unlink.
+An entry's key is a hash of ids and labels; the folder's name is a hash of everything else that its value depends on
+(`scoring.store_key`). So a changed value has another key, and a hit is never stale. Deleting a user is an unlink.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ from perce_lite.files import disk_full_is_clear, safe_name, written_aside
 
 
 def entry_key(ids: Sequence[int], labels: Sequence[int], prefix: int = 0) -> str:
-    """The key of a row's log-probs: what was read (ids), what was scored (labels), what the adapter slept through."""
-    slept = [prefix] if prefix else []
-    packed = struct.pack(f"<I{len(ids) + len(labels) + len(slept)}i", len(ids), *ids, *labels, *slept)
+    """The key of a row's log-probs: ids (T,), labels (T,), and how many leading tokens run with the adapter off."""
+    numbers = [*ids, *labels, *([prefix] if prefix else [])]
+    packed = struct.pack(f"<I{len(numbers)}i", len(ids), *numbers)
     return hashlib.sha256(packed).hexdigest()[:32]
 
 
 class Store:
-    """Entries (R,) float32, nats, of one base. Safe under two processes and under a kill at any moment."""
+    """Entries (R,) float32, nats, of one base. Safe with two processes and if a process is killed at any moment."""
 
     def __init__(self, root: Path, base: str) -> None:
         self.folder = root / base
@@ -38,7 +38,7 @@ class Store:
         return self.folder / f"{safe_name(user)}.safetensors"
 
     def get(self, user: str) -> dict[str, Tensor]:
-        """All entries of `user`; a broken file counts as empty, with a warning."""
+        """All entries of `user` by key; a broken file counts as empty, with a warning."""
         path = self.path(user)
         if not path.is_file():
             return {}
@@ -70,28 +70,30 @@ class Store:
 
 
 def usage(root: Path) -> list[dict[str, int | str]]:
-    """Files, entries and bytes by base."""
-    found: list[dict[str, int | str]] = []
+    """Files, entries and bytes of each base in the store."""
+    usages: list[dict[str, int | str]] = []
     for folder in _bases(root):
-        files = sorted(one for one in folder.iterdir() if _FILE.fullmatch(one.name))
+        files = sorted(path for path in folder.iterdir() if _FILE.fullmatch(path.name))
         entries = 0
         for file in files:
             try:
-                with safe_open(file, framework="pt") as opened:
-                    entries += len(list(opened.keys()))
+                with safe_open(file, framework="pt") as tensors:
+                    entries += len(list(tensors.keys()))
             except (SafetensorError, OSError):
                 warn(f"{file} is broken")
         size = sum(file.stat().st_size for file in files)
-        found.append({"base": folder.name, "users": len(files), "entries": entries, "bytes": size})
-    return found
+        usages.append({"base": folder.name, "users": len(files), "entries": entries, "bytes": size})
+    return usages
 
 
 def clear(root: Path) -> int:
-    """Removes every entry, leftovers of killed runs included; gives the bytes freed. Other files stay."""
+    """Removes every entry and the leftovers of killed runs, no other file; returns the bytes freed."""
     freed = 0
     for folder in _bases(root):
         users = {
-            one.name.lstrip(".").partition(".safetensors")[0] for one in folder.iterdir() if _LEFT.fullmatch(one.name)
+            path.name.lstrip(".").partition(".safetensors")[0]
+            for path in folder.iterdir()
+            if _LEFT.fullmatch(path.name)
         }
         for user in users:
             lock = folder / f"{user}.safetensors.lock"
@@ -105,13 +107,13 @@ def clear(root: Path) -> int:
     return freed
 
 
-# What a store file, its lock and a temporary of a killed write are called; all else in the folders is not ours.
+# Names of a store file, its lock and the temporary file of a killed write; other files in the folders are not ours.
 _FILE = re.compile(r"[a-z0-9-]+-[0-9a-f]{12}\.safetensors")
 _LEFT = re.compile(r"[a-z0-9-]+-[0-9a-f]{12}\.safetensors(\.lock)?|\.[a-z0-9-]+-[0-9a-f]{12}\.safetensors\.\w+\.tmp")
 
 
 def _bases(root: Path) -> list[Path]:
-    return sorted(one for one in root.glob("*") if one.is_dir())
+    return sorted(path for path in root.glob("*") if path.is_dir())
 
 
 def _digest(entries: Mapping[str, Tensor]) -> str:

@@ -27,7 +27,7 @@ from perce_lite.data.rows import Row, from_columns
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.files import disk_full_is_clear
 from perce_lite.model.compat import keep_base_constant, require_trainer_hooks
-from perce_lite.model.fused_head import base_of, never_met, project_scored_positions_only, scoring_forward
+from perce_lite.model.fused_head import base_of, head_adapter_faults, project_scored_positions_only, scoring_forward
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
 from perce_lite.model.scoring import batch_log_probs, encode_prefixes, no_grad_eval, with_prefix
 from perce_lite.recipe import Template
@@ -364,7 +364,7 @@ def _lora_faults(lora: LoraConfig) -> list[str]:
         faults.append(f"lora: bias {lora.bias!r} trains the base's own biases; use 'none'")
     if str(lora.init_lora_weights).lower().startswith(("pissa", "olora", "loftq", "corda", "lora_ga")):
         faults.append(f"lora: init_lora_weights {lora.init_lora_weights!r} rewrites the base's weights; use true")
-    return faults + never_met(lora)
+    return faults + head_adapter_faults(lora)
 
 
 def _column_faults(names: Sequence[str]) -> list[str]:
