@@ -156,8 +156,8 @@ def test_trained_adapter_of_a_4_bit_base_is_not_rounded_to_bfloat16(tmp_path):
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator)
-    given = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
     trainer = trainer_over(model, tmp_path)
     ours = {name: p for name, p in trainer.model.named_parameters() if "lora_" in name}
     assert {p.dtype for p in ours.values()} == {torch.float32}
-    assert all(torch.equal(given[name], ours[name]) for name in given)
+    assert all(torch.equal(before[name], ours[name]) for name in before)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from export_fixtures import adapter_for, toy_base
 from peft import PeftModel
-from test_prefix import whole
+from test_prefix import masked_forward
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perce_lite.data.pairs import IGNORED, PairMaker, Tokens
@@ -45,7 +45,7 @@ def test_plain_peft_wakes_where_training_did(adapter, tmp_path):
     asked = maker.prompt([{"role": "user", "content": "Which pet?"}], "An otter, a lantern and a fjord.")
     ids = [*asked.ids, *maker.ids("the otter finds the lantern")]
     scored = len(ids) - len(asked.ids)
-    expected = whole(
+    expected = masked_forward(
         PeftModel.from_pretrained(base, adapter).eval(),
         Tokens(ids, [IGNORED] * len(asked.ids) + ids[-scored:], asked.prefix_length),
     )

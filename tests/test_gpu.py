@@ -80,18 +80,18 @@ def test_packed_rows_do_not_see_each_other(tmp_path):
 
 def losses_of(trainer):
     trainer.train()
-    return [one["loss"] for one in trainer.state.log_history if "loss" in one]
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
 def test_the_table_on_the_host_trains_the_same_in_less_memory(tmp_path):
-    found, held = [], []
+    losses, held = [], []
     for hosted in (False, True):
         trainer = trainer_on_gpu(tmp_path, "llama3", hosted, logging_steps=1)
-        assert {one.device.type for one in trainer.model.parameters()} == {"cuda"}
-        held.append(sum(one.nbytes for one in trainer.model.parameters()))
-        found.append(losses_of(trainer))
+        assert {parameter.device.type for parameter in trainer.model.parameters()} == {"cuda"}
+        held.append(sum(parameter.nbytes for parameter in trainer.model.parameters()))
+        losses.append(losses_of(trainer))
     assert held[0] - held[1] == toys.VOCAB_SIZE * 64 * 2
-    assert found[0] == pytest.approx(found[1], rel=1e-3)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_offloaded_activations_change_no_loss(tmp_path):

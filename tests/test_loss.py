@@ -33,7 +33,7 @@ def reference_model(trainer, family="chatml"):
 
 
 @contextmanager
-def asleep(model, prefix):
+def adapters_off_until(model, prefix):
     """The adapters of `model` do nothing at the first `prefix` positions of one whole forward."""
 
     def masked(layer, inputs, output):
@@ -51,7 +51,7 @@ def asleep(model, prefix):
 
 def scored_log_probs(model, tokens):
     """Log-probs (R,) in float64 of one sequence, alone, from full logits."""
-    with asleep(model, tokens.prefix_length):
+    with adapters_off_until(model, tokens.prefix_length):
         logits = model(input_ids=torch.tensor([tokens.ids])).logits[0, :-1]
     labels = torch.tensor(tokens.labels[1:])
     mask = labels != IGNORED

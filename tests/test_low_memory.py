@@ -25,14 +25,16 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, model: torch.nn.Module | None = None) -> None:
         super().__init__()
-        self.weights = {one.untyped_storage().data_ptr() for one in model.parameters()} if model is not None else set()
+        self.weights = (
+            {parameter.untyped_storage().data_ptr() for parameter in model.parameters()} if model is not None else set()
+        )
         self.made: list[tuple[tuple[int, ...], StorageWeakRef]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for one in out if isinstance(out, (list, tuple)) else [out]:
-            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in self.weights:
-                self.made.append((tuple(one.shape), StorageWeakRef(one.untyped_storage())))
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.weights:
+                self.made.append((tuple(tensor.shape), StorageWeakRef(tensor.untyped_storage())))
         return out
 
     def of_the_vocabulary(self) -> list[tuple[int, ...]]:
@@ -95,13 +97,13 @@ def test_nothing_of_scoring_stays_but_the_log_probs(toy_trainer):
     backbone, before = trainer.model.get_base_model().base_model, []
     with Watch(trainer.model) as watch:
         backbone.register_forward_pre_hook(lambda *_: before.append(watch.largest()))
-        found = cached_log_probs(trainer.model, jobs, None, None, "x")
+        scored = cached_log_probs(trainer.model, jobs, None, None, "x")
     assert len(before) == len(jobs)
     assert max(before) <= max(len(job.tokens.ids) for job in jobs)
     alive = {shape for shape in watch.alive() if math.prod(shape) > 1}
-    assert alive == {tuple(one.shape) for one in found.log_probs}
-    assert all(one.device.type == "cpu" and one.grad_fn is None for one in found.log_probs)
-    del found
+    assert alive == {tuple(log_probs.shape) for log_probs in scored.log_probs}
+    assert all(log_probs.device.type == "cpu" and log_probs.grad_fn is None for log_probs in scored.log_probs)
+    del scored
     assert not [shape for shape in watch.alive() if math.prod(shape) > 1]
 
 
@@ -134,10 +136,10 @@ def in_four_bit(tmp_path):
 def test_fp16_with_a_scaler_trains_as_float32_does(toy_trainer, estimator):
     half = scaled(toy_trainer, 2.0**10, estimator=estimator)
     half.train()
-    whole = toy_trainer(**SHORT, estimator=estimator)
-    whole.train()
+    single = toy_trainer(**SHORT, estimator=estimator)
+    single.train()
     assert half.accelerator.scaler.get_scale() == 2.0**10  # no step was skipped
-    losses = [[one["loss"] for one in made.state.log_history if "loss" in one] for made in (half, whole)]
+    losses = [[log["loss"] for log in trainer.state.log_history if "loss" in log] for trainer in (half, single)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
     trained = [p for p in half.model.parameters() if p.requires_grad]
     assert {p.dtype for p in trained} == {torch.float32}
@@ -197,4 +199,4 @@ def test_checkpointing_is_without_re_entrancy(toy_trainer):
     trainer = toy_trainer(gradient_checkpointing=True, rows=toys.toy_rows(1, 3))
     trainer.train()
     layers = trainer.model.get_base_model().base_model.layers
-    assert [one._gradient_checkpointing_func.keywords for one in layers] == [{"use_reentrant": False}] * 2
+    assert [layer._gradient_checkpointing_func.keywords for layer in layers] == [{"use_reentrant": False}] * 2

@@ -24,8 +24,10 @@ from perce_lite.model.scoring import ScoringJob, cached_log_probs, prefix_cache_
 ODD = [0.0, -0.0, 1e-45, -1e-38, -3.4028235e38, float("inf"), float("nan"), -1.0000001, -17.25]
 
 
-def same_bits(one, other):
-    return one.dtype == other.dtype == torch.float32 and torch.equal(one.view(torch.int32), other.view(torch.int32))
+def same_bits(first, second):
+    return first.dtype == second.dtype == torch.float32 and torch.equal(
+        first.view(torch.int32), second.view(torch.int32)
+    )
 
 
 def test_entry_key_depends_on_ids_and_on_labels():
@@ -38,7 +40,7 @@ def test_entry_key_depends_on_ids_and_on_labels():
         ([1, 2, 3, -100], [2, 3]),
         ([], []),
     ]
-    keys = [entry_key(*one) for one in entries]
+    keys = [entry_key(*entry) for entry in entries]
     assert len(set(keys)) == len(entries)
     assert keys == [entry_key(tuple(ids), tuple(labels)) for ids, labels in entries]
 
@@ -119,10 +121,10 @@ def exit_codes(tmp_path, code, *names):
     here = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     running = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], env=here) for name in names]
     try:
-        return [one.wait(timeout=120) for one in running]
+        return [process.wait(timeout=120) for process in running]
     finally:
-        for one in running:
-            one.kill()
+        for process in running:
+            process.kill()
 
 
 def test_two_processes_lose_nothing(tmp_path):
@@ -154,7 +156,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_entries(tmp_path, capsys
     assert same_bits(read["old"], torch.tensor(ODD))
     store.put("ann", {"newer": torch.tensor([1.0])})  # its lock died with it
     assert store.get("ann").keys() == {"old", "newer"}
-    size = sum(one.stat().st_size for one in store.folder.iterdir())
+    size = sum(path.stat().st_size for path in store.folder.iterdir())
     assert left.stat().st_size > 0
     assert clear(tmp_path) == size
     assert not store.folder.exists()
@@ -163,27 +165,27 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_entries(tmp_path, capsys
 
 def test_usage_and_clear(tmp_path, capsys):
     assert (usage(tmp_path / "absent"), clear(tmp_path / "absent")) == ([], 0)
-    one, other = Store(tmp_path, "b1"), Store(tmp_path, "b2")
-    one.put("ann", {"a": torch.zeros(3), "b": torch.zeros(1)})
-    one.put("bob", {"a": torch.zeros(2)})
-    other.put("ann", {"a": torch.zeros(2)})
-    torn = other.folder / ".ann-0123456789ab.safetensors.abc.tmp"
+    first, second = Store(tmp_path, "b1"), Store(tmp_path, "b2")
+    first.put("ann", {"a": torch.zeros(3), "b": torch.zeros(1)})
+    first.put("bob", {"a": torch.zeros(2)})
+    second.put("ann", {"a": torch.zeros(2)})
+    torn = second.folder / ".ann-0123456789ab.safetensors.abc.tmp"
     torn.write_bytes(b"12345")
-    foreign = [other.folder / "notes.txt", other.folder / "model.safetensors", tmp_path / "a.safetensors"]
+    foreign = [second.folder / "notes.txt", second.folder / "model.safetensors", tmp_path / "a.safetensors"]
     for file in foreign:
         file.write_text("mine")
-    written = {one: ("ann", "bob"), other: ("ann",)}
+    written = {first: ("ann", "bob"), second: ("ann",)}
     size = {store: sum(store.path(user).stat().st_size for user in users) for store, users in written.items()}
     assert usage(tmp_path) == [
-        {"base": "b1", "users": 2, "entries": 3, "bytes": size[one]},
-        {"base": "b2", "users": 1, "entries": 1, "bytes": size[other]},
+        {"base": "b1", "users": 2, "entries": 3, "bytes": size[first]},
+        {"base": "b2", "users": 1, "entries": 1, "bytes": size[second]},
     ]
-    other.path("ann").write_bytes(b"broken")
+    second.path("ann").write_bytes(b"broken")
     assert [base["entries"] for base in usage(tmp_path)] == [3, 0]
     assert "warning" in capsys.readouterr().err
-    assert clear(tmp_path) == size[one] + len(b"broken") + 5
-    assert sorted(tmp_path.rglob("*")) == sorted([other.folder, *foreign])
-    assert one.get("ann") == {}
+    assert clear(tmp_path) == size[first] + len(b"broken") + 5
+    assert sorted(tmp_path.rglob("*")) == sorted([second.folder, *foreign])
+    assert first.get("ann") == {}
 
 
 def test_clear_leaves_weights_that_are_not_the_store_s(tmp_path):
@@ -274,9 +276,9 @@ def test_store_key_changes_with_what_the_base_computes_with_and_not_with_its_ada
     nudged, renormed, adapted = base(), base(), get_peft_model(base(), LoraConfig(init_lora_weights=False))
     nudged.lm_head.weight.data[7, 3] += 1e-6
     renormed.model.norm.weight.data[0] = 1.001
-    whole = store_key(base(), None)
+    plain = store_key(base(), None)
     keys = [
-        whole,
+        plain,
         store_key(base(), torch.bfloat16),  # autocast
         store_key(base(dtype=torch.bfloat16), None),
         store_key(nudged, None),
@@ -286,7 +288,7 @@ def test_store_key_changes_with_what_the_base_computes_with_and_not_with_its_ada
         store_key(bits(bnb_4bit_quant_type="fp4"), None),
     ]
     assert len(set(keys)) == len(keys)
-    assert store_key(base(), None) == store_key(adapted, None) == whole
+    assert store_key(base(), None) == store_key(adapted, None) == plain
 
 
 def test_store_key_changes_with_the_config():

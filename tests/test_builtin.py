@@ -96,12 +96,12 @@ def test_conversion_that_fails_leaves_no_model_and_the_next_try_works(converted,
         (folder / "config.json").write_text("{")
         raise OSError("power cut")
 
-    whole = builtin._dequantise
+    dequantise = builtin._dequantise
     monkeypatch.setattr(builtin, "_dequantise", torn)
     with pytest.raises(OSError, match="power cut"):
         built_in_folder("smollm2-135m")
     assert nothing_was_kept(tmp_path)
-    monkeypatch.setattr(builtin, "_dequantise", whole)
+    monkeypatch.setattr(builtin, "_dequantise", dequantise)
     folder = built_in_folder("smollm2-135m")
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     assert built_in_folder("smollm2-135m") == folder
@@ -121,18 +121,18 @@ def test_a_damaged_model_is_made_anew(converted, pip, capfd, name, kept):
     capfd.readouterr()
     assert built_in_folder("smollm2-135m") == folder
     assert (folder / name).read_bytes() == content
-    told = " ".join(capfd.readouterr().err.split())
-    assert f"is damaged ({name}" in told
-    assert "is made anew" in told
+    message = " ".join(capfd.readouterr().err.split())
+    assert f"is damaged ({name}" in message
+    assert "is made anew" in message
     assert len(converted) == 2
 
 
 def test_the_gguf_that_it_was_made_of_is_kept(converted):
     assert builtin.built_in_gguf("smollm2-135m") is None
     folder = built_in_folder("smollm2-135m")
-    found = builtin.built_in_gguf("smollm2-135m")
-    assert found.parent == folder
-    assert found.read_bytes() == b"gguf"
+    gguf = builtin.built_in_gguf("smollm2-135m")
+    assert gguf.parent == folder
+    assert gguf.read_bytes() == b"gguf"
 
 
 def test_a_damaged_model_without_network_says_what_to_do(converted, pip):
@@ -179,7 +179,7 @@ def test_adapter_of_another_base_is_refused(toy_trainer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("estimator", "told", "untold"),
+    ("estimator", "shown", "hidden"),
     [
         (
             "base",
@@ -194,14 +194,14 @@ def test_adapter_of_another_base_is_refused(toy_trainer, tmp_path):
         ),
     ],
 )
-def test_the_card_says_how_the_loss_was_weighted(estimator, told, untold):
+def test_the_card_says_how_the_loss_was_weighted(estimator, shown, hidden):
     about = {
         "recipe": {"model": "toy", "quantization": "none"}, "estimator": estimator, "train_on": "factual",
         "clip_min": 0.8, "clip_max": 5.0, "data": {"rows": 1, "users": 1, "fingerprint": ""}, "metrics": {"losses": []},
     }  # fmt: skip
     card = adapters.model_card(about)
-    assert told in card
-    assert not untold or untold not in card
+    assert shown in card
+    assert not hidden or hidden not in card
 
 
 def test_built_in_model_is_a_language_model(real_model):

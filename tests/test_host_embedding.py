@@ -34,7 +34,7 @@ def kept(**options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_log_probs_gradients_and_text_are_bit_identical(dtype):
     ids = torch.arange(40).view(2, 20)
-    found = []
+    results = []
     for model in (untied(dtype=dtype), kept(dtype=dtype)):
         torch.manual_seed(0)
         adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
@@ -42,10 +42,10 @@ def test_log_probs_gradients_and_text_are_bit_identical(dtype):
         logits = adapted(input_ids=ids).logits
         logits.float().log_softmax(-1)[..., 0].sum().backward()
         text = adapted.generate(input_ids=ids[:1], max_new_tokens=4, do_sample=False, pad_token_id=0)
-        grads = [one.grad for one in adapted.parameters() if one.requires_grad]
+        grads = [parameter.grad for parameter in adapted.parameters() if parameter.requires_grad]
         assert len(grads) == 28
-        found.append([logits, text, *grads])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+        results.append([logits, text, *grads])
+    assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
 
 
 def test_the_table_is_in_nobodys_reach():
@@ -53,7 +53,9 @@ def test_the_table_is_in_nobodys_reach():
     missing = set(plain.state_dict()) - set(model.state_dict())
     assert missing == {"model.embed_tokens.weight"}
     table = plain.get_input_embeddings().weight
-    numel = sum(one.numel() for one in plain.parameters()) - sum(one.numel() for one in model.parameters())
+    numel = sum(parameter.numel() for parameter in plain.parameters()) - sum(
+        parameter.numel() for parameter in model.parameters()
+    )
     assert numel == table.numel()
     model.to(torch.float16)
     model.to("meta")
@@ -93,14 +95,14 @@ def test_fingerprint_and_sketch_are_those_of_the_same_weights():
 
 
 def test_scores_are_bit_identical(toy_trainer):
-    trainer = toy_trainer("llama3", model=untied(), rows=toys.toy_rows(1, 4))
-    hosted = toy_trainer("llama3", model=kept(), rows=toys.toy_rows(1, 4))
-    found = []
-    for one in (trainer, hosted):
+    scored = []
+    for model in (untied(), kept()):
+        trainer = toy_trainer("llama3", model=model, rows=toys.toy_rows(1, 4))
+        sequences = [pair.factual for pair in trainer.pairs["train"]]
         scores: dict[int, torch.Tensor] = {}
-        compute_log_probs(one.model, [pair.factual for pair in one.pairs["train"]], False, None, scores.__setitem__)
-        found.append(scores)
-    assert all(torch.equal(found[0][index], found[1][index]) for index in range(len(found[0])))
+        compute_log_probs(trainer.model, sequences, False, None, scores.__setitem__)
+        scored.append(scores)
+    assert all(torch.equal(scored[0][index], scored[1][index]) for index in range(len(scored[0])))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -109,7 +111,7 @@ def test_training_is_bit_identical(toy_trainer, checkpointing):
     for model in (untied(), kept()):
         trainer = toy_trainer("llama3", model=model, gradient_checkpointing=checkpointing, rows=toys.toy_rows(1, 4))
         trainer.train()
-        losses.append([one["loss"] for one in trainer.state.log_history if "loss" in one])
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert losses[0] == losses[1]
     assert len(losses[0]) == 2
 
