@@ -8,7 +8,7 @@ import torch
 import toys
 from peft import PeftModel
 from test_inspect import fits_a_phone, full_logits
-from test_loss import asleep
+from test_loss import adapters_off_until
 
 from perce_lite.data.pairs import PairMaker
 from perce_lite.data.readers import read_rows
@@ -58,7 +58,7 @@ def loss_by_hand(path: Path, folder: Path, split: str, profile: str, profile_pas
     model = PeftModel.from_pretrained(toys.toy_model("chatml", 600), folder).double().eval()
     losses = []
     for passes in (case.passes[profile] for case in found):
-        with asleep(model, passes.prefix_length):
+        with adapters_off_until(model, passes.prefix_length):
             losses.append(-full_logits(model, passes).sum())
     return torch.stack(losses)
 
