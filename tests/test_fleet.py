@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_inspect import full_logits
 
 from perce_lite.data.pairs import PairMaker
-from perce_lite.fleet import fleet as fleets
+from perce_lite.data.readers import read_rows
 from perce_lite.fleet.engines import slots as slotted
 from perce_lite.fleet.engines.sequential import SequentialEngine
 from perce_lite.fleet.engines.slots import SlotsEngine, engine_for
@@ -98,7 +98,7 @@ def test_users_start_from_the_shared_adapter_and_the_base_stays_bare(recipe, fig
     # The loss of what it started from is that of the shared adapter, by full logits and plain peft.
     read = load_recipe(path)
     maker = PairMaker(toys.toy_tokenizer("chatml"), read.template, 1024)
-    pairs = maker.make([row for row in fleets.read_rows(read) if row.user == "user1" and row.split == "test"])
+    pairs = maker.make([row for row in read_rows(read) if row.user == "user1" and row.split == "test"])
     for name, adapter in (("start", shared), ("own", own)):
         folder = Path("out") / adapter.folder / "adapter"
         model = PeftModel.from_pretrained(toys.toy_model("chatml", 600), folder).eval().double()

@@ -11,9 +11,7 @@ import toys
 from filelock import FileLock
 from fleet_fixtures import TEXT, Clock, Quick, rows_of
 
-from perce_lite.data.rows import Row
 from perce_lite.errors import FleetError
-from perce_lite.fleet import fleet as fleets
 from perce_lite.fleet import queries as roster
 from perce_lite.fleet import registry
 from perce_lite.fleet.engines.sequential import SequentialEngine
@@ -129,10 +127,9 @@ def test_ten_thousand_users_grow_linearly(recipe, run, monkeypatch):
     """Work is counted, not timed: statements of the registry stay proportional to the users, and each is a look-up."""
     counts = {}
     for users in (1000, 10_000):
-        read = load_recipe(recipe(rows_of(1), TEXT), [f"train.output_dir=fleet{users}", "fleet.min_examples=1"])
-        message = ({"role": "user", "content": "Hi"},)
-        rows = [Row(f"r{n}", f"user{n}", "a text", message, message, "train") for n in range(users)]
-        monkeypatch.setattr(fleets, "read_rows", lambda recipe, rows=rows: rows)
+        text = {"profile": "a text", "prompt": "Hi", "completion": "Hi", "split": "train"}
+        path = recipe([{"user": f"user{number}", **text} for number in range(users)], TEXT)
+        read = load_recipe(path, [f"train.output_dir=fleet{users}", "fleet.min_examples=1"])
         statements = []
         monkeypatch.setattr(registry, "Registry", traced(statements))
         told = fleet(read, Quick())

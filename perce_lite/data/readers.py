@@ -2,8 +2,12 @@
 
 import itertools
 import json
+import pickle
+import tempfile
+from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -20,8 +24,10 @@ from perce_lite.data.rows import (
     split_rows,
     spread_over_users,
     user_name,
+    user_of,
 )
 from perce_lite.errors import DataError
+from perce_lite.files import disk_full_is_clear
 from perce_lite.recipe import Profile, Recipe
 
 
@@ -33,36 +39,178 @@ def read_rows(recipe: Recipe) -> list[Row]:
     """
     data = recipe.data
     records = list(_records(recipe))
-    if not records:
-        raise DataError(f"{data.path or data.hub}: holds no records")
-    shape = data.format if data.format != "auto" else _shape(records[0])
+    shape = _shape_of(recipe, records[0] if records else None)
     if shape == "documents":
-        if recipe.split.by == "row":
-            raise DataError(
-                "split.by: row does not go with documents: an author's held-out texts would stand in the profiles of "
-                "later ones that are trained on. Use time (the last ones of each author are held out) or user."
-            )
         rows = from_documents(records, recipe.profile)
     else:
         rows = [from_record(record, where, split, shape, recipe.profile) for where, split, record in records]
     if data.users is not None:
-        unknown = sorted(set(data.users) - {row.user for row in rows})
-        if unknown:
-            raise DataError(f"data.users: {', '.join(unknown)}: no such user in {data.path or data.hub}")
+        _require_users(recipe, {row.user for row in rows})
         rows = [row for row in rows if row.user in data.users]
     if not any(row.profile for row in rows):
-        mend = "Fill the profile column, or name yours: --set data.columns.profile=YOUR_COLUMN"
-        if shape == "documents":
-            mend = "An author needs two documents or more: the profile is made of the earlier ones"
-        raise DataError(
-            f"{data.path or data.hub}: the profile is empty in every one of {len(rows)} rows, so there is nothing to "
-            f"contrast. {mend}."
-        )
+        raise _nothing_to_contrast(recipe, shape, len(rows))
     rows = split_rows(rows, recipe.split, str(data.path or data.hub), "time" if shape == "documents" else "row")
     if data.max_rows is not None:
         parts = [of_split(rows, name) for name in SPLIT_NAMES]
         rows = [row for part in parts for row in spread_over_users([one for one in part if one.profile], data.max_rows)]
     return rows
+
+
+def _shape_of(recipe: Recipe, first: Record | None) -> str:
+    """rows, documents, lamp or longlamp; raises DataError where there is no record or the split does not go with it."""
+    data = recipe.data
+    if first is None:
+        raise DataError(f"{data.path or data.hub}: holds no records")
+    shape = data.format if data.format != "auto" else _shape(first)
+    if shape == "documents" and recipe.split.by == "row":
+        raise DataError(
+            "split.by: row does not go with documents: an author's held-out texts would stand in the profiles of "
+            "later ones that are trained on. Use time (the last ones of each author are held out) or user."
+        )
+    return shape
+
+
+def _require_users(recipe: Recipe, known: Set[str]) -> None:
+    unknown = sorted(set(recipe.data.users or ()) - known)
+    if unknown:
+        raise DataError(f"data.users: {', '.join(unknown)}: no such user in {recipe.data.path or recipe.data.hub}")
+
+
+def _nothing_to_contrast(recipe: Recipe, shape: str, count: int) -> DataError:
+    mend = "Fill the profile column, or name yours: --set data.columns.profile=YOUR_COLUMN"
+    if shape == "documents":
+        mend = "An author needs two documents or more: the profile is made of the earlier ones"
+    return DataError(
+        f"{recipe.data.path or recipe.data.hub}: the profile is empty in every one of {count} rows, so there is "
+        f"nothing to contrast. {mend}."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Outline:
+    """What a split looks at of a row, without its texts. `content`: the row's fingerprint."""
+
+    user: str
+    place: int
+    split: str | None
+    unseen_user: bool
+    content: str
+
+    def fingerprint(self) -> str:
+        return self.content
+
+
+@dataclass(frozen=True, slots=True)
+class UserOutline:
+    """One user's rows without their texts.
+
+    splits: of each row, in the order of `RowsByUser.rows_of`; None: the row is left out
+    cohorts: each cohort that the user's rows name, with the record that names it first
+    """
+
+    splits: tuple[str | None, ...]
+    cohorts: tuple[tuple[str, str], ...]
+
+
+class RowsByUser:
+    """The rows of `read_rows` (without `data.max_rows`), made user by user, so that memory holds one user's texts.
+
+    Records are read once into a temporary file without a name, which is gone when this is closed. Rows are made anew at
+    each call, from the user's own records alone.
+
+    Raises:
+        DataError: as `read_rows`; DiskFullError: no space for the temporary file.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._records = tempfile.TemporaryFile(prefix="perce-lite-")  # noqa: SIM115 (closed by __exit__)
+        self._offsets: dict[str, array[int]] = {}  # user -> where the user's records begin in the file, bytes
+        try:
+            with disk_full_is_clear(Path(tempfile.gettempdir())):
+                self._shape = self._spool()
+            self._outlines = self._outline()
+        except BaseException:
+            self._records.close()
+            raise
+
+    def __enter__(self) -> "RowsByUser":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._records.close()
+
+    @property
+    def users(self) -> list[str]:
+        """Users who have rows, in the order of their first record."""
+        return list(self._outlines)
+
+    def outline(self, user: str) -> UserOutline:
+        return self._outlines[user]
+
+    def rows_of(self, *users: str) -> list[Row]:
+        """The rows of `users` with profiles and splits, in the order of `read_rows`."""
+        numbered = []
+        for user in users:
+            splits = self._outlines[user].splits
+            for (offset, row), split in zip(self._rows(user), splits, strict=True):
+                if split is not None:
+                    numbered.append((offset, replace(row, split=split)))
+        if self._shape != "documents":
+            numbered.sort(key=lambda pair: pair[0])
+        return [row for _, row in numbered]
+
+    def _spool(self) -> str:
+        """Writes the records to the file; gives their shape."""
+        shape = None
+        for where, split, record in _records(self._recipe):
+            shape = shape or _shape_of(self._recipe, (where, split, record))
+            user = user_of(record, shape)
+            self._offsets.setdefault(user, array("Q")).append(self._records.tell())
+            pickle.dump((where, split, record), self._records, pickle.HIGHEST_PROTOCOL)
+        wanted = self._recipe.data.users
+        if wanted is not None:
+            _require_users(self._recipe, self._offsets.keys())
+            self._offsets = {user: offsets for user, offsets in self._offsets.items() if user in wanted}
+        return shape or _shape_of(self._recipe, None)
+
+    def _rows(self, user: str, profiles: bool = True) -> list[tuple[int, Row]]:
+        """The user's rows before the split, each with the offset of a record that orders it."""
+        offsets, records = self._offsets[user], []
+        for offset in offsets:
+            self._records.seek(offset)
+            records.append(pickle.load(self._records))
+        rule = self._recipe.profile
+        if self._shape == "documents":
+            rows = from_documents(records, rule, profiles)
+        else:
+            rows = [from_record(record, where, split, self._shape, rule) for where, split, record in records]
+        return list(zip(offsets, rows, strict=True))
+
+    def _outline(self) -> dict[str, UserOutline]:
+        """Splits all rows by their outlines."""
+        outlines: list[_Outline] = []
+        cohorts: dict[str, tuple[tuple[str, str], ...]] = {}
+        has_profiles = False
+        for user in self._offsets:
+            # Documents are split without their profiles: these are chosen until one shows that there are any.
+            rows = [row for _, row in self._rows(user, profiles=not has_profiles)]
+            has_profiles = has_profiles or any(row.profile for row in rows)
+            named: dict[str, str] = {}
+            for row in rows:
+                if row.cohort is not None:
+                    named.setdefault(row.cohort, row.where)
+            cohorts[user] = tuple(named.items())
+            for place, row in enumerate(rows):
+                content = "" if self._shape == "documents" else row.fingerprint()
+                outlines.append(_Outline(user, place, row.split, row.unseen_user, content))
+        if not has_profiles:
+            raise _nothing_to_contrast(self._recipe, self._shape, len(outlines))
+        data, default = self._recipe.data, "time" if self._shape == "documents" else "row"
+        splits: dict[str, list[str | None]] = {user: [None] * len(offsets) for user, offsets in self._offsets.items()}
+        for outline in split_rows(outlines, self._recipe.split, str(data.path or data.hub), default):
+            splits[outline.user][outline.place] = outline.split
+        return {user: UserOutline(tuple(names), cohorts[user]) for user, names in splits.items() if any(names)}
 
 
 class UserTexts:

@@ -6,7 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from perce_lite.data.retrieval import History, Item
 from perce_lite.errors import DataError
@@ -44,6 +44,14 @@ def split_name(given: Any, where: str) -> str | None:
 def user_name(given: Any) -> str:
     """The user as a text; "all" where the data names nobody."""
     return "all" if given is None else str(given)
+
+
+def user_of(record: Mapping[str, Any], shape: str) -> str:
+    """The user of a record; `shape`: rows, documents, lamp or longlamp."""
+    if shape not in ("lamp", "longlamp"):
+        return user_name(record.get("user"))
+    names = (record.get(key) for key in ("user_id", "name", "reviewerId", "author", "id"))
+    return user_name(next((name for name in names if name not in (None, "")), None))
 
 
 def cohort_name(record: Mapping[str, Any]) -> str | None:
@@ -104,7 +112,24 @@ def spread_over_users(rows: Sequence[Row], count: int) -> list[Row]:
     return [row for turn in turns for row in turn if row is not None][:count]
 
 
-def split_rows(rows: Sequence[Row], split: Split, source: str = "the data", otherwise: str = "row") -> list[Row]:
+class Splittable(Protocol):
+    """What a split looks at of a row; a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def user(self) -> str: ...
+    @property
+    def split(self) -> str | None: ...
+    @property
+    def unseen_user(self) -> bool: ...
+    def fingerprint(self) -> str: ...
+
+
+AnyRow = TypeVar("AnyRow", bound=Splittable)
+
+
+def split_rows(rows: Sequence[AnyRow], split: Split, source: str = "the data", otherwise: str = "row") -> list[AnyRow]:
     """Gives every row a split: the data's own where it has one, else a seeded one.
 
     By row, a row's split depends on that row alone. Rows of users whom training must not meet become `unseen`:
@@ -140,7 +165,7 @@ def split_rows(rows: Sequence[Row], split: Split, source: str = "the data", othe
     return _hold_out_users(named, split, tests_alone=by == "time")
 
 
-def _each_by_its_own(rows: Sequence[Row], split: Split) -> list[Row]:
+def _each_by_its_own(rows: Sequence[AnyRow], split: Split) -> list[AnyRow]:
     """Every row by a number made of its content: a new row moves no other one from held out to trained, or back.
 
     The shares come out about as asked for. Where chance leaves none for a share, the row nearest to it is taken.
@@ -163,7 +188,7 @@ def _place(seed: int, text: str) -> float:
     return int(digest([seed, text])[:12], 16) / 16**12
 
 
-def _hold_out_users(rows: list[Row], split: Split, tests_alone: bool) -> list[Row]:
+def _hold_out_users(rows: list[AnyRow], split: Split, tests_alone: bool) -> list[AnyRow]:
     """The rows of unseen users, the data's own or a seeded share of all, become `unseen` or are left out."""
     users = sorted({row.user for row in rows})
     unseen = {row.user for row in rows if row.unseen_user}
@@ -223,13 +248,11 @@ def to_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def from_record(record: Mapping[str, Any], where: str, split: str | None, shape: str, rule: Profile | None) -> Row:
     """The row that a record tells of. `shape`: rows, lamp or longlamp; `rule` chooses among its profile items."""
     if shape in ("lamp", "longlamp"):
-        names = (record.get(key) for key in ("user_id", "name", "reviewerId", "author", "id"))
-        user = next((name for name in names if name not in (None, "")), None)
-        record = {**record, "user": user, "prompt": record.get("input"), "completion": record.get("output")}
+        record = {**record, "prompt": record.get("input"), "completion": record.get("output")}
     prompt, completion = _conversation(record, where)
     row = Row(
         where=where,
-        user=user_name(record.get("user")),
+        user=user_of(record, shape),
         profile=_profile(record.get("profile"), where),
         prompt=prompt,
         completion=completion,

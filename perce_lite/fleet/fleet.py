@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from perce_lite.console import progress_bar, say, warn
-from perce_lite.data.readers import read_rows
+from perce_lite.data.readers import RowsByUser
 from perce_lite.errors import FleetError, PerceLiteError
 from perce_lite.fleet.engines.sequential import Engine, Outcome, Task
 from perce_lite.fleet.groups import Group, Key, Plan, key_of, plan, run_fingerprint
@@ -50,15 +51,14 @@ def fleet(
         DataError: as `groups.plan`; DiskFullError: no space left. One user's failure is written down, and others go on.
     """
     refuse_exports(recipe)
-    # Every row of a user counts: with max_rows, one user's new rows would push out another's.
-    rows = read_rows(recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_rows": None})}))
-    with _registry(recipe, dry_run) as registry:
+    # Every row of a user counts: with data.max_rows, one user's new rows would push out another's.
+    with RowsByUser(recipe) as data, _registry(recipe, dry_run) as registry:
         for name in retrain:
             registry.readmit(name)
-        gone = {user for user in {row.user for row in rows} if registry.was_deleted(user)}
+        gone = {user for user in data.users if registry.was_deleted(user)}
         if gone:
             say(f"{len(gone)} users who were deleted are left out, though the data has them; --retrain takes one in")
-        planned = plan([row for row in rows if row.user not in gone], recipe)
+        planned = plan(data, recipe, gone)
         _tell_of_the_rest(planned, recipe)
         keys = [key_of(name) for name in retrain]
         _know(planned, [*(("user", name) for name in only), *keys])
@@ -106,6 +106,7 @@ def _registry(recipe: Recipe, dry_run: bool) -> Iterator[Registry]:
 class Work:
     """What there is to train from: each group, its recipe, and the names that are asked for by kind."""
 
+    planned: Plan
     groups: dict[Key, Group]
     recipes: dict[Key, Recipe]
     only: dict[str, set[str]] | None
@@ -119,14 +120,14 @@ class Work:
         groups = {group.key: group for group in planned.groups}
         recipes = {key: first if group.parent is None else later for key, group in groups.items()}
         if not only:
-            return cls(groups, recipes, None)
+            return cls(planned, groups, recipes, None)
         wanted: dict[str, set[str]] = {kind: set() for kind in KINDS}
         for user in only:
             key: Key | None = ("user", user)
             while key is not None:
                 wanted[key[0]].add(key[1])
                 key = groups[key].parent
-        return cls(groups, recipes, wanted)
+        return cls(planned, groups, recipes, wanted)
 
     def wanted(self, kind: str) -> set[str] | None:
         """Names to train of this kind; None: every one."""
@@ -135,7 +136,7 @@ class Work:
 
 def _tell_of_the_rest(planned: Plan, recipe: Recipe) -> None:
     """Says who gets no adapter of their own."""
-    few = [user for user, _, _, own in planned.users if not own]
+    few = [entry.user for entry in planned.users if not entry.own]
     if few and recipe.fleet.group_by == "user":
         some = ", ".join(few[:10]) + (" ..." if len(few) > 10 else "")
         reason = f"fewer than {recipe.fleet.min_examples} training rows (fleet.min_examples)"
@@ -144,7 +145,7 @@ def _tell_of_the_rest(planned: Plan, recipe: Recipe) -> None:
 
 def _know(planned: Plan, keys: Sequence[Key]) -> None:
     """Raises FleetError where a key is of no group: a user who is not in the data, or gets no adapter of their own."""
-    users = {user: own for user, _, _, own in planned.users}
+    users = {entry.user: entry.own for entry in planned.users}
     groups = {group.key for group in planned.groups}
     for kind, name in keys:
         if kind != "user" and (kind, name) not in groups:
@@ -158,23 +159,28 @@ def _know(planned: Plan, keys: Sequence[Key]) -> None:
 
 def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> None:
     """Writes users and adapters into the registry. An adapter whose inputs changed becomes due."""
+    sources = {
+        id(recipe): f"{recipe.fleet_fingerprint()} {source_fingerprint(recipe)}"
+        for recipe in {id(recipe): recipe for recipe in recipes.values()}.values()
+    }
     runs: dict[Key, str] = {}
-    records = []
-    distinct = {id(recipe): recipe for recipe in recipes.values()}  # few recipes, many groups
-    sources = {key: f"{recipe.fleet_fingerprint()} {source_fingerprint(recipe)}" for key, recipe in distinct.items()}
-    for group in planned.groups:
-        source = sources[id(recipes[group.key])]
-        parent = None if group.parent is None else runs[group.parent]
-        runs[group.key] = run_fingerprint(group, source, registry.generation(*group.key), parent)
-        kind, name = group.key
-        above = group.parent or (None, None)
-        records.append(
-            {
-                "kind": kind, "name": name, "folder": group.folder, "parent_kind": above[0], "parent_name": above[1],
-                "run": runs[group.key], "examples": group.examples,
-            }
-        )  # fmt: skip
-    registry.enrol(planned.users, records)
+
+    def records() -> Iterator[dict[str, Any]]:
+        """A line an adapter; only one user's rows are in memory at a time."""
+        for group in planned.groups:
+            parent = None if group.parent is None else runs[group.parent]
+            rows = planned.rows_of(group) if group.key[0] == "user" else []
+            generation = registry.generation(*group.key)
+            run = run_fingerprint(group, sources[id(recipes[group.key])], generation, parent, rows)
+            if group.key[0] != "user":
+                runs[group.key] = run
+            (kind, name), (parent_kind, parent_name) = group.key, group.parent or (None, None)
+            yield {
+                "kind": kind, "name": name, "folder": group.folder, "parent_kind": parent_kind,
+                "parent_name": parent_name, "run": run, "examples": group.examples,
+            }  # fmt: skip
+
+    registry.enrol(planned.users, records())
 
 
 def _judge_again(registry: Registry, recipe: Recipe) -> None:
@@ -262,9 +268,10 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
                     continue
                 start = None if parent is None else registry.folder / parent.folder / "adapter"
                 at_work[adapter.key] = adapter
-                registry.starts(adapter, {row.user for row in group.rows})
+                registry.starts(adapter, group.users)
                 folder = registry.folder / group.folder
-                yield Task(adapter.key, work.recipes[adapter.key], group.rows, folder, adapter.run, start)
+                rows = work.planned.rows_of(group)
+                yield Task(adapter.key, work.recipes[adapter.key], rows, folder, adapter.run, start)
 
         def done(task: Task, outcome: Outcome | PerceLiteError) -> None:
             _write_down(registry, at_work.pop(task.key), task.recipe, outcome, tally)

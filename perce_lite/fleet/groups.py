@@ -2,15 +2,16 @@
 
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from perce_lite.console import warn
+from perce_lite.data.readers import RowsByUser, UserOutline
 from perce_lite.data.rows import Row
 from perce_lite.errors import DataError
 from perce_lite.files import digest, safe_name
-from perce_lite.recipe import Recipe
+from perce_lite.recipe import Fleet, Recipe
 
 Key = tuple[str, str]
 """(kind, name): ("user", "ann"), ("cohort", "press"), ("all", "all")."""
@@ -20,70 +21,104 @@ SHARED: Key = ("all", "all")
 
 @dataclass(frozen=True)
 class Group:
-    """What one adapter belongs to. `rows` hold its held-out rows too; `parent` is what it starts from."""
+    """The users that one adapter belongs to.
+
+    parent: the adapter that its training starts from; None: fresh weights
+    examples: training rows, at most `fleet.max_examples` of each user
+    """
 
     key: Key
-    rows: list[Row] = field(repr=False)
+    users: tuple[str, ...] = field(repr=False)
+    examples: int
     parent: Key | None
 
     @property
-    def examples(self) -> int:
-        """Training rows."""
-        return sum(row.split == "train" for row in self.rows)
-
-    @property
     def folder(self) -> str:
-        """Where its adapter lies in the fleet's folder; no name is ever a path."""
+        """Folder of its adapter in the fleet's folder; no name is ever a path."""
         kind, name = self.key
         return f"adapters/{kind}/{safe_name(name)}"
 
 
+class UserPlan(NamedTuple):
+    """A user's line in the registry. examples: training rows; own: whether the user gets an adapter of their own."""
+
+    user: str
+    cohort: str | None
+    examples: int
+    own: bool
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Groups that get an adapter, and every user: (name, cohort, training rows, whether they get one of their own)."""
+    """Groups that get an adapter, parents first, and every user by name.
+
+    max_examples: training rows of a user at most, the last ones; None: all
+    """
 
     groups: list[Group]
-    users: list[tuple[str, str | None, int, bool]]
+    users: list[UserPlan]
+    data: RowsByUser = field(repr=False)
+    max_examples: int | None
+
+    def rows_of(self, group: Group) -> list[Row]:
+        """The rows of a group, held-out ones too, with their profiles; made anew at each call."""
+        return _last(self.data.rows_of(*group.users), self.max_examples)
 
 
-def plan(rows: Sequence[Row], recipe: Recipe) -> Plan:
-    """Which adapters a fleet is to have, those that others start from first.
+def plan(data: RowsByUser, recipe: Recipe, without: Set[str] = frozenset()) -> Plan:
+    """The adapters that a fleet is to have, parents first. `without`: users to leave out.
 
     Raises:
         DataError: a user in two cohorts; cohorts asked for where the data names none; nobody has rows to train on.
     """
-    cohorts = _cohorts(rows)
     rule = recipe.fleet
-    examples = Counter(row.user for row in rows if row.split == "train")
-    rows = _last(rows, rule.max_examples)
-    by_user: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_user[row.user].append(row)
-    _warn_of_twins(by_user)
-    named = {cohort for cohort in cohorts.values() if cohort is not None}
+    users = [user for user in data.users if user not in without]
+    cohorts = {user: _cohort_of(user, data.outline(user)) for user in users}
+    examples = {user: data.outline(user).splits.count("train") for user in users}
+    _warn_of_twins(users)
+    named = sorted({cohort for cohort in cohorts.values() if cohort is not None})
     if "cohort" in (rule.group_by, rule.init_from) and not named:
         raise DataError("fleet: cohorts are asked for, but no row has a `cohort`; name yours with data.columns.cohort")
-    common = "cohort" if named and rule.init_from in ("auto", "cohort") else "all"
-    with_parent = rule.init_from != "none"
-    groups = []
-    if rule.group_by == "all" or (with_parent and (common == "all" or None in cohorts.values())):
-        groups.append(Group(SHARED, list(rows), None))
-    if rule.group_by == "cohort" or (rule.group_by == "user" and with_parent and common == "cohort"):
-        parent = SHARED if rule.group_by == "cohort" and rule.init_from == "all" else None
-        for cohort in sorted(named):
-            groups.append(Group(("cohort", cohort), [row for row in rows if cohorts[row.user] == cohort], parent))
-    own = {user for user in by_user if rule.group_by == "user" and examples[user] >= rule.min_examples}
+    own = {user for user in users if rule.group_by == "user" and examples[user] >= rule.min_examples}
+
+    def group(key: Key, members: Sequence[str], parent: Key | None) -> Group:
+        limit = rule.max_examples
+        count = sum(examples[user] if limit is None else min(examples[user], limit) for user in members)
+        return Group(key, tuple(members), count, parent)
+
+    groups = [
+        group(key, users if key == SHARED else [user for user in users if cohorts[user] == key[1]], parent)
+        for key, parent in _parents(rule, named, None in cohorts.values())
+    ]
+    by_cohort = named and rule.init_from in ("auto", "cohort")
     for user in sorted(own):
-        home = cohorts[user]
-        parent = ("cohort", home) if common == "cohort" and home is not None else SHARED
-        groups.append(Group(("user", user), by_user[user], parent if with_parent else None))
-    groups = [group for group in groups if group.examples]
+        cohort = cohorts[user]
+        parent = ("cohort", cohort) if by_cohort and cohort is not None else SHARED
+        groups.append(group(("user", user), [user], parent if rule.init_from != "none" else None))
+    groups = [entry for entry in groups if entry.examples]
     if not groups:
         most = max(examples.values(), default=0)
         raise DataError(
             f"fleet: nobody has {rule.min_examples} training rows, as fleet.min_examples asks for; the most is {most}"
         )
-    return Plan(groups, [(user, cohorts[user], examples[user], user in own) for user in sorted(by_user)])
+    plans = [UserPlan(user, cohorts[user], examples[user], user in own) for user in sorted(users)]
+    return Plan(groups, plans, data, rule.max_examples)
+
+
+def _parents(rule: Fleet, cohorts: Sequence[str], some_without: bool) -> list[tuple[Key, Key | None]]:
+    """The shared adapter and the cohorts' where the recipe asks for them, each with its own parent.
+
+    some_without: whether some users are in no cohort
+    """
+    from_cohorts = bool(cohorts) and rule.init_from in ("auto", "cohort")
+    with_parent = rule.init_from != "none"
+    keys: list[tuple[Key, Key | None]] = []
+    if rule.group_by == "all" or (with_parent and (not from_cohorts or some_without)):
+        keys.append((SHARED, None))
+    if rule.group_by == "cohort" or (rule.group_by == "user" and with_parent and from_cohorts):
+        parent = SHARED if rule.group_by == "cohort" and rule.init_from == "all" else None
+        keys += [(("cohort", cohort), parent) for cohort in cohorts]
+    return keys
 
 
 def key_of(name: str) -> Key:
@@ -94,55 +129,51 @@ def key_of(name: str) -> Key:
     return ("cohort", rest) if colon and kind == "cohort" else ("user", name)
 
 
-def run_fingerprint(group: Group, source: str, generation: str, parent: str | None) -> str:
-    """What a group's adapter is to be trained from; equal as long as it need not be trained again.
+def run_fingerprint(group: Group, source: str, generation: str, parent: str | None, rows: Sequence[Row]) -> str:
+    """Equal as long as a group's adapter need not be trained again.
 
-    source: of recipe and base
+    source: fingerprint of recipe and base; generation: changes where training is asked for, or a user was deleted
+    parent: fingerprint of the parent's run; rows: a user's rows; of other groups they do not count
 
     A user's adapter depends on the user's rows, the recipe and its parent. A cohort's does not depend on the rows: new
-    texts of one user retrain that one user. Its `generation` changes where it is asked for, or a user was deleted.
+    texts of one user retrain that one user.
     """
     content: list[Any] = [source, group.key, generation, parent]
     if group.key[0] == "user":
-        content.append([row.fingerprint() for row in group.rows])
+        content.append([row.fingerprint() for row in rows])
     return digest(content)
 
 
 def _last(rows: Sequence[Row], count: int | None) -> list[Row]:
     """Of each user's training rows the last `count`, and all others; None: every one."""
+    if count is None:
+        return list(rows)
     taken: Counter[str] = Counter()
     kept = []
     for row in reversed(rows):
         taken[row.user] += row.split == "train"
-        if row.split != "train" or count is None or taken[row.user] <= count:
+        if row.split != "train" or taken[row.user] <= count:
             kept.append(row)
     return kept[::-1]
 
 
-def _cohorts(rows: Sequence[Row]) -> dict[str, str | None]:
-    """Every user's cohort; None where their rows name none."""
-    found: dict[str, str | None] = {}
-    where: dict[str, str] = {}
-    for row in rows:
-        before = found.setdefault(row.user, row.cohort)
-        if before is None and row.cohort is not None:
-            found[row.user] = row.cohort
-        elif row.cohort not in (None, before):
-            raise DataError(
-                f"user {row.user} is in two cohorts: {before} ({where[row.user]}) and {row.cohort} ({row.where}). "
-                "A user's adapter starts from one; give all of the user's rows the same."
-            )
-        if row.cohort is not None:
-            where.setdefault(row.user, row.where)
-    return found
+def _cohort_of(user: str, outline: UserOutline) -> str | None:
+    """The user's cohort; None where no row names one."""
+    if len(outline.cohorts) > 1:
+        (first, first_where), (second, second_where) = outline.cohorts[:2]
+        raise DataError(
+            f"user {user} is in two cohorts: {first} ({first_where}) and {second} ({second_where}). "
+            "A user's adapter starts from one; give all of the user's rows the same."
+        )
+    return outline.cohorts[0][0] if outline.cohorts else None
 
 
-def _warn_of_twins(users: dict[str, list[Row]]) -> None:
-    """Says which names look alike: two accounts of one person, or two people, it cannot know."""
+def _warn_of_twins(users: Iterable[str]) -> None:
+    """Warns of names that look alike: they may be two accounts of one person, or two people."""
     by_look: dict[str, list[str]] = defaultdict(list)
     for user in users:
         by_look[unicodedata.normalize("NFKC", user).casefold().strip()].append(user)
     for names in by_look.values():
         if len(names) > 1:
-            told = " and ".join(map(ascii, names))
-            warn(f"{told} differ only in case or Unicode form; they are taken for different users")
+            quoted = " and ".join(map(ascii, names))
+            warn(f"{quoted} differ only in case or Unicode form; they are taken for different users")

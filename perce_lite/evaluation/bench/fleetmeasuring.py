@@ -89,8 +89,9 @@ def measure(job: FleetJob) -> dict[str, Any]:
 def tasks(recipe: Recipe, rows: list[Row], names: list[str], what: str) -> Iterator[Task]:
     """A task a user of `names`, in folders of their own."""
     for name in names:
-        group = Group(("user", name), [row for row in rows if row.user == name], None)
-        yield Task(group.key, recipe, group.rows, recipe.output_dir / what / group.folder, what, None)
+        own = [row for row in rows if row.user == name]
+        group = Group(("user", name), (name,), len(own), None)
+        yield Task(group.key, recipe, own, recipe.output_dir / what / group.folder, what, None)
 
 
 def fill(recipe: Recipe, rows: list[Row]) -> dict[str, Any]:

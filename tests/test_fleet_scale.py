@@ -1,0 +1,108 @@
+"""What a fleet of many users costs, in counts: indices, hashes, rows in memory; and that rows by user are the rows."""
+
+import gc
+from pathlib import Path
+
+import pytest
+from fleet_fixtures import TEXT, Clock
+
+from perce_lite.data import retrieval
+from perce_lite.data.readers import RowsByUser, read_rows
+from perce_lite.data.rows import Row
+from perce_lite.files import digest
+from perce_lite.fleet import fleet as fleets
+from perce_lite.fleet.fleet import fleet
+from perce_lite.fleet.registry import opened
+from perce_lite.recipe import load_recipe
+
+pytest_plugins = ["cli_fixtures"]
+
+
+def documents(users: int, texts: int = 8) -> list[dict]:
+    """Texts of `users` in turn, as a log of commits has them."""
+    return [
+        {"user": f"user{user}", "query": f"say {text} of {user}", "text": f"text {text} by {user}", "idx": text}
+        for text in range(texts)
+        for user in range(users)
+    ]
+
+
+@pytest.mark.parametrize("split", ["{}", "{by: user, unseen_users: 0.3}", "{by: time, unseen_users: 0.3}"])
+def test_rows_by_user_are_the_rows_of_documents(recipe, split):
+    loaded = load_recipe(recipe(documents(10), TEXT + f"split: {split}\n"))
+    with RowsByUser(loaded) as data:
+        assert data.rows_of(*data.users) == read_rows(loaded)
+
+
+@pytest.mark.parametrize("split", ["{by: row}", "{by: user}", "{by: time}", "{unseen_users: 0.3}"])
+def test_rows_by_user_are_the_rows_whatever_order_they_stand_in(recipe, split):
+    """Rows of several users in turn, profiles of items: the file's order comes back, a user's rows alone as well."""
+    items = [{"title": f"t{number}", "text": f"words {number} and {number * 7 % 5}"} for number in range(6)]
+    rows = [
+        {"user": f"user{number % 5}", "profile": items, "prompt": f"words {number}", "completion": f"done {number}"}
+        for number in range(40)
+    ]
+    loaded = load_recipe(recipe(rows, TEXT + f"split: {split}\nprofile: {{top_k: 2}}\n"))
+    expected = read_rows(loaded)
+    with RowsByUser(loaded) as data:
+        assert data.rows_of(*data.users) == expected
+        for user in data.users:
+            assert data.rows_of(user) == [row for row in expected if row.user == user]
+            names = [name for name in data.outline(user).splits if name is not None]
+            assert names == [row.split for row in expected if row.user == user]
+
+
+def test_a_row_of_one_user_changes_no_row_of_another(recipe):
+    with RowsByUser(load_recipe(recipe(documents(3), TEXT))) as data:
+        before = data.rows_of("user1")
+    more = {"user": "user2", "query": "a new one", "text": "of another", "idx": 99}
+    with RowsByUser(load_recipe(recipe([*documents(3), more], TEXT))) as data:
+        assert data.rows_of("user1") == before
+
+
+@pytest.mark.parametrize("users", [20, 80])
+def test_a_dry_run_holds_one_users_rows_and_builds_one_index_a_user(recipe, monkeypatch, users):
+    """Counts, not times: at most one BM25 index a user, the base's files hashed twice (two recipes), few rows alive."""
+    indices, alive, hashed = [], [], []
+    build, hash_files, enrol_one = retrieval.Bm25Index.__init__, fleets.source_fingerprint, fleets.run_fingerprint
+
+    def counted(self, texts):
+        indices.append(len(texts))
+        build(self, texts)
+
+    def watched(group, *more):
+        alive.append(sum(isinstance(entry, Row) for entry in gc.get_objects()))
+        return enrol_one(group, *more)
+
+    gc.collect()
+    before = sum(isinstance(entry, Row) for entry in gc.get_objects())
+    monkeypatch.setattr(retrieval.Bm25Index, "__init__", counted)
+    monkeypatch.setattr(fleets, "source_fingerprint", lambda recipe: hashed.append(recipe) or hash_files(recipe))
+    monkeypatch.setattr(fleets, "run_fingerprint", watched)
+    result = fleet(load_recipe(recipe(documents(users), TEXT)), Clock(), dry_run=True)
+    assert result.due == {"user": users, "cohort": 0, "all": 1}
+    assert len(indices) <= users + 1, "one a user, and one more for the first, to see that there are profiles at all"
+    assert len(hashed) <= 2, "whatever the number of users"
+    assert max(alive) - before <= 3 * 8, "not the rows of all users"
+
+
+def test_one_new_text_makes_one_user_due(recipe):
+    texts = documents(6)
+    fleet(load_recipe(recipe(texts, TEXT)), Clock())
+    assert sum(fleet(load_recipe(recipe(texts, TEXT)), Clock(), dry_run=True).due.values()) == 0
+    more = {"user": "user3", "query": "one more", "text": "a new text", "idx": 99}
+    assert fleet(load_recipe(recipe([*texts, more], TEXT)), Clock(), dry_run=True).due == {
+        "user": 1, "cohort": 0, "all": 0,
+    }  # fmt: skip
+
+
+def test_a_registry_of_before_stays_up_to_date(recipe):
+    """Fingerprints are those of the rows with their profiles, as always: nobody is trained anew by an upgrade."""
+    loaded = load_recipe(recipe(documents(3), TEXT))
+    fleet(loaded, Clock())
+    rows = read_rows(loaded)
+    with opened(Path("out")) as registry:
+        shared, adapter = registry.get("all", "all"), registry.get("user", "user1")
+        own = [row.fingerprint() for row in rows if row.user == "user1"]
+        source = f"{loaded.of_users().fleet_fingerprint()} {fleets.source_fingerprint(loaded)}"
+        assert adapter.run == digest([source, ("user", "user1"), "0", shared.run, own])
