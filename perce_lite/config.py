@@ -42,7 +42,7 @@ def pick_device(wanted: str = "auto") -> torch.device:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What `device` is fast in: bf16, fp16 on a card without bf16, float32 on a CPU without bf16 instructions."""
+    """What `device` is fast in: bf16, fp16 on a GPU without bf16, float32 on a CPU without bf16 instructions."""
     if device.type == "cuda":
         # A T4 (7.5) emulates bf16; real support starts with 8.0.
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
@@ -202,11 +202,11 @@ VERDICTS: dict[str, Verdict] = {
 """Every option of `SFTConfig` and `SFTTrainer` that touches the loss, the data or the batch."""
 
 
-def _spreads_batches(given: Any) -> bool:
+def _spreads_batches(accelerator_config: Any) -> bool:
     """Whether an `accelerator_config` splits or dispatches batches, or is a file, which nobody has looked into."""
-    if given is None or isinstance(given, str):
-        return given is not None
-    options = given if isinstance(given, dict) else vars(given)
+    if accelerator_config is None or isinstance(accelerator_config, str):
+        return accelerator_config is not None
+    options = accelerator_config if isinstance(accelerator_config, dict) else vars(accelerator_config)
     return bool(options.get("split_batches") or options.get("dispatch_batches"))
 
 
@@ -214,7 +214,7 @@ def _spreads_batches(given: Any) -> bool:
 class PerCEConfig(SFTConfig):
     """`SFTConfig` with the fields of PerContrast; all of `SFTConfig`'s keep their names and meaning.
 
-    Mixed precision follows the device unless `bf16` or `fp16` is given: bf16, fp16 on a card without it, float32
+    Mixed precision follows the device unless `bf16` or `fp16` is given: bf16, fp16 on a GPU without it, float32
     on a CPU without bf16 instructions. A loss that is NaN is never filtered from the logs.
 
     Raises:
@@ -237,7 +237,7 @@ class PerCEConfig(SFTConfig):
     profile_pass: str = field(
         default="full",
         metadata={
-            "help": "full: the adapter reads the profile too; frozen: it wakes behind what the bare base has read."
+            "help": "full: the adapter is on for the whole row; frozen: off for the profile, whose KV cache is reused."
         },
     )
     store: str | None = field(
@@ -262,7 +262,7 @@ class PerCEConfig(SFTConfig):
         # The label mask is the assistant's turns in any case; TRL would demand a template with generation markers.
         self.assistant_only_loss = False
         super().__post_init__()
-        self._n_gpu = min(1, self.n_gpu)  # several cards in one process would be DataParallel; the first one is taken
+        self._n_gpu = min(1, self.n_gpu)  # several GPUs in one process would be DataParallel; the first GPU is taken
 
     @property
     def autocast(self) -> torch.dtype | None:

@@ -72,7 +72,7 @@ class FleetError(PerceLiteError):
 
 
 class ExportError(PerceLiteError):
-    """An export that its target cannot take, that has no place to go, or whose proof fails. Says which and why."""
+    """An export that its target cannot take, that has no place to go, or whose proof fails."""
 
 
 class BenchError(PerceLiteError):

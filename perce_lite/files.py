@@ -24,8 +24,8 @@ def home() -> Path:
     """The cache folder: `PERCE_LITE_HOME` where it is set, else the platform's own."""
     import platformdirs
 
-    given = os.environ.get("PERCE_LITE_HOME")
-    return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("perce_lite", appauthor=False))
+    folder = os.environ.get("PERCE_LITE_HOME")
+    return Path(folder).expanduser() if folder else Path(platformdirs.user_cache_dir("perce_lite", appauthor=False))
 
 
 def safe_name(text: str) -> str:
@@ -54,10 +54,10 @@ def disk_full_is_clear(path: Path, advice: str = "Free some space and run the sa
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         # The last four are what torch.save and numpy make of it; they do not say so.
-        told = (
+        messages = (
             "No space left on device|PytorchStreamWriter failed|unexpected pos|iostream error|requested and .* written"
         )
-        if full or re.search(told, str(error)):
+        if full or re.search(messages, str(error)):
             message = f"The disk is full: {path} could not be written. What was there before is unharmed. {advice}"
             raise DiskFullError(message) from error
         raise
@@ -133,8 +133,8 @@ def folder_written_aside(path: Path) -> Iterator[Path]:
 
 def bytes_of(path: Path) -> int:
     """Size of a file, or of all files in a folder."""
-    files = [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]
-    return sum(one.stat().st_size for one in files)
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
 
 
 def write_text(path: Path, text: str) -> None:

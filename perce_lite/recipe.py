@@ -139,7 +139,7 @@ class Recipe(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="compute dtype")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
     embedding_on_host: bool = Field(
-        False, description="keep the embedding table in the host's memory, off the card; not for a tied head"
+        False, description="keep the embedding table in the host's memory, off the GPU; not for a tied head"
     )
     data: Data
     profile: Profile = Profile()
@@ -175,13 +175,13 @@ class Recipe(Section):
     @property
     def chat_template_file(self) -> Path | None:
         """The file that `train.chat_template_path` names, looked for as `model_folder` is; None where it names none."""
-        given = self.train.get("chat_template_path")
-        return None if given is None else next((place for place in self._places(given) if place.is_file()), None)
+        file = self.train.get("chat_template_path")
+        return None if file is None else next((path for path in self._places(file) if path.is_file()), None)
 
-    def _places(self, given: str) -> list[Path]:
+    def _places(self, name: str) -> list[Path]:
         """Where a path of the recipe may lie: from its own folder on, else as it stands."""
-        path = Path(given).expanduser()
-        return [one.absolute() for one in ([Path(self.source).parent / path, path] if self.source else [path])]
+        path = Path(name).expanduser()
+        return [place.absolute() for place in ([Path(self.source).parent / path, path] if self.source else [path])]
 
     @property
     def core_only(self) -> bool:
@@ -205,7 +205,7 @@ class Recipe(Section):
 
     @property
     def profile_pass(self) -> str:
-        """`PerCEConfig.profile_pass`: "frozen" where an adapter sleeps through the profile."""
+        """`PerCEConfig.profile_pass`: "frozen" if the adapter is off for the profile."""
         return str(self.train.get("profile_pass", "full"))
 
     def fingerprint(self) -> str:
@@ -229,7 +229,7 @@ _NOT_TRAINED_BY = re.compile(
     r"(log|logging|save|hub|gradient_checkpointing)_|(output_dir|store|report_to|run_name|project|disable_tqdm|push_to_hub|"
     r"skip_memory_metrics|gradient_checkpointing|activation_offloading)$"
 )
-"""Fields of `train:` that say where things go and what is told, or spare memory, not what is trained."""
+"""Fields of `train:` that change places, logs or memory, not what is trained."""
 
 _LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -288,7 +288,7 @@ def with_train(recipe: Recipe, what: str, overrides: typing.Sequence[str]) -> Re
         RecipeError: an unknown field, a value of the wrong type, or a combination that `PerCEConfig` refuses.
     """
     plain: dict[str, Any] = {}
-    faults = apply_overrides(plain, {}, [f"train.{one}" for one in overrides])
+    faults = apply_overrides(plain, {}, [f"train.{override}" for override in overrides])
     faults += third_party_faults(plain, {})
     if faults:
         raise RecipeError(what, faults)
@@ -313,9 +313,9 @@ def training_config(recipe: Recipe, **more: Any) -> Any:
     precision = {"bf16": dtype == DTYPES["bfloat16"], "fp16": dtype == DTYPES["float16"]}
     values = {**train_defaults(device.type == "cpu"), **precision, "output_dir": str(recipe.output_dir), **more}
     template = recipe.chat_template_file
-    given = recipe.train if template is None else {**recipe.train, "chat_template_path": str(template)}
+    fields = recipe.train if template is None else {**recipe.train, "chat_template_path": str(template)}
     try:
-        return PerCEConfig(**{**values, **given})
+        return PerCEConfig(**{**values, **fields})
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(recipe.source, [f"train: {fault}" for fault in getattr(error, "faults", [error])]) from error
 

@@ -149,7 +149,7 @@ def third_party_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
         if not isinstance(values, dict):
             continue
         section, (target, ours) = ".".join(path), kinds[path]
-        allowed = {one.name for one in dataclasses.fields(target) if one.init} | set(ours)
+        allowed = {field.name for field in dataclasses.fields(target) if field.init} | set(ours)
         hints = typing.get_type_hints(target) | ours
         for name, value in values.items():
             at = where((*path, name), lines)
@@ -161,34 +161,34 @@ def third_party_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
 
 
 def choice_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
-    """Fields of `train:` that are not one of their few words; told with faults for whose sake no config is made."""
+    """Fields of `train:` with a value that is not allowed, for recipes whose other faults prevent a config."""
     from perce_lite.config import CHOICES
 
-    given = plain.get("train")
+    train = plain.get("train")
     faults = []
     for name, kind in CHOICES.items():
         allowed = typing.get_args(kind)
-        if isinstance(given, dict) and name in given and given[name] not in allowed:
-            near = _like(str(given[name]), allowed)
+        if isinstance(train, dict) and name in train and train[name] not in allowed:
+            near = _like(str(train[name]), allowed)
             mend = f"; did you mean {near}?" if near else ""
             at = where(("train", name), lines)
-            faults.append(f"{at}train.{name}: {given[name]!r} is not one of {', '.join(allowed)}{mend}")
+            faults.append(f"{at}train.{name}: {train[name]!r} is not one of {', '.join(allowed)}{mend}")
     return faults
 
 
 def _generation_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
     """Names in `evaluation.generation` that transformers' GenerationConfig does not have."""
     evaluation = plain.get("evaluation")
-    given = evaluation.get("generation") if isinstance(evaluation, dict) else None
-    if not isinstance(given, dict) or not given:
+    generation = evaluation.get("generation") if isinstance(evaluation, dict) else None
+    if not isinstance(generation, dict) or not generation:
         return []
     from transformers import GenerationConfig
 
     allowed = set(vars(GenerationConfig())) - {"max_new_tokens"}
     return [
         f"{where(('evaluation', 'generation', name), lines)}unknown key evaluation.generation.{name}; "
-        f"{nearest(str(name), (one for one in allowed if not one.startswith('_')))}"
-        for name in given
+        f"{nearest(str(name), (option for option in allowed if not option.startswith('_')))}"
+        for name in generation
         if name not in allowed
     ]
 
@@ -196,7 +196,7 @@ def _generation_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
 def _type_fault(hint: Any, value: Any) -> str | None:
     """What `value` should have been, or None where it fits `hint`."""
     plain = typing.get_args(hint) if _is_union(hint) else (hint,)
-    checkable = [one for one in plain if one in (bool, int, float, str, types.NoneType, dict, list)]
+    checkable = [kind for kind in plain if kind in (bool, int, float, str, types.NoneType, dict, list)]
     if len(checkable) < len(plain):  # enums, nested generics and classes: the class itself will tell
         return None
     if value is None or (isinstance(value, bool) and bool not in checkable):
@@ -208,7 +208,7 @@ def _type_fault(hint: Any, value: Any) -> str | None:
         except ValidationError:
             fits = False
     names = {types.NoneType: "null", str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
-    return None if fits else " or ".join(names.get(one, f"a {one.__name__}") for one in checkable)
+    return None if fits else " or ".join(names.get(kind, f"a {kind.__name__}") for kind in checkable)
 
 
 def _is_union(hint: Any) -> bool:

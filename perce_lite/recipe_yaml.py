@@ -94,8 +94,8 @@ def where(at: KeyPath, lines: Lines) -> str:
 def recipes_nearby(path: Path) -> str:
     """What to say of a recipe that is not there."""
     folder = path.parent if path.parent.is_dir() else Path("recipes")
-    found = sorted(str(other) for other in folder.glob("*.yaml"))
-    near = difflib.get_close_matches(str(path), found, n=1)
+    recipes = sorted(str(other) for other in folder.glob("*.yaml"))
+    near = difflib.get_close_matches(str(path), recipes, n=1)
     if near:
         return f"Did you mean {near[0]}?"
-    return f"Recipes here: {', '.join(found)}" if found else "Give the path of a YAML file."
+    return f"Recipes here: {', '.join(recipes)}" if recipes else "Give the path of a YAML file."

@@ -91,7 +91,7 @@ def test_arms_are_judged_on_the_recipes_own_cases(path, monkeypatch):
     made = []
 
     def held_out(recipe, maker, rows):
-        made.append((maker.max_length, maker.sleeps))
+        made.append((maker.max_length, maker.frozen_profile))
         return {}
 
     def stop(*_):

@@ -57,7 +57,7 @@ def talked(its, lines, capfd, tokens=8, **options):
 
 @pytest.mark.parametrize("profile_pass", ["full", "frozen"])
 def test_answers_are_those_of_generate_turn_after_turn(its, capfd, profile_pass):
-    its.maker.sleeps = profile_pass == "frozen"
+    its.maker.frozen_profile = profile_pass == "frozen"
     questions = ["Who are you?", "Write a note about the garden.", "And the harbour?"]
     out, told, conversation = talked(its, [*questions, "", "/quit", "never asked"], capfd, profile="An otter.")
     messages, expected = [], []

@@ -24,9 +24,11 @@ def test_the_prefix_holds_the_profile_and_nothing_of_the_query(family):
 
 
 def test_where_the_prefix_ends_is_asked_once_a_pass_however_long_the_search_for_what_fits(monkeypatch):
+========
+def test_the_activation_offset_is_computed_once_a_pass(monkeypatch):
     asked = []
-    own = PairMaker.wakes_at
-    monkeypatch.setattr(PairMaker, "wakes_at", lambda self, *args: asked.append(1) or own(self, *args))
+    own = PairMaker.activation_offset
+    monkeypatch.setattr(PairMaker, "activation_offset", lambda self, *args: asked.append(1) or own(self, *args))
     row = {**toys.toy_rows()[0], "profile": "tea and otters " * 200}
     (pair,) = PairMaker(toys.toy_tokenizer("chatml"), max_length=120, profile_pass="frozen").make(
         [from_columns(row, "a row")]
@@ -80,7 +82,7 @@ def test_a_profile_behind_the_query_is_refused():
     tokenizer.chat_template = SYSTEM_LAST
     row = from_columns(toys.toy_rows()[0], "rows.jsonl line 1")
     PairMaker(tokenizer, profile_pass="full").make([row])
-    with pytest.raises(TemplateError, match=r"rows.jsonl line 1.*ahead of every query"):
+    with pytest.raises(TemplateError, match=r"rows.jsonl line 1.*before every query"):
         PairMaker(tokenizer, profile_pass="frozen").make([row])
     (pair,) = PairMaker(tokenizer, Template(position="user"), profile_pass="frozen").make([row])
     assert pair.factual.prefix_length

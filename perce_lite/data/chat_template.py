@@ -1,4 +1,4 @@
-"""Profile, query and response become what a chat template makes of them; user text never becomes control tokens."""
+"""Chat templates: messages with a profile become text and ids; user text never becomes control tokens."""
 
 import itertools
 import re
@@ -13,11 +13,11 @@ from perce_lite.errors import TemplateError
 from perce_lite.recipe import Template
 
 Span = tuple[str, str]
-"""A piece of text and what it is: template, profile, query (what the user says) or response."""
+"""A piece of text and its kind: template, profile, query (a user message) or response."""
 
 
 class Chat:
-    """One tokenizer's chat template, and where a profile goes in it.
+    """A tokenizer's chat template, and the place of a profile in it.
 
     Raises:
         TemplateError: the tokenizer has no chat template.
@@ -39,13 +39,13 @@ class Chat:
         self._system = (self.template.system or "") if takes_system else ""
 
     def prompt_ids(self, prompt: Sequence[Message], profile: Profiled) -> list[int]:
-        """Ids (T,) of a prompt that waits for an answer, `profile` in it where there is one; for generation."""
+        """Ids (T,) of a prompt for generation, with `profile` unless it is empty."""
         return self.ids(self.render(self.composed(prompt, profile), "the prompt", add_generation_prompt=True))
 
     def composed(self, prompt: Sequence[Message], profile: Profiled) -> list[Message]:
-        """The messages that the chat template is given of a prompt, `profile` in them where there is one."""
+        """The messages of a prompt as they are passed to the chat template, with `profile` unless it is empty."""
         text, _ = self.safe_profile(profile)
-        messages = [{"role": self.safe(one["role"])[0], "content": one["content"]} for one in prompt]
+        messages = [{"role": self.safe(message["role"])[0], "content": message["content"]} for message in prompt]
         return self._messages(messages, text, "the prompt")
 
     def stop_ids(self) -> list[int]:
@@ -53,74 +53,80 @@ class Chat:
         turn = [{"role": "user", "content": "x"}], [{"role": "assistant", "content": "y"}]
         after = self.ids(self.contexts(*turn, "", "a short conversation")[1])
         ends = [self.tokenizer.eos_token_id, *after[: self.end_of_turn(after)][-1:]]
-        return sorted({one for one in ends if one is not None})
+        return sorted({token_id for token_id in ends if token_id is not None})
 
     def profile_text(self, profile: Profiled) -> str:
-        """The profile as it stands in the prompt; empty where there is none."""
+        """The profile as text of the prompt, control tokens broken; may be empty."""
         return self.safe_profile(profile)[0]
 
     def end_of_turn(self, after: list[int]) -> int:
-        """How many of the ids behind a response end its turn: up to the first control token, if it stands first.
+        """Number of ids after a response that end its turn: up to the first control token, after white space at most.
 
-        Some templates put a space ahead of it.
+        after: ids between a response and the next
         """
-        first = next((index for index, one in enumerate(after) if one in self._control_ids), None)
+        first = next((index for index, token_id in enumerate(after) if token_id in self._control_ids), None)
         stands_first = first is not None and not self.tokenizer.decode(after[:first]).strip()
         return first + 1 if first is not None and stands_first else 0
 
     def contexts(self, prompt: list[Message], completion: list[Message], profile: str, where: str) -> list[str]:
-        """The rendered text around the scored turns: n + 1 pieces for n turns."""
-        mark = self._unspoken("response", [*prompt, *completion], profile, where)
+        """The rendered text around the assistant turns of `completion`: n + 1 pieces for n turns."""
+        mark = self._unused_marker("response", [*prompt, *completion], profile, where)
         turns = iter(range(len(completion)))
         marked = [
-            {**one, "content": f"{mark}{next(turns)}."} if one["role"] == "assistant" else one for one in completion
+            {**message, "content": f"{mark}{next(turns)}."} if message["role"] == "assistant" else message
+            for message in completion
         ]
         messages = self._messages([*prompt, *marked], profile, where)
         pieces = re.split(rf"{mark}\d+\.", self.render(messages, where))
-        expected = sum(one["role"] == "assistant" for one in completion) + 1
+        expected = sum(message["role"] == "assistant" for message in completion) + 1
         if len(pieces) != expected:
             raise TemplateError(
                 f"{where}: the chat template shows {len(pieces) - 1} of {expected - 1} assistant turns; a dialogue "
                 "needs a template that keeps them all"
             )
-        if expected == 2:  # what precedes a single answer is exactly what generation will see
-            ahead = list(itertools.takewhile(lambda one: one["role"] != "assistant", completion))
-            asked = self._messages([*prompt, *ahead], profile, where)
-            pieces[0] = self.render(asked, where, add_generation_prompt=True)
+        if expected == 2:  # before a single response stands exactly the prompt of generation
+            before = list(itertools.takewhile(lambda message: message["role"] != "assistant", completion))
+            messages = self._messages([*prompt, *before], profile, where)
+            pieces[0] = self.render(messages, where, add_generation_prompt=True)
         return pieces
 
     def segments(self, prompt: list[Message], completion: list[Message], profile: str, where: str) -> list[list[Span]]:
-        """`contexts` in spans that say what each piece is; exact, whatever a query or a profile says.
+        """`contexts` as spans with their kind; exact for any text of query and profile.
 
-        The messages are rendered once more with placeholders for the profile and for what the user says. Where a
-        template does more to a text than trimming it, the context around that text is one span of template.
+        The messages are rendered once more with placeholders for the profile and the user messages. If a template does
+        more to a text than trimming it, the whole context around it is one span of kind "template".
         """
         messages = [*prompt, *completion]
-        said = [profile, *(one["content"] for one in messages if one["role"] == "user")]
-        mark = self._unspoken("part", messages, profile, where)
+        contents = [profile, *(message["content"] for message in messages if message["role"] == "user")]
+        mark = self._unused_marker("part", messages, profile, where)
         turns = itertools.count(1)
-        marked = [{**one, "content": f"{mark}{next(turns)}."} if one["role"] == "user" else one for one in messages]
+        marked = [
+            {**message, "content": f"{mark}{next(turns)}."} if message["role"] == "user" else message
+            for message in messages
+        ]
         at = len(prompt)
         outlines = self.contexts(marked[:at], marked[at:], profile and f"{mark}0.", where)
         texts = self.contexts(prompt, completion, profile, where)
         pairs = zip(texts, outlines, strict=True)
-        return [_aligned(text, re.split(rf"{mark}(\d+)\.", outline), said) for text, outline in pairs]
+        return [_aligned(text, re.split(rf"{mark}(\d+)\.", outline), contents) for text, outline in pairs]
 
-    def wakes_at(self, context: str, prompt: list[Message], completion: list[Message], profile: str, where: str) -> int:
-        """Where in `context` (all that stands before the first response) an adapter wakes: letters ahead of it.
+    def activation_offset(
+        self, context: str, prompt: list[Message], completion: list[Message], profile: str, where: str
+    ) -> int:
+        """Offset in `context` (all text before the first response), in characters, from which on the adapter is on.
 
-        That is where the first user message begins, its header included, where the profile stands in the system
-        message; where it stands in the user message itself, right behind it.
+        With the profile in the system message: the start of the first user turn, its header included. With the profile
+        in the user message: the end of the profile.
 
         Raises:
-            TemplateError: the template puts the profile behind the query, or behind a response.
+            TemplateError: the template puts the profile after the query or after a response.
         """
         messages = self._messages([*prompt, *completion], profile, where)
-        lead = list(itertools.takewhile(lambda one: one["role"] == "system", messages))
+        lead = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
         if lead and self._position == "system":
             try:
                 head = self.render(lead, where)
-            except TemplateError:  # there are templates that want a user's message
+            except TemplateError:  # some templates need a user message
                 head = ""
             if head and context.startswith(head):
                 return len(head)
@@ -130,35 +136,39 @@ class Chat:
         kinds = [kind for _, kind in spans]
         if "profile" not in kinds or "query" in kinds[: kinds.index("profile")]:
             raise TemplateError(
-                f"{where}: profile_pass: frozen needs the profile ahead of every query and response, and this chat "
+                f"{where}: profile_pass: frozen needs the profile before every query and response, and this chat "
                 "template puts it elsewhere. Try template.position: user, or profile_pass: full."
             )
         return sum(len(text) for text, _ in spans[: kinds.index("profile") + 1])
 
-    def _unspoken(self, name: str, messages: list[Message], profile: str, where: str) -> str:
-        """A word for placeholders that stands in none of the messages."""
-        spoken = "".join(one["content"] for one in self._messages(messages, profile, where))
-        return next(mark for n in range(10**6) if (mark := f"{name}{n}slot") not in spoken)
+    def _unused_marker(self, name: str, messages: list[Message], profile: str, where: str) -> str:
+        """A marker string that occurs in no message."""
+        text = "".join(message["content"] for message in self._messages(messages, profile, where))
+        return next(marker for n in range(10**6) if (marker := f"{name}{n}slot") not in text)
 
     def _messages(self, messages: Sequence[Message], profile: str, where: str) -> list[Message]:
-        """`messages` with the profile where the template puts it, and the same system message in both passes."""
-        said = profile and self.template.profile.replace("{profile}", profile)
+        """`messages` with the profile at its place, and the same system message in both passes."""
+        profile_part = profile and self.template.profile.replace("{profile}", profile)
         rest = list(messages)
         system = rest.pop(0)["content"] if rest and rest[0]["role"] == "system" else self._system
-        given = len(rest) < len(messages)
+        has_system = len(rest) < len(messages)
         if self._position == "system":
-            system = self.template.separator.join(part for part in (system or self._own_system, said) if part)
-        elif said:
-            at = next((index for index, one in enumerate(rest) if one["role"] == "user"), None)
+            system = self.template.separator.join(part for part in (system or self._own_system, profile_part) if part)
+        elif profile_part:
+            at = next((index for index, message in enumerate(rest) if message["role"] == "user"), None)
             if at is None:
                 raise TemplateError(f"{where}: template.position is user, but there is no user message for the profile")
-            rest[at] = {**rest[at], "content": f"{said}{self.template.separator}{rest[at]['content']}"}
-        first = [{"role": "system", "content": system}] if system or given else []
-        # Once more: two harmless halves may have met.
-        return [{**one, "content": self.safe(one["content"])[0]} for one in [*first, *rest]]
+            rest[at] = {**rest[at], "content": f"{profile_part}{self.template.separator}{rest[at]['content']}"}
+        first = [{"role": "system", "content": system}] if system or has_system else []
+        # Again: two harmless halves may have become neighbours.
+        return [{**message, "content": self.safe(message["content"])[0]} for message in [*first, *rest]]
 
     def render(self, messages: list[Message], where: str, add_generation_prompt: bool = False) -> str:
-        """What the chat template makes of `messages`; raises TemplateError where it refuses them."""
+        """`messages` rendered by the chat template.
+
+        Raises:
+            TemplateError: the template refuses them.
+        """
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
@@ -167,12 +177,12 @@ class Chat:
                 **self.template.chat_template_kwargs,
             )
         except JinjaError as error:
-            roles = ", ".join(one["role"] for one in messages)
+            roles = ", ".join(message["role"] for message in messages)
             raise TemplateError(f"{where}: the chat template refuses the messages ({roles}): {error}") from error
         return str(text)
 
     def _template_system(self) -> tuple[bool, str]:
-        """Whether the chat template shows a system message, and the text that it puts in where there is none."""
+        """Whether the chat template renders a system message, and the text that it fills in if there is none."""
         user = {"role": "user", "content": "x"}
         try:
             before, shown, after = self.render([{"role": "system", "content": "probe7"}, user], "").partition("probe7")
@@ -189,16 +199,16 @@ class Chat:
         return self.safe(format_profile(profile, self.template))
 
     def safe(self, text: str) -> tuple[str, int]:
-        """`text` with a space inside everything that spells a control token, and how many there were.
+        """`text` with a space inside everything that spells a control token, and the number of those.
 
-        A lone surrogate, which no tokenizer takes, becomes a question mark.
+        A lone surrogate, which no tokenizer accepts, becomes a question mark.
         """
         text = text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
         broken = 0
-        while True:  # a break may not make a new one; a few rounds settle even nested spellings
-            text, found = self._control.subn(lambda match: re.sub(r"(?<=\S)", " ", match[0], count=1), text)
-            broken += found
-            if not found:
+        while True:  # repeated, as nested spellings leave another one
+            text, count = self._control.subn(lambda match: re.sub(r"(?<=\S)", " ", match[0], count=1), text)
+            broken += count
+            if not count:
                 return text, broken
 
 
@@ -214,15 +224,18 @@ def format_profile(profile: Profiled, template: Template) -> str:
     return template.separator.join(filter(None, map(shown, profile)))
 
 
-def _aligned(text: str, outline: list[str], said: list[str]) -> list[Span]:
-    """`text` in spans. `outline`: the template's pieces, and between them the number of the text that stands there."""
+def _aligned(text: str, outline: list[str], contents: list[str]) -> list[Span]:
+    """`text` as spans.
+
+    outline: pieces of template, and between each two the index in `contents` of the text between them
+    """
     pattern, kinds = "", []
     for index, piece in enumerate(outline):
         if index % 2 == 0:
             words = [piece]
             kinds.append("template")
         else:
-            content = said[int(piece)]
+            content = contents[int(piece)]
             words = [content, content.strip(), content.lstrip(), content.rstrip()]  # templates trim
             kinds.append("query" if int(piece) else "profile")
         pattern += f"({'|'.join(map(re.escape, words))})"
@@ -233,7 +246,7 @@ def _aligned(text: str, outline: list[str], said: list[str]) -> list[Span]:
 
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """What user text must not spell: special tokens, and added ones that the chat template itself writes."""
+    """Matches what user text must not spell: special tokens, and added tokens that the chat template writes."""
     source = str(tokenizer.chat_template)
     words = {
         token.content

@@ -1,4 +1,4 @@
-"""Rows become a batch of tensors; the order of rows is a pure function of seed and epoch."""
+"""Collator and sampler: rows become a batch of tensors, in an order that depends on seed and epoch alone."""
 
 import random
 from collections.abc import Iterator, Sequence

@@ -95,15 +95,15 @@ def age(documents: Sequence[Record]) -> Callable[[Record], tuple[float, ...]]:
         DataError: an idx that is no number, or a date that is not year-month-day.
     """
     if all(record.get("idx") is not None for _, _, record in documents):
-        return lambda one: (_number(one[2]["idx"], one[0]),)
+        return lambda document: (_number(document[2]["idx"], document[0]),)
     if all(record.get("date") is not None for _, _, record in documents):
-        return lambda one: _date(one[2], one[0], "without idx, an author's documents are ordered by it")
+        return lambda document: _date(document[2], document[0], "without idx, an author's documents are ordered by it")
     for where, _, record in documents:
         if record.get("idx") is not None or record.get("date") is not None:
             raise DataError(
                 f"{where}: has an idx or a date, other documents of this author have none; give it to all or to none"
             )
-    return lambda one: ()
+    return lambda document: ()
 
 
 def _number(idx: Any, where: str) -> float:

@@ -1,7 +1,7 @@
-"""A row becomes a `Pair`: the same response behind the prompt with the profile and behind the one without.
+"""A row becomes a `Pair`: the same response after the prompt with the profile and after the prompt without it.
 
-The chat template is rendered with a placeholder for each scored turn; the turns are tokenised once and put into both
-prompts, so that both passes score identical ids by construction, end-of-turn token included.
+The chat template is rendered with a placeholder for each scored turn. The turns are tokenised once and inserted into
+both prompts, so that both passes score identical ids by construction, end-of-turn token included.
 """
 
 import itertools
@@ -21,13 +21,13 @@ from perce_lite.files import digest
 from perce_lite.recipe import Recipe, Template
 
 IGNORED = -100
-"""Label of a token that carries no loss."""
+"""Label of a token without loss."""
 
 
 class Tokens(NamedTuple):
-    """Ids (T,) and labels (T,), `IGNORED` where no loss falls.
+    """Ids (T,) and labels (T,), `IGNORED` where there is no loss.
 
-    prefix: how many of them, the profile's among these, an adapter sleeps through (`profile_pass: frozen`)
+    prefix_length: number of leading tokens run with the adapter off, the profile included (`profile_pass: frozen`)
     """
 
     ids: list[int]
@@ -41,7 +41,7 @@ class Tokens(NamedTuple):
 
     @property
     def after_prefix(self) -> "Tokens":
-        """What follows the prefix (T - P,)."""
+        """Ids and labels after the prefix (T - P,)."""
         return Tokens(self.ids[self.prefix_length :], self.labels[self.prefix_length :])
 
 
@@ -49,7 +49,7 @@ class Tokens(NamedTuple):
 class Pair:
     """One row, tokenised twice. Both have the same scored ids, R of them, in the same order.
 
-    profile: the profile's text as it stands in the factual prompt
+    profile: text of the profile in the factual prompt
     items_left_out: profile items (of a text profile: words) left out to fit
     broken_tokens: places where user text spelled one of the template's control tokens
     """
@@ -64,7 +64,7 @@ class Pair:
 
 @dataclass
 class Audit:
-    """What became of the rows: counts by user and reason, items left out, control tokens broken."""
+    """Counts of rows read, rows dropped by user and reason, profile items left out, control tokens broken."""
 
     read: int = 0
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -101,7 +101,7 @@ class PairMaker(Chat):
 
     max_length: tokens of a whole row, profile included; None: no limit
     max_profile_tokens: tokens of the profile alone; None: no limit
-    profile_pass: that of `PerCEConfig`; with "frozen" every sequence says where its prefix ends
+    profile_pass: as in `PerCEConfig`; with "frozen" every sequence has a `prefix_length`
     """
 
     def __init__(
@@ -115,11 +115,11 @@ class PairMaker(Chat):
         super().__init__(tokenizer, template)
         self.max_length = max_length
         self.max_profile_tokens = max_profile_tokens
-        self.sleeps = profile_pass == "frozen"
-        if self.sleeps and not tokenizer.is_fast:
+        self.frozen_profile = profile_pass == "frozen"
+        if self.frozen_profile and not tokenizer.is_fast:
             raise TemplateError(
-                f"profile_pass: frozen has to know where in the text a token stands, which {type(tokenizer).__name__} "
-                "does not tell. Use a model with a fast tokenizer, or profile_pass: full."
+                f"profile_pass: frozen needs the character offsets of tokens, which {type(tokenizer).__name__} does "
+                "not give. Use a model with a fast tokenizer, or profile_pass: full."
             )
         known = tokenizer_fingerprint(tokenizer)
         settings = (self.template.model_dump(mode="json"), max_length, max_profile_tokens, profile_pass)
@@ -127,17 +127,17 @@ class PairMaker(Chat):
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> "PairMaker":
-        """As the recipe's training makes them; `max_length` is that of its `PerCEConfig`."""
+        """With the settings of the recipe's training; `max_length` is that of its `PerCEConfig`."""
         return cls(tokenizer, recipe.template, max_length, recipe.profile.max_tokens, recipe.profile_pass)
 
     def make(self, rows: Sequence[Row], audit: Audit | None = None) -> list[Pair]:
-        """The pairs of `rows`, in order; `audit` counts those that are dropped, by user and reason.
+        """The pairs of `rows`, in order; `audit` counts dropped rows by user and reason.
 
         Raises:
             TemplateError: the template refuses a row, or its profile leaves no trace in the prompt.
         """
         audit = audit if audit is not None else Audit()
-        made = []
+        pairs = []
         for row in rows:
             audit.read += 1
             pair = self._cached_pair(row)
@@ -146,11 +146,11 @@ class PairMaker(Chat):
                 continue
             audit.items_left_out += pair.items_left_out
             audit.broken_tokens += pair.broken_tokens
-            made.append(pair)
-        return made
+            pairs.append(pair)
+        return pairs
 
     def fitting(self, prompt: Sequence[Message], profile: Profiled) -> Profiled:
-        """As much of `profile` as the limits leave room for in a prompt that waits for an answer."""
+        """As much of `profile` as fits into a prompt for generation under the limits."""
 
         def fits(count: int) -> bool:
             part = _first(profile, count)
@@ -162,25 +162,27 @@ class PairMaker(Chat):
         return _first(profile, most_that_fit(units, fits))
 
     def spans(self, pair: Pair, with_profile: bool) -> list[Span]:
-        """The row of `pair` as one pass sees it, decoded from its very ids, in spans that say what each piece is."""
+        """One pass of `pair`, decoded from its ids, as spans of text with their kind."""
         tokens = pair.factual if with_profile else pair.counterfactual
         prompt, completion, _ = self._cleaned(pair.row)
         contexts = self.segments(prompt, completion, pair.profile if with_profile else "", pair.row.where)
-        responses = [(one["content"].strip(), "response") for one in completion if one["role"] == "assistant"]
+        responses = [
+            (message["content"].strip(), "response") for message in completion if message["role"] == "assistant"
+        ]
         rendered = contexts[0] + [
             span for response, after in zip(responses, contexts[1:], strict=True) for span in (response, *after)
         ]
-        # A tokenizer may normalise: what is decoded has to be found in what was rendered.
+        # Tokenizers may normalise text, so the rendered text is decoded from its ids too before the two are compared.
         decoded = [(self._decoded(self.ids(text)), kind) for text, kind in rendered]
         text, kinds = "".join(part for part, _ in decoded), [kind for part, kind in decoded for _ in part]
         spans: list[Span] = []
         at = 0
-        runs = itertools.groupby(zip(tokens.ids, tokens.labels, strict=True), lambda one: one[1] != IGNORED)
+        runs = itertools.groupby(zip(tokens.ids, tokens.labels, strict=True), lambda token: token[1] != IGNORED)
         for scored, run in runs:
-            seen = self._decoded([one for one, _ in run])
+            seen = self._decoded([token_id for token_id, _ in run])
             own = kinds[at : at + len(seen)] if text[at : at + len(seen)] == seen else ["template"] * len(seen)
             pieces = zip(seen, ["response"] * len(seen) if scored else own, strict=True)
-            grouped = itertools.groupby(pieces, lambda one: one[1])
+            grouped = itertools.groupby(pieces, lambda piece: piece[1])
             spans += [("".join(letter for letter, _ in letters), kind) for kind, letters in grouped]
             at += len(seen)
         return spans
@@ -215,13 +217,13 @@ class PairMaker(Chat):
 
     def _pair(self, row: Row) -> Pair | str:
         """The pair, or the reason why there is none."""
-        scored = [one for one in row.completion if one["role"] == "assistant"]
-        if not any(one["content"].strip() for one in scored):
+        responses_as_text = [message["content"] for message in row.completion if message["role"] == "assistant"]
+        if not any(text.strip() for text in responses_as_text):
             return NO_RESPONSE
         if not row.profile or not self.profile_text(row.profile).strip():
             return NO_PROFILE
         prompt, completion, broken = self._cleaned(row)
-        responses = [self.ids(one["content"].strip()) for one in completion if one["role"] == "assistant"]
+        responses = [self.ids(message["content"].strip()) for message in completion if message["role"] == "assistant"]
         counterfactual = self._tokens(prompt, completion, "", responses, row.where)
         if self.max_length is not None and len(counterfactual.ids) > self.max_length:
             return TOO_LONG
@@ -241,9 +243,9 @@ class PairMaker(Chat):
         chosen = _first(row.profile, taken)
         text, broken_in_profile = self.safe_profile(chosen)
         if not text.strip() and not isinstance(row.profile, str):
-            # The nearest item alone is too long, or shows nothing in the template: the next that does neither.
-            seen = ((item,) for item in row.profile if self.profile_text((item,)).strip())
-            chosen = next((one for one in seen if fits(one)), ())
+            # The most relevant item is too long by itself or renders as nothing: take the next one that does neither.
+            rendered = ((item,) for item in row.profile if self.profile_text((item,)).strip())
+            chosen = next((items for items in rendered if fits(items)), ())
             taken = len(chosen)
             text, broken_in_profile = self.safe_profile(chosen)
         if not text.strip():
@@ -254,28 +256,28 @@ class PairMaker(Chat):
                 f"{row.where}: the profile leaves no trace in the prompt: with and without it the template renders "
                 "the same text. Try template.position: user, or another template."
             )
-        factual = self._asleep(factual, prompt, completion, text, row.where)
-        counterfactual = self._asleep(counterfactual, prompt, completion, "", row.where)
+        factual = self._with_prefix_length(factual, prompt, completion, text, row.where)
+        counterfactual = self._with_prefix_length(counterfactual, prompt, completion, "", row.where)
         return Pair(row, factual, counterfactual, text, units - taken, broken + broken_in_profile)
 
     def _cleaned(self, row: Row) -> tuple[list[Message], list[Message], int]:
-        """Prompt and completion with control tokens in user text broken, and how many there were."""
+        """Prompt and completion with control tokens in user text broken, and the number of those."""
         cleaned, count = [], 0
-        for one in (*row.prompt, *row.completion):
-            content, broken = self.safe(one["content"])
-            cleaned.append({"role": self.safe(one["role"])[0], "content": content})
+        for message in (*row.prompt, *row.completion):
+            content, broken = self.safe(message["content"])
+            cleaned.append({"role": self.safe(message["role"])[0], "content": content})
             count += broken
         return cleaned[: len(row.prompt)], cleaned[len(row.prompt) :], count
 
     def _tokens(
         self, prompt: list[Message], completion: list[Message], profile: str, responses: list[list[int]], where: str
     ) -> Tokens:
-        """Ids and labels of one pass. `profile` is the text as it stands in the prompt, empty for the one without."""
+        """Ids and labels of one pass; an empty `profile` gives the counterfactual one."""
         contexts = self.contexts(prompt, completion, profile, where)
         ids = self.ids(contexts[0])
         labels = [IGNORED] * len(ids)
         afters = [self.ids(text) for text in contexts[1:]]
-        # A token that stands behind inner turns alone opens the next one; it ends none.
+        # A control token after inner turns only opens the next turn; it ends none.
         ends_turns = self.end_of_turn(afters[-1]) > 0
         for response, after in zip(responses, afters, strict=True):
             end = after[: self.end_of_turn(after)] if ends_turns else []
@@ -284,57 +286,61 @@ class PairMaker(Chat):
         return _without_tail(ids, labels)
 
     def prompt(self, prompt: Sequence[Message], profile: Profiled) -> Tokens:
-        """As `prompt_ids`, with the prefix that an adapter sleeps through; nothing in it is scored."""
+        """Ids of a prompt for generation, with `prefix_length`; nothing is scored."""
         ids = self.prompt_ids(prompt, profile)
-        messages = [{"role": self.safe(one["role"])[0], "content": self.safe(one["content"])[0]} for one in prompt]
+        messages = [
+            {"role": self.safe(message["role"])[0], "content": self.safe(message["content"])[0]} for message in prompt
+        ]
         answer: list[Message] = [{"role": "assistant", "content": "."}]
-        asked = Tokens(ids, [IGNORED] * len(ids))
-        return self._asleep(asked, messages, answer, self.profile_text(profile), "the prompt")
+        tokens = Tokens(ids, [IGNORED] * len(ids))
+        return self._with_prefix_length(tokens, messages, answer, self.profile_text(profile), "the prompt")
 
-    def _asleep(
+    def _with_prefix_length(
         self, tokens: Tokens, prompt: list[Message], completion: list[Message], profile: str, where: str
     ) -> Tokens:
-        """`tokens` of that prompt, with the prefix that an adapter sleeps through, if it does."""
-        if not self.sleeps:
+        """`tokens` with their `prefix_length`, if `profile_pass` is "frozen"."""
+        if not self.frozen_profile:
             return tokens
         context = self.contexts(prompt, completion, profile, where)[0]
-        return tokens._replace(prefix_length=self._prefix(context, prompt, completion, profile, where))
+        return tokens._replace(prefix_length=self._prefix_length(context, prompt, completion, profile, where))
 
-    def invocation(self) -> list[int]:
-        """Ids at whose start an adapter wakes, for programs that look for them (activated LoRA).
+    def invocation_ids(self) -> list[int]:
+        """Invocation tokens of an activated LoRA: the ids from which on the adapter is on.
 
-        The last token of the system's turn, and what opens the user's; empty where only the profile's end says it.
+        The last token of the system turn and those that open the user turn; empty if the prefix ends with the profile.
         """
-        asked = [self.prompt([{"role": "user", "content": query}], "") for query in ("x", "7")]
-        both = zip(*(one.after_prefix.ids for one in asked), strict=False)
-        shared = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both)]
-        while shared and not self.tokenizer.decode(shared[-1:]).strip():  # it may melt into what the query begins with
+        prompts = [self.prompt([{"role": "user", "content": query}], "") for query in ("x", "7")]
+        both = zip(*(prompt.after_prefix.ids for prompt in prompts), strict=False)
+        shared = [first for first, _ in itertools.takewhile(lambda ids: ids[0] == ids[1], both)]
+        while shared and not self.tokenizer.decode(shared[-1:]).strip():  # white space may merge with the query
             shared.pop()
-        return shared if asked[0].prefix_length and len(shared) > 1 and shared[1] in self._control_ids else []
+        return shared if prompts[0].prefix_length and len(shared) > 1 and shared[1] in self._control_ids else []
 
-    def _prefix(self, context: str, prompt: list[Message], completion: list[Message], profile: str, where: str) -> int:
-        """How many tokens of `context`, all that stands before the first response, end before the first query."""
-        end = self.wakes_at(context, prompt, completion, profile, where)
+    def _prefix_length(
+        self, context: str, prompt: list[Message], completion: list[Message], profile: str, where: str
+    ) -> int:
+        """Number of tokens of `context` (all text before the first response) that end before the adapter is on."""
+        end = self.activation_offset(context, prompt, completion, profile, where)
         read = self.tokenizer(context, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         starts = [start for start, _ in read["offset_mapping"]]
-        # A token that reaches over the end carries some of the profile, so it belongs to the prefix.
+        # A token that spans the boundary carries some of the profile, so it belongs to the prefix.
         first = next((index for index, start in enumerate(starts) if start >= end), len(starts))
-        # llama.cpp wakes one token ahead of what it looks for, and that is to be the token that opens the turn.
+        # llama.cpp switches on one token before the invocation tokens, which have to begin with the turn's first token.
         opens_a_turn = 0 < first < len(starts) and read["input_ids"][first] in self._control_ids
         return first - 1 if opens_a_turn else first
 
 
 def require(pairs: Sequence[Pair], audit: Audit, what: str) -> None:
-    """Raises DataError with every reason where `pairs` is empty."""
+    """Raises DataError with every reason if `pairs` is empty."""
     if pairs:
         return
     reasons: Counter[str] = Counter()
     examples = {reason: where for (_, reason), where in audit.examples.items()}
     for (_, reason), count in audit.dropped.items():
         reasons[reason] += count
-    told = "; ".join(f"{count} x {reason} (such as {examples[reason]})" for reason, count in reasons.items())
+    listed = "; ".join(f"{count} x {reason} (such as {examples[reason]})" for reason, count in reasons.items())
     mend = " Raise train.max_length." if TOO_LONG in reasons or PROFILE_TOO_LONG in reasons else ""
-    raise DataError(f"No {what} rows are left of {audit.read}: {told or 'there were none'}.{mend}")
+    raise DataError(f"No {what} rows are left of {audit.read}: {listed or 'there were none'}.{mend}")
 
 
 def _first(profile: Profiled, count: int) -> Profiled:
@@ -346,10 +352,10 @@ def _first(profile: Profiled, count: int) -> Profiled:
 
 
 def most_that_fit(total: int, fits: Callable[[int], bool]) -> int:
-    """The largest count from 0 to `total` for which `fits` holds; 0 always fits, and fewer do where more do."""
+    """The largest count from 0 to `total` for which `fits` holds, by bisection; 0 always fits."""
     if fits(total):
         return total
-    low, high = 0, total  # low fits (nothing is always allowed), high does not
+    low, high = 0, total  # low fits, high does not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -357,6 +363,6 @@ def most_that_fit(total: int, fits: Callable[[int], bool]) -> int:
 
 
 def _without_tail(ids: list[int], labels: list[int]) -> Tokens:
-    """Cuts what follows the last scored token: it would be computed for nothing."""
+    """Cuts the tokens after the last scored one, which would be computed for nothing."""
     last = max(index for index, label in enumerate(labels) if label != IGNORED)
     return Tokens(ids[: last + 1], labels[: last + 1])

@@ -52,7 +52,7 @@ def read_rows(recipe: Recipe) -> list[Row]:
     rows = split_rows(rows, recipe.split, str(data.path or data.hub), "time" if shape == "documents" else "row")
     if data.max_rows is not None:
         parts = [of_split(rows, name) for name in SPLIT_NAMES]
-        rows = [row for part in parts for row in spread_over_users([one for one in part if one.profile], data.max_rows)]
+        rows = [row for part in parts for row in spread_over_users([row for row in part if row.profile], data.max_rows)]
     return rows
 
 
@@ -284,7 +284,7 @@ def library(recipe: Recipe) -> dict[str, list[Item]]:
     users = recipe.data.users
     texts: dict[str, list[Item]] = defaultdict(list)
     if shape == "documents":
-        records = [one for one in records if users is None or user_name(one[2].get("user")) in users]
+        records = [record for record in records if users is None or user_name(record[2].get("user")) in users]
         trained = trained_documents(records, recipe)
         for where, _, record in records:
             if where in trained:
@@ -303,21 +303,21 @@ def plain_rows(path: Path) -> list[Row]:
     return [from_record(record, where, split, "rows", None) for where, split, record in _objects(_from_path(path))]
 
 
-# Records: whatever the file holds, one dict each, with where it stands and the split the file says it is of.
+# Records: one mapping each, with its place in the file and the split that the file is of
 
 
 def _records(recipe: Recipe) -> Iterator[Record]:
     path, renamed = recipe.data_path, {theirs: ours for ours, theirs in recipe.data.columns.items()}
-    found = _from_hub(recipe) if path is None else _from_path(path)
-    for where, split, record in _objects(found):
+    records = _from_hub(recipe) if path is None else _from_path(path)
+    for where, split, record in _objects(records):
         taken = {ours: record[theirs] for theirs, ours in renamed.items() if theirs in record}
         kept = {name: value for name, value in record.items() if name not in renamed and name not in renamed.values()}
         yield where, split, {**kept, **taken}
 
 
-def _objects(found: Iterator[Record]) -> Iterator[Record]:
-    """`found`, each an object with named fields, its texts mended."""
-    for where, split, record in found:
+def _objects(records: Iterator[Record]) -> Iterator[Record]:
+    """`records`, each checked to be an object with named fields, its texts mended."""
+    for where, split, record in records:
         if not isinstance(record, Mapping):
             raise DataError(f"{where}: a record is an object with named fields, this is {type(record).__name__}")
         yield where, split, _mended(record)
@@ -328,8 +328,8 @@ def _mended(value: Any) -> Any:
     if isinstance(value, str):
         return value if value.isascii() else value.encode("utf-8", "replace").decode("utf-8")
     if isinstance(value, Mapping):
-        return {name: _mended(one) for name, one in value.items()}
-    return [_mended(one) for one in value] if isinstance(value, list) else value
+        return {name: _mended(inner) for name, inner in value.items()}
+    return [_mended(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _from_hub(recipe: Recipe) -> Iterator[Record]:
@@ -436,7 +436,7 @@ def _lamp(questions: Path) -> Iterator[Record]:
 
 def _list_of(value: Any, *names: str) -> TypeGuard[list[Mapping[str, Any]]]:
     """Whether `value` is a list of objects that have these fields."""
-    return isinstance(value, list) and all(isinstance(one, Mapping) and set(names) <= set(one) for one in value)
+    return isinstance(value, list) and all(isinstance(entry, Mapping) and set(names) <= set(entry) for entry in value)
 
 
 # Rows of records.

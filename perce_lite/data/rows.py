@@ -1,4 +1,4 @@
-"""Rows: one response of one user, with the profile it may lean on; from records in every naming that we know."""
+"""Rows: one response of one user, with the user's profile; made from records in every known naming."""
 
 import functools
 import itertools
@@ -27,23 +27,23 @@ SPLITS = {
 """Names that data sets give their splits."""
 
 
-def split_name(given: Any, where: str) -> str | None:
-    """`given` as train, validation or test; None where the data says nothing.
+def split_name(value: Any, where: str) -> str | None:
+    """`value` as train, validation or test; None for an empty one.
 
     Raises:
         DataError: a name that is none of `SPLITS`: guessing could put held-out rows into training.
     """
-    if given is None or given == "":
+    if value is None or value == "":
         return None
-    name = SPLITS.get(str(given).strip().lower())
+    name = SPLITS.get(str(value).strip().lower())
     if name is None:
-        raise DataError(f"{where}: split {given!r} is not one of {', '.join(SPLITS)}")
+        raise DataError(f"{where}: split {value!r} is not one of {', '.join(SPLITS)}")
     return name
 
 
-def user_name(given: Any) -> str:
+def user_name(value: Any) -> str:
     """The user as a text; "all" where the data names nobody."""
-    return "all" if given is None else str(given)
+    return "all" if value is None else str(value)
 
 
 def user_of(record: Mapping[str, Any], shape: str) -> str:
@@ -88,9 +88,9 @@ class Row:
     @property
     def query(self) -> str:
         """The last user message ahead of the first scored turn."""
-        said = [message["content"] for message in self.prompt if message["role"] == "user"]
-        if said:
-            return said[-1]
+        queries = [message["content"] for message in self.prompt if message["role"] == "user"]
+        if queries:
+            return queries[-1]
         return next((message["content"] for message in self.completion if message["role"] == "user"), "")
 
     def fingerprint(self) -> str:
@@ -104,7 +104,7 @@ def of_split(rows: Iterable[Row], name: str) -> list[Row]:
 
 
 def spread_over_users(rows: Sequence[Row], count: int) -> list[Row]:
-    """At most `count` rows, one of each user in turn."""
+    """At most `count` rows, taken from each user in turn."""
     by_user: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_user[row.user].append(row)
@@ -136,10 +136,10 @@ def split_rows(rows: Sequence[AnyRow], split: Split, source: str = "the data", o
     all of them, or by time the test rows alone. `otherwise` is what `by: auto` means where the data has none; "time"
     holds out the last rows of each user, so that no held-out text stands in a profile that was trained on.
     """
-    given = any(row.split for row in rows)
-    by = split.by if split.by != "auto" else "given" if given else otherwise
+    has_split = any(row.split for row in rows)
+    by = split.by if split.by != "auto" else "given" if has_split else otherwise
     if by == "given":
-        if not given:
+        if not has_split:
             raise DataError(f"split.by: given, but {source} has no split of its own; use row, user or time")
         named = [row if row.split else replace(row, split="train") for row in rows]
         return _hold_out_users(named, split, tests_alone=True)
@@ -242,11 +242,18 @@ def to_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-# From a record: what it says, whatever it calls it.
+# Rows from records
 
 
 def from_record(record: Mapping[str, Any], where: str, split: str | None, shape: str, rule: Profile | None) -> Row:
-    """The row that a record tells of. `shape`: rows, lamp or longlamp; `rule` chooses among its profile items."""
+    """The row of a record.
+
+    shape: rows, lamp or longlamp
+    rule: chooses among the profile items; None: all are kept
+
+    Raises:
+        DataError: a column that is missing or of the wrong shape; `where` is named.
+    """
     if shape in ("lamp", "longlamp"):
         record = {**record, "prompt": record.get("input"), "completion": record.get("output")}
     prompt, completion = _conversation(record, where)
@@ -285,9 +292,10 @@ def _messages(value: Any, column: str, role: str, where: str) -> tuple[Message, 
     if isinstance(value, str):
         return ({"role": role, "content": value},)
     if isinstance(value, Sequence) and all(
-        isinstance(one, Mapping) and "role" in one and isinstance(one.get("content"), str) for one in value
+        isinstance(message, Mapping) and "role" in message and isinstance(message.get("content"), str)
+        for message in value
     ):
-        return tuple({"role": str(one["role"]), "content": one["content"]} for one in value)
+        return tuple({"role": str(message["role"]), "content": message["content"]} for message in value)
     raise DataError(
         f"{where}: {column} is a text, or a list of messages such as {{role: user, content: a text}}; "
         f"this is {str(value)[:60]!r}"
@@ -298,6 +306,10 @@ def _messages(value: Any, column: str, role: str, where: str) -> tuple[Message, 
 def _history(items: tuple[Item, ...]) -> History:
     """Rows of one user often carry the same profile items: their index is built once."""
     return History(items)
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and "role" in value and isinstance(value.get("content"), str)
 
 
 _TEXTS = ("text", "abstract", "reviewText", "content", "description", "output")
@@ -314,15 +326,15 @@ def _profile(value: Any, where: str) -> Profiled:
     if not isinstance(value, Sequence):
         raise DataError(f"{where}: profile is a text or a list of items, this is {type(value).__name__}")
     items = []
-    for one in value:
-        if isinstance(one, str):
-            title, text = "", one
-        elif isinstance(one, Mapping):
-            text = next((str(one[key]) for key in _TEXTS if one.get(key)), "")
-            titles = [str(one[key]) for key in _TITLES if one.get(key)][:1]
-            title = " | ".join(titles + [f"{key} {one[key]}" for key in _MARKS if one.get(key) is not None])
+    for entry in value:
+        if isinstance(entry, str):
+            title, text = "", entry
+        elif isinstance(entry, Mapping):
+            text = next((str(entry[key]) for key in _TEXTS if entry.get(key)), "")
+            titles = [str(entry[key]) for key in _TITLES if entry.get(key)][:1]
+            title = " | ".join(titles + [f"{key} {entry[key]}" for key in _MARKS if entry.get(key) is not None])
         else:
-            raise DataError(f"{where}: a profile item is a text or an object with title and text, this is {one!r}")
+            raise DataError(f"{where}: a profile item is a text or an object with title and text, this is {entry!r}")
         if title.strip() or text.strip():
             items.append(Item(title.strip(), text.strip()))
     return tuple(items)

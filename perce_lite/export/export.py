@@ -142,7 +142,7 @@ def preflight(card: Card, target: str) -> None:
 
 def _need_invocation(folder: str, maker: PairMaker) -> None:
     """Raises ExportError where no other program could know at which token an adapter wakes."""
-    if not maker.invocation():
+    if not maker.invocation_ids():
         raise ExportError(
             f"{folder}: it sleeps through the profile (profile_pass: frozen), and others find where it wakes by the "
             "tokens that open the user's turn; here the profile stands inside that turn. It works with "

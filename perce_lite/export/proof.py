@@ -182,7 +182,7 @@ def record(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe,
         tolerance=min(allowed, effect / 4),
         sketch=sketched(model.get_base_model()),
         prefix=prefix,
-        invocation=maker.invocation() if prefix else [],
+        invocation=maker.invocation_ids() if prefix else [],
     )
 
 

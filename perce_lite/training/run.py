@@ -76,10 +76,10 @@ class Run:
         Raises:
             RunError: the adapter in the folder is another run's.
         """
-        card = read_json(self.adapter / adapters.METADATA)
-        if card is not None and card.get("run") != self.name_in_metadata:
+        metadata = read_json(self.adapter / adapters.METADATA)
+        if metadata is not None and metadata.get("run") != self.name_in_metadata:
             self._refuse()
-        return card is not None
+        return metadata is not None
 
     def claim(self, base: str) -> None:
         """Marks the folder as this run's, over the base with fingerprint `base`.

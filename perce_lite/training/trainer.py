@@ -89,12 +89,12 @@ class PerCETrainer(SFTTrainer):
             eval_dataset = {name: tokenized(name, rows) for name, rows in eval_dataset.items()}
         else:
             eval_dataset = tokenized("eval", eval_dataset)
-        given = {name: p.data for name, p in model.named_parameters()} if isinstance(model, PeftModel) else {}
+        initial = {name: p.data for name, p in model.named_parameters()} if isinstance(model, PeftModel) else {}
         super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         # TRL makes a 4-bit model's adapter bf16, in which small updates round away and fp16's scaler fails.
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                parameter.data = given.get(name, parameter.data).to(parameter.device, torch.float32)
+                parameter.data = initial.get(name, parameter.data).to(parameter.device, torch.float32)
         keep_base_constant(self.model)
         self.autocast = args.autocast
         project_scored_positions_only(self.model)
@@ -208,7 +208,7 @@ class PerCETrainer(SFTTrainer):
             reference["counterfactual_log_probs"] = self._without_profile(without_profile, inputs["labels"])
 
         def forward(**forward_inputs: Any) -> Any:
-            return model(**self._behind(forward_inputs, prefix_numbers))
+            return model(**self._with_prefix(forward_inputs, prefix_numbers))
 
         def weighted_forward(**forward_inputs: Any) -> Any:
             outputs = forward(**forward_inputs)
@@ -238,14 +238,14 @@ class PerCETrainer(SFTTrainer):
             raise non_finite_error(f"The loss is {loss.item()}", self.state.global_step + 1, rows)
         return result
 
-    def _behind(self, inputs: dict[str, Any], numbers: Tensor | None) -> dict[str, Any]:
-        """`inputs` of a forward, (B, T), behind the prefixes of these `numbers`, where there are some."""
+    def _with_prefix(self, inputs: dict[str, Any], numbers: Tensor | None) -> dict[str, Any]:
+        """`inputs` of a forward (B, T) with the KV prefixes that `numbers` (B, T) name, if there are any."""
         return inputs if numbers is None else with_prefix(inputs, numbers, self._prefixes)
 
     def _without_profile(self, twin: dict[str, Any], labels: Tensor) -> Tensor:
-        """Log-probs of the same adapter without the profile, laid out as the training forward's (B, T-1)."""
+        """Log-probs of the same adapter without the profile, at the places of the training forward's (B, T-1)."""
         assert self._scoring_forward is not None
-        twin = self._behind(twin, twin.pop("prefix", None))
+        twin = self._with_prefix(twin, twin.pop("prefix", None))
         with no_grad_eval(self.model, adapters=True):
             flat = batch_log_probs(self._scoring_forward, twin, self.autocast)
         mask = labels[:, 1:] != IGNORED
@@ -267,24 +267,24 @@ class PerCETrainer(SFTTrainer):
         for name, value in figures.items():
             self._metrics["train"][name].append(value)
 
-    # What TRL asks its subclasses for
+    # Hooks of TRL and transformers
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns = [*dict.fromkeys([*self._signature_columns, "row", "prefix", *LOG_PROB_COLUMNS])]
 
     def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> Sampler[int] | None:
-        """As TRL's, with an order that a resumed run meets again."""
+        """As TRL's, in an order that a resumed run repeats."""
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         return train_sampler(self.args, dataset["input_ids"], self.args.seed)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As TRL's; it draws no random number of training's, so that a resumed run meets the same ones."""
+        """As TRL's, without a draw from training's random state, so that a resumed run draws the same numbers."""
         with torch.random.fork_rng():
             return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        advice = "Free some space and run the same command again: it goes on from the last whole checkpoint."
+        advice = "Free some space and run the same command again: it resumes from the last whole checkpoint."
         if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
             raise NonFiniteLossError(
                 f"The adapter's weights are not finite after step {self.state.global_step}: a gradient was not. "
@@ -333,9 +333,9 @@ def _refuse(model: Any, args: PerCEConfig, train_dataset: Any, kwargs: dict[str,
 
 
 def _on_one_device(args: PerCEConfig) -> dict[str, Any]:
-    """What TRL loads a model's name with: on the training's own device, where TRL's "auto" takes every card it sees."""
-    given = args.model_init_kwargs or {}
-    return given if args.device.type in ("cpu", "mps") else {"device_map": {"": args.device}, **given}
+    """What TRL loads a model's name with: on the training's own device, where TRL's "auto" takes every GPU it sees."""
+    options = args.model_init_kwargs or {}
+    return options if args.device.type in ("cpu", "mps") else {"device_map": {"": args.device}, **options}
 
 
 def _device_faults(device_map: Any) -> list[str]:
