@@ -24,8 +24,6 @@ def test_the_prefix_holds_the_profile_and_nothing_of_the_query(family):
 
 
 def test_where_the_prefix_ends_is_asked_once_a_pass_however_long_the_search_for_what_fits(monkeypatch):
-========
-def test_the_activation_offset_is_computed_once_a_pass(monkeypatch):
     asked = []
     own = PairMaker.activation_offset
     monkeypatch.setattr(PairMaker, "activation_offset", lambda self, *args: asked.append(1) or own(self, *args))
