@@ -14,6 +14,7 @@ from perce_lite.recipe import load_recipe
 
 benchmark = Lazy("perce_lite.evaluation.bench.bench")
 fleet_benchmark = Lazy("perce_lite.evaluation.bench.fleetbench")
+fleet_scales = Lazy("perce_lite.evaluation.bench.fleetscale")
 gpu_reports = Lazy("perce_lite.evaluation.bench.gpureport")
 
 
@@ -25,6 +26,12 @@ def bench(
     repeats: Annotated[int | None, typer.Option(min=1, help="Measurements of each; else 3, --gpu-report: 2.")] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Over which the scoring of a cold store is spread.")] = 3,
     fleet: Annotated[bool, typer.Option("--fleet", help="Many users: one by one beside several at once.")] = False,
+    fleet_scale: Annotated[
+        bool, typer.Option("--fleet-scale", help="No recipe: what a fleet's commands take for thousands of users.")
+    ] = False,
+    users: Annotated[
+        str | None, typer.Option(help="With --fleet-scale: numbers of users; else 1000,5000,10000,20000.")
+    ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Tokens a row; with --fleet: else 32,64,96; with --gpu-report one: else 2048.")
     ] = None,
@@ -43,8 +50,13 @@ def bench(
 ) -> None:
     """Measure time, memory and disk beside plain SFT on this machine; or many users; or what a GPU does with an 8B."""
     given = {"RECIPE": recipe, "--arms": arms, "--slots": slots, "--lengths": lengths, "--set": set_, "--shape": shape}
-    given["--out"] = out
-    _only(given, fleet, gpu_report)
+    given |= {"--out": out, "--users": users}
+    _only(given, fleet, gpu_report, fleet_scale)
+    if fleet_scale:
+        scale = fleet_scales.fleet_scale(_numbers(users) or fleet_scales.USERS)
+        write(json, scale.figures())
+        terminal.show_fleet_scale(scale)
+        return
     if gpu_report:
         _report(shape, lengths, (steps or 3, warmup, repeats or 2, epochs), out or Path("runs/gpu-report.md"), json)
         return
@@ -62,21 +74,36 @@ def bench(
     terminal.show_bench(figures)
 
 
-def _only(given: dict[str, Any], fleet: bool, gpu_report: bool) -> None:
+def _numbers(text: str | None) -> list[int]:
+    """Numbers of users such as 1000,5000; none for None."""
+    try:
+        numbers = [int(part) for part in (text or "").split(",") if part]
+    except ValueError:
+        numbers = [0]
+    if any(number < 1 for number in numbers):
+        raise typer.BadParameter(f"--users {text}: give whole numbers from 1 on, such as 1000,5000")
+    return numbers
+
+
+def _only(given: dict[str, Any], fleet: bool, gpu_report: bool, fleet_scale: bool) -> None:
     """Raises typer's error for options that have no part in what is measured."""
-    if fleet and gpu_report:
-        raise typer.BadParameter("give one of --fleet and --gpu-report")
-    kind = "--gpu-report" if gpu_report else "--fleet" if fleet else ""
+    kinds = [
+        name for name, on in (("--fleet", fleet), ("--gpu-report", gpu_report), ("--fleet-scale", fleet_scale)) if on
+    ]
+    if len(kinds) > 1:
+        raise typer.BadParameter(f"give one of {' and '.join(kinds)}")
+    kind = kinds[0] if kinds else ""
     takes = {
         "": ("RECIPE", "--set", "--arms"),
         "--fleet": ("RECIPE", "--set", "--lengths", "--slots"),
         "--gpu-report": ("--lengths", "--shape", "--out"),
+        "--fleet-scale": ("--users",),
     }
     for name, value in given.items():
         if value is not None and name not in takes[kind]:
             where = " or ".join(option for option, names in takes.items() if option and name in names)
             raise typer.BadParameter(f"{name} has no part in {kind}" if kind else f"{name} goes with {where}")
-    if not gpu_report and given["RECIPE"] is None:
+    if kind in ("", "--fleet") and given["RECIPE"] is None:
         raise typer.BadParameter("give a recipe, such as recipes/quickstart.yaml, or --gpu-report")
 
 

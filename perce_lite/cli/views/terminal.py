@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.panel import Panel
@@ -15,6 +15,9 @@ from perce_lite.cli.views.sections import Section, mean_gain
 from perce_lite.console import console
 from perce_lite.export_targets import merge_drift
 from perce_lite.fleet.result import FleetResult
+
+if TYPE_CHECKING:  # importing it would import torch
+    from perce_lite.evaluation.bench.fleetscale import FleetScale
 
 _STYLES = {"template": "dim", "profile": "cyan", "query": "yellow", "response": "bold green"}
 
@@ -246,6 +249,22 @@ def show_fleet_bench(figures: dict[str, Any]) -> None:
         limit = f"{word} {bar['limit']:.1f} x the {unit} of {bar['to']}"
         _show_bar(bar, f"{bar['arm']} at {bar['length']} tokens, {limit}")
     _show_machine(figures)
+
+
+def show_fleet_scale(scale: "FleetScale") -> None:
+    """`perce-lite bench --fleet-scale`: a line a phase, then the bars."""
+    title = f"A fleet's commands, {scale.texts} texts a user, one thread; enrolment: with an engine that trains nothing"
+    table = Table(title=Text(title), title_justify="left", box=None)
+    for name in ("users", "phase", "due", "seconds", "MiB"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for phase in scale.phases:
+        due = "" if phase.due is None else f"{phase.due}"
+        table.add_row(str(phase.users), phase.name, due, f"{phase.seconds:.1f}", f"{phase.mib:.0f}")
+    console.print(table)
+    for bar in scale.bars:
+        word, style = ("met", "green") if bar.met else ("not met", "red")
+        limit = f"  10,000 users, {bar.name}, at most {bar.limit:g} {bar.unit}: {bar.measured:.2f} {bar.unit}"
+        console.print(Text.assemble((f"{word:10}", style), limit))
 
 
 def _show_bar(bar: dict[str, Any], told: str) -> None:
