@@ -158,10 +158,12 @@ def test_a_cache_that_forgets_positions_is_refused():
     model(input_ids=torch.arange(4)[None], past_key_values=sliding, use_cache=True)
     with pytest.raises(CompatibilityError, match="a DynamicCache without a configuration holds"):
         compat.key_values(sliding, model.config.layer_types.index("sliding_attention"))
+    assert not compat.keeps_every_position(sliding)
     plain = DynamicCache()
     model(input_ids=torch.arange(4)[None], past_key_values=plain, use_cache=True)
     for layer in range(2):
         assert compat.key_values(plain, layer)[0].shape[2] == 4
+    assert compat.keeps_every_position(plain)
 
 
 def test_the_state_of_a_checkpoint_is_written_last(toy_trainer, monkeypatch, tmp_path):

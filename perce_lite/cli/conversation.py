@@ -18,7 +18,7 @@ from perce_lite.console import errors
 from perce_lite.data.readers import UserTexts, user_texts
 from perce_lite.data.rows import Message, Profiled
 from perce_lite.errors import DataError, PerceLiteError
-from perce_lite.model.compat import DynamicLayer
+from perce_lite.model.compat import keeps_every_position
 from perce_lite.model.fused_head import base_of
 from perce_lite.model.generate import LoadedAdapter, generate
 from perce_lite.recipe_checks import nearest
@@ -60,8 +60,7 @@ class Kept:
         """
         pairs = zip(self.ids, ids[:-1], strict=False)
         shared = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(self.ids), len(ids) - 1))
-        whole = all(type(layer) is DynamicLayer for layer in self.cache.layers)
-        if use_adapter != self.use_adapter or not whole or shared < max(1, prefix):
+        if use_adapter != self.use_adapter or not keeps_every_position(self.cache) or shared < max(1, prefix):
             return None
         self.cache.crop(shared - self.cache.get_seq_length())
         return self.cache

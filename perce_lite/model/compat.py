@@ -41,7 +41,7 @@ from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, FusedCausalLMOutput, 
 
 from perce_lite.errors import CompatibilityError
 
-__all__ = ["TOKEN_CHUNK_SIZE", "Bnb4BitHfQuantizer", "DynamicLayer", "FusedCausalLMOutput", "LoraLayer", "LoraLinear"]
+__all__ = ["TOKEN_CHUNK_SIZE", "Bnb4BitHfQuantizer", "FusedCausalLMOutput", "LoraLayer", "LoraLinear"]
 """Names of other libraries that are passed through as they are. IF CHANGED, the import above fails."""
 
 
@@ -177,6 +177,14 @@ def key_values(cache: DynamicCache, layer: int) -> tuple[Tensor, Tensor]:
     if type(kept) is not DynamicLayer:
         raise _incompatible("transformers", f"a DynamicCache without a configuration holds a {type(kept).__name__}")
     return kept.keys, kept.values
+
+
+def keeps_every_position(cache: DynamicCache) -> bool:
+    """Whether no layer of `cache` forgets positions, as those of a sliding window do, so that it can be cropped.
+
+    WHY: transformers does not tell a cache that was cut from one that never held the positions. IF CHANGED: loud.
+    """
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 def split_cache(cache: DynamicCache, lengths: Sequence[int]) -> list[DynamicCache]:
