@@ -1,4 +1,4 @@
-"""Many users over one base: who is due is trained, the rest is left alone; the registry says who is served by what."""
+"""A fleet run: enrols users in the registry, trains the adapters that are due, records the results."""
 
 import json
 import shutil
@@ -59,23 +59,23 @@ def fleet(
         if gone:
             say(f"{len(gone)} users who were deleted are left out, though the data has them; --retrain takes one in")
         planned = plan(data, recipe, gone)
-        _tell_of_the_rest(planned, recipe)
+        _report_users_without_adapter(planned, recipe)
         keys = [key_of(name) for name in retrain]
-        _know(planned, [*(("user", name) for name in only), *keys])
+        _require_known(planned, [*(("user", name) for name in only), *keys])
         work = Work.of(recipe, planned, only)
         for key in keys:
             registry.ask(*key, "asked for")
         _enrol(registry, planned, work.recipes)
-        _judge_again(registry, recipe)
-        _remember(registry, recipe)
+        _apply_new_gate(registry, recipe)
+        _store_settings(registry, recipe)
         due = {kind: sum(1 for _ in registry.due(kind, work.wanted(kind))) for kind in KINDS}
         bytes_needed = _disk(recipe, sum(due.values()))
         tally = Tally()
         if sum(due.values()) and not dry_run:
-            working = engine(recipe)
-            _same_base(registry, working, recipe)
-            _train(registry, work, working, sum(due.values()), tally)
-            if next(registry.due("user"), None) is None:  # who is still in it has been trained otherwise
+            trainer = engine(recipe)
+            _same_base(registry, trainer, recipe)
+            _train(registry, work, trainer, sum(due.values()), tally)
+            if next(registry.due("user"), None) is None:  # its users were trained without slots since
                 (recipe.output_dir / KEPT).unlink(missing_ok=True)
         adapters = tuple(registry.all())
         return FleetResult(
@@ -104,7 +104,7 @@ def _registry(recipe: Recipe, dry_run: bool) -> Iterator[Registry]:
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to train from: each group, its recipe, and the names that are asked for by kind."""
+    """Groups and their recipes by key; `only`: names to train by kind, None for all."""
 
     planned: Plan
     groups: dict[Key, Group]
@@ -134,16 +134,16 @@ class Work:
         return None if self.only is None else self.only[kind]
 
 
-def _tell_of_the_rest(planned: Plan, recipe: Recipe) -> None:
-    """Says who gets no adapter of their own."""
+def _report_users_without_adapter(planned: Plan, recipe: Recipe) -> None:
+    """Reports users who have too few rows for an adapter of their own."""
     few = [entry.user for entry in planned.users if not entry.own]
     if few and recipe.fleet.group_by == "user":
-        some = ", ".join(few[:10]) + (" ..." if len(few) > 10 else "")
+        names = ", ".join(few[:10]) + (" ..." if len(few) > 10 else "")
         reason = f"fewer than {recipe.fleet.min_examples} training rows (fleet.min_examples)"
-        say(f"{len(few)} users have {reason}, so no adapter of their own: {some}")
+        say(f"{len(few)} users have {reason}, so no adapter of their own: {names}")
 
 
-def _know(planned: Plan, keys: Sequence[Key]) -> None:
+def _require_known(planned: Plan, keys: Sequence[Key]) -> None:
     """Raises FleetError where a key is of no group: a user who is not in the data, or gets no adapter of their own."""
     users = {entry.user: entry.own for entry in planned.users}
     groups = {group.key for group in planned.groups}
@@ -151,8 +151,8 @@ def _know(planned: Plan, keys: Sequence[Key]) -> None:
         if kind != "user" and (kind, name) not in groups:
             raise FleetError(f"{kind} {name}: this fleet has no such adapter")
         if kind == "user" and name not in users:
-            some = ", ".join(list(users)[:10])
-            raise FleetError(f"user {name}: not in the data; users: {some}{' ...' if len(users) > 10 else ''}")
+            known = ", ".join(list(users)[:10])
+            raise FleetError(f"user {name}: not in the data; users: {known}{' ...' if len(users) > 10 else ''}")
         if kind == "user" and not users[name]:
             raise FleetError(f"user {name} gets no adapter of their own (fleet.min_examples, fleet.group_by)")
 
@@ -183,8 +183,8 @@ def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> 
     registry.enrol(planned.users, records())
 
 
-def _judge_again(registry: Registry, recipe: Recipe) -> None:
-    """Where the gate was moved, those who were trained are judged by the new one."""
+def _apply_new_gate(registry: Registry, recipe: Recipe) -> None:
+    """Where `fleet.gate` changed since the last run, decides anew about every trained adapter."""
     gate = json.dumps(recipe.fleet.gate)
     if registry.meta("gate") not in (None, gate):
         for adapter in registry.all():
@@ -193,8 +193,8 @@ def _judge_again(registry: Registry, recipe: Recipe) -> None:
     registry.set_meta("gate", gate)
 
 
-def _remember(registry: Registry, recipe: Recipe) -> None:
-    """What `adapters who` and `adapters delete` need to know of the recipe."""
+def _store_settings(registry: Registry, recipe: Recipe) -> None:
+    """Stores the settings of the recipe that `adapters who` and `adapters delete` read."""
     store = training_config(recipe).store
     stores = set(json.loads(registry.meta("stores") or "[]")) | ({str(Path(store).absolute())} if store else set())
     registry.set_meta("stores", json.dumps(sorted(stores)))
@@ -231,12 +231,12 @@ def _disk(recipe: Recipe, count: int) -> int:
 
 
 def _same_base(registry: Registry, engine: Engine, recipe: Recipe) -> None:
-    """Writes the base into the registry, or refuses a folder whose adapters are of another."""
-    mine = engine.base()
+    """Stores the base's identity; raises FleetError where the fleet's adapters are of another base."""
+    base = engine.base()
     known = registry.meta("base")
     if known is None:
-        registry.set_meta("base", json.dumps(mine))
-    elif not same_base(json.loads(known), mine):
+        registry.set_meta("base", json.dumps(base))
+    elif not same_base(json.loads(known), base):
         raise FleetError(
             f"{recipe.output_dir}: the adapters of this fleet are of another base than {recipe.model}. Nothing was "
             "touched. Take another folder with --set train.output_dir=FOLDER."
@@ -244,12 +244,12 @@ def _same_base(registry: Registry, engine: Engine, recipe: Recipe) -> None:
 
 
 def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Tally) -> None:
-    """One pass over what is due: the shared adapter, cohorts, users."""
+    """Trains what is due: the shared adapter, then cohorts, then users."""
     at_work: dict[Key, Adapter] = {}
     with progress_bar() as bar:
         progress = bar.add_task("Adapters", total=total, note="")
 
-        def told(loss: float | None, share: float) -> None:
+        def show(loss: float | None, share: float) -> None:
             speed = bar.tasks[0].speed
             rate = "" if speed is None else f"{3600 * speed:.0f} an hour"
             now = "" if loss is None else f"loss {loss:.3f}"
@@ -264,7 +264,7 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
                 parent = None if group.parent is None else registry.get(*group.parent)
                 if parent is not None and parent.due:
                     _failed(registry, adapter, f"{' '.join(parent.key)}, which it starts from, was not trained", tally)
-                    told(None, 0)
+                    show(None, 0)
                     continue
                 start = None if parent is None else registry.folder / parent.folder / "adapter"
                 at_work[adapter.key] = adapter
@@ -274,11 +274,11 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
                 yield Task(adapter.key, work.recipes[adapter.key], rows, folder, adapter.run, start)
 
         def done(task: Task, outcome: Outcome | PerceLiteError) -> None:
-            _write_down(registry, at_work.pop(task.key), task.recipe, outcome, tally)
-            told(None, 0)
+            _record(registry, at_work.pop(task.key), task.recipe, outcome, tally)
+            show(None, 0)
 
         for kind in reversed(KINDS):
-            engine.run(tasks(kind), done, told)
+            engine.run(tasks(kind), done, show)
 
 
 def _failed(registry: Registry, adapter: Adapter, why: str, tally: Tally) -> None:
@@ -287,21 +287,21 @@ def _failed(registry: Registry, adapter: Adapter, why: str, tally: Tally) -> Non
     tally.failed += 1
 
 
-def _write_down(
+def _record(
     registry: Registry, adapter: Adapter, recipe: Recipe, outcome: Outcome | PerceLiteError, tally: Tally
 ) -> None:
-    """Writes down what came of one."""
+    """Records the outcome of one task in the registry."""
     if isinstance(outcome, PerceLiteError):
         _failed(registry, adapter, str(outcome), tally)
         return
-    found, why = verdict(recipe, adapter.kind, outcome.losses)
+    decision, why = verdict(recipe, adapter.kind, outcome.losses)
     test = outcome.losses.get("test") or outcome.losses.get("validation")
     gain = None if test is None else test["start"] - test["own"]
     trained = {"core_only": recipe.core_only, "parameters": outcome.parameters}
     metrics = {"losses": outcome.losses, "weights": outcome.weights, **trained}
-    registry.done(adapter, found, why, outcome.bytes, gain, metrics)
+    registry.done(adapter, decision, why, outcome.bytes, gain, metrics)
     tally.trained += 1
-    tally.held_back += found == "held back"
+    tally.held_back += decision == "held back"
 
 
 def verdict(recipe: Recipe, kind: str, losses: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""Questions to a fleet's registry: who is served by what and why, is it whole, and deleting a user without a trace."""
+"""Queries on a fleet's registry: which adapter serves a user, verification of the files, deletion of a user."""
 
 import json
 import shutil
@@ -17,22 +17,22 @@ from perce_lite.fleet.registry import FILE, KEPT, Adapter, Registry, held
 PERSONAL = (
     KEPT, "fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json",
 )  # fmt: skip
-"""What commands leave beside a fleet that quotes its users' texts or was learned from them."""
+"""Files in a fleet's folder, written by other commands, that quote users' texts or are trained on them."""
 
 
-def find(given: Path | None) -> Path:
-    """The fleet's folder: the one given, else the only one under runs/.
+def find(folder: Path | None) -> Path:
+    """`folder`, or where that is None the only fleet under runs/.
 
     Raises:
         FleetError: none there, or several to choose from.
     """
-    if given is not None:
-        return given
-    found = sorted(path.parent for path in Path("runs").glob(f"*/{FILE}"))
-    if len(found) == 1:
-        return found[0]
-    told = f"several: {', '.join(map(str, found))}" if found else "none"
-    raise FleetError(f"Which fleet? Under runs/ there are {told}. Give its folder with --fleet.")
+    if folder is not None:
+        return folder
+    folders = sorted(path.parent for path in Path("runs").glob(f"*/{FILE}"))
+    if len(folders) == 1:
+        return folders[0]
+    choice = f"several: {', '.join(map(str, folders))}" if folders else "none"
+    raise FleetError(f"Which fleet? Under runs/ there are {choice}. Give its folder with --fleet.")
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,9 @@ def _known(registry: Registry, user: str) -> tuple[str | None, int, bool]:
 
 
 def _is_of(folder: Path, adapter: Adapter) -> bool:
-    """Whether `folder` holds what the registry says was trained and judged, not what a killed run left after it."""
-    card = read_json(folder / METADATA)
-    return card is not None and card.get("run") == adapter.trained_run
+    """Whether `folder` holds the training that the registry recorded, not one that was killed before recording."""
+    metadata = read_json(folder / METADATA)
+    return metadata is not None and metadata.get("run") == adapter.trained_run
 
 
 def _called(adapter: Adapter) -> str:
@@ -174,11 +174,11 @@ def verify(registry: Registry) -> list[str]:
         if adapter.trained_run is None:
             continue
         folder = registry.folder / adapter.folder / "adapter"
-        card = read_json(folder / METADATA)
+        metadata = read_json(folder / METADATA)
         fault = None
-        if card is None:
+        if metadata is None:
             fault = f"{folder / METADATA} is missing or torn"
-        elif card.get("run") != adapter.trained_run:
+        elif metadata.get("run") != adapter.trained_run:
             fault = f"{folder} holds an adapter of another training than the registry says"
         else:
             try:

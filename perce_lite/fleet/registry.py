@@ -1,4 +1,4 @@
-"""Which adapter belongs to whom: a fleet's registry, one SQLite file, with lineage, figures and state."""
+"""A fleet's registry: one SQLite file that maps users to adapters, with lineage, metrics and state."""
 
 import hashlib
 import json
@@ -15,15 +15,15 @@ from filelock import FileLock, Timeout
 from perce_lite.errors import DiskFullError, FleetError
 
 VERSION = 1
-"""Of the tables below; raised when they change."""
+"""Schema version of the tables below (`PRAGMA user_version`)."""
 
 FILE = "fleet.sqlite"
 
 KEPT = "slots.pt"
-"""The file beside it that holds users who were stopped in the middle of their training."""
+"""File beside the registry with the training state of users who were interrupted in slots."""
 
 STATES = ("due", "in service", "held back", "failed")
-"""due: to be trained; held back: trained, but worse than what it would replace; failed: due, and it did not work."""
+"""due: to be trained; held back: trained, but worse than what it would replace; failed: training raised an error."""
 
 KINDS = ("user", "cohort", "all")
 
@@ -50,9 +50,9 @@ CREATE TABLE deleted (user_hash TEXT PRIMARY KEY) WITHOUT ROWID;
 class Adapter:
     """One row of the registry.
 
-    present: whether its group stands in the data of the last run
+    present: 1 if its users are in the data of the last run, else 0
     run: fingerprint of what it should be trained from; trained_run: of what it was trained from
-    asked: to be trained again though nothing has changed; failed_run: what it could not be trained from
+    asked: 1 if it is to be retrained although nothing changed; failed_run: `run` of a training that failed
     verdict: of its last training, "in service" or "held back"; None: it was never trained
     gain: nats a token on test rows by which it is better than its parent (or the base); None where none are held out
     """
@@ -91,8 +91,8 @@ class Adapter:
 def held_out(adapter: Adapter) -> dict[str, float] | None:
     """{base, start, own, tokens} of its last training on test rows, else on validation rows; None without any."""
     losses = adapter.metrics.get("losses", {})
-    found: dict[str, float] | None = losses.get("test") or losses.get("validation")
-    return found
+    measured: dict[str, float] | None = losses.get("test") or losses.get("validation")
+    return measured
 
 
 class Registry:
@@ -108,19 +108,19 @@ class Registry:
     # Meta
 
     def meta(self, key: str) -> str | None:
-        found = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        return None if found is None else str(found[0])
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return None if row is None else str(row[0])
 
     def set_meta(self, key: str, value: str) -> None:
         with self._db:
             self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
 
-    # Who there is
+    # Users and adapters
 
     def enrol(self, users: Iterable[tuple[str, str | None, int, bool]], adapters: Iterable[Mapping[str, Any]]) -> None:
-        """Takes in users (name, cohort, training rows, whether they get one of their own) and adapters to be had.
+        """Upserts users (name, cohort, training rows, whether they get an adapter of their own) and adapters.
 
-        What was trained from something else than `run` is due by that.
+        An adapter whose `run` differs from its `trained_run` becomes due.
         """
         with self._db:
             self._db.executemany(
@@ -134,11 +134,11 @@ class Registry:
                 "updated) VALUES (:kind, :name, :folder, :parent_kind, :parent_name, 1, :run, 'new', :examples, :now) "
                 "ON CONFLICT (kind, name) DO UPDATE SET parent_kind = excluded.parent_kind, parent_name = "
                 "excluded.parent_name, present = 1, examples = excluded.examples, run = excluded.run",
-                ({**one, "now": _now()} for one in adapters),
+                ({**adapter, "now": _now()} for adapter in adapters),
             )
 
     def due(self, kind: str, only: set[str] | None = None) -> Iterator[Adapter]:
-        """Adapters of `kind` to be trained, by name; a page at a time, so that ten thousand need no more memory."""
+        """Adapters of `kind` that are due, by name; read 200 at a time, so memory does not grow with their number."""
         after: str | None = None
         while True:
             clause = "WHERE due = 1 AND present = 1 AND kind = ? AND name > ? ORDER BY name LIMIT 200"
@@ -146,14 +146,14 @@ class Registry:
                 page = self._select(clause.replace("name > ?", "name >= ?"), (kind, ""))
             else:
                 page = self._select(clause, (kind, after))
-            yield from (one for one in page if only is None or one.name in only)
+            yield from (adapter for adapter in page if only is None or adapter.name in only)
             if len(page) < 200:
                 return
             after = page[-1].name
 
     def get(self, kind: str, name: str) -> Adapter | None:
-        found = self._select("WHERE kind = ? AND name = ?", (kind, name))
-        return found[0] if found else None
+        adapters = self._select("WHERE kind = ? AND name = ?", (kind, name))
+        return adapters[0] if adapters else None
 
     def all(self) -> list[Adapter]:
         """Every adapter: all, cohorts, users."""
@@ -161,33 +161,33 @@ class Registry:
 
     def counts(self) -> dict[str, int]:
         """Adapters by state."""
-        found = self._db.execute(
+        rows = self._db.execute(
             "SELECT CASE WHEN due AND failed_run IS run THEN 'failed' WHEN due THEN 'due' ELSE verdict END, count(*) "
             "FROM adapters GROUP BY 1"
         )
-        counted = {str(state): int(count) for state, count in found}
+        counted = {str(state): int(count) for state, count in rows}
         return {state: counted.get(state, 0) for state in STATES}
 
     def user(self, name: str) -> tuple[str | None, int, bool] | None:
         """(cohort, training rows, whether they get an adapter of their own)."""
-        found = self._db.execute("SELECT cohort, examples, own FROM users WHERE user = ?", (name,)).fetchone()
-        return None if found is None else (found[0], int(found[1]), bool(found[2]))
+        row = self._db.execute("SELECT cohort, examples, own FROM users WHERE user = ?", (name,)).fetchone()
+        return None if row is None else (row[0], int(row[1]), bool(row[2]))
 
     def users(self) -> list[str]:
         """Every user, by name."""
-        return [str(one[0]) for one in self._db.execute("SELECT user FROM users ORDER BY user")]
+        return [str(user) for (user,) in self._db.execute("SELECT user FROM users ORDER BY user")]
 
     def users_like(self, name: str, limit: int = 10) -> list[str]:
         """Names that begin as `name` does, else the first ones."""
         head = name[:2].replace("%", "").replace("_", "")
         sql = "SELECT user FROM users WHERE user LIKE ? ORDER BY user LIMIT ?"
-        found = self._db.execute(sql, (f"{head}%", limit)).fetchall() or self._db.execute(sql, ("%", limit)).fetchall()
-        return [str(one[0]) for one in found]
+        rows = self._db.execute(sql, (f"{head}%", limit)).fetchall() or self._db.execute(sql, ("%", limit)).fetchall()
+        return [str(user) for (user,) in rows]
 
-    # What became of them
+    # Results of training
 
     def done(self, adapter: Adapter, verdict: str, why: str, size: int, gain: float | None, metrics: Any) -> None:
-        """Writes down a training that came to its end."""
+        """Records a finished training."""
         with self._db:
             self._db.execute(
                 "UPDATE adapters SET verdict = ?, why = ?, bytes = ?, gain = ?, metrics = ?, trained_run = ?, "
@@ -196,12 +196,14 @@ class Registry:
             )
 
     def starts(self, adapter: Adapter, users: Iterable[str]) -> None:
-        """Writes down, ahead of its training, whose texts an adapter sees; `forget` looks there."""
+        """Records, before training starts, whose texts the adapter sees; `forget` reads it."""
         with self._db:
-            self._db.executemany("INSERT OR IGNORE INTO seen VALUES (?, ?, ?)", ((one, *adapter.key) for one in users))
+            self._db.executemany(
+                "INSERT OR IGNORE INTO seen VALUES (?, ?, ?)", ((user, *adapter.key) for user in users)
+            )
 
     def failed(self, adapter: Adapter, why: str) -> None:
-        """Writes down a training that did not work; what was there before stays in service."""
+        """Records a failed training; the adapter of before stays in service."""
         with self._db:
             self._db.execute(
                 "UPDATE adapters SET failed_run = run, why = ?, updated = ? WHERE kind = ? AND name = ?",
@@ -209,14 +211,14 @@ class Registry:
             )
 
     def judged(self, adapter: Adapter, verdict: str, why: str) -> None:
-        """Another verdict over a training of before: the gate was moved."""
+        """Replaces the verdict on an earlier training after `fleet.gate` changed."""
         with self._db:
             self._db.execute(
                 "UPDATE adapters SET verdict = ?, why = ? WHERE kind = ? AND name = ?", (verdict, why, *adapter.key)
             )
 
     def ask(self, kind: str, name: str, why: str) -> None:
-        """It is to be trained again, and where others start from it, they too."""
+        """Marks an adapter as due, and with it those that start from it."""
         with self._db:
             self._ask(kind, name, why)
 
@@ -229,18 +231,17 @@ class Registry:
             )
 
     def generation(self, kind: str, name: str) -> str:
-        """Changes each time that an adapter which others start from is asked for again."""
+        """A counter that rises each time a shared or cohort adapter is marked as due by `ask` or `forget`."""
         return self.meta(f"generation {kind}:{name}") or "0"
 
     def forget(self, user: str) -> list[tuple[str, str]]:
-        """Removes every row of `user` and marks what had seen their texts as due; gives (kind, name) of those.
+        """Removes every row of `user`, marks the adapters that saw their texts as due, and returns their (kind, name).
 
-        What stays is a hash of the name, so that the next run leaves the user out. All or nothing; then the file is
-        vacuumed.
+        A hash of the name stays, so that later runs leave the user out. One transaction; then the file is vacuumed.
         """
         with self._db:
-            found = self._db.execute("SELECT kind, name FROM seen WHERE user = ? AND kind != 'user'", (user,))
-            touched = [(str(kind), str(name)) for kind, name in found.fetchall()]
+            rows = self._db.execute("SELECT kind, name FROM seen WHERE user = ? AND kind != 'user'", (user,))
+            touched = [(str(kind), str(name)) for kind, name in rows.fetchall()]
             for kind, name in touched:
                 self._ask(kind, name, "a user who was deleted is in it")
             self._db.execute("INSERT OR IGNORE INTO deleted VALUES (?)", (_hash(user),))
@@ -259,13 +260,13 @@ class Registry:
 
     def _select(self, clause: str, values: tuple[Any, ...] = ()) -> list[Adapter]:
         columns = ", ".join(Adapter.__dataclass_fields__)
-        found = self._db.execute(f"SELECT {columns} FROM adapters {clause}", values)
-        return [Adapter(**{**dict(one), "metrics": json.loads(one["metrics"])}) for one in found]
+        rows = self._db.execute(f"SELECT {columns} FROM adapters {clause}", values)
+        return [Adapter(**{**dict(row), "metrics": json.loads(row["metrics"])}) for row in rows]
 
 
 @contextmanager
 def opened(folder: Path, create: bool = False) -> Iterator[Registry]:
-    """The fleet's registry, to read or to write one thing.
+    """Opens the registry without the run lock, to read or for a single write.
 
     Raises:
         FleetError: no fleet there, or one of a newer version; DiskFullError: no space left.
@@ -285,7 +286,7 @@ def opened(folder: Path, create: bool = False) -> Iterator[Registry]:
             )
         if version == 0:
             connection.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
-        connection.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten, not only let go
+        connection.execute("PRAGMA secure_delete = ON")  # deleted content is overwritten with zeros, not only unlinked
         yield Registry(folder, connection)
     except UnicodeEncodeError as error:
         raise FleetError(f"{error.object!a}: a name must be text that UTF-8 can hold") from error
@@ -301,10 +302,10 @@ def opened(folder: Path, create: bool = False) -> Iterator[Registry]:
 
 @contextmanager
 def held(folder: Path) -> Iterator[Registry]:
-    """The fleet's registry for a run that trains; nobody else trains meanwhile.
+    """Opens the registry for a training run and holds the folder's lock until the end.
 
     Raises:
-        FleetError: another run is on it; and as `opened`.
+        FleetError: another run holds the lock; and as `opened`.
     """
     _folder(folder)
     lock = FileLock(folder / "fleet.lock")
@@ -313,7 +314,7 @@ def held(folder: Path) -> Iterator[Registry]:
             yield registry
     except Timeout as error:
         raise FleetError(
-            f"{folder}: another fleet run is on it. Wait for it or stop it. Nothing was touched."
+            f"{folder}: another fleet run is using it. Wait for it or stop it. Nothing was touched."
         ) from error
 
 

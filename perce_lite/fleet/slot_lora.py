@@ -2,7 +2,7 @@
 
 A 4-bit base pays its de-quantisation once a forward, whatever the number of users in it. `attach` finds the targets as
 peft does, so that an adapter comes out under PEFT's names; `Route.of` says, around a forward and its backward, which
-slot each row of the batch belongs to. With cores (see `cores`) a slot trains an r x r matrix alone, and
+slot each row of the batch belongs to. With cores (see `model.lora_core`) a slot trains an r x r matrix alone, and
 slots that start from the same adapter share its A and B.
 """
 
@@ -86,10 +86,10 @@ class SlotLoRA(nn.Module):
         """(G, n, in) to (G, n, out), each group with its slot's adapter."""
         route = self.route
         if self.lora_core is None:
-            a = self.lora_A if route.whole else self.lora_A[route.slots]  # (G, r, in)
-            b = self.lora_B if route.whole else self.lora_B[route.slots]  # (G, out, r)
+            a = self.lora_A if route.all_slots else self.lora_A[route.slots]  # (G, r, in)
+            b = self.lora_B if route.all_slots else self.lora_B[route.slots]  # (G, out, r)
             return torch.bmm(torch.bmm(x, a.mT), b.mT)
-        core = self.lora_core if route.whole else self.lora_core[route.slots]  # (G, r, r)
+        core = self.lora_core if route.all_slots else self.lora_core[route.slots]  # (G, r, r)
         shared = len(self.lora_A) == 1
         a = self.lora_A if shared else self.lora_A[route.parents]  # (1 or G, r, in)
         b = self.lora_B if shared else self.lora_B[route.parents]  # (1 or G, out, r)
@@ -127,7 +127,7 @@ class SlotModel:
 
     @cached_property
     def provenance(self) -> dict[str, Any]:
-        """What the card of each adapter says of base and packages; the base is hashed once for all of them."""
+        """Base and package versions for the metadata of each adapter; the base is hashed once for all of them."""
         return {"base": {**sketch(self.base), "fingerprint": fingerprint(self.base)}, "versions": versions()}
 
     def fresh(self, seed: int) -> dict[str, Tensor]:
@@ -140,10 +140,10 @@ class SlotModel:
                 like = {"dtype": kept if kept.is_floating_point else torch.float32}  # peft draws, then casts to it
                 shape = (layer.lora_A.shape[2], layer.lora_B.shape[1])
                 stand_in = nn.utils.skip_init(nn.Linear, *shape, bias=False, **like)  # draws nothing
-                made = PeftLinear(stand_in, _ADAPTER, config=self.config, r=layer.rank, lora_alpha=layer.alpha)
+                layer_of_peft = PeftLinear(stand_in, _ADAPTER, config=self.config, r=layer.rank, lora_alpha=layer.alpha)
                 names = _names(path)
-                state[names[0]] = made.lora_A[_ADAPTER].weight.detach().to(layer.lora_A.dtype)
-                state[names[1]] = made.lora_B[_ADAPTER].weight.detach().to(layer.lora_B.dtype)
+                state[names[0]] = layer_of_peft.lora_A[_ADAPTER].weight.detach().to(layer.lora_A.dtype)
+                state[names[1]] = layer_of_peft.lora_B[_ADAPTER].weight.detach().to(layer.lora_B.dtype)
         return state
 
     @torch.no_grad()
@@ -200,14 +200,14 @@ class SlotModel:
 
     def hand_gradients(self, slot: int, parameters: Sequence[Tensor]) -> None:
         """Gives `parameters_of(slot)` the slot's part of the gradients; they share their storage too."""
-        for mine, (_, parameter) in zip(parameters, self._trained(), strict=True):
+        for own, (_, parameter) in zip(parameters, self._trained(), strict=True):
             assert parameter.grad is not None
-            mine.grad = parameter.grad[slot]
+            own.grad = parameter.grad[slot]
 
     def gradients_of(self, slot: int) -> list[Tensor]:
         """A slot's part of the gradients, copied to the CPU; there must have been a backward."""
-        found = [parameter.grad for _, parameter in self._trained()]
-        return [gradient[slot].cpu().clone() for gradient in found if gradient is not None]
+        gradients = [parameter.grad for _, parameter in self._trained()]
+        return [gradient[slot].cpu().clone() for gradient in gradients if gradient is not None]
 
     @torch.no_grad()
     def add_gradients(self, slot: int, gradients: Sequence[Tensor]) -> None:
@@ -218,7 +218,7 @@ class SlotModel:
             parameter.grad[slot] += gradient.to(parameter.grad)
 
     def drop_gradients(self) -> None:
-        """Lets go of all gradients, so that the next forward has their memory; every slot's window must be closed."""
+        """Sets all gradients to None. Call it when no slot is in the middle of an accumulation window."""
         for _, parameter in self._trained():
             parameter.grad = None
 
@@ -278,11 +278,11 @@ def attach(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft warns that no weights were drawn: `fresh` draws them
             inject_adapter_in_model(config, base, low_cpu_mem_usage=True)
-        found = _injected(base)
-        faults = _layer_faults(found)
+        targets = _injected(base)
+        faults = _layer_faults(targets)
     except (ValueError, TypeError, NotImplementedError) as error:
-        found, faults = _injected(base), [f"lora: does not go with this model: {error}"]
-    for path, layer in found.items():
+        targets, faults = _injected(base), [f"lora: does not go with this model: {error}"]
+    for path, layer in targets.items():
         base.set_submodule(path, layer.get_base_layer())
     base.__dict__.pop("peft_config", None)
     if faults:
@@ -292,7 +292,7 @@ def attach(
     keep_base_constant(base)
     base.requires_grad_(False)
     route = Route(slots, next(base.parameters()).device)
-    layers = {path: SlotLoRA(layer, route, slots, dtype, core) for path, layer in found.items()}
+    layers = {path: SlotLoRA(layer, route, slots, dtype, core) for path, layer in targets.items()}
     for path, wrapped in layers.items():
         base.set_submodule(path, wrapped)
     config.inference_mode = True  # as peft saves it
@@ -323,12 +323,12 @@ def _faults(lora: LoraConfig, slots: int) -> list[str]:
     return faults + [f"lora: {name} {getattr(lora, name)!r}: {why}" for name, (is_so, why) in refused.items() if is_so]
 
 
-def _layer_faults(found: Mapping[str, LoraLayer]) -> list[str]:
+def _layer_faults(targets: Mapping[str, LoraLayer]) -> list[str]:
     """What peft wrapped that is no plain LoRA on a linear layer."""
-    odd = [path for path, layer in found.items() if _ADAPTER not in layer.lora_A]
-    odd += [path for path in set(found) - set(odd) if not isinstance(found[path].lora_A[_ADAPTER], nn.Linear)]
+    odd = [path for path, layer in targets.items() if _ADAPTER not in layer.lora_A]
+    odd += [path for path in set(targets) - set(odd) if not isinstance(targets[path].lora_A[_ADAPTER], nn.Linear)]
     faults = [f"lora: target_modules: {path} is no linear layer, and only those have slots" for path in sorted(odd)]
-    variants = [path for path, layer in found.items() if layer.lora_variant]
+    variants = [path for path, layer in targets.items() if layer.lora_variant]
     if variants:
         faults.append(f"lora: {variants[0]} would be a variant of LoRA that slots do not know; plain LoRA only")
     return faults

@@ -32,7 +32,7 @@ class Route:
 
     size: rows of the batch, 0 for any number; None where no route is open, and then every row sees the bare base
     slots: (G,) the slots that take part, one a group of rows
-    whole: whether these are all slots there are, in their order
+    all_slots: whether `slots` are all slots, in their order
     active: (N,) the rows that have a slot, group after group of N / G; None: all of them
     homes: which parent each slot has, with cores; -1: none yet
     parents: (G,) the parents of the slots that take part
@@ -48,7 +48,7 @@ class Route:
         self.slots: Tensor | None = None
         self.parents: Tensor | None = None
         self.active: Tensor | None = None
-        self.whole = False
+        self.all_slots = False
         self._read: tuple[Tensor, tuple[int, torch.dtype], Tensor] | None = None
 
     def rows_of(self, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -85,7 +85,7 @@ class Route:
         self.size = len(rows)
         if routed:
             self._take(heads)
-            self.whole = heads == list(range(self._count))
+            self.all_slots = heads == list(range(self._count))
         if len(routed) < len(rows):
             places = [place for place, slot in enumerate(rows) if slot != BARE]
             self.active = torch.tensor(places, device=self._device, dtype=torch.long)
@@ -96,13 +96,13 @@ class Route:
 
     @contextmanager
     def bare(self) -> Iterator[None]:
-        """Every row sees the base alone, whatever is routed around it: to read what an adapter sleeps through."""
-        kept = self.size, self.slots, self.parents, self.active, self.whole
+        """Every row sees the base alone, whatever is routed around it: to encode KV prefixes for activated LoRA."""
+        kept = self.size, self.slots, self.parents, self.active, self.all_slots
         self._close()
         try:
             yield
         finally:
-            self.size, self.slots, self.parents, self.active, self.whole = kept
+            self.size, self.slots, self.parents, self.active, self.all_slots = kept
 
     @contextmanager
     def everything_to(self, slot: int) -> Iterator[None]:

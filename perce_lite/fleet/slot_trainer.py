@@ -78,15 +78,15 @@ class SlotTrainer:
     def run(
         self,
         jobs: Iterable[UserJob],
-        done: Callable[[Result], None],
+        on_done: Callable[[Result], None],
         kept: Unfinished | None = None,
-        told: Callable[[float, float], None] | None = None,
+        on_progress: Callable[[float, float], None] | None = None,
     ) -> None:
-        """Trains all `jobs`, calling `done` for each as it ends, failed or not; `jobs` is read as slots come free.
+        """Trains all `jobs`, calling `on_done` for each as it ends, failed or not; `jobs` is read as slots come free.
 
-        kept: where users go on from, and where all that are in slots are kept every `save_steps` batches
-        told: called after each batch, once a step was taken, with the unweighted loss a token, nats, of the last step
-            of those in slots, the mean over them, and with the sum of their shares of steps that are done
+        kept: saved states to resume from; all users in slots are saved there every `save_steps` batches
+        on_progress: called after each batch, from the first step on, with the unweighted loss of the last step (nats a
+            token, mean over the users in slots) and the sum of their shares of finished steps
         """
         waiting = iter(jobs)
         base = self.model.base
@@ -97,16 +97,16 @@ class SlotTrainer:
             base.gradient_checkpointing_enable(options)
         try:
             for batch in itertools.count(1):
-                if not self._fill(running, waiting, done, kept):
+                if not self._fill(running, waiting, on_done, kept):
                     break
                 errors = self._step([running[slot] for slot in sorted(running)])
                 begun = [training for training in running.values() if training.log]
-                if told is not None and begun:
+                if on_progress is not None and begun:
                     loss = sum(training.log[-1]["unweighted_loss"] for training in begun) / len(begun)
-                    told(loss, sum(len(training.log) / max(1, training.total) for training in begun))
+                    on_progress(loss, sum(len(training.log) / max(1, training.total) for training in begun))
                 for slot, training in list(running.items()):
                     if slot in errors or training.finished:
-                        done(self._result(training, errors.get(slot)))
+                        on_done(self._result(training, errors.get(slot)))
                         del running[slot]
                 if kept is not None and self._is_due(batch, running.values()):
                     kept.write({running[slot].job.user: self._state(running[slot]) for slot in sorted(running)})
@@ -123,18 +123,18 @@ class SlotTrainer:
             return False
         every = self.args.save_steps
         if every < 1:
-            every *= max((one.total for one in running), default=1)
+            every *= max((user.total for user in running), default=1)
         return batch % max(1, int(every)) == 0
 
-    def _state(self, learner: SlotUser) -> dict[str, Any]:
-        gradients = self.model.gradients_of(learner.slot) if learner.figures else []
-        return {**learner.state(), "begun": learner.job.begun, "gradients": gradients}
+    def _state(self, user: SlotUser) -> dict[str, Any]:
+        gradients = self.model.gradients_of(user.slot) if user.figures else []
+        return {**user.state(), "begun": user.job.begun, "gradients": gradients}
 
     def _fill(
         self,
         running: dict[int, SlotUser],
         waiting: Iterator[UserJob],
-        done: Callable[[Result], None],
+        on_done: Callable[[Result], None],
         kept: Unfinished | None,
     ) -> dict[int, SlotUser]:
         """Gives each free slot the next job that can start."""
@@ -146,7 +146,7 @@ class SlotTrainer:
                 try:
                     running[slot] = self._start(slot, job, None if kept is None else kept.take(job))
                 except PerceLiteError as error:
-                    done(Result(job.user, slot, error=error))
+                    on_done(Result(job.user, slot, error=error))
         return running
 
     def _start(self, slot: int, job: UserJob, state: Mapping[str, Any] | None) -> SlotUser:
@@ -156,19 +156,19 @@ class SlotTrainer:
         if job.adapter is None and self.model.core:
             raise AdapterError(f"user {job.user}: a core needs an adapter to start from (lora.core_only)")
         seed = self.args.seed if job.seed is None else job.seed
-        found = reference_log_probs(self.model.base, job.pairs, self.args, seed, self.store)
+        reference = reference_log_probs(self.model.base, job.pairs, self.args, seed, self.store)
         self.model.load_slot(slot, self.model.fresh(seed) if job.adapter is None else job.adapter)
-        learner = SlotUser(slot, job, found, self.model.parameters_of(slot), self.args, self.prefixes)
+        user = SlotUser(slot, job, reference, self.model.parameters_of(slot), self.args, self.prefixes)
         if state is not None:
-            learner.restore(state)
+            user.restore(state)
             self.model.add_gradients(slot, state["gradients"])
-        return learner
+        return user
 
     def _result(self, training: SlotUser, error: PerceLiteError | None) -> Result:
         adapter = {} if error is not None else self.model.read_slot(training.slot)
         self.model.clear_gradients(training.slot)
         self.prefixes.forget(training.features)
-        return Result(training.job.user, training.slot, adapter, training.log, training.found.store_hits, error)
+        return Result(training.job.user, training.slot, adapter, training.log, training.reference.store_hits, error)
 
     def _step(self, trainings: Sequence[SlotUser]) -> dict[int, PerceLiteError]:
         """One batch of every user: one forward, one backward, and the steps that are due. Gives errors by slot."""
@@ -181,7 +181,9 @@ class SlotTrainer:
             if self.args.estimator == "bootstrap":
                 batch["counterfactual"] = self._without_profile(taken)
             losses = self._losses(trainings, batch)
-            torch.stack([one.scaler.scale(loss) for one, loss in zip(trainings, losses, strict=True)]).sum().backward()
+            torch.stack(
+                [user.scaler.scale(loss) for user, loss in zip(trainings, losses, strict=True)]
+            ).sum().backward()
         errors: dict[int, PerceLiteError] = {}
         due = []
         for training, loss in zip(trainings, torch.stack(losses).tolist(), strict=True):
@@ -202,10 +204,10 @@ class SlotTrainer:
     def _losses(self, trainings: Sequence[SlotUser], batch: dict[str, Any]) -> list[Tensor]:
         """Each user's weighted loss, nats a token of that user's accumulation window."""
         scored = batch["labels"][:, 1:] != IGNORED
-        given = {name: batch[name] for name in _GIVEN if name in batch}
+        inputs = {name: batch[name] for name in _GIVEN if name in batch}
         with autocast_to(self.device, self.args.autocast):
-            flat = self.forward(**given, use_cache=False)  # (N,), row after row
-        constant = {name: batch[name][:, 1:][scored] for name in trainings[0].found.columns}
+            flat = self.forward(**inputs, use_cache=False)  # (N,), row after row
+        constant = {name: batch[name][:, 1:][scored] for name in trainings[0].reference.columns}
         if "counterfactual" in batch:
             constant["counterfactual_log_probs"] = batch["counterfactual"]
         counts = iter(scored.sum(1).tolist())
@@ -224,7 +226,7 @@ class SlotTrainer:
             constant.get("factual_log_probs"),
             clip_min=self.args.clip_min,
             clip_max=self.args.clip_max,
-            scale=training.found.scale,
+            scale=training.reference.scale,
         )
         training.seen = log_probs.detach(), weighted.pir
         return weighted.per_token.sum() / training.tokens

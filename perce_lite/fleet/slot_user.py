@@ -1,4 +1,4 @@
-"""One user in one slot: rows, place in their order, optimizer, schedule, figures; kept on disk, and gone on with."""
+"""One user in one slot: rows, their order, optimizer, schedule, log; saved to disk and resumed."""
 
 import pickle
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from perce_lite.training.reference_logprobs import ReferenceLogProbs, trained_to
 from perce_lite.training.trainer import non_finite_error
 
 _RUN = ("epoch", "loss", "unweighted_loss", "grad_norm", "learning_rate")
-"""Figures of a step that do not speak of its weights."""
+"""Entries of a step's log that are not weight statistics."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class UserJob:
     seed: of the first weights, of the order of rows and of the `shuffled` control; None: the config's
     adapter: where training starts, by PEFT's names; None: fresh weights. With cores it is what is frozen: users who
         are given the very same mapping share it
-    begun: fingerprint of what it is trained from; what was kept of a user goes on only where this is the same
+    begun: fingerprint of the inputs; a saved state is resumed only if it has the same
     """
 
     user: str
@@ -47,9 +47,9 @@ class UserJob:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a job.
+    """The result of a job.
 
-    slot: where it was trained, and still lies until the next user takes it
+    slot: where it was trained; its weights stay there until the next user takes the slot
     adapter: by PEFT's names, on the CPU; empty where the user failed
     log: a step each: epoch, loss, unweighted_loss (nats a token), grad_norm, learning_rate, health of the weights
     store_hits: share of the scored sequences that came from the store
@@ -71,34 +71,36 @@ class Result:
     @property
     def weights(self) -> dict[str, float]:
         """`weight_statistics`, means over the last epoch; empty for `uniform`."""
-        last = [one for one in self.log if one["epoch"] > self.log[-1]["epoch"] - 1]
+        last = [step for step in self.log if step["epoch"] > self.log[-1]["epoch"] - 1]
         return {
-            name: sum(one[name] for one in last) / len(last) for one in last[:1] for name in one if name not in _RUN
+            name: sum(step[name] for step in last) / len(last) for name in (last[0] if last else {}) if name not in _RUN
         }
 
 
 class SlotUser:
     """One user in one slot: rows, place in their order, optimizer, schedule, figures.
 
-    parameters: the slot's tensors; job, found: the user's rows, and what is constant of them; prefixes: all users'
+    parameters: the slot's tensors; job: the user's rows; reference: their log-probs under the
+    frozen base; prefixes: KV prefix cache of all users
     """
 
     def __init__(
         self,
         slot: int,
         job: UserJob,
-        found: ReferenceLogProbs,
+        reference: ReferenceLogProbs,
         parameters: list[Tensor],
         args: PerCEConfig,
         prefixes: PrefixCache,
     ) -> None:
         seed = args.seed if job.seed is None else job.seed
-        self.slot, self.job, self.found, self.parameters, self.args = slot, job, found, parameters, args
+        self.slot, self.job, self.reference, self.parameters, self.args = slot, job, reference, parameters, args
         rows = [prefixes.features(trained_tokens(pair, args), args.profile_pass) for pair in job.pairs]
         self.features: list[dict[str, Any]] = [
-            {**one, **{name: found.columns[name][row] for name in found.columns}} for row, one in enumerate(rows)
+            {**features, **{name: reference.columns[name][row] for name in reference.columns}}
+            for row, features in enumerate(rows)
         ]
-        self.windows = windows(args, [one["input_ids"] for one in self.features], seed)
+        self.windows = windows(args, [features["input_ids"] for features in self.features], seed)
         self.total = job.steps if job.steps is not None else steps_of(args, len(self.features))
         # The trainer's own optimizer and schedule, over this slot's tensors alone; peft's matrices all decay.
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
@@ -142,7 +144,7 @@ class SlotUser:
         figures = {"loss": loss, "unweighted_loss": float(-log_probs.sum() / self.tokens)}
         if pir is not None:
             figures |= weight_statistics(pir, self.args.clip_min, self.args.clip_max)
-            figures["weight_mean"] *= self.found.scale
+            figures["weight_mean"] *= self.reference.scale
         self.figures.append(figures)
 
     def norm(self) -> Tensor:
@@ -159,7 +161,7 @@ class SlotUser:
         self.scaler.update()
         if self.scaler.get_scale() >= scale:  # else fp16 overflowed and no step was taken, as in accelerate
             self.schedule.step()
-        summed = {name: sum(one[name] for one in self.figures) for name in self.figures[0]}
+        summed = {name: sum(figures[name] for figures in self.figures) for name in self.figures[0]}
         means = {name: value / len(self.figures) for name, value in summed.items()}
         losses = {name: summed[name] for name in ("loss", "unweighted_loss")}
         self.log.append({**means, **losses, "epoch": self.epoch, "grad_norm": norm, "learning_rate": rate})
@@ -169,7 +171,9 @@ class SlotUser:
     def state(self) -> dict[str, Any]:
         """All that `restore` needs, on the CPU; what a window has gathered in gradients is the model's to keep."""
         return {
-            "parameters": [one.detach().cpu().clone() for one in self.parameters],  # views, so not their whole storage
+            "parameters": [
+                tensor.detach().cpu().clone() for tensor in self.parameters
+            ],  # views, so not their whole storage
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -180,9 +184,9 @@ class SlotUser:
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state` was taken: the same weights, moments, rate and next row."""
-        for mine, kept in zip(self.parameters, state["parameters"], strict=True):
-            mine.copy_(kept)
+        """Resumes from `state`: the same weights, moments, rate and next row."""
+        for parameter, kept in zip(self.parameters, state["parameters"], strict=True):
+            parameter.copy_(kept)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
@@ -216,16 +220,16 @@ class Unfinished:
 
     @property
     def users(self) -> list[str]:
-        """Who is waiting to go on, in the order of their slots."""
+        """Users to be resumed, in the order of their slots."""
         return list(self._states)
 
     def take(self, job: UserJob) -> dict[str, Any] | None:
-        """What was kept of the job's user, once; None where nothing was, or where it began from something else."""
+        """Removes and returns the saved state of the job's user; None without one, or where its inputs differ."""
         state = self._states.pop(job.user, None)
         return state if state is not None and state["begun"] == job.begun else None
 
     def write(self, states: Mapping[str, Mapping[str, Any]]) -> None:
-        """Keeps `states` by user, with those who still wait; no file where there is nobody."""
+        """Saves `states` by user, with those not yet resumed; removes the file where there are none."""
         unfinished = {**states, **self._states}
         if not unfinished:
             self._file.unlink(missing_ok=True)

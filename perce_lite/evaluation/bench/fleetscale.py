@@ -91,9 +91,9 @@ class UntrainedEngine:
     def base(self) -> dict[str, Any]:
         return {"shape": [self._model], "embedding": [0.0]}
 
-    def run(self, tasks: Iterator[Task], done: OnDone, told: OnProgress) -> None:
+    def run(self, tasks: Iterator[Task], on_done: OnDone, on_progress: OnProgress) -> None:
         for task in tasks:
-            done(task, Outcome({}, {}, 0, 0))
+            on_done(task, Outcome({}, {}, 0, 0))
 
 
 def fleet_scale(users: Sequence[int] = USERS) -> FleetScale:

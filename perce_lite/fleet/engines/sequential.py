@@ -34,9 +34,9 @@ class Task:
     """One adapter to train.
 
     key: (kind, name) in the fleet's registry
-    folder: its own; the adapter comes to lie in `folder/adapter`
-    run: fingerprint of what it is trained from
-    start: folder of the adapter it starts from; None: from nothing
+    folder: the task's own; the adapter is saved to `folder/adapter`
+    run: fingerprint of the inputs of the training (see `groups.run_fingerprint`)
+    start: folder of the adapter that training starts from; None: fresh weights
     """
 
     key: Key
@@ -48,16 +48,16 @@ class Task:
 
     @property
     def begun(self) -> str:
-        """As `run`, with the rows: a cohort's run does not name them, but what is half trained must go on with them."""
+        """As `run`, with the rows: a cohort's `run` does not depend on them, but a resumed one needs the same."""
         return digest([self.run, [row.fingerprint() for row in self.rows]])
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a task.
+    """The result of a task.
 
     losses: split -> {base, start, own, tokens}, loss a token with the own profile, nats; a split without rows is absent
-    bytes: of the adapter's folder; parameters: how many numbers were trained
+    bytes: of the adapter's folder; parameters: how many were trained
     """
 
     losses: dict[str, dict[str, float]]
@@ -68,32 +68,32 @@ class Outcome:
 
 OnDone = Callable[[Task, Outcome | PerceLiteError], None]
 OnProgress = Callable[[float, float], None]
-"""Called after each step with the loss a token, nats, of those at work, the mean over them, and with what of their
-training is done, in adapters: three users who are halfway are 1.5.
+"""Called after each step with the mean loss of the users in training, nats a token, and their summed progress in
+adapters: three users who are halfway are 1.5.
 """
 
 
 class Engine(Protocol):
-    """What a fleet asks of the thing that trains: give it tasks, get adapters."""
+    """Trains the tasks of a fleet."""
 
     def base(self) -> dict[str, Any]:
-        """The sketch of its base, by which a fleet's folder knows it again."""
+        """A sketch of its base (`model.fingerprint.sketch`), stored in the registry to recognise the base."""
 
-    def run(self, tasks: Iterator[Task], done: OnDone, told: OnProgress) -> None:
-        """Trains each, calling `done` as it ends, with the error where it cannot be trained; reads on as it has room.
+    def run(self, tasks: Iterator[Task], on_done: OnDone, on_progress: OnProgress) -> None:
+        """Trains each task and calls `on_done` with its outcome or its error; reads `tasks` as it has room.
 
-        An error that is not the user's own (no disk space) is raised.
+        Errors in FATAL_ERRORS are raised.
         """
 
 
 FATAL_ERRORS = (DiskFullError, DeviceError, ModelError, RecipeError, ConfigError)
-"""Errors that the next user would meet as well; after any other, the others go on."""
+"""Errors that the next user would meet as well. After any other error the run continues with the next user."""
 
 
 class SequentialEngine:
     """Trains with `PerCETrainer`, one adapter after another, over a base that is loaded once.
 
-    users: how many are to be trained at once, for what is said where not even the base fits
+    users: how many are to be trained at once, for the message where not even the base fits
     """
 
     def __init__(self, recipe: Recipe, users: int = 1) -> None:
@@ -103,37 +103,39 @@ class SequentialEngine:
     def base(self) -> dict[str, Any]:
         return sketch(self._base().model)
 
-    def run(self, tasks: Iterator[Task], done: OnDone, told: OnProgress) -> None:
+    def run(self, tasks: Iterator[Task], on_done: OnDone, on_progress: OnProgress) -> None:
         for task in tasks:
             outcome: Outcome | PerceLiteError
             try:
-                outcome = self._train(task, told)
+                outcome = self._train(task, on_progress)
             except FATAL_ERRORS:
                 raise
             except PerceLiteError as error:  # a full card too: other users may have shorter rows
                 outcome = error
-            done(task, outcome)
+            on_done(task, outcome)
             if isinstance(outcome, PerceLiteError):
                 del outcome  # its frames hold what was on the card
                 let_go()
 
-    def _train(self, task: Task, told: OnProgress) -> Outcome:
+    def _train(self, task: Task, on_progress: OnProgress) -> Outcome:
         with full_card_in_a_fleet(task.recipe, 1, lambda: task.rows, of_users=task.start is not None):
-            return self._trained(task, told)
+            return self._train_task(task, on_progress)
 
-    def _trained(self, task: Task, told: OnProgress) -> Outcome:
+    def _train_task(self, task: Task, on_progress: OnProgress) -> Outcome:
         run = Run(task.folder, task.begun, task.run)
         recipe = task.recipe.model_copy(update={"train": {**task.recipe.train, "output_dir": str(task.folder)}})
         base = self._base()
         with no_bars(), bare(base.model):
             run.make_way(fingerprint(base.model))
             trainer = make_trainer(recipe, base, task.rows, task.start)
-            trainer.add_callback(_Tells(told))
+            trainer.add_callback(_Progress(on_progress))
             before = _losses(trainer, recipe, task.rows, ("base", "start"))
             train_to_end(trainer, recipe, task.rows, run)
             after = _losses(trainer, recipe, task.rows, ("own",))
             weights = mean_statistics(trainer)
-            trained_parameters = sum(one.numel() for one in trainer.model.parameters() if one.requires_grad)
+            trained_parameters = sum(
+                parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad
+            )
         run.drop_checkpoints()
         losses = {split: {**before[split], **after[split]} for split in before}
         return Outcome(losses, weights, bytes_of(run.adapter), trained_parameters)
@@ -145,20 +147,20 @@ class SequentialEngine:
         return self._loaded
 
 
-class _Tells(TrainerCallback):
-    """Says the loss of each step that is logged."""
+class _Progress(TrainerCallback):
+    """Reports the loss of each logged step."""
 
-    def __init__(self, told: OnProgress) -> None:
-        self._told = told
+    def __init__(self, on_progress: OnProgress) -> None:
+        self._on_progress = on_progress
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "unweighted_loss" in logs:
-            self._told(float(logs["unweighted_loss"]), state.global_step / state.max_steps)
+            self._on_progress(float(logs["unweighted_loss"]), state.global_step / state.max_steps)
 
 
 @contextmanager
 def bare(model: PreTrainedModel) -> Iterator[None]:
-    """Gives the base back as it was: a trainer puts layers into it and wraps its forward once more."""
+    """Restores the base at the end: a trainer inserts adapter layers and wraps `forward`."""
     before = model.__dict__.get("forward")
     try:
         yield
@@ -172,31 +174,31 @@ def bare(model: PreTrainedModel) -> Iterator[None]:
 def _losses(
     trainer: PerCETrainer, recipe: Recipe, rows: Sequence[Row], who: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """Loss a token on held-out rows by split: of the base (from the store where it has it), of the adapter as it is."""
+    """Loss on held-out rows by split, nats a token: of the base (from the store on a hit), of the current adapter."""
     maker = PairMaker.of(recipe, trainer.processing_class, trainer.args.max_length)
-    found: dict[str, dict[str, float]] = {}
+    losses: dict[str, dict[str, float]] = {}
     base = store_of(trainer.args.store, trainer.model, trainer.autocast) if "base" in who else None
     for split, jobs in held_out_jobs(maker, recipe, trainer.args, rows).items():
-        found[split] = {}
+        losses[split] = {}
         for name in who:
             on = name != "base"
             scored = cached_log_probs(trainer.model, jobs, None if on else base, trainer.autocast, split, on).log_probs
-            found[split] |= loss_of(name, scored)
-    return found
+            losses[split] |= loss_of(name, scored)
+    return losses
 
 
 def held_out_jobs(
     maker: PairMaker, recipe: Recipe, args: PerCEConfig, rows: Sequence[Row]
 ) -> dict[str, list[ScoringJob]]:
-    """What to score of a user's held-out rows, by split, as the adapter will be used."""
-    found = {}
+    """Scoring jobs of a user's held-out rows, by split, with the profile."""
+    jobs = {}
     for split in ("validation", "test"):
         pairs = maker.make(
             spread_over_users([row for row in of_split(rows, split) if row.profile], recipe.evaluation.max_rows)
         )
         if pairs:
-            found[split] = [ScoringJob(pair.row.user, trained_tokens(pair, args)) for pair in pairs]
-    return found
+            jobs[split] = [ScoringJob(pair.row.user, trained_tokens(pair, args)) for pair in pairs]
+    return jobs
 
 
 def loss_of(name: str, scored: Sequence[Tensor]) -> dict[str, float]:

@@ -40,7 +40,7 @@ from perce_lite.training.train import run_metadata
 class SlotsEngine(SequentialEngine):
     """Trains users in `slots` at once; what others start from (the shared adapter, a cohort's) one after another.
 
-    Tasks of one recipe share the slots. Users who are stopped in the middle go on from where all slots were last kept.
+    Tasks of one recipe share the slots. Interrupted users resume from the last checkpoint of all slots.
     may_fall_back: train one after another, and say so, where the recipe asks for what slots cannot do
     """
 
@@ -48,18 +48,18 @@ class SlotsEngine(SequentialEngine):
         super().__init__(recipe, slots)
         self._may_fall_back = may_fall_back
 
-    def run(self, tasks: Iterator[Task], done: OnDone, told: OnProgress) -> None:
+    def run(self, tasks: Iterator[Task], on_done: OnDone, on_progress: OnProgress) -> None:
         for (kind, recipe), group in itertools.groupby(tasks, lambda task: (task.key[0], task.recipe)):
             if kind == "user":
-                self._together(recipe, group, done, told)
+                self._train_in_slots(recipe, group, on_done, on_progress)
             else:
-                super().run(group, done, told)
+                super().run(group, on_done, on_progress)
 
-    def _together(self, recipe: Recipe, tasks: Iterator[Task], done: OnDone, told: OnProgress) -> None:
+    def _train_in_slots(self, recipe: Recipe, tasks: Iterator[Task], on_done: OnDone, on_progress: OnProgress) -> None:
         """Trains the tasks, all of one recipe; measures and saves each as it ends."""
         base, args = self._base(), training_config(recipe)
         kept = Unfinished(Path(args.output_dir) / KEPT)
-        # Those who go on come first, in the order in which they shared a batch: who failed before stands among them.
+        # Users who resume come first, in the order in which they shared a batch, those who failed included.
         order = {user: place for place, user in enumerate(kept.users)}
         first = list(itertools.islice(tasks, self._slots + len(order)))
         first.sort(key=lambda task: order.get(task.key[1], len(order)))
@@ -78,14 +78,14 @@ class SlotsEngine(SequentialEngine):
                 if not self._may_fall_back:
                     raise
                 say(f"One user after another: slots cannot do what the recipe asks for. {error}")
-                super().run(itertools.chain(first, tasks), done, told)
+                super().run(itertools.chain(first, tasks), on_done, on_progress)
                 return
             say(f"{count} users at once (fleet.slots)")
             try:
                 with no_bars():
                     maker = PairMaker.of(recipe, base.tokenizer, args.max_length)
-                    users = _Users(engine, maker, done, at_work)
-                    users.train(itertools.chain(first, tasks), kept, fingerprint(base.model), told)
+                    users = _Users(engine, maker, on_done, at_work)
+                    users.train(itertools.chain(first, tasks), kept, fingerprint(base.model), on_progress)
             finally:
                 engine.model.detach()
 
@@ -94,37 +94,37 @@ class _Users:
     """Tasks of one recipe on their way through an engine's slots; `at_work` has those who are in one, by user."""
 
     def __init__(
-        self, engine: SlotTrainer, maker: PairMaker, done: OnDone, at_work: dict[str, tuple[Task, UserJob]]
+        self, engine: SlotTrainer, maker: PairMaker, on_done: OnDone, at_work: dict[str, tuple[Task, UserJob]]
     ) -> None:
-        self._engine, self._maker, self._done, self._at_work = engine, maker, done, at_work
+        self._engine, self._maker, self._on_done, self._at_work = engine, maker, on_done, at_work
         args = engine.args
         self._store = engine.store or store_of(args.store, engine.model.base, args.autocast)
         # What users start from, of each slot at the most: a cohort's users come from one mapping, which cores share.
         self._start_of = functools.lru_cache(maxsize=engine.model.slots)(_weights)
 
-    def train(self, tasks: Iterator[Task], kept: Unfinished, base: str, told: OnProgress) -> None:
+    def train(self, tasks: Iterator[Task], kept: Unfinished, base: str, on_progress: OnProgress) -> None:
         """base: its fingerprint."""
-        self._engine.run(self._jobs(tasks, base), self._ended, kept, told)
+        self._engine.run(self._jobs(tasks, base), self._ended, kept, on_progress)
 
     def _jobs(self, tasks: Iterator[Task], base: str) -> Iterator[UserJob]:
         for task in tasks:
             audit = Audit()
             try:
-                made = self._maker.make(of_split(task.rows, "train"), audit)
-                require(made, audit, "training")
+                pairs = self._maker.make(of_split(task.rows, "train"), audit)
+                require(pairs, audit, "training")
                 start = None if task.start is None else self._start_of(task.start)
             except FATAL_ERRORS:
                 raise
             except PerceLiteError as error:
-                self._done(task, error)
+                self._on_done(task, error)
                 continue
-            job = UserJob(task.key[1], made, adapter=start, begun=digest([task.begun, base]))
+            job = UserJob(task.key[1], pairs, adapter=start, begun=digest([task.begun, base]))
             self._at_work[job.user] = task, job
             yield job
 
     def _ended(self, result: Result) -> None:
         task, job = self._at_work.pop(result.user)
-        self._done(task, self._finished(task, job, result) if result.error is None else result.error)
+        self._on_done(task, self._finished(task, job, result) if result.error is None else result.error)
 
     def _finished(self, task: Task, job: UserJob, result: Result) -> Outcome | PerceLiteError:
         """Measures a user's held-out rows under the own adapter, the base, and what it started from; saves it."""
@@ -134,14 +134,14 @@ class _Users:
         for name in ("own", "base", "start"):
             if name == "start":
                 model.load_slot(result.slot, model.fresh(args.seed) if job.adapter is None else job.adapter)
-            for split, some in jobs.items():
-                losses[split] |= loss_of(name, self._scored(some, None if name == "base" else result.slot))
+            for split, split_jobs in jobs.items():
+                losses[split] |= loss_of(name, self._scored(split_jobs, None if name == "base" else result.slot))
         figures = {"losses": [], "weights": result.weights}
         template, kept = self._maker.tokenizer.chat_template, len(job.pairs)
-        told = run_metadata(task.recipe, args, template, task.rows, kept, result.steps, task.run, figures)
+        metadata = run_metadata(task.recipe, args, template, task.rows, kept, result.steps, task.run, figures)
         folder = task.folder / "adapter"
         try:
-            save_slot(model, result.adapter, folder, told)
+            save_slot(model, result.adapter, folder, metadata)
         except NonFiniteLossError as error:
             return error
         weights = {**result.weights, "store_hits": result.store_hits}
