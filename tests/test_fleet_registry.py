@@ -66,7 +66,7 @@ def test_a_second_fleet_on_the_folder_stops(recipe, run):
     with FileLock("out/fleet.lock"):
         code, _, err = run("fleet", path)
     assert code == 2
-    assert "another fleet run is on it" in " ".join(err.split())
+    assert "another fleet run is using it" in " ".join(err.split())
 
 
 def test_folders_that_cannot_be_used(recipe, tmp_path):
