@@ -48,7 +48,7 @@ def fleet(
 
     Raises:
         FleetError: another run is on this folder, it is of another base, or a name is not known.
-        DataError: as `groups.plan`; DiskFullError: no space left. One user's failure is written down, and others go on.
+        DataError: as `groups.plan`; DiskFullError: no space left. One user's failure is recorded; the run continues.
     """
     refuse_exports(recipe)
     # Every row of a user counts: with data.max_rows, one user's new rows would push out another's.
@@ -305,7 +305,7 @@ def _record(
 
 
 def verdict(recipe: Recipe, kind: str, losses: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
-    """Whether an adapter goes into service, and why: a user's must beat what it would replace, on validation rows."""
+    """("in service" or "held back", why): a user's adapter must beat its parent by `fleet.gate` on validation rows."""
     gate, judged = recipe.fleet.gate, losses.get("validation")
     if kind != "user" or gate is None:
         return "in service", "trained"

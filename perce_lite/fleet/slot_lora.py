@@ -1,4 +1,4 @@
-"""Many adapters in one batch: each target linear of one frozen base holds K adapters, and each row names its own.
+"""Batched multi-LoRA: each target linear of one frozen base holds K adapters, and each row of a batch names its own.
 
 A 4-bit base pays its de-quantisation once a forward, whatever the number of users in it. `attach` finds the targets as
 peft does, so that an adapter comes out under PEFT's names; `Route.of` says, around a forward and its backward, which
@@ -96,7 +96,7 @@ class SlotLoRA(nn.Module):
         return x @ a.mT @ core.mT @ b.mT
 
     def set_parent(self, place: int, a: Tensor, b: Tensor) -> None:
-        """Puts a parent's A (r, in) and B (out, r) at `place`, which may be the next new one."""
+        """Stores a parent's A (r, in) and B (out, r) at `place`, at most one behind the last."""
         for name, matrix in (("lora_A", a), ("lora_B", b)):
             held: Tensor = self.get_buffer(name)
             new = matrix.to(held)[None]
@@ -173,7 +173,7 @@ class SlotModel:
         self.clear_gradients(slot)
 
     def _place_of(self, slot: int, parent: Mapping[str, Tensor]) -> int:
-        """Where `parent` is held; it takes the place of one that no other slot has, or a new one."""
+        """The place of `parent`, stored first if it is new: in a place that no other slot uses, or a new one."""
         for place, held in enumerate(self.parents):
             if held is parent:
                 return place
@@ -235,7 +235,7 @@ class SlotModel:
         return self.base
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What is trained, all slots in one: A and B by PEFT's names, or the cores by their layer's path."""
+        """Trained parameters, all slots stacked: A and B by PEFT's names, or cores by their layer's path."""
         for path, layer in self.layers.items():
             if layer.lora_core is not None:
                 yield path, layer.lora_core

@@ -1,7 +1,7 @@
 """The training loop over slots: several users at once over one forward of the base, each as `PerCETrainer` would.
 
 A step takes one batch of every slot's user, runs them as one batch and gives each user's tensors to that user's own
-optimizer, schedule and clipping. What one user does or meets never reaches another: a loss that is not finite drops its
+optimizer, schedule and clipping. Users are isolated: a loss that is not finite drops its
 user, and the slot goes to the next.
 """
 
@@ -43,7 +43,7 @@ class SlotTrainer:
     """Trains users' adapters over one base, `slots` of them at once.
 
     args: what every user is trained with; `per_device_train_batch_size` rows of each are in a batch
-    lora: see `slots.attach` for what it may hold
+    lora: see `slot_lora.attach` for what it may hold
     core: every job has an adapter, which is frozen, and trains a core (see `perce_lite.model.lora_core`)
 
     Raises:
@@ -100,13 +100,13 @@ class SlotTrainer:
                 if not self._fill(running, waiting, on_done, kept):
                     break
                 errors = self._step([running[slot] for slot in sorted(running)])
-                begun = [training for training in running.values() if training.log]
+                begun = [user for user in running.values() if user.log]
                 if on_progress is not None and begun:
-                    loss = sum(training.log[-1]["unweighted_loss"] for training in begun) / len(begun)
-                    on_progress(loss, sum(len(training.log) / max(1, training.total) for training in begun))
-                for slot, training in list(running.items()):
-                    if slot in errors or training.finished:
-                        on_done(self._result(training, errors.get(slot)))
+                    loss = sum(user.log[-1]["unweighted_loss"] for user in begun) / len(begun)
+                    on_progress(loss, sum(len(user.log) / max(1, user.total) for user in begun))
+                for slot, user in list(running.items()):
+                    if slot in errors or user.finished:
+                        on_done(self._result(user, errors.get(slot)))
                         del running[slot]
                 if kept is not None and self._is_due(batch, running.values()):
                     kept.write({running[slot].job.user: self._state(running[slot]) for slot in sorted(running)})
@@ -118,7 +118,7 @@ class SlotTrainer:
             base.eval()
 
     def _is_due(self, batch: int, running: Iterable[SlotUser]) -> bool:
-        """Whether users are kept after so many batches; below 1, `save_steps` is a share of a user's steps."""
+        """Whether states are saved after this batch; `save_steps` below 1 is a share of a user's steps."""
         if self.args.save_strategy == "no":
             return False
         every = self.args.save_steps
@@ -164,61 +164,59 @@ class SlotTrainer:
             self.model.add_gradients(slot, state["gradients"])
         return user
 
-    def _result(self, training: SlotUser, error: PerceLiteError | None) -> Result:
-        adapter = {} if error is not None else self.model.read_slot(training.slot)
-        self.model.clear_gradients(training.slot)
-        self.prefixes.forget(training.features)
-        return Result(training.job.user, training.slot, adapter, training.log, training.reference.store_hits, error)
+    def _result(self, user: SlotUser, error: PerceLiteError | None) -> Result:
+        adapter = {} if error is not None else self.model.read_slot(user.slot)
+        self.model.clear_gradients(user.slot)
+        self.prefixes.forget(user.features)
+        return Result(user.job.user, user.slot, adapter, user.log, user.reference.store_hits, error)
 
-    def _step(self, trainings: Sequence[SlotUser]) -> dict[int, PerceLiteError]:
-        """One batch of every user: one forward, one backward, and the steps that are due. Gives errors by slot."""
-        taken = [(training, row) for training in trainings for row in training.take()]
-        batch = self.collator([training.features[row] for training, row in taken])
+    def _step(self, users: Sequence[SlotUser]) -> dict[int, PerceLiteError]:
+        """Runs one batch of every user: one forward, one backward, and the due steps. Returns errors by slot."""
+        taken = [(user, row) for user in users for row in user.take()]
+        batch = self.collator([user.features[row] for user, row in taken])
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         if "prefix" in batch:
             batch = with_prefix(batch, batch.pop("prefix"), self.prefixes)
-        with self.model.route.of([training.slot for training, _ in taken]):
+        with self.model.route.of([user.slot for user, _ in taken]):
             if self.args.estimator == "bootstrap":
                 batch["counterfactual"] = self._without_profile(taken)
-            losses = self._losses(trainings, batch)
-            torch.stack(
-                [user.scaler.scale(loss) for user, loss in zip(trainings, losses, strict=True)]
-            ).sum().backward()
+            losses = self._losses(users, batch)
+            torch.stack([user.scaler.scale(loss) for user, loss in zip(users, losses, strict=True)]).sum().backward()
         errors: dict[int, PerceLiteError] = {}
         due = []
-        for training, loss in zip(trainings, torch.stack(losses).tolist(), strict=True):
+        for user, loss in zip(users, torch.stack(losses).tolist(), strict=True):
             if not math.isfinite(loss):
-                errors[training.slot] = training.named(training.rows, f"The loss is {loss}")
+                errors[user.slot] = user.named(user.rows, f"The loss is {loss}")
                 continue
-            training.record(loss)
-            if training.closes:
-                due.append(training)
-        left = len(trainings) - len(errors) - len(due)  # users whose window is still open
+            user.record(loss)
+            if user.closes:
+                due.append(user)
+        left = len(users) - len(errors) - len(due)  # users whose window is still open
         errors |= self._update(due)
         if not left:
             self.model.drop_gradients()
-        for training in due if left else ():
-            self.model.clear_gradients(training.slot)
+        for user in due if left else ():
+            self.model.clear_gradients(user.slot)
         return errors
 
-    def _losses(self, trainings: Sequence[SlotUser], batch: dict[str, Any]) -> list[Tensor]:
+    def _losses(self, users: Sequence[SlotUser], batch: dict[str, Any]) -> list[Tensor]:
         """Each user's weighted loss, nats a token of that user's accumulation window."""
         scored = batch["labels"][:, 1:] != IGNORED
         inputs = {name: batch[name] for name in _GIVEN if name in batch}
         with autocast_to(self.device, self.args.autocast):
             flat = self.forward(**inputs, use_cache=False)  # (N,), row after row
-        constant = {name: batch[name][:, 1:][scored] for name in trainings[0].reference.columns}
+        constant = {name: batch[name][:, 1:][scored] for name in users[0].reference.columns}
         if "counterfactual" in batch:
             constant["counterfactual_log_probs"] = batch["counterfactual"]
         counts = iter(scored.sum(1).tolist())
-        sizes = [sum(itertools.islice(counts, len(training.rows))) for training in trainings]
+        sizes = [sum(itertools.islice(counts, len(user.rows))) for user in users]
         columns = {name: values.split(sizes) for name, values in constant.items()}
         return [
-            self._loss(training, log_probs, {name: values[index] for name, values in columns.items()})
-            for index, (training, log_probs) in enumerate(zip(trainings, flat.split(sizes), strict=True))
+            self._loss(user, log_probs, {name: values[index] for name, values in columns.items()})
+            for index, (user, log_probs) in enumerate(zip(users, flat.split(sizes), strict=True))
         ]
 
-    def _loss(self, training: SlotUser, log_probs: Tensor, constant: dict[str, Tensor]) -> Tensor:
+    def _loss(self, user: SlotUser, log_probs: Tensor, constant: dict[str, Tensor]) -> Tensor:
         """One user's part of the batch; all tensors are (n,), a scored token each."""
         weighted = weighted_nll(
             log_probs,
@@ -226,14 +224,14 @@ class SlotTrainer:
             constant.get("factual_log_probs"),
             clip_min=self.args.clip_min,
             clip_max=self.args.clip_max,
-            scale=training.reference.scale,
+            scale=user.reference.scale,
         )
-        training.seen = log_probs.detach(), weighted.pir
-        return weighted.per_token.sum() / training.tokens
+        user.seen = log_probs.detach(), weighted.pir
+        return weighted.per_token.sum() / user.tokens
 
     def _without_profile(self, taken: Sequence[tuple[SlotUser, int]]) -> Tensor:
         """Log-probs (N,) of the same rows under the same slots, without the profile."""
-        twins = [training.job.pairs[row].counterfactual for training, row in taken]
+        twins = [user.job.pairs[row].counterfactual for user, row in taken]
         slept = self.prefixes if self.args.profile_pass == "frozen" else None
         inputs = model_inputs(twins, self.collator.pad_token_id, self.device, slept)
         with no_grad_eval(self.model.base, adapters=True):
@@ -243,20 +241,20 @@ class SlotTrainer:
         """Clips and steps each user on its own; a user whose gradient is not finite does not step."""
         errors: dict[int, PerceLiteError] = {}
         norms = []
-        for training in due:
-            self.model.hand_gradients(training.slot, training.parameters)
-            norms.append(training.norm())
-        for training, norm in zip(due, torch.stack(norms).tolist() if norms else [], strict=True):
-            if math.isfinite(norm) or training.scaler.is_enabled():  # under fp16 an overflow is skipped and scaled down
-                training.update(norm)
+        for user in due:
+            self.model.hand_gradients(user.slot, user.parameters)
+            norms.append(user.norm())
+        for user, norm in zip(due, torch.stack(norms).tolist() if norms else [], strict=True):
+            if math.isfinite(norm) or user.scaler.is_enabled():  # under fp16 an overflow is skipped and scaled down
+                user.update(norm)
             else:
-                errors[training.slot] = training.named(training.window, f"The gradient's norm is {norm}")
-            training.optimizer.zero_grad()  # its view of them; the gradients themselves are the model's
+                errors[user.slot] = user.named(user.window, f"The gradient's norm is {norm}")
+            user.optimizer.zero_grad()  # its view of them; the gradients themselves are the model's
         return errors
 
 
 def _reader(model: SlotModel, args: PerCEConfig) -> Callable[[Sequence[tuple[int, ...]]], list[DynamicCache]]:
-    """Reads prefixes under the bare base. It does not know the engine, whose memory is free as soon as it is let go."""
+    """Encodes prefixes under the bare base. It holds no reference to the trainer, so that its memory can be freed."""
 
     def read(prefixes: Sequence[tuple[int, ...]]) -> list[DynamicCache]:
         with model.route.bare():

@@ -78,7 +78,7 @@ class Result:
 
 
 class SlotUser:
-    """One user in one slot: rows, place in their order, optimizer, schedule, figures.
+    """One user in one slot: rows, their order, optimizer, schedule, log.
 
     parameters: the slot's tensors; job: the user's rows; reference: their log-probs under the
     frozen base; prefixes: KV prefix cache of all users
@@ -201,7 +201,7 @@ class SlotUser:
 
 
 class Unfinished:
-    """Users of a run over slots who are in the middle of their training, in one file, all at the same step.
+    """Saved states of users whose training was interrupted, in one file, all taken after the same batch.
 
     Raises:
         DiskFullError: no space left; what was there stays.

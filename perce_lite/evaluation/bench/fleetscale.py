@@ -116,18 +116,18 @@ def fleet_scale(users: Sequence[int] = USERS) -> FleetScale:
 def bars(phases: Sequence[Phase]) -> tuple[ScaleBar, ...]:
     """The limits for 10,000 users on one thread; empty where these were not measured."""
     at = {(phase.users, phase.name): phase for phase in phases}
-    found = []
+    limits = []
     for name in ("dry run", "nothing due", "one changed user", "adapters list", "adapters who"):
         phase = at.get((10_000, name))
         if phase is None:
             return ()
         fast = name.startswith("adapters")
-        found.append(ScaleBar(name, phase.seconds, 1.0 if fast else 60.0, "s"))
+        limits.append(ScaleBar(name, phase.seconds, 1.0 if fast else 60.0, "s"))
         half = at.get((5000, name))
         if not fast:
-            found.append(ScaleBar(name, phase.mib, 700.0, "MiB"))
-            found += [] if half is None else [ScaleBar(name, phase.mib / half.mib, 1.2, "x")]
-    return tuple(found)
+            limits.append(ScaleBar(name, phase.mib, 700.0, "MiB"))
+            limits += [] if half is None else [ScaleBar(name, phase.mib / half.mib, 1.2, "x")]
+    return tuple(limits)
 
 
 def write_texts(file: Path, users: int, seed: int = 0) -> None:

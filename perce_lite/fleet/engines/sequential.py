@@ -1,4 +1,4 @@
-"""How a fleet's adapters are trained in this process: one after another, or many users at once in slots."""
+"""The engine interface of a fleet, and the engine that trains one adapter after another."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -110,11 +110,11 @@ class SequentialEngine:
                 outcome = self._train(task, on_progress)
             except FATAL_ERRORS:
                 raise
-            except PerceLiteError as error:  # a full card too: other users may have shorter rows
+            except PerceLiteError as error:  # out of memory too: other users may have shorter rows
                 outcome = error
             on_done(task, outcome)
             if isinstance(outcome, PerceLiteError):
-                del outcome  # its frames hold what was on the card
+                del outcome  # its frames hold tensors on the GPU
                 let_go()
 
     def _train(self, task: Task, on_progress: OnProgress) -> Outcome:

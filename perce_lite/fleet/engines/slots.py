@@ -1,4 +1,4 @@
-"""A fleet's users many at once: one forward of the base for all slots, a user in each."""
+"""Trains several users at once: one forward of the base for all slots, a user in each."""
 
 import functools
 import itertools
@@ -38,10 +38,10 @@ from perce_lite.training.train import run_metadata
 
 
 class SlotsEngine(SequentialEngine):
-    """Trains users in `slots` at once; what others start from (the shared adapter, a cohort's) one after another.
+    """Trains users in `slots` at once; adapters of several users (shared, cohorts) one after another.
 
     Tasks of one recipe share the slots. Interrupted users resume from the last checkpoint of all slots.
-    may_fall_back: train one after another, and say so, where the recipe asks for what slots cannot do
+    may_fall_back: train one after another, with a message, where slots do not support the recipe
     """
 
     def __init__(self, recipe: Recipe, slots: int, may_fall_back: bool = False) -> None:
@@ -56,7 +56,7 @@ class SlotsEngine(SequentialEngine):
                 super().run(group, on_done, on_progress)
 
     def _train_in_slots(self, recipe: Recipe, tasks: Iterator[Task], on_done: OnDone, on_progress: OnProgress) -> None:
-        """Trains the tasks, all of one recipe; measures and saves each as it ends."""
+        """Trains tasks that share a recipe; evaluates and saves each when it ends."""
         base, args = self._base(), training_config(recipe)
         kept = Unfinished(Path(args.output_dir) / KEPT)
         # Users who resume come first, in the order in which they shared a batch, those who failed included.
@@ -91,7 +91,7 @@ class SlotsEngine(SequentialEngine):
 
 
 class _Users:
-    """Tasks of one recipe on their way through an engine's slots; `at_work` has those who are in one, by user."""
+    """Feeds tasks of one recipe through a trainer's slots; `at_work`: the tasks in slots, by user."""
 
     def __init__(
         self, engine: SlotTrainer, maker: PairMaker, on_done: OnDone, at_work: dict[str, tuple[Task, UserJob]]
@@ -162,7 +162,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
 
 
 def engine_for(recipe: Recipe) -> Engine:
-    """What trains this recipe's fleet: `fleet.slots` users at once, or one after another where that is 1."""
+    """The engine for a recipe: `fleet.slots` users at once, or one after another where that is 1."""
     count = users_at_once(recipe)
     if count == 1:
         return SequentialEngine(recipe)
