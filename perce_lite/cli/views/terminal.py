@@ -174,7 +174,7 @@ def show_registry(section: Section) -> None:
     rows = [[control_free(cell) for cell in row] for row in (section.head, *section.rows)]
     widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
     filled = ([cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)] for row in rows)
-    console.out("\n".join("  ".join(row).rstrip() for row in filled), highlight=False)
+    print("\n".join("  ".join(row).rstrip() for row in filled), file=console.file)
     console.print(Text(section.note, style="dim"), soft_wrap=True)
 
 
