@@ -13,8 +13,8 @@ PerceLiteError              the command line prints it as one clean line and exi
 |- ExportError              an export that cannot be made, or whose proof fails
 |- BenchError               a measurement that failed, or that there is nothing to measure for
 |- NotebookError            a command in a notebook that ended badly
-|- PlanError                a card that is not known, or a model whose memory cannot be told beforehand
-|- CardFullError            a card whose memory is full; says what would fit
+|- PlanError                a GPU that is not known, or a model whose memory cannot be told beforehand
+|- GpuOutOfMemoryError      a GPU whose memory is full; says what would fit
 |  `- BaseTooLargeError     the base alone does not fit
 |- DiskFullError            no space left where something had to be written
 |- CompatibilityError       a version of another library that lacks what PerCE Lite leans on
@@ -87,15 +87,15 @@ class NotebookError(PerceLiteError):
 
 
 class PlanError(PerceLiteError):
-    """A card that is not known, or a model whose memory cannot be told beforehand."""
+    """A GPU that is not known, or a model whose memory cannot be told beforehand."""
 
 
-class CardFullError(PerceLiteError):
-    """A card whose memory is full. Says what is kept and which `--set` would fit."""
+class GpuOutOfMemoryError(PerceLiteError):
+    """A GPU whose memory is full. Says what is kept and which `--set` would fit."""
 
 
-class BaseTooLargeError(CardFullError):
-    """A base that does not fit the card."""
+class BaseTooLargeError(GpuOutOfMemoryError):
+    """A base that does not fit the GPU."""
 
 
 class DiskFullError(PerceLiteError):

@@ -36,12 +36,12 @@ def perce(line: str) -> None:
         code = stop.code
     finally:
         signal.signal(signal.SIGINT, interrupt)
-        _let_go()
+        _free_gpu_memory()
     if code:
         raise NotebookError(f"perce-lite {line.split()[0] if line.split() else ''} ended with exit code {code}.")
 
 
-def _let_go() -> None:
+def _free_gpu_memory() -> None:
     """Frees what a command left on the GPU, and forgets whether there was a network, as its end would have done."""
     gc.collect()
     reachable.cache_clear()

@@ -95,7 +95,7 @@ def test_saved_activations_of_other_shapes(tmp_path, as_on_a_gpu, kind, setting)
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_saved_by_plain_attention(tmp_path, as_on_a_gpu, kind):
-    """What a card without fused attention saves."""
+    """What a GPU without fused attention saves."""
     recipe = recipe_for(tmp_path, kind, {})
     trainer = trainer_for(recipe, torch.bfloat16, words=6, per_device_train_batch_size=1)
     measured, step = saved_in_training(trainer, flash=False)

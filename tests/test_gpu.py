@@ -41,7 +41,7 @@ def trainer_on_gpu(tmp_path, family="chatml", hosted=False, **options):
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_trains_in_half_precision_with_float32_adapters(tmp_path, estimator, precision):
     if precision == "bf16" and compute_dtype(torch.device("cuda")) != torch.bfloat16:
-        pytest.skip("this card has no bf16")
+        pytest.skip("this GPU has no bf16")
     trainer = trainer_on_gpu(tmp_path, estimator=estimator, **{precision: True})
     before = fingerprint(trainer.model)
     trainer.train()

@@ -10,9 +10,9 @@ import toys
 from perce_lite.errors import BenchError
 from perce_lite.evaluation.bench import gpumeasuring, gpureport
 from perce_lite.evaluation.bench.gpureport import (
-    CARD,
     GIB,
     HOST,
+    ON_GPU,
     PARTS,
     SHAPE,
     gpu_report,
@@ -50,28 +50,26 @@ def test_parts_of_memory_are_those_of_the_shape(report):
     width, wide, vocabulary, layers = 64, 128, TOY["vocab_size"], 2
     linear = {"q": (64, 64), "k": (64, 32), "v": (64, 32), "o": (64, 64)}
     linear |= {"gate": (width, wide), "up": (width, wide), "down": (wide, width)}
-    on_card, on_host = report["memory"][CARD], report["memory"][HOST]
+    on_gpu, on_host = report["memory"][ON_GPU], report["memory"][HOST]
     itemsize = 2 if report["settings"]["dtype"] == "bfloat16" else 4
     in_four_bit = layers * sum(one * other for one, other in linear.values()) // 2
-    assert 1.0 < on_card["base"] / in_four_bit < 1.6  # a toy's tables of 256 numbers weigh as much as its constants
-    assert on_card["adapter"] == layers * sum(32 * (one + other) for one, other in linear.values()) * 4
-    assert on_card["gradients"] == on_card["adapter"]
-    assert on_card["total"] >= sum(on_card[name] for name in ("base", "unquantized", "adapter", "working"))
-    assert 0 <= on_card["optimizer"] - 2 * on_card["adapter"] <= 4 * len(linear) * 2 * layers  # a step counter each
+    assert 1.0 < on_gpu["base"] / in_four_bit < 1.6  # a toy's tables of 256 numbers weigh as much as its constants
+    assert on_gpu["adapter"] == layers * sum(32 * (one + other) for one, other in linear.values()) * 4
+    assert on_gpu["gradients"] == on_gpu["adapter"]
+    assert on_gpu["total"] >= sum(on_gpu[name] for name in ("base", "unquantized", "adapter", "working"))
+    assert 0 <= on_gpu["optimizer"] - 2 * on_gpu["adapter"] <= 4 * len(linear) * 2 * layers  # a step counter each
     norms = (2 * layers + 1) * width * itemsize
     buffers = 2 * 8 * 4  # rotary frequencies
-    assert on_card["unquantized"] == 2 * vocabulary * width * itemsize + norms + buffers
-    assert on_card["unquantized"] - on_host["unquantized"] == vocabulary * width * itemsize
-    assert {name: on_card[name] for name in ("base", "adapter")} == {
-        name: on_host[name] for name in ("base", "adapter")
-    }
+    assert on_gpu["unquantized"] == 2 * vocabulary * width * itemsize + norms + buffers
+    assert on_gpu["unquantized"] - on_host["unquantized"] == vocabulary * width * itemsize
+    assert {name: on_gpu[name] for name in ("base", "adapter")} == {name: on_host[name] for name in ("base", "adapter")}
 
 
 def test_the_plan_stands_beside_what_was_measured(report):
-    planned, on_card = report["plan"], report["memory"][CARD]
+    planned, on_gpu = report["plan"], report["memory"][ON_GPU]
     assert all(planned[part] > 0 for part in PARTS)
     exact = ("base", "unquantized", "adapter", "gradients")
-    assert {name: planned[name] for name in exact} == {name: on_card[name] for name in exact}
+    assert {name: planned[name] for name in exact} == {name: on_gpu[name] for name in exact}
     held = sum(planned[name] for name in ("base", "unquantized", "adapter"))
     assert planned["total"] >= held + planned["working"] > held + planned["gradients"] + planned["optimizer"]
     assert planned["reserved"] > planned["total"]
@@ -120,8 +118,8 @@ def test_the_page_holds_what_was_measured(report):
     for name, text in PARTS.items():
         if name != "reserved":
             [line] = [line for line in page.splitlines() if line.startswith(f"| {text} |")]
-            assert f"{report['memory'][CARD][name] / GIB:.4f} | {report['memory'][HOST][name] / GIB:.4f}" in line
-    assert "| memory, GiB | table on the card | table on the host | plan |" in page
+            assert f"{report['memory'][ON_GPU][name] / GIB:.4f} | {report['memory'][HOST][name] / GIB:.4f}" in line
+    assert "| memory, GiB | table on the GPU | table on the host | plan |" in page
     [line] = [line for line in page.splitlines() if line.startswith("| peak |")]
     assert line.endswith(f" {report['plan']['total'] / GIB:.4f} |")
     for arm, one in report["speed"].items():
@@ -133,15 +131,15 @@ def test_the_page_holds_what_was_measured(report):
     assert all(len(set(one)) == 1 for one in widths)
 
 
-def found_for_bars(card: float, host: float, base: float, mixed: float) -> dict:
+def found_for_bars(gpu: float, host: float, base: float, mixed: float) -> dict:
     times = {"base": {"time": {"median": base}}, "mixed": {"time": {"median": mixed}}}
-    return {"memory": {CARD: {"total": card * GIB}, HOST: {"total": host * GIB}}, "speed": times}
+    return {"memory": {ON_GPU: {"total": gpu * GIB}, HOST: {"total": host * GIB}}, "speed": times}
 
 
 def test_bars():
     bars = judged(found_for_bars(6.9, 6.1, 1.02, 1.03), True)
     assert [(bar["limit"], bar["met"]) for bar in bars] == [(7.0, True), (6.0, False), (1.02, True), (1.02, False)]
-    failed = {"memory": {CARD: {"out_of_memory": "x"}, HOST: {"refused": "y"}}, "speed": {"base": {}, "mixed": {}}}
+    failed = {"memory": {ON_GPU: {"out_of_memory": "x"}, HOST: {"refused": "y"}}, "speed": {"base": {}, "mixed": {}}}
     assert [(bar["met"], bar["why"]) for bar in judged(failed, True)] == [(None, "not measured")] * 4
 
 

@@ -114,7 +114,7 @@ SHORT = {"rows": toys.toy_rows(1, 4), "max_steps": 3, "learning_rate": 1e-3, "ma
 
 
 def scaled(toy_trainer, start: float, **options):
-    """A trainer in fp16 whose accelerator has the scaler that it would have on a card."""
+    """A trainer in fp16 whose accelerator has the scaler that it would have on a GPU."""
     trainer = toy_trainer(**{**SHORT, **options}, fp16=True, use_cpu=True)
     assert trainer.autocast == torch.float16
     trainer.accelerator.native_amp = True

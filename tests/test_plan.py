@@ -1,4 +1,4 @@
-"""The plan: cards, shapes known by heart, what fits, the smallest change, the command line, the README's table."""
+"""The plan: GPUs, shapes known by heart, what fits, the smallest change, the command line, the README's table."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from perce_lite import PerCETrainer
 from perce_lite.errors import ModelError, PlanError
 from perce_lite.model.footprint import on_meta
 from perce_lite.planning import probe
-from perce_lite.planning.gpus import CARDS, COMMON_SIZES, GIB, card, of_size
+from perce_lite.planning.gpus import COMMON_SIZES, GIB, GPUS, gpu, of_size
 from perce_lite.planning.parts import nf4_bytes
 from perce_lite.planning.plan import Plan
 from perce_lite.planning.row_lengths import Rows, alike
@@ -38,7 +38,7 @@ ELEMENTS = {
 
 @pytest.mark.parametrize("given", ["8GB", "8 GiB", "8", "8g"])
 def test_a_size_names_a_card(given):
-    assert card(given) == of_size(8)
+    assert gpu(given) == of_size(8)
     assert 7.5 * GIB < of_size(8).bytes < 8 * GIB
 
 
@@ -55,20 +55,20 @@ def test_a_size_names_a_card(given):
     ],
 )
 def test_names_of_cards(given, name):
-    assert card(given) is CARDS[name]
+    assert gpu(given) is GPUS[name]
 
 
 def test_a_card_that_is_not_known_names_the_nearest():
     with pytest.raises(PlanError, match=r"RTX 4071.*did you mean .*RTX 4070.*--gpu 8GB"):
-        card("RTX 4071")
+        gpu("RTX 4071")
     with pytest.raises(PlanError, match="1 to 1024 GB"):
-        card("0.5GB")
+        gpu("0.5GB")
 
 
 def test_old_cards_have_no_bf16_and_build_all_scores():
-    assert not card("T4").bf16
-    assert card("L4").flash
-    assert all(CARDS[name].bf16 for name in CARDS if name.startswith(("RTX 3", "RTX 4", "RTX 5", "A", "H", "L")))
+    assert not gpu("T4").bf16
+    assert gpu("L4").flash
+    assert all(GPUS[name].bf16 for name in GPUS if name.startswith(("RTX 3", "RTX 4", "RTX 5", "A", "H", "L")))
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -262,7 +262,7 @@ def test_a_probe_needs_a_gpu(recipe, run, monkeypatch):
 
 
 def test_a_probe_trains_the_longest_rows_for_one_step(recipe, figures, monkeypatch):
-    """All but the card: what it would say of its memory is made up here."""
+    """All but the GPU: what it would say of its memory is made up here."""
     steps = []
     original = PerCETrainer.training_step
 

@@ -1,4 +1,4 @@
-"""The recipes for cards: each is read, fits its card by the plan, and trains a toy of its model's family."""
+"""The recipes for GPUs: each is read, fits its GPU by the plan, and trains a toy of its model's family."""
 
 import json
 from pathlib import Path
@@ -10,13 +10,13 @@ from memory_fixtures import save_toy
 from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.fleet.engines.slots import engine_for
 from perce_lite.fleet.fleet import fleet
-from perce_lite.planning.gpus import card
+from perce_lite.planning.gpus import gpu
 from perce_lite.planning.plan import Plan
 from perce_lite.planning.shapes import known_config
 from perce_lite.recipe import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-CARDS = {
+GPUS = {
     "colab-t4": "T4", "rtx-8gb": "8GB", "rtx-12gb": "12GB", "rtx-24gb": "24GB", "longlamp": "16GB", "dialogue": "8GB",
     "fleet": "8GB",
 }  # fmt: skip
@@ -32,15 +32,15 @@ def turns(row: dict) -> dict:
     return {"user": row["user"], "profile": row["profile"], "messages": [asked, answered, asked, answered]}
 
 
-@pytest.mark.parametrize("name", CARDS)
-def test_a_recipe_fits_its_card(name):
+@pytest.mark.parametrize("name", GPUS)
+def test_a_recipe_fits_its_gpu(name):
     plan = Plan(load_recipe(RECIPES / f"{name}.yaml"))
-    here = card(CARDS[name])
+    here = gpu(GPUS[name])
     assert plan.fits(plan.choice, here)
     assert plan.longest_row(plan.choice, here) >= plan.rows.length
 
 
-@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("name", GPUS)
 def test_a_recipe_trains_a_toy_of_its_family(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     kind = known_config(load_recipe(RECIPES / f"{name}.yaml").model).model_type
@@ -69,7 +69,7 @@ def test_the_dialogues_that_come_along_are_read_and_planned(real_model):
 
 
 def test_a_beginner_finds_a_comment_on_what_to_change():
-    for name in CARDS:
+    for name in GPUS:
         lines = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
         for key in ("model:", "num_train_epochs:", "per_device_train_batch_size:", "max_length:", "r:"):
             line = next(one for one in lines if one.strip().startswith(key))

@@ -32,7 +32,7 @@ CASES = {
     "llama behind a prefix without checkpointing": ("llama", False, ASLEEP, True),
     "llama behind a prefix, all scores": ("llama", True, ASLEEP, False),
     "llama without checkpointing": ("llama", False, {}, True),
-    "llama on a card that builds all scores": ("llama", True, {}, False),
+    "llama on a GPU that builds all scores": ("llama", True, {}, False),
 }
 
 

@@ -30,7 +30,7 @@ def compare(
 ) -> None:
     """Train ways of weighting under one budget and judge them on held-out rows. Takes hours; resumes."""
     loaded = load_recipe(recipe, set_ or [])
-    with oom_advice.full_card_in_scoring(loaded, own_folder=True):
+    with oom_advice.explain_out_of_memory_in_scoring(loaded, own_folder=True):
         named, grid = comparison.arms_of(loaded, arms or comparison.ARMS), comparison.grid(loaded, rates)
         figures = comparison.compare(loaded, named, grid, seeds)
     page = out or loaded.output_dir / "compare.html"

@@ -24,7 +24,7 @@ def evaluate(
 ) -> None:
     """Judge adapters on held-out rows: own profile, none, another user's, the best topical match."""
     loaded = load_recipe(recipe, set_ or [])
-    with oom_advice.full_card_in_scoring(loaded):
+    with oom_advice.explain_out_of_memory_in_scoring(loaded):
         figures = evaluation.evaluate(loaded, adapter)
     page = out or loaded.output_dir / "eval.html"
     sentences, tables = sections.evaluation_sentences(figures), sections.evaluation(figures)

@@ -29,7 +29,7 @@ def export(
         Path | None, typer.Option(help="gguf-lora: the base as a GGUF file, for a llama.cpp to prove the adapter on.")
     ] = None,
     quant: Annotated[str | None, typer.Option(help="gguf, ollama: F32, F16, BF16, Q8_0 ...; else F16.")] = None,
-    evaluation: Annotated[Path | None, typer.Option(help="What eval --json wrote, for the card.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="What eval --json wrote, for the model card.")] = None,
     push_to_hub: Annotated[str | None, typer.Option(help="peft, merged: a repository to upload it to.")] = None,
     public: Annotated[bool, typer.Option("--public", help="--push-to-hub: for everybody to read.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="--push-to-hub: do not ask.")] = False,

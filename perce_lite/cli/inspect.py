@@ -27,7 +27,7 @@ def inspect(
 ) -> None:
     """Look at what PerContrast finds in the data, token by token, before any training."""
     loaded = load_recipe(recipe, set_ or [])
-    with oom_advice.full_card_in_scoring(loaded):
+    with oom_advice.explain_out_of_memory_in_scoring(loaded):
         figures = inspection.inspect(loaded, adapter, rows, user, top)
     page = out or loaded.output_dir / "inspect.html"
     pages.write_inspection(figures, page)

@@ -29,7 +29,7 @@ def plan(
     """Say whether the recipe fits a GPU, what takes the memory and what to change. Loads no weights."""
     if probe and gpu:
         raise typer.BadParameter("--probe measures the GPU of this machine; leave --gpu out")
-    named = [gpus.card(name) for name in gpu or []]
+    named = [gpus.gpu(name) for name in gpu or []]
     loaded = load_recipe(recipe, set_ or [])
     if probe:
         measured = probing.probe(loaded)

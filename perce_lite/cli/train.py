@@ -23,7 +23,7 @@ def train(
 ) -> None:
     """Train the recipe's adapter, or resume an earlier run of it."""
     loaded = load_recipe(recipe, set_ or [])
-    with oom_advice.full_card_is_clear(loaded, partial(run.newest_checkpoint, loaded.output_dir)):
+    with oom_advice.explain_out_of_memory(loaded, partial(run.newest_checkpoint, loaded.output_dir)):
         figures = summary.train_and_measure(loaded, restart)
     write(json, figures)
     terminal.show_training(figures)

@@ -18,7 +18,7 @@ from perce_lite.files import safe_name
 from perce_lite.model import adapters
 from perce_lite.model.base import load_base, load_tokenizer
 from perce_lite.model.scoring import store_of
-from perce_lite.planning.oom_advice import full_card_is_clear, let_go
+from perce_lite.planning.oom_advice import explain_out_of_memory, free_gpu_memory
 from perce_lite.recipe import Recipe, refuse_cores, training_config, with_train
 from perce_lite.training.run import Run, newest_checkpoint, run_of
 from perce_lite.training.train import train
@@ -192,13 +192,13 @@ def _train(trainings: Sequence[Training], rows: Sequence[Row], before: int, tota
             say(f"{told}: trained before")
             continue
         try:
-            with full_card_is_clear(training.arm.recipe, partial(newest_checkpoint, run.folder)):
+            with explain_out_of_memory(training.arm.recipe, partial(newest_checkpoint, run.folder)):
                 train(recipe, load_base(recipe), rows, run, told)
             run.drop_checkpoints()
         except NonFiniteLossError as error:
             warn(f"{told}: left out. {error}")
             failed.add(training)
-        let_go()
+        free_gpu_memory()
     return failed
 
 

@@ -117,9 +117,9 @@ def _named(folders: Sequence[Path], recipe: Recipe) -> dict[str, Path | None]:
         raise AdapterError("No adapter was given: --adapter FOLDER, once for each.")
     named: dict[str, Path | None] = {}
     for folder in folders:
-        card = adapters.read_metadata(folder)  # all faults before any scoring
+        metadata = adapters.read_metadata(folder)  # all faults before any scoring
         adapters.require_profile_pass(folder, recipe)
-        if _split_of(card["recipe"]) != _split_of(recipe.model_dump(mode="json")):
+        if _split_of(metadata["recipe"]) != _split_of(recipe.model_dump(mode="json")):
             warn(f"{folder} was trained with another split of the data: rows it is judged on may be rows it has seen")
         name = str(folder.parent if folder.name == "adapter" else folder)
         if name in named or name == BASE:

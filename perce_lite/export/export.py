@@ -16,7 +16,7 @@ from perce_lite.export.gguf import model as gguf_model
 from perce_lite.export.gguf import proof as gguf_proof
 from perce_lite.export.gguf.vocabulary import splitting
 from perce_lite.export.proof import PROOF, QUESTION, Proof, gap, on_cpu, read_proof
-from perce_lite.export.writers import Card, Job, write
+from perce_lite.export.writers import Job, Metadata, write
 from perce_lite.export_targets import QUANTS, TARGETS, faults
 from perce_lite.files import folder_written_aside, read_json
 from perce_lite.model import adapters
@@ -42,20 +42,20 @@ def export(
     force: replace an earlier export there
     base_gguf: for gguf-lora, the base as a GGUF file, for a llama.cpp to run the adapter on
     quant: for gguf and ollama, what the weights are written as; None: F16
-    evaluation: what `perce-lite eval --json` wrote, for the card
+    evaluation: what `perce-lite eval --json` wrote, for the model card
 
     Raises:
         ExportError: no such target, one that cannot take this adapter, a folder in the way, or a proof that fails.
         AdapterError: no adapter, or one of another base; DiskFullError: no space left, and nothing was written.
     """
     check_options(target, base_gguf, quant)
-    card = adapters.read_metadata(folder)
-    source = Path(card["folder"])
-    preflight(card, target)
+    metadata = adapters.read_metadata(folder)
+    source = Path(metadata["folder"])
+    preflight(metadata, target)
     place = out or source.with_name(f"{source.name}-{target}")
     evaluated = () if evaluation is None else _evaluated(evaluation, source)
     _check_free(place, force)
-    job = Job(target, card, source, place, quant or QUANT, evaluated)
+    job = Job(target, metadata, source, place, quant or QUANT, evaluated)
     with folder_written_aside(place) as aside:
         say(f"Writing {target} ...")
         figures = write(job, aside)
@@ -113,25 +113,25 @@ def _check_base_gguf(target: str, base_gguf: Path | None) -> None:
     llamacpp.need_llamacpp()
 
 
-def preflight(card: Card, target: str) -> None:
-    """Asks whether `target` can take the adapter of `card`; no weights are loaded.
+def preflight(metadata: Metadata, target: str) -> None:
+    """Asks whether `target` can take the adapter with this `metadata`; no weights are loaded.
 
     Raises:
         ExportError: with every reason why it cannot.
     """
-    config = read_json(Path(card["folder"]) / "adapter_config.json")
+    config = read_json(Path(metadata["folder"]) / "adapter_config.json")
     if not isinstance(config, dict):
-        raise ExportError(f"{card['folder']}: its adapter_config.json cannot be read")
-    shape = card["base"]["shape"]
-    recipe = on_cpu(card, quantised=False)
+        raise ExportError(f"{metadata['folder']}: its adapter_config.json cannot be read")
+    shape = metadata["base"]["shape"]
+    recipe = on_cpu(metadata, quantised=False)
     if found := faults(target, config, shape[0], bool(shape[-1]), recipe.profile_pass):
-        raise ExportError(f"{card['folder']}: {target} cannot take this adapter: {'; '.join(found)}.")
+        raise ExportError(f"{metadata['folder']}: {target} cannot take this adapter: {'; '.join(found)}.")
     if target not in ("gguf", "ollama") and recipe.profile_pass == "full":
         return
     tokenizer = load_tokenizer(recipe)
-    tokenizer.chat_template = card["chat_template"]
+    tokenizer.chat_template = metadata["chat_template"]
     if recipe.profile_pass == "frozen":
-        _need_invocation(card["folder"], PairMaker.of(recipe, tokenizer, None))
+        _need_invocation(metadata["folder"], PairMaker.of(recipe, tokenizer, None))
         return
     gguf_model.refuse_unlike(config_of(recipe).get_text_config())
     splitting(tokenizer)  # raises where llama.cpp has no equal

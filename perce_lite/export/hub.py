@@ -13,7 +13,7 @@ TARGETS = ("peft", "merged")
 
 WARNING = (
     "An adapter can leak the texts that it was trained on: whoever may read {repo} ({seen}) may get them out of it. "
-    "Its card names your recipe, and the paths in it."
+    "Its model card names your recipe, and the paths in it."
 )
 _REFUSALS = (HFValidationError, HTTPError, OSError)
 

@@ -128,10 +128,10 @@ def read_proof(folder: Path) -> Proof:
     return proof
 
 
-def on_cpu(card: Mapping[str, Any], quantised: bool) -> Recipe:
-    """The recipe of an adapter's card for a proof: float32 on the CPU; the 4-bit base only where `quantised`."""
-    recipe: Recipe = Recipe.model_validate(card["recipe"]).model_copy(deep=True)
-    recipe.train.pop("chat_template_path", None)  # the card holds what the file said
+def on_cpu(metadata: Mapping[str, Any], quantised: bool) -> Recipe:
+    """The recipe in an adapter's metadata for a proof: float32 on the CPU; the 4-bit base only where `quantised`."""
+    recipe: Recipe = Recipe.model_validate(metadata["recipe"]).model_copy(deep=True)
+    recipe.train.pop("chat_template_path", None)  # the metadata hold what the file said
     kept = recipe.quantization if quantised else "none"
     plain = {"device": "cpu", "dtype": "float32", "embedding_on_host": False}
     return recipe.model_copy(update={**plain, "quantization": kept})

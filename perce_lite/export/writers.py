@@ -44,18 +44,22 @@ from perce_lite.model.builtin import BUILT_IN
 from perce_lite.model.model_card import licence_of, model_card, write_licence
 from perce_lite.recipe import Recipe
 
-Card = Mapping[str, Any]
+Metadata = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One export. card: what the adapter says of itself; source: its folder; place: where the export goes in the end.
+    """One export of one adapter.
 
-    quant: for GGUF, what the matrices are written as; evaluated: sentences for the card
+    metadata: the adapter's metadata (`perce_lite.json`)
+    source: the adapter's folder
+    place: the folder that the finished export gets
+    quant: for GGUF, the type that the matrices are written as
+    evaluated: sentences of an evaluation, for the model card
     """
 
     target: str
-    card: Card
+    metadata: Metadata
     source: Path
     place: Path
     quant: str
@@ -70,7 +74,7 @@ def write(job: Job, aside: Path) -> dict[str, Any]:
 
 def _write_adapter(job: Job, aside: Path) -> dict[str, Any]:
     """The adapter as peft has it, for peft or for vLLM."""
-    recipe = on_cpu(job.card, quantised=True)
+    recipe = on_cpu(job.metadata, quantised=True)
     with base_for(recipe) as base:
         model, tokenizer = _on(base.model, base.tokenizer, job)
         proof = record(model, tokenizer, recipe, job.target, TIGHT)
@@ -118,7 +122,7 @@ def _vllm_use(job: Job, recipe: Recipe, rank: int) -> str:
 
 def _write_merged(job: Job, aside: Path) -> dict[str, Any]:
     """Merges in float32 and rounds once, to what the base is kept in."""
-    recipe = on_cpu(job.card, quantised=False)
+    recipe = on_cpu(job.metadata, quantised=False)
     kept = _kept_dtype(recipe)
     merged, tokenizer, proof = _merge(job, recipe, TIGHT if kept == torch.float32 else ROUNDED)
     merged = merged.to(kept)
@@ -136,7 +140,7 @@ def _write_merged(job: Job, aside: Path) -> dict[str, Any]:
 
 
 def _write_gguf_lora(job: Job, aside: Path) -> dict[str, Any]:
-    recipe = on_cpu(job.card, quantised=False)
+    recipe = on_cpu(job.metadata, quantised=False)
     with base_for(recipe) as base:
         model, tokenizer = _on(base.model, base.tokenizer, job)
         proof = record(model, tokenizer, recipe, job.target, OTHER_PROGRAM)
@@ -164,7 +168,7 @@ def _write_ollama(job: Job, aside: Path) -> dict[str, Any]:
 
 def _write_model(job: Job, aside: Path) -> tuple[Proof, Recipe, Chat]:
     """The merged model as GGUF, and what its proof holds."""
-    recipe = on_cpu(job.card, quantised=False)
+    recipe = on_cpu(job.metadata, quantised=False)
     _kept_dtype(recipe)
     merged, tokenizer, proof = _merge(job, recipe, gguf_proof.TOLERANCES.get(job.quant, ROUNDED))
     chat = Chat(tokenizer, recipe.template)
@@ -188,19 +192,19 @@ def _on(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Job
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Base and adapter, and the tokenizer with the chat template that training saw."""
-    tokenizer.chat_template = job.card["chat_template"]
+    tokenizer.chat_template = job.metadata["chat_template"]
     return adapters.load(base, job.source), tokenizer
 
 
 def _finish(job: Job, recipe: Recipe, aside: Path, proof: Proof, more: str) -> None:
-    """Proof, card and licence. more: what the card says beside what every card says."""
+    """Proof, model card and licence. more: what this model card says beside the rest."""
     weights = job.source / "adapter_model.safetensors"
     proof.source = source_hash(job.source)
     write_json(aside / PROOF, proof.model_dump(mode="json"))
     whole = job.target in ("merged", "gguf", "ollama")
     kinds = ("*.gguf", "*.safetensors")
     size = sum(bytes_of(one) for kind in kinds for one in aside.glob(kind)) if whole else bytes_of(weights)
-    text = model_card(job.card, whole, size, job.evaluated, licence_of(recipe))
+    text = model_card(job.metadata, whole, size, job.evaluated, licence_of(recipe))
     write_text(aside / "README.md", f"{text}\n{more}" if more else text)
     write_licence(recipe, aside)
 
@@ -228,7 +232,7 @@ def _kept_dtype(recipe: Recipe) -> torch.dtype:
 
 def _measured_drift(job: Job, proof: Proof) -> dict[str, Any]:
     """How far the merged model is from base and adapter as trained, on the fixed text, in nats."""
-    trained = on_cpu(job.card, quantised=True)
+    trained = on_cpu(job.metadata, quantised=True)
     if trained.quantization == "none":
         return {"quantization": "none", "mean": 0.0, "max": 0.0}
     with base_for(trained) as base:

@@ -6,7 +6,7 @@ import psutil
 import torch
 
 from perce_lite.errors import PlanError
-from perce_lite.planning.gpus import Card, present
+from perce_lite.planning.gpus import Gpu, present
 from perce_lite.planning.plan import CONTEXT, Plan
 from perce_lite.planning.row_lengths import NO_LIMIT, alike
 from perce_lite.recipe import Recipe, training_config
@@ -31,7 +31,7 @@ def users_at_once(recipe: Recipe) -> int:
         return 1
     here = None if args.use_cpu else present()
     if here is None:
-        here = Card("this machine", psutil.virtual_memory().available // 2)
+        here = Gpu("this machine", psutil.virtual_memory().available // 2)
     else:  # asking has made the context, which the plan counts
         here = replace(here, bytes=torch.cuda.mem_get_info()[0] + CONTEXT)
     return max(1, plan.most_users(plan.choice, here))

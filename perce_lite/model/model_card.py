@@ -25,7 +25,7 @@ def model_card(
     """The README.md of an adapter, with the front matter that the Hub reads.
 
     metadata: the adapter's `perce_lite.json`
-    merged: the card is for a full model that the adapter is merged into
+    merged: the model card is for a full model that the adapter is merged into
     size: bytes of the weights; evaluated: sentences of `perce-lite eval`; licence: the base's, if it is known
     """
     model = metadata["recipe"]["model"]

@@ -1,4 +1,4 @@
-"""Cards by name or size: what of their memory a program sees, and what they compute in."""
+"""GPUs by name or size: what of their memory a program sees, and what they compute in."""
 
 import difflib
 import re
@@ -10,14 +10,14 @@ GIB = 2**30
 """Bytes in a GiB."""
 
 COMMON_SIZES = (6, 8, 12, 16, 24)
-"""GB of the cards that a plan speaks of where none is named and none is there."""
+"""GB of the GPUs that a plan speaks of where none is named and none is there."""
 
 
 @dataclass(frozen=True)
-class Card:
-    """A card. `bytes` is what a program sees of its memory, a little less than what the box says.
+class Gpu:
+    """A GPU. `bytes` is what a program sees of its memory, a little less than what the box says.
 
-    bf16: whether it computes in bf16; older cards (T4) take fp16
+    bf16: whether it computes in bf16; older GPUs (T4) take fp16
     flash: whether torch's attention never builds the scores of all pairs of tokens on it; taken to be so from the
         generation on that has bf16
     """
@@ -32,7 +32,7 @@ class Card:
 
 
 _SEEN = 0.975
-"""Share of a consumer card's nominal memory that a program sees; the driver keeps the rest."""
+"""Share of a consumer GPU's nominal memory that a program sees; the driver keeps the rest."""
 
 _BY_SIZE = {
     6: "RTX 2060, RTX 3050 6GB, RTX 4050",
@@ -49,27 +49,27 @@ _SERVERS = {
     "T4": 14.7, "V100": 15.8, "V100 32GB": 31.7, "L4": 22.0, "A10": 22.0, "A10G": 22.0, "A30": 23.5, "L40": 44.4,
     "L40S": 44.4, "A100 40GB": 39.4, "A100 80GB": 79.1, "H100": 79.1, "H200": 139.0,
 }  # fmt: skip
-"""GiB that torch sees of cards whose memory corrects errors and keeps a part for that."""
+"""GiB that torch sees of GPUs whose memory corrects errors and keeps a part for that."""
 
 _WITHOUT_BF16 = re.compile(r"RTX 20\d\d|T4|V100")
 
 
-def _cards() -> dict[str, Card]:
+def _gpus() -> dict[str, Gpu]:
     sizes = {name: size * _SEEN for size, names in _BY_SIZE.items() for name in names.split(", ")} | _SERVERS
-    return {name: Card(name, int(size * GIB), not _WITHOUT_BF16.match(name)) for name, size in sizes.items()}
+    return {name: Gpu(name, int(size * GIB), not _WITHOUT_BF16.match(name)) for name, size in sizes.items()}
 
 
-CARDS = _cards()
-"""Common cards by name. Memory: the makers' data sheets; which of them lack bf16: compute capability below 8.0."""
+GPUS = _gpus()
+"""Common GPUs by name. Memory: the makers' data sheets; which of them lack bf16: compute capability below 8.0."""
 
 
-def of_size(gigabytes: float) -> Card:
-    """A consumer card with so many GB on its box."""
-    return Card(f"{gigabytes:g} GB", int(gigabytes * _SEEN * GIB))
+def of_size(gigabytes: float) -> Gpu:
+    """A consumer GPU with so many GB on its box."""
+    return Gpu(f"{gigabytes:g} GB", int(gigabytes * _SEEN * GIB))
 
 
-def card(given: str) -> Card:
-    """The card that `--gpu` names: a size such as 8GB or "8 GiB", or a name such as "RTX 4070".
+def gpu(given: str) -> Gpu:
+    """The GPU that `--gpu` names: a size such as 8GB or "8 GiB", or a name such as "RTX 4070".
 
     Raises:
         PlanError: neither; with the nearest name.
@@ -77,20 +77,20 @@ def card(given: str) -> Card:
     size = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:G|GB|GiB)?\s*", given, re.IGNORECASE)
     if size is not None:
         if not 1 <= float(size[1]) <= 1024:
-            raise PlanError(f"--gpu {given}: a card has 1 to 1024 GB")
+            raise PlanError(f"--gpu {given}: a GPU has 1 to 1024 GB")
         return of_size(float(size[1]))
-    known = {_plain(name): name for name in CARDS}
+    known = {_plain(name): name for name in GPUS}
     asked = _plain(given)
     if asked in known:
-        return CARDS[known[asked]]
+        return GPUS[known[asked]]
     stated = re.fullmatch(r"(.*\S)[\s_-]+(\d+)\s*gi?b", given, re.IGNORECASE)
     if stated is not None and _plain(stated[1]) in known:
-        found = CARDS[known[_plain(stated[1])]]
+        found = GPUS[known[_plain(stated[1])]]
         if abs(found.bytes / GIB / float(stated[2]) - 1) < 0.1:
             return found
     near = difflib.get_close_matches(asked, known, n=3, cutoff=0.4)
-    mend = f"did you mean {' or '.join(known[one] for one in near)}?" if near else f"known: {', '.join(CARDS)}."
-    raise PlanError(f"--gpu {given}: no such card; {mend} Or give its memory: --gpu 8GB")
+    mend = f"did you mean {' or '.join(known[one] for one in near)}?" if near else f"known: {', '.join(GPUS)}."
+    raise PlanError(f"--gpu {given}: no such GPU; {mend} Or give its memory: --gpu 8GB")
 
 
 def _plain(name: str) -> str:
@@ -98,11 +98,11 @@ def _plain(name: str) -> str:
     return re.sub(r"nvidia|geforce|tesla|quadro|[\s_-]", "", name.lower())
 
 
-def present() -> Card | None:
-    """The card of this machine that training would take, or None."""
+def present() -> Gpu | None:
+    """The GPU of this machine that training would take, or None."""
     import torch
 
     if not torch.cuda.is_available():
         return None
     facts = torch.cuda.get_device_properties(0)
-    return Card(facts.name, facts.total_memory, torch.cuda.get_device_capability(0)[0] >= 8)
+    return Gpu(facts.name, facts.total_memory, torch.cuda.get_device_capability(0)[0] >= 8)

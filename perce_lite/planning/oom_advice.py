@@ -1,4 +1,4 @@
-"""A card whose memory is full: what is kept, and the override of the recipe that the plan says will fit."""
+"""A GPU whose memory is full: what is kept, and the override of the recipe that the plan says will fit."""
 
 import gc
 import shlex
@@ -10,36 +10,36 @@ from pathlib import Path
 import torch
 
 from perce_lite.data.rows import Row
-from perce_lite.errors import BaseTooLargeError, CardFullError, DataError, ModelError, PlanError, TemplateError
-from perce_lite.planning.gpus import GIB, Card, of_size, present
+from perce_lite.errors import BaseTooLargeError, DataError, GpuOutOfMemoryError, ModelError, PlanError, TemplateError
+from perce_lite.planning.gpus import GIB, Gpu, of_size, present
 from perce_lite.planning.plan import CONTEXT, Plan
 from perce_lite.planning.row_lengths import Rows, longest_of
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.recipe_yaml import apply_overrides
 
 _LESS = 0.9
-"""An override brings the estimate below this share of what did not fit: it was too low, or others use the card too."""
+"""An override brings the estimate below this share of what did not fit: it was too low, or others use the GPU too."""
 
-_CLOSE = "Close other programs that use the card (nvidia-smi lists them)"
+_CLOSE = "Close other programs that use the GPU (nvidia-smi lists them)"
 _NOTHING = f"{_CLOSE}; no change to the recipe needs much less, so else take a smaller model."
 
 
 @contextmanager
-def full_card_is_clear(recipe: Recipe, checkpoint: Callable[[], Path | None]) -> Iterator[None]:
+def explain_out_of_memory(recipe: Recipe, checkpoint: Callable[[], Path | None]) -> Iterator[None]:
     """Inside, which trains, torch's out-of-memory error becomes one that says what to change.
 
     checkpoint: the newest whole checkpoint of the run, asked for when it comes to that
 
     Raises:
-        CardFullError: the card's memory is full.
+        GpuOutOfMemoryError: the GPU's memory is full.
     """
     with _told(lambda: _for_a_run(recipe, checkpoint())):
         yield
 
 
 @contextmanager
-def full_card_in_scoring(recipe: Recipe, own_folder: bool = False) -> Iterator[None]:
-    """As `full_card_is_clear` where log-probs are scored and nothing is trained.
+def explain_out_of_memory_in_scoring(recipe: Recipe, own_folder: bool = False) -> Iterator[None]:
+    """As `explain_out_of_memory` where log-probs are scored and nothing is trained.
 
     own_folder: what the output folder holds was made by this very recipe, so another one needs another folder
     """
@@ -48,10 +48,10 @@ def full_card_in_scoring(recipe: Recipe, own_folder: bool = False) -> Iterator[N
 
 
 @contextmanager
-def full_card_in_a_fleet(
+def explain_out_of_memory_in_fleet(
     recipe: Recipe, users: int, rows: Callable[[], Sequence[Row]], of_users: bool
 ) -> Iterator[None]:
-    """As `full_card_is_clear` for `users` that are trained at once in slots, or one after another.
+    """As `explain_out_of_memory` for `users` that are trained at once in slots, or one after another.
 
     rows: those that are trained, asked for when it comes to that
     of_users: whether this is `recipe.of_users()`, so that an override of `train` may have to be one of `fleet.train`
@@ -60,8 +60,8 @@ def full_card_in_a_fleet(
         yield
 
 
-def let_go() -> None:
-    """Frees what an error that is forgotten had kept on the card."""
+def free_gpu_memory() -> None:
+    """Frees what an error that is forgotten had kept on the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -72,27 +72,27 @@ def _told(rest: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise CardFullError(f"{_what_is_full(error)} {rest()}") from error
+        raise GpuOutOfMemoryError(f"{_what_is_full(error)} {rest()}") from error
     except BaseTooLargeError as error:
-        raise CardFullError(f"{_what_is_full(error.__cause__)} {rest()}") from error
+        raise GpuOutOfMemoryError(f"{_what_is_full(error.__cause__)} {rest()}") from error
 
 
 def _what_is_full(error: BaseException | None) -> str:
     first = (str(error).strip().splitlines() or ["out of memory"])[0]
-    return f"The card's memory is full: {first.split('. ')[0].rstrip('.')}."
+    return f"GPU out of memory: {first.split('. ')[0].rstrip('.')}."
 
 
 def _scored(recipe: Recipe) -> str:
     return "What was scored under the base is kept. " if training_config(recipe).store else ""
 
 
-def _less(need: int, here: Card) -> Card:
-    """A card on which what did not fit here, which needs so many bytes by the plan, would not fit either."""
+def _less(need: int, here: Gpu) -> Gpu:
+    """A GPU on which what did not fit here, which needs so many bytes by the plan, would not fit either."""
     return replace(here, bytes=min(here.bytes, CONTEXT + int(_LESS * (need - CONTEXT))))
 
 
-def _planned(recipe: Recipe, rows: Rows | None = None) -> tuple[Plan, Card] | None:
-    """The plan and the card here; None: the plan does not know."""
+def _planned(recipe: Recipe, rows: Rows | None = None) -> tuple[Plan, Gpu] | None:
+    """The plan and the GPU here; None: the plan does not know."""
     try:
         return Plan(recipe, rows), present() or of_size(1024)
     except (PlanError, ModelError):

@@ -27,7 +27,7 @@ FLOAT32 = 4
 
 @dataclass(frozen=True)
 class Weights:
-    """What lies on the card from the start, in bytes, and what is trained.
+    """What lies on the GPU from the start, in bytes, and what is trained.
 
     base: weights in 4 bit with their quantisation constants; 0 where the base is whole
     unquantized: embeddings, norms, head and buffers, or all of a whole base
@@ -36,7 +36,7 @@ class Weights:
     largest: elements of the largest 4-bit weight, which is whole for a moment whenever it is used
     cores: elements of each core, where users train those alone over a frozen adapter (`lora.core_only`)
     parents: whether the users of a batch may start from different adapters, each of which is then there
-    table: bytes of the embedding table, a part of `unquantized`; 0 where it cannot leave the card, since it is the
+    table: bytes of the embedding table, a part of `unquantized`; 0 where it cannot leave the GPU, since it is the
         head's too or trained
     """
 
@@ -62,7 +62,7 @@ class Weights:
 
 
 class Step(NamedTuple):
-    """A batch: rows, tokens a row, tokens a row that carry loss, and how the card computes.
+    """A batch: rows, tokens a row, tokens a row that carry loss, and how the GPU computes.
 
     length: tokens of a row, those of its prefix among them
     prefix: tokens of each row that the bare base reads ahead (`profile_pass: frozen`); 0: the ordinary way
@@ -83,7 +83,7 @@ class Step(NamedTuple):
 
 
 def weights_of(config: PretrainedConfig, recipe: Recipe, itemsize: int) -> Weights:
-    """The weights of the recipe's base and adapter on a card that computes in `itemsize` bytes; none is loaded.
+    """The weights of the recipe's base and adapter on a GPU that computes in `itemsize` bytes; none is loaded.
 
     Raises:
         RecipeError: a `lora` section that does not go with the model.
@@ -134,7 +134,7 @@ def optimizer_bytes(trained: tuple[int, ...], optim: str) -> int:
     """AdamW's two states of each trained tensor: float32, or 8 bit with a scale a block of 256.
 
     bitsandbytes keeps tensors of fewer than 4,096 elements in float32. A paged state is counted whole, as it lies on
-    the card while there is room. What is no 8-bit AdamW is counted as AdamW in float32.
+    the GPU while there is room. What is no 8-bit AdamW is counted as AdamW in float32.
     """
     if optim in EIGHT_BIT:
         small = [one for one in trained if one < 4096]

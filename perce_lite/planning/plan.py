@@ -1,4 +1,4 @@
-"""Will it fit? Memory by part before a run, per card: the longest row, the largest batch, the smallest change."""
+"""Will it fit? Memory by part before a run, per GPU: the longest row, the largest batch, the smallest change."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from perce_lite.data.pairs import most_that_fit
 from perce_lite.model.host_embedding import tied
 from perce_lite.model.prefix_cache import MAX_CACHED_BYTES
 from perce_lite.planning import parts as memory
-from perce_lite.planning.gpus import GIB, Card
+from perce_lite.planning.gpus import GIB, Gpu
 from perce_lite.planning.row_lengths import Rows, packed, rows_of
 from perce_lite.planning.shapes import KNOWN, model_config, shape_of
 from perce_lite.recipe import Recipe, train_defaults
@@ -28,7 +28,7 @@ MOST_USERS = 16
 """Users at once that `fleet.slots: auto` takes at the most."""
 
 _STASH = 5
-"""Tensors that TRL's activation offloading leaves on the card while they are on their way to the host."""
+"""Tensors that TRL's activation offloading leaves on the GPU while they are on their way to the host."""
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,19 @@ class Choice:
     users: int = 1
 
 
-Need = Callable[[Choice, Card], int]
-"""Bytes that something takes on a card."""
+Need = Callable[[Choice, Gpu], int]
+"""Bytes that something takes on a GPU."""
 
 
 class Plan:
-    """A recipe's memory on any card. No weights are loaded: the model is there on the meta device alone.
+    """A recipe's memory on any GPU. No weights are loaded: the model is there on the meta device alone.
 
     rows: what batches are made of; None: as the recipe's data says, else `train.max_length`
     on_cpu: with a recipe's defaults for a CPU, which has no context of CUDA and works in float32
 
     Raises:
         ModelError: the model's configuration can neither be read nor is it known by heart; or its head is tied to the
-            embedding table, which `embedding_on_host` is to keep off the card.
+            embedding table, which `embedding_on_host` is to keep off the GPU.
         PlanError: a family whose memory is not known beforehand.
     """
 
@@ -94,10 +94,10 @@ class Plan:
         )
         self._weights = lru_cache(maxsize=16)(self._weights_of)
 
-    def parts(self, choice: Choice, card: Card) -> dict[str, int]:
+    def parts(self, choice: Choice, gpu: Gpu) -> dict[str, int]:
         """Bytes by part, and the sum at the peak as `total`."""
         weights = self._weights(choice.rank, choice.quantization)
-        step = self._step(choice, card)
+        step = self._step(choice, gpu)
         kept = {name: memory.saved(self.shape, weights, step, name) for name in (True, False)}
         saved = kept[choice.checkpointing]
         if choice.offload:
@@ -117,50 +117,50 @@ class Plan:
             "head": memory.head_at_work(self.shape, step) + memory.casts(weights, step),
             "prefixes": max(memory.prefixes(self.shape, step), MAX_CACHED_BYTES) if step.prefix else 0,
             "reading": memory.reading(self.shape, weights, step),
-            "scoring": 0 if self._option("estimator") == "uniform" else self._pass(choice, card),
+            "scoring": 0 if self._option("estimator") == "uniform" else self._pass(choice, gpu),
         }
         peak = max(peak_of_a_step(found), found["scoring"])
         found["spill"], found["context"] = int(SPILL * peak), self.context
         return {**found, "total": held(found) + peak + found["spill"] + found["context"]}
 
-    def training(self, choice: Choice, card: Card) -> int:
+    def training(self, choice: Choice, gpu: Gpu) -> int:
         """Bytes of training at its peak."""
-        return self.parts(choice, card)["total"]
+        return self.parts(choice, gpu)["total"]
 
-    def scoring(self, choice: Choice, card: Card) -> int:
+    def scoring(self, choice: Choice, gpu: Gpu) -> int:
         """Bytes of scoring with an adapter on, at its peak: what `eval` and `inspect` need."""
-        parts = self.parts(choice, card)
+        parts = self.parts(choice, gpu)
         lasting = parts["base"] + parts["unquantized"] + parts["adapter"] + parts["prefixes"]
-        return lasting + int((1 + SPILL) * self._pass(choice, card)) + parts["context"]
+        return lasting + int((1 + SPILL) * self._pass(choice, gpu)) + parts["context"]
 
-    def _pass(self, choice: Choice, card: Card) -> int:
+    def _pass(self, choice: Choice, gpu: Gpu) -> int:
         """Bytes that work while the longest row is scored alone."""
-        step = self._step(choice, card)
+        step = self._step(choice, gpu)
         alone = step._replace(rows=1, length=self._read(choice.length), scored=min(step.scored, choice.length))
         return memory.scoring(self.shape, self._weights(choice.rank, choice.quantization), alone)
 
-    def fits(self, choice: Choice, card: Card, need: Need | None = None) -> bool:
-        """Whether `need` (training where it is None) stays within what a program sees of the card."""
-        return (need or self.training)(choice, card) <= card.bytes
+    def fits(self, choice: Choice, gpu: Gpu, need: Need | None = None) -> bool:
+        """Whether `need` (training where it is None) stays within what a program sees of the GPU."""
+        return (need or self.training)(choice, gpu) <= gpu.bytes
 
-    def longest_row(self, choice: Choice, card: Card, need: Need | None = None) -> int:
+    def longest_row(self, choice: Choice, gpu: Gpu, need: Need | None = None) -> int:
         """Tokens of the longest row that fits with the batch of `choice`, at most what the model can read; 0: none."""
         return 16 * most_that_fit(
-            self.positions // 16, lambda many: self.fits(replace(choice, length=16 * many), card, need)
+            self.positions // 16, lambda many: self.fits(replace(choice, length=16 * many), gpu, need)
         )
 
-    def largest_batch(self, choice: Choice, card: Card) -> int:
+    def largest_batch(self, choice: Choice, gpu: Gpu) -> int:
         """Rows of a batch of the longest rows that fits; 0: not even one."""
-        return most_that_fit(256, lambda many: self.fits(replace(choice, batch=many), card))
+        return most_that_fit(256, lambda many: self.fits(replace(choice, batch=many), gpu))
 
-    def most_users(self, choice: Choice, card: Card) -> int:
+    def most_users(self, choice: Choice, gpu: Gpu) -> int:
         """Users at once in slots that fit, at most `MOST_USERS`; 0: not even one. Slots do not pack rows."""
         if self.packs:
-            return int(self.fits(choice, card))
-        return most_that_fit(MOST_USERS, lambda many: self.fits(replace(choice, users=many), card))
+            return int(self.fits(choice, gpu))
+        return most_that_fit(MOST_USERS, lambda many: self.fits(replace(choice, users=many), gpu))
 
-    def smallest_change(self, card: Card, scoring: bool = False) -> tuple[list[str], Choice] | None:
-        """The fewest and mildest overrides of the recipe with which it fits on `card`; None: nothing in it would do.
+    def smallest_change(self, gpu: Gpu, scoring: bool = False) -> tuple[list[str], Choice] | None:
+        """The fewest and mildest overrides of the recipe with which it fits on `gpu`; None: nothing in it would do.
 
         In this order: what costs time alone, then what changes the rows, then what changes the adapter.
 
@@ -184,18 +184,18 @@ class Plan:
                 for values, said in changes:
                     choice, words = replace(choice, **values), [*words, *said]
                 if cut:
-                    length = min(self.longest_row(choice, card, need), choice.length - 1) // 64 * 64
+                    length = min(self.longest_row(choice, gpu, need), choice.length - 1) // 64 * 64
                     if length < 128:
                         continue
                     choice, words = replace(choice, length=length), [*words, f"train.max_length={length}"]
-                if self.fits(choice, card, need):
+                if self.fits(choice, gpu, need):
                     return words, choice
         return None
 
-    def smaller_model(self, card: Card) -> list[str] | None:
-        """The overrides that take the first model known by heart with which the recipe, else as it is, fits on `card`.
+    def smaller_model(self, gpu: Gpu) -> list[str] | None:
+        """The overrides that take the first model known by heart with which the recipe, else as it is, fits on `gpu`.
 
-        A table that has to stay on the card, since the head is tied to it, is left there.
+        A table that has to stay on the GPU, since the head is tied to it, is left there.
         """
         for name in KNOWN.values():
             recipe = self.recipe.model_copy(update={"model": name})
@@ -204,7 +204,7 @@ class Plan:
                 recipe = recipe.model_copy(update={"embedding_on_host": False})
                 words.append("embedding_on_host=false")
             other = Plan(recipe, self.rows)
-            if name != self.recipe.model and other.fits(other.choice, card):
+            if name != self.recipe.model and other.fits(other.choice, gpu):
                 return words
         return None
 
@@ -253,7 +253,7 @@ class Plan:
         """A field of `train:` as it is on a GPU."""
         return self._train.get(name, PerCEConfig.__dataclass_fields__[name].default)
 
-    def _step(self, choice: Choice, card: Card) -> memory.Step:
+    def _step(self, choice: Choice, gpu: Gpu) -> memory.Step:
         """The batch of a choice; packed rows lie end to end in one, and attention takes a mask as for unlike rows.
 
         Where the profile is read ahead, the longest prefix meets the longest rest.
@@ -266,7 +266,7 @@ class Plan:
             rows, many = 1, choice.batch
         padded = rows > 1 or self.packs
         sizes = rows, many * (prefix + awake), many * scored, many * prefix
-        return memory.Step(*sizes, self.itemsize, padded, card.flash, choice.users)
+        return memory.Step(*sizes, self.itemsize, padded, gpu.flash, choice.users)
 
     def _read(self, length: int) -> int:
         """Tokens of the longest scored row where the longest trained one has `length`."""
@@ -289,7 +289,7 @@ def peak_of_a_step(parts: dict[str, int]) -> int:
 
 
 def held(parts: dict[str, int]) -> int:
-    """What lies on the card all the time in training."""
+    """What lies on the GPU all the time in training."""
     return sum(parts[name] for name in ("base", "unquantized", "adapter", "gradients", "optimizer"))
 
 
@@ -297,8 +297,8 @@ def _is_tied(config: PretrainedConfig) -> bool:
     return bool(config.get_text_config().tie_word_embeddings)
 
 
-def figures(recipe: Recipe, cards: Sequence[Card]) -> dict[str, Any]:
-    """What `perce-lite plan` shows, bytes and tokens, for each card: of one adapter, and how many users fit at once.
+def figures(recipe: Recipe, gpus: Sequence[Gpu]) -> dict[str, Any]:
+    """What `perce-lite plan` shows, bytes and tokens, for each GPU: of one adapter, and how many users fit at once.
 
     Raises:
         ModelError, PlanError: as `Plan`.
@@ -317,31 +317,31 @@ def figures(recipe: Recipe, cards: Sequence[Card]) -> dict[str, Any]:
         },
         "settings": vars(plan.choice) | {"rank": recipe.lora.get("r", 16)},
         "fleet": recipe.fleet.slots if "fleet" in recipe.model_fields_set else None,
-        "cards": [{**_on(plan, card), **_together(users, card)} for card in cards],
+        "cards": [{**_on(plan, gpu), **_together(users, gpu)} for gpu in gpus],
     }
 
 
-def _on(plan: Plan, card: Card) -> dict[str, Any]:
-    parts = plan.parts(plan.choice, card)
-    fits = parts["total"] <= card.bytes
-    change = None if fits else plan.smallest_change(card)
+def _on(plan: Plan, gpu: Gpu) -> dict[str, Any]:
+    parts = plan.parts(plan.choice, gpu)
+    fits = parts["total"] <= gpu.bytes
+    change = None if fits else plan.smallest_change(gpu)
     return {
-        "card": card.name,
-        "bytes": card.bytes,
-        "dtype": "float32" if plan.itemsize == memory.FLOAT32 else "bfloat16" if card.bf16 else "float16",
+        "card": gpu.name,
+        "bytes": gpu.bytes,
+        "dtype": "float32" if plan.itemsize == memory.FLOAT32 else "bfloat16" if gpu.bf16 else "float16",
         "fits": fits,
         "parts": parts,
-        "longest_row": plan.longest_row(plan.choice, card),
-        "longest_row_alone": plan.longest_row(replace(plan.choice, batch=1), card),
-        "largest_batch": plan.largest_batch(plan.choice, card),
+        "longest_row": plan.longest_row(plan.choice, gpu),
+        "longest_row_alone": plan.longest_row(replace(plan.choice, batch=1), gpu),
+        "largest_batch": plan.largest_batch(plan.choice, gpu),
         "change": None if change is None else change[0],
-        "smaller_model": None if fits or change is not None else plan.smaller_model(card),
-        "total_after_change": None if change is None else plan.parts(change[1], card)["total"],
+        "smaller_model": None if fits or change is not None else plan.smaller_model(gpu),
+        "total_after_change": None if change is None else plan.parts(change[1], gpu)["total"],
     }
 
 
-def _together(plan: Plan, card: Card) -> dict[str, Any]:
+def _together(plan: Plan, gpu: Gpu) -> dict[str, Any]:
     """How many users fit at once, and whether as many as `fleet.slots` says do."""
     slots = plan.recipe.fleet.slots
-    fit = slots == "auto" or (plan.fits(replace(plan.choice, users=slots), card) and not (plan.packs and slots > 1))
-    return {"users_at_once": plan.most_users(plan.choice, card), "slots_fit": fit}
+    fit = slots == "auto" or (plan.fits(replace(plan.choice, users=slots), gpu) and not (plan.packs and slots > 1))
+    return {"users_at_once": plan.most_users(plan.choice, gpu), "slots_fit": fit}

@@ -14,22 +14,22 @@ from perce_lite.training import train
 
 
 def probe(recipe: Recipe) -> dict[str, Any]:
-    """Scores the rows and trains the longest for one step on this machine's card; only scores are kept, in the store.
+    """Scores the rows and trains the longest for one step on this machine's GPU; only scores are kept, in the store.
 
-    Gives `card` and `parts`: (estimate, measured) bytes of what lies there after loading, of the peaks of scoring and
-    of the step, as torch allocates, and of what the driver says is taken beside that. Rows that the store knows are
-    not scored again, and the peak of scoring is then that of making the trainer.
+    Gives `card`, the name of the GPU, and `parts`: (estimate, measured) bytes of what lies there after loading, of the
+    peaks of scoring and of the step, as torch allocates, and of what the driver says is taken beside that. Rows that
+    the store knows are not scored again, and the peak of scoring is then that of making the trainer.
 
     Raises:
         DeviceError: there is no CUDA device.
     """
-    card = present()
-    if card is None:
+    gpu = present()
+    if gpu is None:
         raise DeviceError(
             "--probe: runs one real step, and torch sees no CUDA device here. Leave --probe out for the estimate alone."
         )
     plan = Plan(recipe)
-    parts = plan.parts(plan.choice, card)
+    parts = plan.parts(plan.choice, gpu)
     rows = read_rows(recipe)
     base = load_base(recipe)
     loaded = torch.cuda.memory_allocated()
@@ -50,7 +50,7 @@ def probe(recipe: Recipe) -> dict[str, Any]:
     free, total = torch.cuda.mem_get_info()
     weights = parts["base"] + parts["unquantized"]
     return {
-        "card": card.name,
+        "card": gpu.name,
         "parts": {
             "base, as loaded": (weights, loaded),
             "peak of scoring": (weights + parts["adapter"] + parts["scoring"], scoring),

@@ -29,13 +29,13 @@ _ASLEEP = {
     "reading": "reading a prefix, before anything is saved",
 }
 _NARROW = 0.05
-"""Share of a card below which what is left over is no comfort."""
+"""Share of a GPU below which what is left over is no comfort."""
 
 _REST = {"spill": "lost to the allocator", "context": "CUDA itself"}
 
 
 def show_plan(figures: dict[str, Any], recipe: str, overrides: Sequence[str] = ()) -> None:
-    """`perce-lite plan`: the parts on the first card, then what each card takes and what would make the recipe fit.
+    """`perce-lite plan`: the parts on the first GPU, then what each GPU takes and what would make the recipe fit.
 
     overrides: those that the recipe was planned with, which a command for it needs too
     """
@@ -65,18 +65,18 @@ def show_plan(figures: dict[str, Any], recipe: str, overrides: Sequence[str] = (
         told.append(f"With profile_pass: frozen the prefixes are there too; the longest has {rows['prefix']} tokens.")
     for sentence in told:
         console.print(Text(sentence))
-    console.print(_cards(figures["cards"], figures["fleet"]))
+    console.print(_gpus(figures["cards"], figures["fleet"]))
     for one in figures["cards"]:
         console.print(Text(_advice(one, recipe, figures["fleet"], overrides)), soft_wrap=True)
 
 
-def _cards(cards: list[dict[str, Any]], fleet: str | int | None) -> Table:
+def _gpus(gpus: list[dict[str, Any]], fleet: str | int | None) -> Table:
     """fleet: `fleet.slots` of a recipe that speaks of a fleet, so that users at once are of interest; else None"""
-    table = Table(title="Cards", title_justify="left")
-    names = ["card", "GiB seen", "peak", "fits", "longest row", "longest row, batch 1", "largest batch"]
+    table = Table(title="GPUs", title_justify="left")
+    names = ["GPU", "GiB seen", "peak", "fits", "longest row", "longest row, batch 1", "largest batch"]
     for name in [*names, *([] if fleet is None else ["users at once"])]:
-        table.add_column(name, justify="left" if name == "card" else "right")
-    for one in cards:
+        table.add_column(name, justify="left" if name == "GPU" else "right")
+    for one in gpus:
         fits = Text("yes", style="green") if one["fits"] else Text("no", style="red")
         table.add_row(
             one["card"], _gib(one["bytes"]), _gib(one["parts"]["total"]), fits, _or_none(one["longest_row"]),

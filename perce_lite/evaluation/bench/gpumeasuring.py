@@ -28,7 +28,7 @@ from perce_lite.fleet.slot_user import Result, UserJob
 from perce_lite.model.base import Base, with_adapter
 from perce_lite.model.fused_head import training_forward
 from perce_lite.model.scoring import autocast_to, batch_log_probs, no_grad_eval, padded
-from perce_lite.planning.oom_advice import let_go
+from perce_lite.planning.oom_advice import free_gpu_memory
 from perce_lite.recipe import Recipe, lora_config, training_config
 
 SPEED = ("sft", "uniform", "base", "mixed", "bootstrap", "base-cold", "mixed-cold")
@@ -76,7 +76,7 @@ def told(what: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             raise
         return {"refused": str(error)}
     finally:
-        let_go()
+        free_gpu_memory()
 
 
 # Memory

@@ -1,4 +1,4 @@
-"""`perce-lite bench --gpu-report`: what a card does with an 8B model, in one go, without downloading one."""
+"""`perce-lite bench --gpu-report`: what a GPU does with an 8B model, in one go, without downloading one."""
 
 import tempfile
 import time
@@ -33,7 +33,7 @@ _ON_A_CPU = 500_000_000  # weights beyond which a rehearsal on a CPU makes no se
 
 GIB = 2**30
 
-CARD, HOST = "table on the card", "table on the host"
+ON_GPU, HOST = "table on the GPU", "table on the host"
 """Where the embedding table lies in the two measurements of memory."""
 
 PARTS = {
@@ -147,7 +147,7 @@ def _measure(place: Place, config: Any, device: torch.device, length: int, repea
         now("making the base")
         base: Base = random_base(config, _dtype(place, device), device)
         now("memory")
-        parts = {CARD: told(partial(memory, place, base, length))}
+        parts = {ON_GPU: told(partial(memory, place, base, length))}
         now("filling the store")
         pace = speed(place, base, length, repeats, epochs, now)
         at_once = {}
@@ -170,7 +170,7 @@ def judged(found: dict[str, Any], meant: bool) -> list[dict[str, Any]]:
     gib = {where: one["total"] / GIB if "total" in one else None for where, one in found["memory"].items()}
     ratio = {arm: (found["speed"][arm].get("time") or {}).get("median") for arm in ("base", "mixed")}
     bars = [
-        ("peak of training, GiB", 7.0, gib[CARD]),
+        ("peak of training, GiB", 7.0, gib[ON_GPU]),
         ("peak of training with embedding_on_host, GiB", 6.0, gib[HOST]),
         ("base, warm store, x plain SFT", 1.02, ratio["base"]),
         ("mixed, warm store, x plain SFT", 1.02, ratio["mixed"]),
@@ -194,9 +194,9 @@ def judged(found: dict[str, Any], meant: bool) -> list[dict[str, Any]]:
 def markdown(figures: dict[str, Any]) -> str:
     """The report as one page of tables."""
     settings, computer = figures["settings"], figures["machine"]
-    card = "" if figures["card_bytes"] is None else f", {figures['card_bytes'] / GIB:.1f} GiB"
+    gpu = "" if figures["card_bytes"] is None else f", {figures['card_bytes'] / GIB:.1f} GiB"
     lines = [
-        f"# {figures['shape']} on {computer['name']}{card}",
+        f"# {figures['shape']} on {computer['name']}{gpu}",
         "",
         f"{figures['weights'] / 1e6:,.1f} million random weights in NF4, {settings['dtype']}, rank {settings['rank']}, "
         f"rows of {settings['length']} tokens, one a step; torch {computer['torch']}; {figures['seconds']:.0f} s",

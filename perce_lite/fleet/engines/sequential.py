@@ -21,7 +21,7 @@ from perce_lite.model import adapters
 from perce_lite.model.base import Base, load_base
 from perce_lite.model.fingerprint import fingerprint, sketch
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
-from perce_lite.planning.oom_advice import full_card_in_a_fleet, let_go
+from perce_lite.planning.oom_advice import explain_out_of_memory_in_fleet, free_gpu_memory
 from perce_lite.recipe import Recipe
 from perce_lite.training.reference_logprobs import trained_tokens
 from perce_lite.training.run import Run
@@ -115,10 +115,10 @@ class SequentialEngine:
             on_done(task, outcome)
             if isinstance(outcome, PerceLiteError):
                 del outcome  # its frames hold tensors on the GPU
-                let_go()
+                free_gpu_memory()
 
     def _train(self, task: Task, on_progress: OnProgress) -> Outcome:
-        with full_card_in_a_fleet(task.recipe, 1, lambda: task.rows, of_users=task.start is not None):
+        with explain_out_of_memory_in_fleet(task.recipe, 1, lambda: task.rows, of_users=task.start is not None):
             return self._train_task(task, on_progress)
 
     def _train_task(self, task: Task, on_progress: OnProgress) -> Outcome:
@@ -142,7 +142,7 @@ class SequentialEngine:
 
     def _base(self) -> Base:
         if self._loaded is None:
-            with full_card_in_a_fleet(self._recipe, self._slots, lambda: (), of_users=False):
+            with explain_out_of_memory_in_fleet(self._recipe, self._slots, lambda: (), of_users=False):
                 self._loaded = load_base(self._recipe)
         return self._loaded
 

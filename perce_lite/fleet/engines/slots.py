@@ -32,7 +32,7 @@ from perce_lite.fleet.slot_user import Result, Unfinished, UserJob
 from perce_lite.model.adapters import read_metadata
 from perce_lite.model.fingerprint import fingerprint
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
-from perce_lite.planning.oom_advice import full_card_in_a_fleet
+from perce_lite.planning.oom_advice import explain_out_of_memory_in_fleet
 from perce_lite.recipe import Recipe, lora_config, training_config
 from perce_lite.training.train import run_metadata
 
@@ -69,7 +69,7 @@ class SlotsEngine(SequentialEngine):
         def rows() -> list[Row]:
             return [row for task in ([task for task, _ in at_work.values()] or first) for row in task.rows]
 
-        with full_card_in_a_fleet(recipe, count, rows, of_users=first[0].start is not None):
+        with explain_out_of_memory_in_fleet(recipe, count, rows, of_users=first[0].start is not None):
             try:
                 engine = SlotTrainer(
                     base.model, base.tokenizer, args, lora_config(recipe), count, core=recipe.core_only

@@ -1,4 +1,4 @@
-"""A full card, planted: the message names what is kept and a line that fits, and the same command with it goes on."""
+"""Planted out-of-memory errors: the message names what is kept and a line that fits; that line then works."""
 
 import re
 import shlex
@@ -27,8 +27,8 @@ TELLS = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capac
 
 
 @pytest.fixture
-def full_card(monkeypatch):
-    """Makes the training step of a number fail as torch does on a full card; None: none does."""
+def out_of_memory(monkeypatch):
+    """Makes the training step of a number fail as torch does on a full GPU; None: none does."""
     original, full = PerCETrainer.training_step, {}
 
     def step(self, *args, **kwargs):
@@ -56,49 +56,49 @@ def adapter(folder: str) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / "adapter" / "adapter_model.safetensors")
 
 
-def test_what_spares_memory_alone_goes_on_from_the_checkpoint(recipe, run, full_card):
+def test_what_spares_memory_alone_goes_on_from_the_checkpoint(recipe, run, out_of_memory):
     path = recipe(text=recipe_text(gradient_checkpointing=False))
-    full_card(None)
+    out_of_memory(None)
     assert run("train", path, "--set", "train.output_dir=whole")[0] == 0
-    full_card(2)
+    out_of_memory(2)
     code, out, err = run("train", path)
     assert (code, out, "Traceback" in err) == (2, "", False)
     told = err[err.index("error: ") :]
-    assert "The card's memory is full: CUDA out of memory." in told
+    assert "GPU out of memory: CUDA out of memory." in told
     assert "out/checkpoint-2 is kept" in told
     assert overrides(told) == ["--set", "train.gradient_checkpointing=true"]
     assert "goes on from there" in told
-    full_card(None)
+    out_of_memory(None)
     code, _, err = run("train", path, *overrides(told))
     assert (code, "Resuming from out/checkpoint-2" in err) == (0, True)
     one, other = adapter("whole"), adapter("out")
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_another_batch_is_another_run_in_a_folder_of_its_own(recipe, run, full_card):
+def test_another_batch_is_another_run_in_a_folder_of_its_own(recipe, run, out_of_memory):
     path = recipe(text=recipe_text(gradient_checkpointing=True, per_device_train_batch_size=4))
-    full_card(1)
+    out_of_memory(1)
     code, _, err = run("train", path)
     told = err[err.index("error: ") :]
     assert (code, "out/checkpoint-1 is kept" in told, "starts at the first step" in told) == (2, True, True)
     words = overrides(told)
     assert "train.output_dir=out-smaller" in words
     assert re.search(r"per_device_train_batch_size=[12] ", " ".join(words))
-    full_card(None)
+    out_of_memory(None)
     assert run("train", path, *words)[0] == 0
     assert adapter("out-smaller")
     assert Path("out/checkpoint-1").is_dir()
     assert run("train", path)[0] == 0  # and the old run can still go on
 
 
-def test_a_full_card_before_the_first_checkpoint(recipe, run, full_card):
-    full_card(0)
+def test_out_of_memory_before_the_first_checkpoint(recipe, run, out_of_memory):
+    out_of_memory(0)
     code, _, err = run("train", recipe(text=recipe_text(save_steps=100)))
     assert (code, "No checkpoint had been written" in err) == (2, True)
     assert "goes on" not in err
 
 
-def test_a_full_card_while_scoring(recipe, run, monkeypatch):
+def test_out_of_memory_while_scoring(recipe, run, monkeypatch):
     def full(*args):
         raise torch.OutOfMemoryError(TELLS)
 
@@ -149,7 +149,7 @@ def test_a_base_that_does_not_fit(recipe, run, no_room, command):
     code, out, err = run(command, recipe(rows_of(2), text))
     told = err[err.index("error: ") :]
     assert (code, out, "Traceback" in err) == (2, "", False)
-    assert "The card's memory is full: CUDA out of memory." in told
+    assert "GPU out of memory: CUDA out of memory." in told
     assert "What was scored under the base is kept." in told or "Who was trained stays so." in told
     assert "--set" in overrides(told)
 
@@ -166,7 +166,7 @@ def test_a_base_that_does_not_fit_and_no_recipe_to_change(recipe, run, monkeypat
 
 
 @pytest.mark.parametrize("command", ["eval", "compare"])
-def test_a_full_card_while_adapters_are_judged(recipe, run, monkeypatch, command):
+def test_out_of_memory_while_adapters_are_judged(recipe, run, monkeypatch, command):
     """Nothing is trained there, so what spares memory in training alone is not named; the named line works."""
     path = recipe(rows_of(2), recipe_text(gradient_checkpointing=False, per_device_train_batch_size=4))
     assert run("train", path)[0] == 0
@@ -194,7 +194,7 @@ def test_a_full_card_while_adapters_are_judged(recipe, run, monkeypatch, command
 FLEET = "fleet: {min_examples: 4, gate: null, init_from: none, slots: 4}\n"
 
 
-def test_a_full_card_with_many_users_at_once(recipe, run, monkeypatch):
+def test_out_of_memory_with_many_users_at_once(recipe, run, monkeypatch):
     """Fewer at once fit; the line says how many, and with exactly that the fleet goes on from what is kept."""
     original, most = SlotTrainer._step, {"users": 4}
 
@@ -219,14 +219,14 @@ def test_a_full_card_with_many_users_at_once(recipe, run, monkeypatch):
     assert (code, restored) == (0, ["user0", "user1", "user2", "user3"])
 
 
-def test_users_have_options_of_their_own(recipe, run, full_card):
+def test_users_have_options_of_their_own(recipe, run, out_of_memory):
     """What `fleet.train` sets is lowered there, since it would win over `train`."""
-    full_card(0)
+    out_of_memory(0)
     text = recipe_text(gradient_checkpointing=True) + FLEET.replace("init_from: none", "init_from: all")
     path = recipe(rows_of(2), text.replace("slots: 4", "slots: 1, train: {per_device_train_batch_size: 4}"))
-    full_card(None)
+    out_of_memory(None)
     assert run("fleet", path, "--set", "fleet.group_by=all")[0] == 0
-    full_card(0)
+    out_of_memory(0)
     code, _, err = run("fleet", path)
     assert code == 3
     assert "fleet.train.per_device_train_batch_size=" in err
@@ -234,7 +234,7 @@ def test_users_have_options_of_their_own(recipe, run, full_card):
 
 
 def test_one_user_whose_rows_do_not_fit_leaves_the_others_alone(recipe, run, monkeypatch):
-    """The next user has the whole card: nothing of the one who failed is kept."""
+    """The next user has the whole GPU: nothing of the one who failed is kept."""
     original, failed = PerCETrainer.training_step, []
 
     def step(self, *args, **kwargs):
@@ -248,6 +248,6 @@ def test_one_user_whose_rows_do_not_fit_leaves_the_others_alone(recipe, run, mon
     monkeypatch.setattr(memory, "VOCABULARY_CHUNK_SIZE", toys.VOCAB_SIZE)
     path = recipe(rows_of(2), recipe_text(gradient_checkpointing=True) + FLEET.replace("slots: 4", "slots: 1"))
     code, out, err = run("fleet", path)
-    assert (code, err.count("left out. The card's memory is full"), len(failed)) == (3, 1, 1)
+    assert (code, err.count("left out. GPU out of memory"), len(failed)) == (3, 1, 1)
     assert "Trained 1" in out
     assert overrides(err)
