@@ -223,6 +223,9 @@ def test_the_command(recipe, figures, run, monkeypatch):
     code, out, err = run("plan", path)
     assert code == 0, err
     assert [f"{size} GB" for size in COMMON_SIZES if f"{size} GB" not in out] == []
+    rows = [line for line in out.splitlines() if re.search(r"\d+\.\d\d ", line) and "│" in line]
+    assert len(rows) > len(COMMON_SIZES)
+    assert all("estimate" in row for row in rows), "each row says that nobody measured it"
     model = KNOWN["Llama-3.1-8B"]
     given = [f"model={model}", "train.max_length=4096", "dtype=auto", "quantization=nf4"]
     code, out, err = run("plan", path, "--gpu", "8GB", *(word for one in given for word in ("--set", one)))

@@ -31,6 +31,9 @@ _ASLEEP = {
 _NARROW = 0.05
 """Share of a GPU below which what is left over is no comfort."""
 
+_BASIS = "estimate"
+"""Stands in every row: the figures come from the model's shape, none from a run on a GPU."""
+
 _REST = {"spill": "lost to the allocator", "context": "CUDA itself"}
 
 
@@ -44,22 +47,22 @@ def show_plan(figures: dict[str, Any], recipe: str, overrides: Sequence[str] = (
     batch = f"{settings['batch']} x {rows['longest']} tokens, {first['dtype']}"
     title = f"{figures['model']} ({figures['shape_from']}), {batch}"
     table = Table(title=Text(title), title_justify="left")
-    for name in ("part", "GiB"):
+    for name in ("part", "GiB", "basis"):
         table.add_column(name, justify="right" if name == "GiB" else "left")
     parts = first["parts"]
     asleep = settings["profile_pass"] == "frozen"
     for names in (_HELD, {**_AT_WORK, **(_ASLEEP if asleep else {})}, _REST):
         for name, what in names.items():
-            table.add_row(what, _gib(parts[name]))
+            table.add_row(what, _gib(parts[name]), _BASIS)
         table.add_section()
-    table.add_row(f"peak on {first['card']}", _gib(parts["total"]), style="bold")
+    table.add_row(f"peak on {first['card']}", _gib(parts["total"]), _BASIS, style="bold")
     console.print(table)
     with_, without = _gib(parts["saved_with_checkpointing"]), _gib(parts["saved_without"])
     told = [
         f"Longest row: {rows['longest']} tokens, {rows['with_loss']} with loss ({rows['source']}).",
         f"Saved for the backward pass: {with_} GiB with gradient checkpointing, {without} without.",
         "The peak: the first five, what is saved with a layer or the head at work (or scoring, which is never there "
-        "at the same time), and the last two. An estimate: no weights were loaded.",
+        "at the same time), and the last two. No weights were loaded.",
     ]
     if asleep:
         told.append(f"With profile_pass: frozen the prefixes are there too; the longest has {rows['prefix']} tokens.")
@@ -74,14 +77,14 @@ def _gpus(gpus: list[dict[str, Any]], fleet: str | int | None) -> Table:
     """fleet: `fleet.slots` of a recipe that speaks of a fleet, so that users at once are of interest; else None"""
     table = Table(title="GPUs", title_justify="left")
     names = ["GPU", "GiB seen", "peak", "fits", "longest row", "longest row, batch 1", "largest batch"]
-    for name in [*names, *([] if fleet is None else ["users at once"])]:
-        table.add_column(name, justify="left" if name == "GPU" else "right")
+    for name in [*names, *([] if fleet is None else ["users at once"]), "basis"]:
+        table.add_column(name, justify="left" if name in ("GPU", "basis") else "right")
     for one in gpus:
         fits = Text("yes", style="green") if one["fits"] else Text("no", style="red")
         table.add_row(
             one["card"], _gib(one["bytes"]), _gib(one["parts"]["total"]), fits, _or_none(one["longest_row"]),
             _or_none(one["longest_row_alone"]), _or_none(one["largest_batch"]),
-            *([] if fleet is None else [_or_none(one["users_at_once"])]),
+            *([] if fleet is None else [_or_none(one["users_at_once"])]), _BASIS,
         )  # fmt: skip
     return table
 
