@@ -1,4 +1,4 @@
-"""Shared by all tests: two threads, a cache folder of their own, no model hub."""
+"""Shared by all tests: one thread a process, a worker a core, a cache folder of their own, no model hub."""
 
 import os
 import shutil
@@ -7,6 +7,8 @@ import subprocess
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Toys are slower with two threads, and workers that share the cores much slower. Children of the tests inherit this.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +23,24 @@ from perce_lite.console import quiet
 from perce_lite.data.rows import Row
 
 quiet()
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or min(2, os.cpu_count() or 1))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 datasets.utils.logging.disable_progress_bar()
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 """Real text for the tests that need it; they skip where it is absent."""
 
 SMALL_DISK = 48 * 2**20
+
+MAX_WORKERS = 4
+"""Each worker needs some 1.5 GB of memory."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Workers of `-n auto`: one a core that this process may use; none where tests would share a GPU's memory."""
+    if torch.cuda.is_available():
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MAX_WORKERS)
 
 
 @pytest.fixture(autouse=True)
