@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from writing_fixtures import mail, mbox, prose, read
 
-from perce_lite.data.importers.mails import own_words, plain_text, read_mail, split_mbox
+from perce_lite.data.importers.mails import plain_text, read_mail, split_mbox
+from perce_lite.data.importers.quotes import own_words
 from perce_lite.data.importers.writings import Notes, Writing
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from writing_fixtures import prose, read
 
-from perce_lite.data.importers.archives import decoded, files_of
+from perce_lite.data.importers.archives import files_of
+from perce_lite.data.importers.charsets import decoded
 from perce_lite.data.importers.reading import Reader
 from perce_lite.data.importers.texts import from_markdown, from_records, table
 from perce_lite.data.importers.writings import Notes, count_words, date_of, first_words, last_words, pieces, tidy

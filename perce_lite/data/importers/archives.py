@@ -160,21 +160,3 @@ class _Metered(io.RawIOBase):
         buffer[: len(read)] = read
         self.meter.count(len(read))
         return len(read)
-
-
-def decoded(content: bytes) -> str | None:
-    """The text of `content`: by its byte order mark, else UTF-8, else Windows-1252; None where it is no text."""
-    for mark, encoding in ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16")):
-        if content.startswith(mark):
-            return _or_none(content, encoding)
-    if b"\0" in content:
-        return None
-    text = _or_none(content, "utf-8")
-    return text if text is not None else _or_none(content, "cp1252")  # Latin-1 with the quotes that people type
-
-
-def _or_none(content: bytes, encoding: str) -> str | None:
-    try:
-        return content.decode(encoding)
-    except UnicodeDecodeError:
-        return None

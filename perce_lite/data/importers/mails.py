@@ -11,6 +11,8 @@ from email.utils import parseaddr
 from html.parser import HTMLParser
 from typing import Any
 
+from perce_lite.data.importers.charsets import decoded
+from perce_lite.data.importers.quotes import own_words
 from perce_lite.data.importers.writings import Notes, Writing, date_of, tidy
 from perce_lite.errors import DataError
 
@@ -21,15 +23,23 @@ Mail = tuple[str, str, Writing]
 """Address and name of the sender, and what they wrote."""
 
 
+_ENVELOPE = re.compile(
+    rb"From .*(?:Mon|Tue|Wed|Thu|Fri|Sat|Sun),? +(?:[A-Z][a-z]{2} +\d{1,2}|\d{1,2} +[A-Z][a-z]{2}) .*\d{1,2}:\d{2}"
+)
+_BARE_ENVELOPE = re.compile(rb"From (?:-|\?\?\?@\?\?\?|\S+@\S+)\s*$")
+_HEADER_LINE = re.compile(rb">?[A-Za-z][!-9;-~]*:(?:[ \t]|\r?$)|>From ")
+
+
 def split_mbox(lines: Iterable[bytes]) -> Iterator[bytes]:
     """The mails of a mailbox; one longer than LARGEST_MAIL comes cut.
 
-    Not `mailbox.mbox`, which wants a path: this one may lie in a ZIP.
+    A mail starts at a line with From, a sender and a date that headers follow, with or without an empty line before
+    it. Not `mailbox.mbox`, which wants a path, while this one may lie in a ZIP, and takes every "From " for a mail.
     """
     mail: list[bytes] = []
     size, blank = 0, True
-    for line in lines:
-        if blank and line.startswith(b"From "):
+    for line, following in _with_next(lines):
+        if _starts_mail(line, following, blank):
             if mail:
                 yield b"".join(mail)
             mail, size = [], 0
@@ -39,6 +49,22 @@ def split_mbox(lines: Iterable[bytes]) -> Iterator[bytes]:
         blank = not line.strip()
     if mail:
         yield b"".join(mail)
+
+
+def _with_next(lines: Iterable[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    previous: bytes | None = None
+    for line in lines:
+        if previous is not None:
+            yield previous, line
+        previous = line
+    if previous is not None:
+        yield previous, b""
+
+
+def _starts_mail(line: bytes, following: bytes, blank: bool) -> bool:
+    if not line.startswith(b"From ") or not _HEADER_LINE.match(following[:1000]):
+        return False
+    return bool(_ENVELOPE.match(line[:1000]) or (blank and _BARE_ENVELOPE.match(line[:1000])))
 
 
 def read_mail(content: bytes, source: str, notes: Notes) -> Mail | None:
@@ -114,50 +140,12 @@ def _decoded(part: Message) -> str:
     try:
         return content.decode(part.get_content_charset("utf-8"))
     except (LookupError, ValueError):  # a charset that is a lie, or unknown
-        return content.decode("cp1252", "replace")
+        return decoded(content) or content.decode("ascii", "replace")
 
 
 def _unflowed(text: str) -> str:
     """Lines that end with a space go on in the next one (RFC 3676); "-- " and quotes do not."""
     return re.sub(r"(?m)^(?!>)(?!-- \r?$)(.*) \r?\n(?![>\s]|-- )", r"\1 ", text)
-
-
-_WROTE = re.compile(r"\b(wrote|writes|schrieb|a écrit|escribió|ha scritto|escreveu|schreef)\b.*:\s*$", re.I)
-_ON = re.compile(r"\s*(On|Am|Le|El|Il|Op|Em|Den)\b.*\d")
-_REST = re.compile(
-    r"(?mis)^(?:-- ?$|-{2,} ?(?:original message|forwarded message|ursprüngliche nachricht|weitergeleitete nachricht|"
-    r"message d'origine|mensaje original)|begin forwarded message:|_{20,}\s*\n(?:from|von|de):|sent from my |"
-    r"von meinem \w+ gesendet|envoyé de mon ).*"
-)
-_OUTLOOK = re.compile(r"(?mis)^(?:from|von|de): [^\n]+\n(?:sent|date|gesendet|datum|envoyé|enviado)[^\n]*: .*")
-
-
-def own_words(body: str) -> str:
-    """A mail's text without quoted lines, the line that says who is quoted, the signature and mails below it."""
-    text = body.replace("\r\n", "\n").rstrip() + "\n"
-    for cut in (_REST, _OUTLOOK):
-        text = cut.sub("", text)
-    kept: list[str] = []
-    quoting = False
-    for line in text.rstrip().split("\n"):
-        if not line.lstrip().startswith(">"):
-            kept.append(line)
-        elif not quoting:
-            _drop_attribution(kept, sure=True)
-        quoting = line.lstrip().startswith(">")
-    _drop_attribution(kept, sure=False)  # what was quoted below may have been cut as HTML
-    return tidy("\n".join(kept))
-
-
-def _drop_attribution(lines: list[str], sure: bool) -> None:
-    """Removes "On Friday, Ann wrote:" from the end of `lines`, one line or two; `sure`: a quote follows."""
-    said = [number for number, line in enumerate(lines) if line.strip()][-2:]
-    if not said or not _WROTE.search(lines[said[-1]]):
-        return
-    near = [number for number in reversed(said) if said[-1] - number < 2]
-    first = next((number for number in near if _ON.match(lines[number])), said[-1] if sure else None)
-    if first is not None:
-        lines[first:] = [""]
 
 
 class _Plain(HTMLParser):

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from perce_lite.console import progress_bar
-from perce_lite.data.importers.archives import LARGEST_FILE, Found, decoded
+from perce_lite.data.importers.archives import LARGEST_FILE, Found
+from perce_lite.data.importers.charsets import decoded
 from perce_lite.data.importers.chats import Chat, answers, chats_in, whatsapp
 from perce_lite.data.importers.mails import Mail, read_mail, split_mbox, written_by
 from perce_lite.data.importers.texts import from_markdown, from_records, from_text, table
