@@ -78,7 +78,8 @@ def _gpus(gpus: list[dict[str, Any]], fleet: str | int | None) -> Table:
     table = Table(title="GPUs", title_justify="left")
     names = ["GPU", "GiB seen", "peak", "fits", "longest row", "longest row, batch 1", "largest batch"]
     for name in [*names, *([] if fleet is None else ["users at once"]), "basis"]:
-        table.add_column(name, justify="left" if name in ("GPU", "basis") else "right")
+        narrowest = len("users at") if name == "users at once" else None
+        table.add_column(name, justify="left" if name in ("GPU", "basis") else "right", min_width=narrowest)
     for one in gpus:
         fits = Text("yes", style="green") if one["fits"] else Text("no", style="red")
         table.add_row(
