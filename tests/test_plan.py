@@ -24,7 +24,7 @@ from perce_lite.recipe import load_recipe
 
 pytest_plugins = ["cli_fixtures"]
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).resolve().parents[1] / "perce_lite" / "planning" / "README.md").read_text(encoding="utf-8")
 ELEMENTS = {
     "Llama-3.1-8B": 8_030_261_248,
     "Qwen3-4B": 4_022_468_096,

@@ -14,9 +14,11 @@ from perce_lite.recipe import Recipe, Section
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = [ROOT / "README.md", *sorted((ROOT / "perce_lite").rglob("README.md")), ROOT / "recipes" / "README.md"]
+TEXT = "\n".join(path.read_text(encoding="utf-8") for path in DOCS)
 COMMANDS = [
     line.partition("&& ")[2] or line
-    for line in README.splitlines()
+    for line in dict.fromkeys(TEXT.splitlines())
     if re.match(r"(perce-lite |pip .*perce-lite)", line)
 ]
 
@@ -44,7 +46,7 @@ def called(line: str) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_commands_of_the_readme_exist(line):
+def test_commands_of_the_docs_exist(line):
     name, words = called(line)
     assert name in commands(), f"{name} is no command"
     given = {word for word in words if word.startswith("--")}
@@ -58,11 +60,11 @@ def test_commands_of_the_readme_exist(line):
             assert field or Recipe.model_fields[section].annotation is str
 
 
-def test_every_command_and_option_stands_in_the_readme():
+def test_every_command_and_option_stands_in_the_docs():
     shown = {called(line)[0] for line in COMMANDS}
     assert shown == set(commands())
     missing = {option for command in commands().values() for option in options(command)} - {"--help"}
-    assert not {option for option in missing if option not in README}
+    assert not {option for option in missing if option not in TEXT}
 
 
 def test_two_commands_set_everything_up():
@@ -89,7 +91,7 @@ def test_the_trl_script_runs(tmp_path, monkeypatch):
 
 def test_every_key_and_option_has_a_row_in_the_reference():
     reference = (ROOT / "perce_lite" / "RECIPE.md").read_text(encoding="utf-8")
-    assert "perce_lite/RECIPE.md" in README
+    assert "(perce_lite/RECIPE.md)" in README
     for name, verdict in VERDICTS.items():
         assert f"| `{name}` | {verdict.says} | {verdict.reason} |" in reference
     for name, field in Recipe.model_fields.items():
@@ -105,4 +107,25 @@ def test_every_key_and_option_has_a_row_in_the_reference():
 
 def test_recipes_of_the_readme_are_those_in_the_folder():
     for path in (ROOT / "recipes").glob("*.yaml"):
-        assert f"recipes/{path.name}" in README
+        assert f"recipes/{path.name}" in TEXT
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 250
+    assert len(README.encode()) <= 14_000
+    assert "nothing has run on a GPU" in "\n".join(README.splitlines()[:4])
+
+
+def heading_anchors(path: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^a-z0-9 -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        file, _, anchor = target.partition("#")
+        place = (path.parent / file).resolve() if file else path
+        assert "://" not in target, "no address that nobody of the project owns"
+        assert place.is_file(), target
+        assert not anchor or anchor in heading_anchors(place), target
