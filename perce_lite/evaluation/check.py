@@ -36,7 +36,7 @@ def check(recipe: Recipe) -> dict[str, Any]:
             "users": dict(sorted(kept.items())),
             "with_profile_tokens": _spread([len(pair.factual.ids) for pair in pairs]),
             "without_profile_tokens": _spread([len(pair.counterfactual.ids) for pair in pairs]),
-            "response_tokens": _spread([sum(one != IGNORED for one in pair.factual.labels) for pair in pairs]),
+            "response_tokens": _spread([sum(label != IGNORED for label in pair.factual.labels) for pair in pairs]),
             "rows_with_items_left_out": sum(pair.items_left_out > 0 for pair in pairs),
         }
     return {"max_length": config.max_length, "adapter_bytes": size, "splits": splits, "example": example}

@@ -231,7 +231,7 @@ def _score(
 
 def _best(trainings: Sequence[Training], tuning: dict[Training, float], failed: set[Training]) -> Training | None:
     """The training of lowest validation loss; None where all have failed."""
-    left = [one for one in trainings if one not in failed]
+    left = [training for training in trainings if training not in failed]
     return min(left, key=lambda one: tuning.get(one, 0.0), default=None)
 
 

@@ -116,7 +116,7 @@ def losses(log_probs: Sequence[Tensor], mask: Sequence[Tensor]) -> Array:
 
 def sizes(mask: Sequence[Tensor]) -> Array:
     """Tokens of each row that `mask` holds, (rows,)."""
-    return np.array([float(one.sum()) for one in mask])
+    return np.array([float(part.sum()) for part in mask])
 
 
 Sums = dict[str, dict[str, Array]]

@@ -203,7 +203,7 @@ def _texts(answers: list[dict[str, Any]], arms: Sequence[str]) -> list[dict[str,
     table = []
     for arm in arms:
         for name in _WITH_TEXTS:
-            mine = [one for one in answers if one["arm"] == arm and one["profile"] == name]
+            mine = [answer for answer in answers if answer["arm"] == arm and answer["profile"] == name]
             theirs = [one for one in answers if one["arm"] == BASE and one["profile"] == name]
             if not mine:
                 continue

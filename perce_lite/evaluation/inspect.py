@@ -147,7 +147,7 @@ def _users(seen: Sequence[Seen]) -> list[dict[str, Any]]:
     told = []
     for user, theirs in sorted(by_user.items()):
         own = torch.cat([one.pir for one in theirs])
-        swapped = [one.swapped_pir for one in theirs if one.swapped_pir is not None]
+        swapped = [row.swapped_pir for row in theirs if row.swapped_pir is not None]
         means = {
             "pir_mean": float(own.mean()),
             "swapped_pir_mean": float(torch.cat(swapped).mean()) if swapped else None,

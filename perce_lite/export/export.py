@@ -168,7 +168,7 @@ def _evaluated(path: Path, source: Path) -> tuple[str, ...]:
 
 def _check_free(place: Path, force: bool) -> None:
     """Raises ExportError where something stands at `place` that may not be replaced."""
-    standing = next(one for one in place.absolute().parents if one.exists())
+    standing = next(parent for parent in place.absolute().parents if parent.exists())
     if standing.is_dir() and not os.access(standing, os.W_OK):
         raise ExportError(f"{place}: nothing may be written in {standing}. Give another --out.")
     if file := next((one for one in place.parents if one.exists() and not one.is_dir()), None):

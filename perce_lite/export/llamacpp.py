@@ -52,7 +52,7 @@ def read_base(path: Path) -> GgufBase:
         architecture = str(_value(reader, "general.architecture"))
         layers, width = (int(_value(reader, f"{architecture}.{key}")) for key in ("block_count", "embedding_length"))
         tokens = [str(one) for one in _value(reader, "tokenizer.ggml.tokens")]
-        [embedding] = [one for one in reader.tensors if one.name == "token_embd.weight"]
+        [embedding] = [tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"]
     except (ValueError, KeyError, IndexError) as error:
         raise ExportError(f"{path}: no GGUF file of a language model: {error}") from error
     rows = np.linspace(0, int(embedding.shape[1]) - 1, 64).astype(int)

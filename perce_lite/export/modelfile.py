@@ -95,7 +95,7 @@ def check(folder: Path, proof: Proof, weights: str) -> None:
 
 def system_of(messages: Sequence[Message]) -> str:
     """The system prompt of `messages`; empty where there is none."""
-    return next((one["content"] for one in messages if one["role"] == "system"), "")
+    return next((message["content"] for message in messages if message["role"] == "system"), "")
 
 
 # Asking the chat template
@@ -115,7 +115,7 @@ def prompts(chat: Chat, messages: Sequence[Message]) -> list[str]:
     Raises:
         ExportError: the template refuses one.
     """
-    return [_rendered(chat, one) for one in dialogues(messages)]
+    return [_rendered(chat, dialogue) for dialogue in dialogues(messages)]
 
 
 def _rendered(chat: Chat, messages: Sequence[Message]) -> str:
@@ -161,7 +161,7 @@ def retold(chat: Chat, messages: Sequence[Message]) -> str:
     shown = len(pieces) == 5 and len(bare) == 4
     template = _written(pieces, bare) if shown and "{{" not in "".join([*pieces, *bare]) else ""
     wanted = prompts(chat, messages)
-    if not template or [render(template, one) for one in dialogues(messages)] != wanted:
+    if not template or [render(template, dialogue) for dialogue in dialogues(messages)] != wanted:
         raise ExportError(
             "ollama: the chat template cannot be retold in Ollama's template language: what it writes around a message "
             "depends on more than role and place. Export --to gguf, which holds the chat template as it is."

@@ -203,7 +203,7 @@ def _finish(job: Job, recipe: Recipe, aside: Path, proof: Proof, more: str) -> N
     write_json(aside / PROOF, proof.model_dump(mode="json"))
     whole = job.target in ("merged", "gguf", "ollama")
     kinds = ("*.gguf", "*.safetensors")
-    size = sum(bytes_of(one) for kind in kinds for one in aside.glob(kind)) if whole else bytes_of(weights)
+    size = sum(bytes_of(path) for kind in kinds for path in aside.glob(kind)) if whole else bytes_of(weights)
     text = model_card(job.metadata, whole, size, job.evaluated, licence_of(recipe))
     write_text(aside / "README.md", f"{text}\n{more}" if more else text)
     write_licence(recipe, aside)

@@ -91,10 +91,10 @@ def weights_of(config: PretrainedConfig, recipe: Recipe, itemsize: int) -> Weigh
     model = on_meta(config)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     linears = [one for one in model.modules() if isinstance(one, nn.Linear) and one is not head]
-    quantized = [one.weight for one in linears] if recipe.quantization == "nf4" else []
+    quantized = [linear.weight for linear in linears] if recipe.quantization == "nf4" else []
     in_4_bit = {id(one) for one in quantized}
-    kept = sum(one.numel() for one in model.parameters() if id(one) not in in_4_bit)
-    buffers = sum(one.numel() * one.element_size() for one in model.buffers())
+    kept = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in in_4_bit)
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     lora: LoraConfig = lora_config(recipe)
     wrapped = with_adapter(model, recipe)
     free = head.weight is not table.weight and model.get_input_embeddings() is table

@@ -75,7 +75,7 @@ def longest_of(recipe: Recipe, rows: Sequence[Row], max_length: int | None) -> R
         raise DataError("no row is left")
     passes = [pair.counterfactual if _without_profile(recipe) else pair.factual for pair in pairs]
     return Rows(
-        length=max(len(one.ids) for one in passes),
+        length=max(len(tokens.ids) for tokens in passes),
         scored=max(sum(label != IGNORED for label in one.labels) for one in passes),
         read=max(len(pair.factual.ids) for pair in pairs),
         source=f"the longest of {len(pairs)} training rows",

@@ -198,7 +198,7 @@ def comparison(figures: Mapping[str, Any]) -> list[Section]:
         f"Trained on {figures['train_rows']} rows, seeds {', '.join(map(str, figures['seeds']))}. Validation loss a "
         "token of the first seed at each rate, nats; the lowest was chosen.",
         ("arm", "judged with profile", *(f"rate {rate}" for rate in rates), "chosen"),
-        [_arm(one, rates) for one in figures["arms"]],
+        [_arm(arm, rates) for arm in figures["arms"]],
     )
     made = [chosen]
     for name, split in figures["splits"].items():
@@ -268,7 +268,7 @@ def comparison_sentences(figures: Mapping[str, Any]) -> list[str]:
                         sides[_side(one[part])].append(f"{one['arm']} ({one[part]['value']:+.3f})")
                 said = "; ".join(f"{side}: {', '.join(names)}" for side, names in sides.items() if names)
                 told.append(f"{name}, {PARTS[part].removesuffix(' tokens')} tokens, against {against}: {said or '–'}.")
-    edges = [one["arm"] for one in figures["arms"] if one["at_edge"]]
+    edges = [arm["arm"] for arm in figures["arms"] if arm["at_edge"]]
     if edges:
         told.append(f"The best rate lies at the edge of the grid for {', '.join(edges)}: widen --rates.")
     return told + _caution(figures["splits"])

@@ -219,7 +219,7 @@ def show_bench(figures: dict[str, Any]) -> None:
         "kept: what a forward keeps for its backward, x sft."
     )
     console.print(table)
-    for bar in (one for one in figures["bars"] if one["arm"] in figures["arms"]):
+    for bar in (bar for bar in figures["bars"] if bar["arm"] in figures["arms"]):
         _show_bar(bar, f"{bar['bar']}, at most {bar['limit']:.2f} x sft")
     _show_machine(figures)
 
@@ -316,7 +316,7 @@ def show_export(figures: dict[str, Any]) -> None:
 
 def show_exports(figures: dict[str, Any]) -> None:
     """The end of `perce-lite export --all`: what became of each adapter, and whom the base serves."""
-    states = [one["state"] for one in figures["exports"]]
+    states = [export["state"] for export in figures["exports"]]
     told = ", ".join(f"{states.count(state)} {state}" for state in ("exported", "kept", "failed"))
     console.print(f"{len(states)} adapters that serve somebody: {told}.")
     for one in figures["exports"]:

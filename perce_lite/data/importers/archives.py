@@ -103,8 +103,8 @@ def _in_folder(folder: Path) -> list[Found]:
     for root, folders, names in os.walk(folder, followlinks=False):  # a link may lead round in a circle
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths = [Path(root) / name for name in names]
-        files = [one for one in paths if one.is_file()]
-        found += [Found(_shown(one.relative_to(folder).as_posix()), partial(_file, one)) for one in files]
+        files = [path for path in paths if path.is_file()]
+        found += [Found(_shown(file.relative_to(folder).as_posix()), partial(_file, file)) for file in files]
     return found
 
 

@@ -51,7 +51,7 @@ def chats_in(node: Any, source: str, depth: int = 0) -> Iterator[Chat]:
         node = list(_branch(node))
     if isinstance(node, list) and node:
         messages = [one for one in map(message_of, node) if one is not None]
-        if len({one.author for one in messages}) > 1:
+        if len({message.author for message in messages}) > 1:
             if all(one.date for one in messages):
                 messages.sort(key=lambda one: one.date or "")  # some exports have the newest first
             yield Chat(source, tuple(messages))
@@ -130,7 +130,9 @@ def whatsapp(text: str, source: str) -> Chat | None:
         system = not colon
         if colon:
             messages.append(Message(author.strip(), said, _when(start, order)))
-    kept = [replace(one, text=one.text.strip()) for one in messages if not _MEDIA.search(one.text.strip())]
+    kept = [
+        replace(message, text=message.text.strip()) for message in messages if not _MEDIA.search(message.text.strip())
+    ]
     return Chat(source, tuple(one for one in kept if one.text))
 
 

@@ -101,7 +101,7 @@ def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: boo
     if path.resolve() == out.resolve():
         raise DataError(f"--out {out}: is what is read, and would be lost; give another --out")
     before = _kept(out) if append and out.exists() else []
-    files = [one for one in files if (path / one.name).resolve() != out.resolve()]
+    files = [file for file in files if (path / file.name).resolve() != out.resolve()]
     notes = Notes()
     reader = Reader(notes, wanted.text_column, alone=len(files) == 1)
     reader.read(files)
@@ -112,7 +112,7 @@ def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: boo
     for one in texts:
         if one.text in said:
             notes.skip(f"in {out.name} already", one.source)
-    new = _in_order([_record(wanted.user, one) for one in texts if one.text not in said])
+    new = _in_order([_record(wanted.user, text) for text in texts if text.text not in said])
     records = _merged(before, new, wanted.user)
     if sum(record["user"] == wanted.user for record in records) < 2:
         raise DataError(f"{path}: one text is left, and it takes two or more: a profile is made of the earlier ones")

@@ -132,7 +132,7 @@ def _from_text(text: str) -> str | None:
             return _iso(parsedate_to_datetime(text))
         except (ValueError, TypeError, IndexError, OverflowError):
             return None
-    groups = [int(one) for one in (found or german).groups() if one]  # type: ignore[union-attr]
+    groups = [int(group) for group in (found or german).groups() if group]  # type: ignore[union-attr]
     if found is None:
         groups[:3] = reversed(groups[:3])
     return numbers_to_date(groups)

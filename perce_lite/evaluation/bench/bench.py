@@ -235,7 +235,7 @@ def _ratio(name: str, one: dict[str, Any], other: dict[str, Any]) -> float | Non
 
 def _known(figure: Callable[[list[float]], Any], values: list[float | None]) -> Any:
     """`figure` of the values; None where an arm has none."""
-    known = [one for one in values if one is not None]
+    known = [value for value in values if value is not None]
     return figure(known) if known else None
 
 

@@ -117,5 +117,5 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     words = ("can't allocate memory", "not enough memory")  # of torch's allocator on a CPU, a plain RuntimeError
-    told = isinstance(error, RuntimeError) and any(one in str(error) for one in words)
+    told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     return told or (error.__cause__ is not None and out_of_memory(error.__cause__))

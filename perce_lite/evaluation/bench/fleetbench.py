@@ -76,7 +76,7 @@ def fleet_bench(
         measurements.make_rows(lengths, max(users, *slots))
         runs = _all_runs(measurements, arms_of(slots, users), lengths, repeats)
     found = {str(length): summary([run[str(length)] for run in runs]) for length in lengths}
-    every = [one for run in runs for arms in run.values() for one in arms.values()]
+    every = [arm for run in runs for arms in run.values() for arm in arms.values()]
     given = {"steps": steps, "warmup": warmup, "repeats": repeats, "lengths": list(lengths), "slots": list(slots)}
     return {
         "model": recipe.model,

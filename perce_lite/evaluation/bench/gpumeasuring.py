@@ -100,7 +100,7 @@ def memory(place: Place, base: Base, length: int) -> dict[str, Any]:
         before = peak_bytes(device)
         trainer = make(ARMS[job.arm], recipe_of(job), base, job.rows)
         scoring = peak_bytes(device)
-        adapter = sum(one.nbytes for one in trainer.model.parameters() if one.requires_grad)
+        adapter = sum(parameter.nbytes for parameter in trainer.model.parameters() if parameter.requires_grad)
         reset_peak(device)
         trainer.train()
         peak = peak_bytes(device)
@@ -119,7 +119,7 @@ def memory(place: Place, base: Base, length: int) -> dict[str, Any]:
 
 def frozen_bytes(model: PreTrainedModel) -> dict[str, int]:
     """Bytes of a model's weights: `base`, in 4 bit with the constants of quantisation, and `unquantized`."""
-    quantised = [one.weight for one in model.modules() if isinstance(one, bnb.nn.Linear4bit)]
+    quantised = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     constants = [one for weight in quantised for one in weight.quant_state.as_dict().values()]
     constants += [weight.quant_state.offset for weight in quantised]  # a number in that dictionary, here a tensor
     base = sum(one.nbytes for one in [*quantised, *constants] if isinstance(one, Tensor))
@@ -180,7 +180,7 @@ def slots(place: Place, base: Base, users: int) -> dict[str, Any]:
     pairs = maker.make(place.rows(SLOT_TOKENS, users, 1))
     engine = SlotTrainer(base.model, base.tokenizer, args, lora_config(recipe), users)
     try:
-        _trained(engine, [UserJob(one.row.user, [one], max(1, place.warmup)) for one in pairs])  # fills the store
+        _trained(engine, [UserJob(pair.row.user, [pair], max(1, place.warmup)) for pair in pairs])  # fills the store
         reset_peak(engine.device)
         started = _now()
         _trained(engine, [UserJob(one.row.user, [one], place.steps) for one in pairs])
@@ -259,7 +259,7 @@ def _log_probs_and_gradient(model: nn.Module, batch: dict[str, Tensor], dtype: t
     """Log-probs (N,) of the scored tokens, and the adapter's gradient, one vector, both in float64 on the CPU."""
     autocast = None if dtype == torch.float32 else dtype
     forward = training_forward(model)
-    trained = [one for one in model.parameters() if one.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with no_grad_eval(model, adapters=True):
         scored = batch_log_probs(forward, batch, autocast).double().cpu()
     model.zero_grad()

@@ -201,7 +201,7 @@ def markdown(figures: dict[str, Any]) -> str:
         f"{figures['weights'] / 1e6:,.1f} million random weights in NF4, {settings['dtype']}, rank {settings['rank']}, "
         f"rows of {settings['length']} tokens, one a step; torch {computer['torch']}; {figures['seconds']:.0f} s",
         "",
-        *_table(["bar", "limit", "here", ""], [_bar_cells(one) for one in figures["bars"]]),
+        *_table(["bar", "limit", "here", ""], [_bar_cells(bar) for bar in figures["bars"]]),
         "",
         *_memory_table(figures["memory"], figures["plan"]),
         "",
@@ -229,7 +229,8 @@ def _memory_table(found: dict[str, Any], plan: dict[str, int] | None) -> list[st
     """A part a line; GiB, four digits behind the point, so that a toy's parts can be told apart as well."""
     columns = {**found, **({} if plan is None else {"plan": plan})}
     rows = [
-        [name, *(_gib(one[part]) if part in one else "-" for one in columns.values())] for part, name in PARTS.items()
+        [name, *(_gib(column[part]) if part in column else "-" for column in columns.values())]
+        for part, name in PARTS.items()
     ]
     notes = [f"{where}: {_why(one)}" for where, one in found.items() if _why(one)]
     return [*_table(["memory, GiB", *columns], rows), *(["", *notes] if notes else [])]

@@ -186,7 +186,7 @@ def measured(job: Job, base: Base) -> dict[str, Any]:
     ours = isinstance(trainer, PerCETrainer)
     token_count = int(trainer._total_train_tokens) if arm.kind != "hand-written" else None
     passes = [trained_tokens(pair, trainer.args) for pair in trainer.pairs["train"]] if ours else []
-    ids = [one.ids for one in passes] or list(trainer.train_dataset["input_ids"])
+    ids = [tokens.ids for tokens in passes] or list(trainer.train_dataset["input_ids"])
     labels = [one.labels for one in passes] or list(trainer.train_dataset["labels"])
     return {
         "step_seconds": clock.seconds(job.warmup),
@@ -208,7 +208,7 @@ def measured(job: Job, base: Base) -> dict[str, Any]:
 def activation_bytes(trainer: SFTTrainer) -> int:
     """What the forward of a training step keeps for its backward, parameters left out: of the first batch."""
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    parameters = {one.untyped_storage().data_ptr() for one in trainer.model.parameters()}
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in trainer.model.parameters()}
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -242,7 +242,7 @@ def make(arm: Arm, recipe: Recipe, base: Base, records: Sequence[dict[str, Any]]
         return make_trainer(recipe, base, rows)
     config: SFTConfig = training_config(recipe)
     pairs = PairMaker.of(recipe, base.tokenizer, config.max_length).make(rows)
-    columns = {"input_ids": [one.factual.ids for one in pairs], "labels": [one.factual.labels for one in pairs]}
+    columns = {"input_ids": [pair.factual.ids for pair in pairs], "labels": [pair.factual.labels for pair in pairs]}
     set_seed(config.seed)
     shared = {"processing_class": base.tokenizer, "peft_config": lora_config(recipe)}
     if arm.kind == "hand-written":

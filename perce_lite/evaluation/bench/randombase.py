@@ -56,7 +56,7 @@ def elements(config: PretrainedConfig) -> int:
     """How many weights a model of this shape has; none is made."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return sum(one.numel() for one in model.parameters())
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def random_base(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Base:

@@ -32,11 +32,11 @@ class Workload:
 
     def tokens(self, profile: bool) -> int:
         """Tokens of all rows, with the profile in the prompt or without."""
-        return sum(len((one.factual if profile else one.counterfactual).ids) for one in self.pairs)
+        return sum(len((pair.factual if profile else pair.counterfactual).ids) for pair in self.pairs)
 
     def digest(self, profile: bool) -> str:
         """As `measuring.measure` gives it for these rows."""
-        trained = [one.factual if profile else one.counterfactual for one in self.pairs]
+        trained = [pair.factual if profile else pair.counterfactual for pair in self.pairs]
         return digest([[one.ids for one in trained], [one.labels for one in trained]])
 
     def told(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class Workload:
             "batch": self.batch,
             "tokens": self.tokens(profile=True),
             "tokens_without_profile": self.tokens(profile=False),
-            "response_tokens": sum(label != IGNORED for one in self.pairs for label in one.factual.labels),
+            "response_tokens": sum(label != IGNORED for pair in self.pairs for label in pair.factual.labels),
             "longest": max(len(one.factual.ids) for one in self.pairs),
             "profile_share": self.profile_share,
         }

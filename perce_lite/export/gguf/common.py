@@ -62,7 +62,7 @@ def read(path: Path) -> dict[str, Tensor]:
     """
     try:
         reader = gguf.GGUFReader(path)
-        return {one.name: torch.from_numpy(np.array(one.data)) for one in reader.tensors}
+        return {tensor.name: torch.from_numpy(np.array(tensor.data)) for tensor in reader.tensors}
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise ExportError(f"{path}: a damaged file: {error}. Export again.") from error
 
