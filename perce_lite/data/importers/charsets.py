@@ -72,8 +72,8 @@ def decoded(content: bytes) -> str | None:
     sample = _sample(content)
     beyond = sum(byte >= 0x80 for byte in sample)
     letters = beyond + sum(byte < 0x80 and chr(byte).isalpha() for byte in sample)
-    encoding = (_latin(sample) if beyond <= _MOST_LATIN_ACCENTS * letters else None) or _other_script(sample)
-    return _decode(content, encoding) if encoding else None
+    guessed = (_latin(sample) if beyond <= _MOST_LATIN_ACCENTS * letters else None) or _other_script(sample)
+    return _decode(content, guessed) if guessed else None
 
 
 def _sample(content: bytes) -> bytes:
