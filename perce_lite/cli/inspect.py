@@ -7,7 +7,7 @@ import typer
 
 from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import Json, RecipePath, Set, write
-from perce_lite.cli.views import terminal
+from perce_lite.cli.views import picture, terminal
 from perce_lite.recipe import load_recipe
 
 inspection = Lazy("perce_lite.evaluation.inspect")
@@ -22,6 +22,9 @@ def inspect(
     user: Annotated[str | None, typer.Option(help="Rows of this user only.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Most personal words and rows to list.")] = 20,
     out: Annotated[Path | None, typer.Option(dir_okay=False, help="The page; else <output_dir>/inspect.html.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Draw the most personal response into this SVG.")
+    ] = None,
     set_: Set = None,
     json: Json = None,
 ) -> None:
@@ -31,5 +34,7 @@ def inspect(
         figures = inspection.inspect(loaded, adapter, rows, user, top)
     page = out or loaded.output_dir / "inspect.html"
     pages.write_inspection(figures, page)
+    if image is not None:
+        picture.write_picture(figures, image)
     write(json, figures)
     terminal.show_inspection(figures, page)
