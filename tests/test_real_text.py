@@ -20,7 +20,7 @@ def test_short_training_on_commit_messages(real_model, tmp_path):
         [
             f"data.path={DOCS}",
             "data.max_rows=40",
-            "evaluation.max_rows=8",
+            "evaluation.max_rows=32",
             "evaluation.max_new_tokens=8",
             "train.max_length=320",
             "profile.max_tokens=120",
@@ -33,7 +33,7 @@ def test_short_training_on_commit_messages(real_model, tmp_path):
     losses = {one["profile"]: one for one in figures["losses"]}
     assert losses["own"]["adapter"] < losses["own"]["base"] - 0.05, "training lowered the held-out loss"
     assert losses["own"]["adapter"] < losses["other user's"]["adapter"], "the own profile beats another user's"
-    assert losses["own"]["rows"] == 8
+    assert losses["own"]["rows"] == 30, "eight rows do not tell the profiles apart"
     card = read_metadata(tmp_path / "out" / "adapter")
     texts = [json.loads(line)["text"] for line in DOCS.read_text(encoding="utf-8").splitlines()]
     assert not any(text in json.dumps(card, ensure_ascii=False) for text in texts if len(text) > 40)
