@@ -314,3 +314,17 @@ def test_a_model_that_lies_on_several_devices_is_refused(toy_trainer):
     model.model.norm.to("meta")
     with pytest.raises(ConfigError, match="model: it lies on cpu, meta, and PerCE Lite trains on one device"):
         toy_trainer(model=model)
+
+
+def test_the_model_card_says_perce_and_replaces_nothing_of_others(toy_trainer, tmp_path):
+    toy_trainer(save_strategy="steps", save_steps=1).train()
+    card = tmp_path / "out" / "README.md"
+    assert "PerCE" in card.read_text("utf-8")
+    assert "trained with SFT" not in card.read_text("utf-8")
+    assert "2603.06595" in card.read_text("utf-8")
+    card.write_text("my own notes", "utf-8")
+    toy_trainer(save_strategy="steps", save_steps=1).train()
+    assert card.read_text("utf-8") == "my own notes"
+    card.unlink()
+    toy_trainer(save_strategy="steps", save_steps=1).train()
+    assert "PerCE" in card.read_text("utf-8")

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer, pack_dataset
 
 from perce_lite.config import PerCEConfig
+from perce_lite.console import say
 from perce_lite.data.collator import LOG_PROB_COLUMNS, PairCollator
 from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.data.rows import Row, from_columns
@@ -36,6 +37,9 @@ from perce_lite.training.order import train_sampler
 from perce_lite.training.reference_logprobs import reference_log_probs, trained_tokens
 
 require_trainer_hooks(SFTTrainer)
+
+TAG = "perce"
+"""Tag of a model card that PerCE Lite wrote."""
 
 _REFUSED_ARGUMENTS = {
     "data_collator": "the batch carries columns of its own",
@@ -62,6 +66,13 @@ class PerCETrainer(SFTTrainer):
         DataError, TemplateError: see `perce_lite.data.pairs`.
         NonFiniteLossError: in training; nothing of that step is kept.
     """
+
+    _tag_names = ("trl", TAG)
+    _name = "PerCE"
+    _paper = {  # noqa: RUF012 (TRL reads it from the class)
+        "title": "Rethinking Personalization in Large Language Models at the Token Level",
+        "id": "2603.06595",
+    }
 
     def __init__(
         self,
@@ -282,6 +293,14 @@ class PerCETrainer(SFTTrainer):
         """As TRL's, without a draw from training's random state, so that a resumed run draws the same numbers."""
         with torch.random.fork_rng():
             return super().evaluate(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """As TRL's; a README.md in the output folder that no trainer of ours wrote is left as it is."""
+        card = Path(self.args.output_dir) / "README.md"
+        if card.exists() and f"- {TAG}\n" not in card.read_text(encoding="utf-8", errors="replace"):
+            say(f"{card} is not ours: it is left as it is, and no model card is written")
+            return
+        super().create_model_card(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         advice = "Free some space and run the same command again: it resumes from the last whole checkpoint."
