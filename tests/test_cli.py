@@ -15,6 +15,7 @@ from cli_fixtures import TRAIN
 from transformers import AutoTokenizer
 
 from perce_lite.cli import app as cli
+from perce_lite.cli.views import terminal
 from perce_lite.model.logprob_store import Store
 
 pytest_plugins = ["cli_fixtures"]
@@ -257,3 +258,15 @@ def test_ctrl_c_says_how_to_go_on(recipe, run, monkeypatch, command):
     assert (code, out, len(err.splitlines())) == (130, "", 1)
     assert err.startswith("Stopped. ")
     assert told in err
+
+
+@pytest.mark.parametrize(("after", "harmed"), [(38.4, True), (4.5, True), (4.2, False)])
+def test_a_training_that_did_harm_is_not_praised(capfd, after, harmed):
+    """In the first line of the result, before any table; no step taken counts as harm too."""
+    part = {"base": 4.5, "adapter": after, "tokens": 10}
+    sample = {"user": "ann", "query": "Why?", "written": "So.", "base": "b", "adapter": "a"}
+    losses = [{"profile": "own", **part, "personal": part, "rows": 2, "per_row": []}]
+    terminal.show_training({"losses": losses, "weights": {}, "sample": sample, "adapter": "out/adapter"})
+    out = capfd.readouterr().out
+    assert out.startswith("Do not use this adapter") == harmed
+    assert ("Use it:" in out) != harmed

@@ -24,6 +24,9 @@ _STYLES = {"template": "dim", "profile": "cyan", "query": "yellow", "response": 
 
 def show_training(figures: dict[str, Any]) -> None:
     """The end of `perce-lite train`: losses, weights, one answer, where the adapter lies and how to use it."""
+    verdict = _worse_than_the_base(figures["losses"])
+    if verdict:
+        console.print(verdict, style="bold red", soft_wrap=True)
     if figures["losses"]:
         console.print(_losses(figures["losses"]))
     else:
@@ -40,10 +43,21 @@ def show_training(figures: dict[str, Any]) -> None:
         console.print(_answers(sample))
     console.print(Text.assemble("Adapter: ", (figures["adapter"], "bold")))
     if sample is not None:
-        console.print("Use it:", style="bold")
+        console.print("Look at it:" if verdict else "Use it:", style="bold")
         words = ["perce-lite", "generate", "--adapter", figures["adapter"], "--user", sample["user"]]
         command = shlex.join([*words, "--prompt", sample["query"]])
         console.print(command, markup=False, soft_wrap=True)
+
+
+def _worse_than_the_base(losses: list[dict[str, Any]]) -> str:
+    """A sentence where training did harm on held-out rows with the own profile; else empty."""
+    own = next((loss for loss in losses if loss["profile"] == "own"), None)
+    if own is None or own["adapter"] < own["base"]:
+        return ""
+    return (
+        f"Do not use this adapter: on held-out rows with the own profile it is {own['adapter'] - own['base']:.3f} nats "
+        "a token worse than the untrained base. Lower train.learning_rate, or train on more rows."
+    )
 
 
 def _losses(losses: list[dict[str, Any]]) -> Table:
