@@ -149,3 +149,14 @@ def test_a_run_does_not_begin_over_what_may_be_anothers(tmp_path, folder):
     (tmp_path / folder).mkdir()
     with pytest.raises(RunError, match=r"no run\.json.*--restart does not"):
         Run(tmp_path, "mine").claim("base")
+
+
+def test_a_second_run_in_the_folder_is_refused(tmp_path):
+    """While one trains, another neither clears its files away nor shares its checkpoints."""
+    path = recipe(tmp_path)
+    with Run(tmp_path / "runs/toy", "another").locked():
+        second = run(path, PERCE_LITE_HOME=str(tmp_path / "home"))
+    assert second.returncode == 2
+    assert "another run is training here" in second.stderr
+    assert not list((tmp_path / "runs/toy").glob("checkpoint-*"))
+    assert run(path, PERCE_LITE_HOME=str(tmp_path / "home")).returncode == 0, "the lock goes with its holder"

@@ -22,18 +22,21 @@ def train_and_measure(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
     restart: forget an earlier run in the same output folder
 
     Gives the figures that `perce-lite train` shows; they are kept in `<output_dir>/figures.json`. A run that was
-    finished before is not repeated. Raises what `open_run`, `load_base` and `train` raise.
+    finished before is not repeated. Raises what `open_run`, `Run.locked`, `load_base` and `train` raise.
     """
-    rows, run = open_run(recipe, restart)
-    finished = run.finished(recipe)
-    if finished is not None:
-        say(f"This recipe was trained before on the same data; --restart trains it anew. Adapter: {run.adapter}")
-        return finished
-    trainer = train(recipe, load_base(recipe), rows, run)
-    figures = {**measure(recipe, trainer, rows), "evaluation": recipe.evaluation.model_dump()}
-    write_json(run.figures, figures)
-    save_adapter(recipe, trainer, rows, run, figures)
-    return {**figures, "adapter": str(run.adapter)}
+    rows, run = open_run(recipe)
+    with run.locked():
+        if restart:
+            run.forget()
+        finished = run.finished(recipe)
+        if finished is not None:
+            say(f"This recipe was trained before on the same data; --restart trains it anew. Adapter: {run.adapter}")
+            return finished
+        trainer = train(recipe, load_base(recipe), rows, run)
+        figures = {**measure(recipe, trainer, rows), "evaluation": recipe.evaluation.model_dump()}
+        write_json(run.figures, figures)
+        save_adapter(recipe, trainer, rows, run, figures)
+        return {**figures, "adapter": str(run.adapter)}
 
 
 def measure(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row]) -> dict[str, Any]:

@@ -1,10 +1,13 @@
 """A run: the recipe, data and base that an output folder belongs to, with its checkpoints and its adapter."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from perce_lite.console import say
 from perce_lite.data.rows import Row
@@ -80,6 +83,24 @@ class Run:
         if metadata is not None and metadata.get("run") != self.name_in_metadata:
             self._refuse()
         return metadata is not None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder's lock: one training at a time writes checkpoints there. The lock file stays.
+
+        Raises:
+            RunError: another process is training in the folder, or the folder is another program's.
+        """
+        self._known()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder / ".run.lock", timeout=0):
+                yield
+        except Timeout as error:
+            raise RunError(
+                f"{self.folder}: another run is training here. Wait for it or stop it, or take another folder with "
+                "--set train.output_dir=FOLDER. Nothing was touched."
+            ) from error
 
     def claim(self, base: str) -> None:
         """Marks the folder as this run's, over the base with fingerprint `base`.

@@ -22,22 +22,17 @@ from perce_lite.training.run import Run, run_of
 from perce_lite.training.trainer import PerCETrainer
 
 
-def open_run(recipe: Recipe, restart: bool = False) -> tuple[list[Row], Run]:
+def open_run(recipe: Recipe) -> tuple[list[Row], Run]:
     """The recipe's rows and its run; everything that can be refused before the base is loaded is refused here.
-
-    restart: forget an earlier run in the same output folder
 
     Raises:
         RecipeError: `lora.core_only`, or an export target that cannot take the adapter.
-        DataError: see `read_rows`. RunError: see `Run.forget`.
+        DataError: see `read_rows`.
     """
     refuse_cores(recipe, "train")
     rows = read_rows(recipe)
     refuse_exports(recipe)
-    run = run_of(recipe, rows)
-    if restart:
-        run.forget()
-    return rows, run
+    return rows, run_of(recipe, rows)
 
 
 def train(recipe: Recipe, base: Base, rows: Sequence[Row], run: Run, what: str = "Training") -> PerCETrainer:
