@@ -68,7 +68,7 @@ def warn(message: str) -> None:
 
 def quiet() -> None:
     """Keeps other libraries' logs and bars off the screen; call it before they are imported. Errors still show."""
-    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("ignore", append=True)  # after what -W or a test asks for
     for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         os.environ.setdefault(name, "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -93,7 +93,7 @@ def test_log_probs_and_gradients_equal_a_masked_forward_in_float64(family, check
     near = 1e-6 if family == "gemma" else 1e-9  # transformers' eager attention takes its softmax in float32
     if checkpointed:
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     log_probs = exactly(model, sequences)
     ours = gradients(model, (weights * log_probs).sum())
     torch.testing.assert_close(log_probs, expected, rtol=0, atol=near)

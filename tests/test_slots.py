@@ -169,7 +169,7 @@ def test_checkpointing_recomputes_with_the_same_route():
         for slot in range(2):
             model.load_slot(slot, stirred(model.fresh(slot), slot))
         if checkpointing:
-            model.base.gradient_checkpointing_enable({"use_reentrant": False})
+            model.base.activation_checkpointing_enable({"use_reentrant": False})
         model.base.train()
         ids = ids_of(1, rows=2)
         with model.route.of([1, 0]):

@@ -94,7 +94,7 @@ class SlotTrainer:
         base.train()
         if self.args.gradient_checkpointing:
             options = {**(self.args.gradient_checkpointing_kwargs or {}), "use_reentrant": False}
-            base.gradient_checkpointing_enable(options)
+            base.activation_checkpointing_enable(options)
         try:
             for batch in itertools.count(1):
                 if not self._fill(running, waiting, on_done, kept):
@@ -114,7 +114,7 @@ class SlotTrainer:
                 kept.write({})
         finally:
             if self.args.gradient_checkpointing:
-                base.gradient_checkpointing_disable()
+                base.activation_checkpointing_disable()
             base.eval()
 
     def _is_due(self, batch: int, running: Iterable[SlotUser]) -> bool:
