@@ -245,6 +245,7 @@ def test_a_swapped_tokenizer_fails(made, tmp_path):
 # Before any work
 
 
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning")  # of the very options that are refused
 @pytest.mark.parametrize(
     ("lora", "told"),
     [
