@@ -67,7 +67,7 @@ def test_what_spares_memory_alone_goes_on_from_the_checkpoint(recipe, run, out_o
     assert "GPU out of memory: CUDA out of memory." in told
     assert "out/checkpoint-2 is kept" in told
     assert overrides(told) == ["--set", "train.gradient_checkpointing=true"]
-    assert "goes on from there" in told
+    assert "resumes from there" in told
     out_of_memory(None)
     code, _, err = run("train", path, *overrides(told))
     assert (code, "Resuming from out/checkpoint-2" in err) == (0, True)
@@ -195,7 +195,7 @@ FLEET = "fleet: {min_examples: 4, gate: null, init_from: none, slots: 4}\n"
 
 
 def test_out_of_memory_with_many_users_at_once(recipe, run, monkeypatch):
-    """Fewer at once fit; the line says how many, and with exactly that the fleet goes on from what is kept."""
+    """Fewer at once fit; the line says how many, and with exactly that the fleet resumes from what is kept."""
     original, most = SlotTrainer._step, {"users": 4}
 
     def step(self, trainings):

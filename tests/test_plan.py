@@ -188,10 +188,10 @@ def test_prefixes_are_part_of_the_plan(tmp_path, recipe):
     assert full["scoring"] > frozen["scoring"] > frozen["reading"] - frozen["prefixes"] > 0
     assert asleep.parts(replace(asleep.choice, batch=4), of_size(8))["prefixes"] == 4 * frozen["prefixes"]
     words = "train.profile_pass=frozen"
-    assert [told for _, told in whole._asleep()] == [[words]]
-    assert list(asleep._asleep()) == []
+    assert [told for _, told in whole._frozen_profile()] == [[words]]
+    assert list(asleep._frozen_profile()) == []
     alone = Plan(load_recipe(recipe(), ["train.train_on=counterfactual"]))
-    assert (alone.rows.prefix, list(alone._asleep())) == (0, [])
+    assert (alone.rows.prefix, list(alone._frozen_profile())) == (0, [])
 
 
 def test_rows_are_those_of_the_data(recipe):

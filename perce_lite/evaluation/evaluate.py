@@ -37,7 +37,7 @@ _WITH_TEXTS = ("own", "none")
 def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
     """The figures that `perce-lite eval` shows: of the base, and of the adapter in each of `folders`.
 
-    Log-probs and answers are kept as they come, so that a stopped evaluation goes on where it was.
+    Log-probs and answers are kept as they come, so that a stopped evaluation resumes.
 
     Raises:
         AdapterError: a folder that holds no adapter of this base, or two of one name; DataError: no held-out rows.

@@ -35,7 +35,7 @@ def export_all(
 ) -> dict[str, Any]:
     """Exports every adapter of a fleet that serves somebody; gives what `--json` writes.
 
-    Exports that are there, of the very adapter, and still hold their proof are left alone; so a stopped run goes on.
+    Exports that are there, of the very adapter, and still hold their proof are left alone; so a stopped run resumes.
 
     fleet: the fleet's folder; None: the only one under runs/
     out: a folder to put them in; None: each beside its adapter, where `adapters delete` finds it

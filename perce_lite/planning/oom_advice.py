@@ -113,7 +113,7 @@ def _for_a_run(recipe: Recipe, checkpoint: Path | None) -> str:
     if change is None:
         return f"{kept}{_NOTHING}"
     words, choice = change
-    then = "and goes on from there" if checkpoint is not None else "and starts at the first step"
+    then = "and resumes from there" if checkpoint is not None else "and starts at the first step"
     folder = _another_folder(recipe, words)
     if folder:
         then = "in a folder of its own: it trains other batches, rows or weights, so it starts at the first step"
@@ -147,7 +147,7 @@ def _for_a_fleet(recipe: Recipe, users: int, rows: Sequence[Row], of_users: bool
     fewer = min(plan.most_users(plan.choice, target), users - 1)
     if fewer > 1:
         need = plan.training(replace(plan.choice, users=fewer), target)
-        return f"{_line([f'fleet.slots={fewer}'], need)}, and goes on from what is kept."
+        return f"{_line([f'fleet.slots={fewer}'], need)}, and resumes from what is kept."
     change = ([], plan.choice) if fewer else plan.smallest_change(target)
     if change is None:
         return _NOTHING

@@ -167,7 +167,7 @@ class Plan:
         scoring: it is to be scored with an adapter that is there, not trained
         """
         need = self.scoring if scoring else self.training
-        in_training = () if scoring else (self._batches(), self._offloaded(), self._asleep(), self._ranks())
+        in_training = () if scoring else (self._batches(), self._offloaded(), self._frozen_profile(), self._ranks())
         every = (self._cheaper(scoring), *in_training)
         kinds = [kind for kind in map(list, every) if kind]
         shorter: list[bool] = [False, True]
@@ -238,7 +238,7 @@ class Plan:
         if not self.choice.offload:
             yield {"offload": True}, ["train.activation_offloading=true"]
 
-    def _asleep(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    def _frozen_profile(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
         possible = self.rows.prefix > 0 and self._option("train_on") == "factual"
         if possible and self.choice.profile_pass == "full":
             yield {"profile_pass": "frozen"}, ["train.profile_pass=frozen"]

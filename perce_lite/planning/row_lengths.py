@@ -90,9 +90,9 @@ def _pairs(
     """The recipe's pairs, which say where a prefix ends, unless the template cannot have one."""
     if _without_profile(recipe):
         return PairMaker.of(recipe, tokenizer, max_length).make(rows)
-    asleep = recipe.model_copy(update={"train": {**recipe.train, "profile_pass": "frozen"}})
+    frozen = recipe.model_copy(update={"train": {**recipe.train, "profile_pass": "frozen"}})
     try:
-        return PairMaker.of(asleep, tokenizer, max_length).make(rows)
+        return PairMaker.of(frozen, tokenizer, max_length).make(rows)
     except TemplateError:
         return PairMaker.of(recipe, tokenizer, max_length).make(rows)
 

@@ -24,7 +24,7 @@ _AT_WORK = {
     "head": "head: a tile of logits",
     "scoring": "scoring pass",
 }
-_ASLEEP = {
+_PREFIX_PARTS = {
     "prefixes": "keys and values of prefixes, with those kept for later rows",
     "reading": "reading a prefix, before anything is saved",
 }
@@ -50,8 +50,8 @@ def show_plan(figures: dict[str, Any], recipe: str, overrides: Sequence[str] = (
     for name in ("part", "GiB", "basis"):
         table.add_column(name, justify="right" if name == "GiB" else "left")
     parts = first["parts"]
-    asleep = settings["profile_pass"] == "frozen"
-    for names in (_HELD, {**_AT_WORK, **(_ASLEEP if asleep else {})}, _REST):
+    frozen = settings["profile_pass"] == "frozen"
+    for names in (_HELD, {**_AT_WORK, **(_PREFIX_PARTS if frozen else {})}, _REST):
         for name, what in names.items():
             table.add_row(what, _gib(parts[name]), _BASIS)
         table.add_section()
@@ -64,7 +64,7 @@ def show_plan(figures: dict[str, Any], recipe: str, overrides: Sequence[str] = (
         "The peak: the first five, what is saved with a layer or the head at work (or scoring, which is never there "
         "at the same time), and the last two. No weights were loaded.",
     ]
-    if asleep:
+    if frozen:
         told.append(f"With profile_pass: frozen the prefixes are there too; the longest has {rows['prefix']} tokens.")
     for sentence in told:
         console.print(Text(sentence))
