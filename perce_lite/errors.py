@@ -108,3 +108,8 @@ class CompatibilityError(PerceLiteError):
 
 class NonFiniteLossError(PerceLiteError):
     """A loss that is not a number. Nothing of the step is kept."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

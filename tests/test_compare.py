@@ -13,11 +13,11 @@ from test_loss import adapters_off_until
 from perce_lite.data.pairs import PairMaker
 from perce_lite.data.readers import read_rows
 from perce_lite.data.rows import of_split, spread_over_users
-from perce_lite.errors import DataError, NonFiniteLossError, RecipeError
+from perce_lite.errors import DataError, NonFiniteLossError, RecipeError, RunError
 from perce_lite.evaluation import compare as comparing
 from perce_lite.evaluation.compare import Training, arms_of, grid
 from perce_lite.evaluation.conditions import cases
-from perce_lite.recipe import load_recipe
+from perce_lite.recipe import load_recipe, training_config
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -162,6 +162,16 @@ def test_finished_arms_are_not_trained_again(path, figures, trained):
     assert len(trained) == 7
     figures("compare", path, "--arms", "uniform,base,mixed", "--rates", "0.002,0.02", "--seeds", "2")
     assert len(trained) == 7 + 3
+
+
+def test_a_second_comparison_beside_the_first_is_refused(path, trained):
+    """Both would write checkpoints into the same folders."""
+    recipe = load_recipe(path)
+    arm = arms_of(recipe, "base")[0]
+    _, run = Training(arm, 0.02, training_config(recipe).seed).run(read_rows(recipe))
+    with run.locked(), pytest.raises(RunError, match="another run is training here"):
+        comparing.compare(recipe, [arm], [0.02], 1)
+    assert not trained
 
 
 def test_one_base_scores_every_split_and_each_adapter_is_loaded_once(path, figures, monkeypatch):

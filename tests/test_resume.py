@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import toys
+from filelock import Timeout
 from safetensors.torch import load_file
 
 from perce_lite.errors import RunError
@@ -160,3 +161,10 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path):
     assert "another run is training here" in second.stderr
     assert not list((tmp_path / "runs/toy").glob("checkpoint-*"))
     assert run(path, PERCE_LITE_HOME=str(tmp_path / "home")).returncode == 0, "the lock goes with its holder"
+
+
+def test_a_lock_that_the_run_itself_waits_for_in_vain_is_not_told_as_another_run(tmp_path):
+    with pytest.raises(Timeout, match=r"store\.lock"), Run(tmp_path, "mine").locked():
+        raise Timeout("store.lock")
+    with Run(tmp_path, "mine").locked():
+        pass

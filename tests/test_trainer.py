@@ -261,6 +261,22 @@ def test_evaluation_beside_bootstrap_and_under_any_name(toy_trainer):
     assert evaluated[0]["eval_train_loss"] != evaluated[1]["eval_train_loss"]
 
 
+@pytest.mark.parametrize("trained_as", ["rows", "a data set"])
+@pytest.mark.parametrize("evaluated_as", ["rows", "a data set"])
+def test_an_evaluation_set_called_train_is_kept_apart(toy_trainer, trained_as, evaluated_as):
+    records = toys.toy_rows()
+    rows = [from_columns(record, f"line {number}") for number, record in enumerate(records)]
+    trained = rows[:3] if trained_as == "rows" else records[:3]
+    evaluated = rows if evaluated_as == "rows" else datasets.Dataset.from_list(records)
+    trainer = toy_trainer(rows=trained, eval_dataset={"train": evaluated})
+    assert {name: len(pairs) for name, pairs in trainer.pairs.items()} == {"train": 3, "eval train": len(rows)}
+    assert trainer.audits.keys() == trainer.pairs.keys()
+    if evaluated_as == "a data set":
+        assert trainer.pairs["eval train"][0].row.where == "eval train row 0"
+    trainer.train()
+    assert "eval_train_loss" in trainer.evaluate()
+
+
 def test_dialogues_score_every_assistant_turn(toy_trainer):
     turns = [("user", "hello there"), ("assistant", "good day"), ("user", "and you"), ("assistant", "well, thanks")]
     messages = [{"role": role, "content": content} for role, content in turns]
@@ -316,7 +332,7 @@ def test_a_model_that_lies_on_several_devices_is_refused(toy_trainer):
         toy_trainer(model=model)
 
 
-def test_the_model_card_says_perce_and_replaces_nothing_of_others(toy_trainer, tmp_path):
+def test_the_model_card_says_perce_and_replaces_nothing_of_others(toy_trainer, tmp_path, capsys):
     toy_trainer(save_strategy="steps", save_steps=1).train()
     card = tmp_path / "out" / "README.md"
     assert "PerCE" in card.read_text("utf-8")
@@ -325,6 +341,7 @@ def test_the_model_card_says_perce_and_replaces_nothing_of_others(toy_trainer, t
     card.write_text("my own notes", "utf-8")
     toy_trainer(save_strategy="steps", save_steps=1).train()
     assert card.read_text("utf-8") == "my own notes"
+    assert capsys.readouterr().err.count("is not ours") == 1, "two checkpoints, said once"
     card.unlink()
     toy_trainer(save_strategy="steps", save_steps=1).train()
     assert "PerCE" in card.read_text("utf-8")

@@ -20,7 +20,6 @@ class PairCache:
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
         self.limit_bytes = limit_bytes
-        self.hits = self.misses = 0
         self._bytes = 0
         self._entries: OrderedDict[Hashable, tuple[tuple[array[int], ...], Any]] = OrderedDict()
 
@@ -28,9 +27,7 @@ class PairCache:
         """The sequences as new lists, and what was put beside them; None where nothing is kept."""
         entry = self._entries.get(key)
         if entry is None:
-            self.misses += 1
             return None
-        self.hits += 1
         self._entries.move_to_end(key)
         return [sequence.tolist() for sequence in entry[0]], entry[1]
 

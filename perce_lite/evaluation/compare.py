@@ -188,16 +188,17 @@ def _train(trainings: Sequence[Training], rows: Sequence[Row], before: int, tota
     for number, training in enumerate(trainings, before + 1):
         recipe, run = training.run(rows)
         told = f"{number} of {total}: {training.arm.name}, rate {training.rate:g}, seed {training.seed}"
-        if run.trained():
-            say(f"{told}: trained before")
-            continue
-        try:
-            with explain_out_of_memory(training.arm.recipe, partial(newest_checkpoint, run.folder)):
-                train(recipe, load_base(recipe), rows, run, told)
-            run.drop_checkpoints()
-        except NonFiniteLossError as error:
-            warn(f"{told}: left out. {error}")
-            failed.add(training)
+        with run.locked():
+            if run.trained():
+                say(f"{told}: trained before")
+                continue
+            try:
+                with explain_out_of_memory(training.arm.recipe, partial(newest_checkpoint, run.folder)):
+                    train(recipe, load_base(recipe), rows, run, told)
+                run.drop_checkpoints()
+            except NonFiniteLossError as error:
+                warn(f"{told}: left out. {error}")
+                failed.add(training)
         free_gpu_memory()
     return failed
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 
-from perce_lite.errors import ExportError
+from perce_lite.errors import ExportError, first_line
 
 TARGETS = ("peft", "merged")
 """What is pushed: what the Hub's own libraries load."""
@@ -39,7 +39,7 @@ def check(repo: str, target: str, public: bool) -> str:
             )
     except _REFUSALS as error:
         raise ExportError(
-            f"--push-to-hub {repo}: the Hub cannot be asked: {_first_line(error)} Nothing was exported. Log in with "
+            f"--push-to-hub {repo}: the Hub cannot be asked: {first_line(error)} Nothing was exported. Log in with "
             "`hf auth login`."
         ) from error
     return WARNING.format(repo=repo, seen="everybody, with --public" if public else "private: you, and whom you let in")
@@ -57,11 +57,7 @@ def push(folder: Path, repo: str, public: bool) -> str:
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export of PerCE Lite")
     except _REFUSALS as error:
         raise ExportError(
-            f"--push-to-hub {repo}: the Hub did not take it: {_first_line(error)} The export is whole: {folder}. Push "
+            f"--push-to-hub {repo}: the Hub did not take it: {first_line(error)} The export is whole: {folder}. Push "
             f"it with: hf upload {repo} {shlex.quote(str(folder))}"
         ) from error
     return f"https://huggingface.co/{repo}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

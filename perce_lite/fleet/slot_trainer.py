@@ -232,8 +232,8 @@ class SlotTrainer:
     def _without_profile(self, taken: Sequence[tuple[SlotUser, int]]) -> Tensor:
         """Log-probs (N,) of the same rows under the same slots, without the profile."""
         twins = [user.job.pairs[row].counterfactual for user, row in taken]
-        slept = self.prefixes if self.args.profile_pass == "frozen" else None
-        inputs = model_inputs(twins, self.collator.pad_token_id, self.device, slept)
+        prefixes = self.prefixes if self.args.profile_pass == "frozen" else None
+        inputs = model_inputs(twins, self.collator.pad_token_id, self.device, prefixes)
         with no_grad_eval(self.model.base, adapters=True):
             return batch_log_probs(self.scoring_forward, inputs, self.args.autocast)
 

@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from perce_lite.config import chosen_dtype, pick_device
-from perce_lite.errors import BaseTooLargeError, ModelError, RecipeError, TemplateError
+from perce_lite.errors import BaseTooLargeError, ModelError, RecipeError, TemplateError, first_line
 from perce_lite.hub import hub_options
-from perce_lite.model.builtin import BUILT_IN, built_in_folder, first_line
+from perce_lite.model.builtin import BUILT_IN, built_in_folder
 from perce_lite.model.compat import keep_base_constant
 from perce_lite.model.fingerprint import remember_fingerprint
 from perce_lite.model.host_embedding import keep_on_host

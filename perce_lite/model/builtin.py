@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perce_lite.console import errors as console
 from perce_lite.console import say
-from perce_lite.errors import ModelError
+from perce_lite.errors import ModelError, first_line
 from perce_lite.files import disk_full_is_clear, folder_written_aside, home, read_json
 from perce_lite.model.fingerprint import FileStamp, sha256
 
@@ -165,8 +165,3 @@ def _dequantise(gguf: Path, folder: Path) -> None:
     model.hf_quantizer, model.is_quantized = None, False
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -76,11 +76,11 @@ def longest_of(recipe: Recipe, rows: Sequence[Row], max_length: int | None) -> R
     passes = [pair.counterfactual if _without_profile(recipe) else pair.factual for pair in pairs]
     return Rows(
         length=max(len(tokens.ids) for tokens in passes),
-        scored=max(sum(label != IGNORED for label in one.labels) for one in passes),
+        scored=max(sum(label != IGNORED for label in tokens.labels) for tokens in passes),
         read=max(len(pair.factual.ids) for pair in pairs),
         source=f"the longest of {len(pairs)} training rows",
-        prefix=max(one.prefix_length for one in passes),
-        awake=max(len(one.after_prefix.ids) for one in passes),
+        prefix=max(tokens.prefix_length for tokens in passes),
+        awake=max(len(tokens.after_prefix.ids) for tokens in passes),
     )
 
 

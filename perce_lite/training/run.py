@@ -93,14 +93,18 @@ class Run:
         """
         self._known()
         self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".run.lock", timeout=0)
         try:
-            with FileLock(self.folder / ".run.lock", timeout=0):
-                yield
+            lock.acquire()
         except Timeout as error:
             raise RunError(
                 f"{self.folder}: another run is training here. Wait for it or stop it, or take another folder with "
                 "--set train.output_dir=FOLDER. Nothing was touched."
             ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def claim(self, base: str) -> None:
         """Marks the folder as this run's, over the base with fingerprint `base`.

@@ -89,6 +89,7 @@ class PerCETrainer(SFTTrainer):
         _refuse(model, args, train_dataset, {**kwargs, "eval_dataset": eval_dataset})
         if isinstance(model, str):
             args.model_init_kwargs = _on_one_device(args)
+        self._train_dataset_seen, self._told_card = False, False
         self.audits: dict[str, Audit] = {}
         self.pairs: dict[str, list[Pair]] = {}
         self._template, self._max_profile_tokens = template, max_profile_tokens
@@ -97,7 +98,7 @@ class PerCETrainer(SFTTrainer):
         tokenized = functools.partial(self._tokenized_rows, kwargs.get("processing_class"), args)
         train_dataset = tokenized("train", train_dataset)
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: tokenized(name, rows) for name, rows in eval_dataset.items()}
+            eval_dataset = {name: tokenized(_eval_name(name), rows) for name, rows in eval_dataset.items()}
         else:
             eval_dataset = tokenized("eval", eval_dataset)
         initial = {name: p.data for name, p in model.named_parameters()} if isinstance(model, PeftModel) else {}
@@ -136,10 +137,11 @@ class PerCETrainer(SFTTrainer):
         dataset_name: str,
     ) -> datasets.Dataset:
         """TRL's hook: tokenises a data set of someone's script; rows of our own were tokenised in `__init__`."""
+        if self._train_dataset_seen:  # TRL prepares it first
+            dataset_name = _eval_name(dataset_name)
+        self._train_dataset_seen = True
         if "input_ids" in dataset.column_names:
             return dataset
-        if dataset_name == "train" and "train" in self.pairs:  # TRL prepares the training set first
-            dataset_name = "eval train"
         rows = [from_columns(record, f"{dataset_name} row {number}") for number, record in enumerate(dataset)]
         return self._tokenized(rows, processing_class, args, dataset_name)
 
@@ -163,13 +165,12 @@ class PerCETrainer(SFTTrainer):
             raise DataError(f"The {dataset_name} data set's profile column is empty in all {len(rows)} rows")
         limits = args.max_length, self._max_profile_tokens
         maker = PairMaker(processing_class, self._template, *limits, args.profile_pass)
-        training = "train" not in self.pairs
         audit = self.audits[dataset_name] = Audit()
         pairs = self.pairs[dataset_name] = maker.make(rows, audit)
         require(pairs, audit, dataset_name)
         features = [self._prefixes.features(trained_tokens(pair, args), args.profile_pass) for pair in pairs]
         columns = {name: [feature[name] for feature in features] for name in features[0]}
-        if training:
+        if dataset_name == "train":
             columns["row"] = [[index] * len(feature["input_ids"]) for index, feature in enumerate(features)]
         return datasets.Dataset.from_dict(columns)
 
@@ -191,11 +192,6 @@ class PerCETrainer(SFTTrainer):
             dataset = dataset.shuffle(seed=self.args.seed)
         self.train_dataset = pack_dataset(dataset, self.args.max_length, "bfd") if self.args.packing else dataset
         self._prepared = True
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's, after `prepare`."""
-        self.prepare()
-        return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
         """As TRL's, after `prepare`: a batch holds the reference log-probs."""
@@ -298,7 +294,9 @@ class PerCETrainer(SFTTrainer):
         """As TRL's; a README.md in the output folder that no trainer of ours wrote is left as it is."""
         card = Path(self.args.output_dir) / "README.md"
         if card.exists() and f"- {TAG}\n" not in card.read_text(encoding="utf-8", errors="replace"):
-            say(f"{card} is not ours: it is left as it is, and no model card is written")
+            if not self._told_card:  # a card is due at every checkpoint
+                say(f"{card} is not ours: it is left as it is, and no model card is written")
+            self._told_card = True
             return
         super().create_model_card(*args, **kwargs)
 
@@ -311,6 +309,11 @@ class PerCETrainer(SFTTrainer):
             )
         with disk_full_is_clear(Path(self.args.output_dir), advice):
             super()._save_checkpoint(model, trial)
+
+
+def _eval_name(name: str) -> str:
+    """What an evaluation set called `name` is called beside the training set."""
+    return "eval train" if name == "train" else name
 
 
 def non_finite_error(what: str, step: int, rows: Sequence[Row]) -> NonFiniteLossError:

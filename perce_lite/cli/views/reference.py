@@ -124,15 +124,7 @@ def _type(kind: Any) -> str:
         return " or ".join(_type(part) for part in inner)
     if origin is list:
         return f"list of {_type(inner[0])}" if inner else "list"
-    names = {
-        str: "text",
-        int: "whole number",
-        float: "number",
-        bool: "true or false",
-        type(None): "null",
-        dict: "mapping",
-    }
-    return names.get(origin or kind, getattr(kind, "__name__", str(kind)))
+    return _TYPES.get(origin or kind, getattr(kind, "__name__", str(kind)))
 
 
 def _yaml(value: Any) -> str:
