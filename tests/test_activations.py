@@ -25,7 +25,7 @@ def saved_in_training(trainer: PerCETrainer, flash: bool = True) -> tuple[int, m
     original = trainer.compute_loss
 
     def watched(model, inputs, **kwargs):
-        found["ids"], found["labels"], found["mask"] = inputs["input_ids"], inputs["labels"], inputs["attention_mask"]
+        found["ids"], found["labels"] = inputs["input_ids"], inputs["labels"]
         found["prefix"] = prefix_of(trainer, inputs)
         kernel = contextlib.nullcontext() if flash else sdpa_kernel(SDPBackend.MATH)
         with kernel, what_is_saved(model) as saved:
@@ -39,10 +39,9 @@ def saved_in_training(trainer: PerCETrainer, flash: bool = True) -> tuple[int, m
         trainer.train()
     rows, awake = found["ids"].shape
     scored = int((found["labels"][:, 1:] != -100).sum()) // rows
-    padded = not bool(found["mask"].all())
     itemsize = 2 if trainer.args.bf16 else 4
     prefix = found["prefix"]
-    return found["bytes"], memory.Step(rows, prefix + awake, scored, prefix, itemsize, padded, flash)
+    return found["bytes"], memory.Step(rows, prefix + awake, scored, prefix, itemsize, flash=flash)
 
 
 @pytest.fixture

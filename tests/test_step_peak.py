@@ -66,8 +66,7 @@ def test_peak_of_a_step(tmp_path, monkeypatch, kind, checkpointing, options, fla
     rows, length = found["input_ids"].shape
     scored = int((found["labels"][:, 1:] != -100).sum()) // rows
     prefix = prefix_of(trainer, found)
-    padded = not bool(found["attention_mask"].all())
-    step = memory.Step(rows, prefix + length, scored, prefix, padded=padded, flash=flash)
+    step = memory.Step(rows, prefix + length, scored, prefix, flash=flash)
     counted, shape = weights(recipe, 2), shape_of(AutoConfig.from_pretrained(recipe.model_folder))
     at_work = max(
         memory.layer_at_work(shape, counted, step, checkpointing),

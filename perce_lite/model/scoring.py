@@ -20,11 +20,11 @@ from perce_lite.data.pairs import IGNORED, Tokens
 from perce_lite.files import digest
 from perce_lite.model.compat import split_cache
 from perce_lite.model.fingerprint import adapter_fingerprint, fingerprint
-from perce_lite.model.fused_head import base_of, scoring_forward
+from perce_lite.model.fused_head import base_of, scoring_forward, without_needless_mask
 from perce_lite.model.logprob_store import Store, entry_key
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention, plain_implementation
 
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 """Part of a store's key; raise it when the arithmetic in this room changes."""
 
 _GPU_TOKENS = 8192  # of a padded batch; the head is tiled, so the hidden states decide what fits
@@ -174,7 +174,8 @@ def compute_log_probs(
         prefixes = prefix_cache_of(model, autocast)
 
     def score(rows: Sequence[Tokens]) -> Tensor:
-        return batch_log_probs(forward, model_inputs(rows, 0, device, prefixes), autocast)
+        inputs = without_needless_mask(base_of(model), model_inputs(rows, 0, device, prefixes))
+        return batch_log_probs(forward, inputs, autocast)
 
     with no_grad_eval(model, adapters):
         batches = list(_batches(sequences, alone=device.type == "cpu"))

@@ -67,7 +67,7 @@ class Step(NamedTuple):
     length: tokens of a row, those of its prefix among them
     prefix: tokens of each row that the bare base reads ahead (`profile_pass: frozen`); 0: the ordinary way
     itemsize: bytes of the compute dtype
-    padded: whether rows of unlike length share the batch, so that attention takes a mask
+    packed: whether rows lie end to end, so that attention takes a mask
     flash: whether torch's attention never builds the scores of all pairs of tokens
     users: whose rows these are, in slots; each has an adapter of their own
     """
@@ -77,7 +77,7 @@ class Step(NamedTuple):
     scored: int
     prefix: int = 0
     itemsize: int = 2
-    padded: bool = False
+    packed: bool = False
     flash: bool = True
     users: int = 1
 
@@ -234,7 +234,7 @@ def _saved_by_attention(shape: Shape, step: Step, index: int) -> int:
         return (queries + 2 * shape.kv_heads * shape.head_dim) * step.itemsize * tokens
     pairs = tokens * step.length
     window = shape.windows[index]
-    masked = step.padded or (window is not None and step.length > window)
+    masked = step.packed or (window is not None and step.length > window)
     expanded = masked or shape.eager or not step.flash  # keys and values are then repeated for every head
     keys_and_values = 2 * (shape.heads if expanded else shape.kv_heads) * shape.head_dim
     if shape.eager:  # tanh, softmax in float32 and its copy in the compute dtype
@@ -306,7 +306,7 @@ def _masks(shape: Shape, step: Step) -> int:
         own = shape.layers * step.itemsize if shape.eager else 0
         return (len(set(shape.windows)) + own) * step.rows * (step.length - step.prefix) * step.length
     windows = {
-        window for window in shape.windows if step.padded or shape.eager or (window or step.length) < step.length
+        window for window in shape.windows if step.packed or shape.eager or (window or step.length) < step.length
     }
     return len(windows) * step.rows * step.length**2 * (step.itemsize if shape.eager else 1)
 

@@ -215,7 +215,7 @@ class Plan:
         if not (scoring or self.choice.checkpointing):
             todo.append(({"checkpointing": True}, ["train.gradient_checkpointing=true"]))
         if not scoring and self.choice.optim not in memory.EIGHT_BIT:
-            todo.append(({"optim": "paged_adamw_8bit"}, ["train.optim=paged_adamw_8bit"]))
+            todo.append(({"optim": "adamw_8bit"}, ["train.optim=adamw_8bit"]))
         if self._weights(None, self.choice.quantization).table and not self.choice.embedding_on_host:
             todo.append(({"embedding_on_host": True}, ["embedding_on_host=true"]))
         if self.choice.quantization != "nf4":
@@ -254,7 +254,7 @@ class Plan:
         return self._train.get(name, PerCEConfig.__dataclass_fields__[name].default)
 
     def _step(self, choice: Choice, gpu: Gpu) -> memory.Step:
-        """The batch of a choice; packed rows lie end to end in one, and attention takes a mask as for unlike rows.
+        """The batch of a choice; packed rows lie end to end in one, and attention takes a mask to keep them apart.
 
         Where the profile is read ahead, the longest prefix meets the longest rest.
         """
@@ -264,9 +264,8 @@ class Plan:
         scored = min(awake, -(-choice.length * self.rows.scored // whole))
         if self.packs:
             rows, many = 1, choice.batch
-        padded = rows > 1 or self.packs
         sizes = rows, many * (prefix + awake), many * scored, many * prefix
-        return memory.Step(*sizes, self.itemsize, padded, gpu.flash, choice.users)
+        return memory.Step(*sizes, self.itemsize, self.packs, gpu.flash, choice.users)
 
     def _read(self, length: int) -> int:
         """Tokens of the longest scored row where the longest trained one has `length`."""

@@ -28,7 +28,13 @@ from perce_lite.data.rows import Row, from_columns
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.files import disk_full_is_clear
 from perce_lite.model.compat import keep_base_constant, require_trainer_hooks
-from perce_lite.model.fused_head import base_of, head_adapter_faults, project_scored_positions_only, scoring_forward
+from perce_lite.model.fused_head import (
+    base_of,
+    head_adapter_faults,
+    project_scored_positions_only,
+    scoring_forward,
+    without_needless_mask,
+)
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
 from perce_lite.model.scoring import batch_log_probs, encode_prefixes, no_grad_eval, with_prefix
 from perce_lite.recipe import Template
@@ -247,7 +253,9 @@ class PerCETrainer(SFTTrainer):
 
     def _with_prefix(self, inputs: dict[str, Any], numbers: Tensor | None) -> dict[str, Any]:
         """`inputs` of a forward (B, T) with the KV prefixes that `numbers` (B, T) name, if there are any."""
-        return inputs if numbers is None else with_prefix(inputs, numbers, self._prefixes)
+        if numbers is None:
+            return without_needless_mask(base_of(self.model), inputs)
+        return with_prefix(inputs, numbers, self._prefixes)
 
     def _without_profile(self, twin: dict[str, Any], labels: Tensor) -> Tensor:
         """Log-probs of the same adapter without the profile, at the places of the training forward's (B, T-1)."""

@@ -185,12 +185,12 @@ def operate(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def _require_one_device(func: Any, tensors: Sequence[torch.Tensor]) -> None:
-    """Raises DeviceMismatchError; numbers of the CPU (no dimensions) may join, as on a GPU."""
+    """Raises DeviceMismatchError; numbers of the CPU (no dimensions) and paged state may join, as on a GPU."""
     name = func._schema.name
     others = [tensor for tensor in tensors if not isinstance(tensor, CardTensor)]
     if any(tensor.device.type == "meta" for tensor in others):
         raise DeviceMismatchError(f"{name}: a tensor of meta meets one on the card, at {place_in_code()}")
-    if all(tensor.dim() == 0 for tensor in others) or name in _BOTH_DEVICES:
+    if all(tensor.dim() == 0 or "is_paged" in vars(tensor) for tensor in others) or name in _BOTH_DEVICES:
         return
     where = [(tuple(tensor.shape), str(tensor.device)) for tensor in tensors]
     raise DeviceMismatchError(
