@@ -1,6 +1,7 @@
 """What torch, bitsandbytes and TRL ask of a GPU, and their answers; `imitated` puts them in place."""
 
 import contextlib
+import gc
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +26,7 @@ def imitated(**options: Any) -> Iterator[Card]:
     """Inside, torch sees a GPU; options: of `Card`."""
     before, card = current(), Card(**options)
     put_in(card)
+    gc.freeze()  # trainers collect garbage often, and would go through every object of the test-suite each time
     try:
         with contextlib.ExitStack() as stack:
             for patches in (_of_cuda, _of_torch, _of_bitsandbytes, _of_trl):
@@ -33,6 +35,7 @@ def imitated(**options: Any) -> Iterator[Card]:
             stack.enter_context(MadeOnCard())
             yield card
     finally:
+        gc.unfreeze()
         functions.casts.clear()
         put_in(before)
 
