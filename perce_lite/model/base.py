@@ -22,6 +22,7 @@ from perce_lite.model.builtin import BUILT_IN, built_in_folder
 from perce_lite.model.compat import keep_base_constant
 from perce_lite.model.fingerprint import remember_fingerprint
 from perce_lite.model.host_embedding import keep_on_host
+from perce_lite.model.repeated_heads import repeat_heads_where_needed
 from perce_lite.recipe import Recipe, lora_config
 
 
@@ -49,6 +50,7 @@ def load_base(recipe: Recipe) -> Base:
     quantization = _quantization(recipe, dtype)
     model = _load_model(recipe, dtype=kept, quantization_config=quantization, device_map={"": device.type})
     keep_base_constant(model)
+    repeat_heads_where_needed(model, dtype)
     if recipe.embedding_on_host:
         keep_on_host(model)
     remember_fingerprint(model)

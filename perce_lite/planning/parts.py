@@ -68,7 +68,7 @@ class Step(NamedTuple):
     prefix: tokens of each row that the bare base reads ahead (`profile_pass: frozen`); 0: the ordinary way
     itemsize: bytes of the compute dtype
     packed: whether rows lie end to end, so that attention takes a mask
-    flash: whether torch's attention never builds the scores of all pairs of tokens
+    shared: whether attention takes keys and values that several heads share; else they are repeated for every head
     users: whose rows these are, in slots; each has an adapter of their own
     """
 
@@ -78,7 +78,7 @@ class Step(NamedTuple):
     prefix: int = 0
     itemsize: int = 2
     packed: bool = False
-    flash: bool = True
+    shared: bool = True
     users: int = 1
 
 
@@ -235,14 +235,11 @@ def _saved_by_attention(shape: Shape, step: Step, index: int) -> int:
     pairs = tokens * step.length
     window = shape.windows[index]
     masked = step.packed or (window is not None and step.length > window)
-    expanded = masked or shape.eager or not step.flash  # keys and values are then repeated for every head
-    keys_and_values = 2 * (shape.heads if expanded else shape.kv_heads) * shape.head_dim
+    repeated = masked or shape.eager or not step.shared
+    keys_and_values = 2 * (shape.heads if repeated else shape.kv_heads) * shape.head_dim
     if shape.eager:  # tanh, softmax in float32 and its copy in the compute dtype
         scores = shape.heads * pairs * (FLOAT32 + step.itemsize + (0 if step.itemsize == FLOAT32 else step.itemsize))
         return (queries + keys_and_values) * step.itemsize * tokens + scores
-    if not step.flash:  # torch's plain attention, in float32
-        scores = shape.heads * pairs * FLOAT32
-        return ((queries + keys_and_values) * FLOAT32 + queries * step.itemsize) * tokens + scores
     mask = pairs * step.itemsize if masked else 0
     return (2 * queries + keys_and_values) * step.itemsize * tokens + FLOAT32 * shape.heads * tokens + mask
 
@@ -268,8 +265,6 @@ def _joined(shape: Shape, step: Step) -> int:
     if not step.prefix:
         return 0
     repeated = 2 * shape.heads if shape.heads > shape.kv_heads else shape.heads
-    if not (step.flash or shape.eager):  # torch's plain attention has them in float32 once more
-        repeated += shape.heads * FLOAT32 // step.itemsize
     width = 2 * shape.head_dim * step.itemsize * step.rows * step.length
     return (shape.kv_heads + repeated) * width + step.rows * (step.length - step.prefix) * step.length * step.itemsize
 
@@ -291,7 +286,7 @@ def layer_at_work(shape: Shape, weights: Weights, step: Step, checkpointing: boo
     stream = 2 * shape.hidden * step.itemsize * tokens
     gone = 4 * wide + (shape.norms // 2) * FLOAT32 * shape.hidden * tokens
     queries = 4 * shape.heads * shape.head_dim * step.itemsize * tokens
-    scores = 2 * FLOAT32 * shape.heads * tokens * step.length if shape.eager or not step.flash else 0
+    scores = 2 * FLOAT32 * shape.heads * tokens * step.length if shape.eager else 0
     mlp = max(2 * wide, wide + weight)
     attention = queries + scores + _joined(shape, step) - gone
     return again + max(mlp, attention) + stream + _masks(shape, step)
@@ -340,6 +335,6 @@ def reading(shape: Shape, weights: Weights, step: Step) -> int:
 def _layer_without_gradients(shape: Shape, weights: Weights, step: Step, length: int, rows: int = 1) -> int:
     """The wide tensors of one MLP over rows of `length` tokens, and a weight that is whole for a moment."""
     wide = (4 * shape.intermediate + 3 * shape.hidden) * step.itemsize * length
-    if shape.eager or not step.flash:
+    if shape.eager:
         wide += 2 * FLOAT32 * shape.heads * length**2
     return rows * wide + weights.largest * step.itemsize

@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from perce_lite.config import PerCEConfig
 from perce_lite.data.pairs import most_that_fit
 from perce_lite.model.host_embedding import tied
 from perce_lite.model.prefix_cache import MAX_CACHED_BYTES
+from perce_lite.model.repeated_heads import fused_attention_shares_heads
 from perce_lite.planning import parts as memory
 from perce_lite.planning.gpus import GIB, Gpu
 from perce_lite.planning.row_lengths import Rows, packed, rows_of
@@ -68,7 +70,7 @@ class Plan:
     """
 
     def __init__(self, recipe: Recipe, rows: Rows | None = None, on_cpu: bool = False) -> None:
-        self.recipe = recipe
+        self.recipe, self.on_cpu = recipe, on_cpu
         self.config, self.at_hand = model_config(recipe)
         self.shape = shape_of(self.config)
         if recipe.embedding_on_host and _is_tied(self.config):
@@ -265,7 +267,9 @@ class Plan:
         if self.packs:
             rows, many = 1, choice.batch
         sizes = rows, many * (prefix + awake), many * scored, many * prefix
-        return memory.Step(*sizes, self.itemsize, self.packs, gpu.flash, choice.users)
+        dtype = torch.float32 if self.itemsize == memory.FLOAT32 else torch.float16
+        shared = self.on_cpu or fused_attention_shares_heads(gpu.bf16, dtype)
+        return memory.Step(*sizes, self.itemsize, self.packs, shared, choice.users)
 
     def _read(self, length: int) -> int:
         """Tokens of the longest scored row where the longest trained one has `length`."""

@@ -36,6 +36,7 @@ from perce_lite.model.fused_head import (
     without_needless_mask,
 )
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
+from perce_lite.model.repeated_heads import repeat_heads_where_needed
 from perce_lite.model.scoring import batch_log_probs, encode_prefixes, no_grad_eval, with_prefix
 from perce_lite.recipe import Template
 from perce_lite.training.loss import weight_statistics, weighted_nll
@@ -115,6 +116,7 @@ class PerCETrainer(SFTTrainer):
                 parameter.data = initial.get(name, parameter.data).to(parameter.device, torch.float32)
         keep_base_constant(self.model)
         self.autocast = args.autocast
+        repeat_heads_where_needed(base_of(self.model), self.autocast)
         project_scored_positions_only(self.model)
         if args.profile_pass == "frozen":
             enable_prefix_attention(base_of(self.model), self._prefixes)
