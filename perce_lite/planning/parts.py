@@ -24,6 +24,9 @@ from perce_lite.recipe import Recipe, lora_config
 FLOAT32 = 4
 """Bytes of a float32."""
 
+_STASH = 5
+"""Tensors that TRL's activation offloading leaves on the GPU while they are on their way to the host."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -207,6 +210,26 @@ def saved_by_layer(shape: Shape, weights: Weights, step: Step, index: int) -> in
         inputs = _lora_inputs(shape, ranks, weights.dropout, shape.eager or step.prefix > 0)
     mlp = 3 * shape.intermediate  # what the activation reads and gives, and what it is multiplied by
     return norms + (inputs + mlp) * step.itemsize * tokens + _saved_by_attention(shape, step, index)
+
+
+def kept_by_offloading(shape: Shape, weights: Weights, step: Step, checkpointing: bool) -> int:
+    """What TRL's activation offloading leaves on the GPU: a few tensors on their way to the host, and what is saved twice.
+
+    It keeps a tensor that a second operation saves as well: the input of a norm, the input that several projections
+    with LoRA share, the result of attention in front of one.
+    """
+    tokens = step.rows * (step.length - step.prefix)
+    width = shape.hidden if checkpointing else shape.intermediate
+    moving = _STASH * width * step.itemsize * tokens
+    if checkpointing:
+        return moving
+    norms = FLOAT32 * (shape.norms * shape.hidden + shape.head_norms * (shape.heads + shape.kv_heads) * shape.head_dim)
+    twice = shape.layers * norms
+    for ranks in weights.adapters:
+        shared = [len({*group} & {*ranks}) > 1 for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))]
+        result = shape.heads * shape.head_dim if "o_proj" in ranks else 0
+        twice += step.itemsize * (shape.hidden * sum(shared) + result)
+    return moving + twice * tokens
 
 
 def _lora_inputs(shape: Shape, ranks: dict[str, int], dropout: bool, result: bool) -> int:

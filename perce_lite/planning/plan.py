@@ -29,9 +29,6 @@ SPILL = 0.06
 MOST_USERS = 16
 """Users at once that `fleet.slots: auto` takes at the most."""
 
-_STASH = 5
-"""Tensors that TRL's activation offloading leaves on the GPU while they are on their way to the host."""
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -103,8 +100,7 @@ class Plan:
         kept = {name: memory.saved(self.shape, weights, step, name) for name in (True, False)}
         saved = kept[choice.checkpointing]
         if choice.offload:
-            width = self.shape.hidden if choice.checkpointing else self.shape.intermediate
-            saved = min(saved, _STASH * width * step.itemsize * step.rows * (step.length - step.prefix))
+            saved = min(saved, memory.kept_by_offloading(self.shape, weights, step, choice.checkpointing))
         found = {
             "base": weights.base,
             "unquantized": weights.unquantized - (weights.table if choice.embedding_on_host else 0),

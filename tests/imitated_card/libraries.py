@@ -21,6 +21,10 @@ from perce_lite.model import compat
 Patch = contextlib.AbstractContextManager[Any]
 
 
+_WHOLE_ON_CUDA = ("silu_backward",)
+"""Operations that are one kernel on CUDA, and that torch takes apart for devices that it has no kernel for."""
+
+
 @contextlib.contextmanager
 def imitated(**options: Any) -> Iterator[Card]:
     """Inside, torch sees a GPU; options: of `Card`."""
@@ -32,6 +36,9 @@ def imitated(**options: Any) -> Iterator[Card]:
             for patches in (_of_cuda, _of_torch, _of_bitsandbytes, _of_trl):
                 for patch in patches(card):
                     stack.enter_context(patch)
+            library = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
+            for name in _WHOLE_ON_CUDA:
+                library.impl(name, torch.library.fallthrough_kernel, "AutogradLazy")
             stack.enter_context(MadeOnCard())
             yield card
     finally:

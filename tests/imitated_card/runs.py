@@ -139,5 +139,6 @@ def _planned(recipe: Recipe, trainer: PerCETrainer, card: Card) -> dict[str, int
     longest = max(len(pair.factual.ids) for pair in pairs)
     scored = max(sum(label != -100 for label in pair.factual.labels) for pair in pairs)
     prefix = max(pair.factual.prefix_length for pair in pairs)
-    plan = Plan(recipe, Rows(longest, scored, longest, "as trained", prefix, longest - prefix))
+    rows = Rows(longest, scored, longest, "as trained", prefix, longest - prefix)
+    plan = Plan(recipe, None if trainer.args.packing else rows)
     return plan.parts(plan.choice, Gpu(card.name, card.memory, card.capability[0] >= 8))
