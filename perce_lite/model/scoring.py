@@ -20,6 +20,7 @@ from perce_lite.data.pairs import IGNORED, Tokens
 from perce_lite.files import digest
 from perce_lite.model.compat import split_cache
 from perce_lite.model.fingerprint import adapter_fingerprint, fingerprint
+from perce_lite.model.full_gpu import gpu_is_full
 from perce_lite.model.fused_head import base_of, scoring_forward, without_needless_mask
 from perce_lite.model.logprob_store import Store, entry_key
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention, plain_implementation
@@ -195,8 +196,8 @@ def _score_if_it_fits(score: Callable[[Sequence[Tokens]], Tensor], rows: Sequenc
     """`score(rows)` on the CPU; None if several rows and their prefixes do not fit the GPU's memory together."""
     try:
         return score(rows).cpu()
-    except torch.OutOfMemoryError:
-        if len(rows) == 1:
+    except RuntimeError as error:
+        if len(rows) == 1 or not gpu_is_full(error):
             raise
         return None
 
