@@ -17,9 +17,11 @@ from transformers import DynamicCache
 
 from perce_lite.console import progress_bar
 from perce_lite.data.pairs import IGNORED, Tokens
+from perce_lite.errors import NonFiniteLossError
 from perce_lite.files import digest
 from perce_lite.model.compat import split_cache
 from perce_lite.model.fingerprint import adapter_fingerprint, fingerprint
+from perce_lite.model.float16 import advice
 from perce_lite.model.full_gpu import gpu_is_full
 from perce_lite.model.fused_head import base_of, scoring_forward, without_needless_mask
 from perce_lite.model.logprob_store import Store, entry_key
@@ -278,6 +280,9 @@ def cached_log_probs(
     store: that of `store_key(model, autocast, adapters)`
     what: label of the progress bar
     prefixes: as in `compute_log_probs`
+
+    Raises:
+        NonFiniteLossError: a log-prob of the base is not finite; nothing of that row is stored.
     """
     # Without adapters the length of a prefix changes nothing.
     keys = [entry_key(job.tokens.ids, job.tokens.labels, job.tokens.prefix_length if adapters else 0) for job in jobs]
@@ -295,12 +300,23 @@ def cached_log_probs(
             index = missing[position]
             log_probs[index] = values
             bar.advance(task)
-            unwritten.add(jobs[index].user, keys[index], values)
+            if bool(values.isfinite().all()):
+                unwritten.add(jobs[index].user, keys[index], values)
+            elif not adapters:
+                raise _base_not_finite(jobs[index].user, autocast)
 
         if missing:
             sequences = [jobs[index].tokens for index in missing]
             compute_log_probs(model, sequences, adapters, autocast, done, prefixes)
     return Scored([log_probs[index] for index in range(len(jobs))], hits)
+
+
+def _base_not_finite(user: str, autocast: torch.dtype | None) -> NonFiniteLossError:
+    mend = advice(autocast) or "Look at the row with `perce-lite check`, and at whether the model's files arrived whole."
+    return NonFiniteLossError(
+        f"A log-prob of the frozen base is not finite, in a row of user {user}, so there is nothing to weight tokens by. "
+        f"Nothing of the row was stored. {mend}"
+    )
 
 
 class _Unwritten:

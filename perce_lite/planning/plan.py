@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from perce_lite.config import PerCEConfig
 from perce_lite.data.pairs import most_that_fit
+from perce_lite.model.float16 import overflow_of
 from perce_lite.model.host_embedding import tied
 from perce_lite.model.prefix_cache import MAX_CACHED_BYTES
 from perce_lite.model.repeated_heads import fused_attention_shares_heads
@@ -324,10 +325,12 @@ def _on(plan: Plan, gpu: Gpu) -> dict[str, Any]:
     parts = plan.parts(plan.choice, gpu)
     fits = parts["total"] <= gpu.bytes
     change = None if fits else plan.smallest_change(gpu)
+    dtype = plan.recipe.dtype if plan.recipe.dtype != "auto" else "bfloat16" if gpu.bf16 else "float16"
     return {
         "card": gpu.name,
         "bytes": gpu.bytes,
-        "dtype": "float32" if plan.itemsize == memory.FLOAT32 else "bfloat16" if gpu.bf16 else "float16",
+        "dtype": dtype,
+        "overflow": overflow_of(plan.config.model_type, dtype),
         "fits": fits,
         "parts": parts,
         "longest_row": plan.longest_row(plan.choice, gpu),

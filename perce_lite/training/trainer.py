@@ -28,6 +28,7 @@ from perce_lite.data.rows import Row, from_columns
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.files import disk_full_is_clear
 from perce_lite.model.compat import keep_base_constant, require_trainer_hooks
+from perce_lite.model.float16 import advice
 from perce_lite.model.fused_head import (
     base_of,
     head_adapter_faults,
@@ -250,7 +251,7 @@ class PerCETrainer(SFTTrainer):
             rows = [
                 self.pairs["train"][index].row for index in row_numbers.unique().tolist() if index >= 0
             ]  # -1: padding
-            raise non_finite_error(f"The loss is {loss.item()}", self.state.global_step + 1, rows)
+            raise non_finite_error(f"The loss is {loss.item()}", self.state.global_step + 1, rows, self.autocast)
         return result
 
     def _with_prefix(self, inputs: dict[str, Any], numbers: Tensor | None) -> dict[str, Any]:
@@ -326,15 +327,19 @@ def _eval_name(name: str) -> str:
     return "eval train" if name == "train" else name
 
 
-def non_finite_error(what: str, step: int, rows: Sequence[Row]) -> NonFiniteLossError:
+def non_finite_error(
+    what: str, step: int, rows: Sequence[Row], autocast: torch.dtype | None = None
+) -> NonFiniteLossError:
     """The error that names the rows of a step whose loss or gradient is not finite.
 
     what: "The loss is nan"
+    autocast: the dtype that the step ran in
     """
     named = "; ".join(f"{row.where} (user {row.user})" for row in rows)
     return NonFiniteLossError(
-        f"{what} at step {step}, in these rows: {named}. Nothing of this step was kept. Lower train.learning_rate, or "
-        "look at the rows with `perce-lite check`."
+        f"{what} at step {step}, in these rows: {named}. Nothing of this step was kept. {advice(autocast)}"
+        f"{' Else lower' if advice(autocast) else 'Lower'} train.learning_rate, or look at the rows with "
+        "`perce-lite check`."
     )
 
 
