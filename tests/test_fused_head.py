@@ -194,7 +194,9 @@ def test_rows_padded_on_the_right_need_no_mask(family):
     assert set(batch) - set(without) == {"attention_mask"}
     real = batch["attention_mask"].bool()
     hidden = [model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state[real]]
-    hidden.append(model.base_model(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state[real])
+    hidden.append(
+        model.base_model(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state[real]
+    )
     torch.testing.assert_close(hidden[0], hidden[1], rtol=0, atol=1e-6)
     ours, theirs = (gradients(model, training_forward(model)(**inputs).sum()) for inputs in (without, batch))
     assert len(ours) == len(theirs) > 10

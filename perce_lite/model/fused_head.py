@@ -59,7 +59,7 @@ def without_needless_mask(base: PreTrainedModel, inputs: Mapping[str, Any]) -> d
     """`inputs` of a forward of rows padded on the right, without their `attention_mask` where nothing needs it.
 
     Causal attention never looks at what stands behind a token, so the mask changes no value of a real one, and with it
-    torch leaves its flash attention. The loss of a router counts tokens by it, and attention both ways looks at padding.
+    torch leaves its flash attention. A router's loss counts tokens by it, and attention both ways looks at padding.
     """
     config = vars(base.config.get_text_config())
     routed = inputs.get("output_router_logits", config.get("output_router_logits"))

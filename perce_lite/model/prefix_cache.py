@@ -276,7 +276,9 @@ class _Recomputed(torch.autograd.Function):
         return *torch.autograd.grad(out, leaves, gradients[0]), None
 
 
-_ATTENTIONS = {implementation: PrefixAttention(implementation) for implementation in ("sdpa", "eager", repeated_heads.NAME)}
+_ATTENTIONS = {
+    implementation: PrefixAttention(implementation) for implementation in ("sdpa", "eager", repeated_heads.NAME)
+}
 
 
 def plain_implementation(base: PreTrainedModel) -> str:

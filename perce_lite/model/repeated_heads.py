@@ -1,4 +1,4 @@
-"""Grouped-query attention where torch's fused kernels do not take it: keys and values are repeated for every head first.
+"""Grouped-query attention where torch's fused kernels do not take it: keys and values are repeated for every head.
 
 From compute capability 8.0 on, in half precision, torch's flash attention takes keys and values that several heads
 share. On older GPUs and in float32 it would fall back to plain mathematics, which builds the scores of all pairs of

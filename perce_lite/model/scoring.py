@@ -312,9 +312,11 @@ def cached_log_probs(
 
 
 def _base_not_finite(user: str, autocast: torch.dtype | None) -> NonFiniteLossError:
-    mend = advice(autocast) or "Look at the row with `perce-lite check`, and at whether the model's files arrived whole."
+    mend = (
+        advice(autocast) or "Look at the row with `perce-lite check`, and at whether the model's files arrived whole."
+    )
     return NonFiniteLossError(
-        f"A log-prob of the frozen base is not finite, in a row of user {user}, so there is nothing to weight tokens by. "
+        f"A log-prob of the frozen base is not finite, in a row of user {user}, so nothing can be weighted by it. "
         f"Nothing of the row was stored. {mend}"
     )
 

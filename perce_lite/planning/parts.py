@@ -213,7 +213,7 @@ def saved_by_layer(shape: Shape, weights: Weights, step: Step, index: int) -> in
 
 
 def kept_by_offloading(shape: Shape, weights: Weights, step: Step, checkpointing: bool) -> int:
-    """What TRL's activation offloading leaves on the GPU: a few tensors on their way to the host, and what is saved twice.
+    """What TRL's activation offloading leaves on the GPU: tensors on their way to the host, and what is saved twice.
 
     It keeps a tensor that a second operation saves as well: the input of a norm, the input that several projections
     with LoRA share, the result of attention in front of one.

@@ -14,8 +14,8 @@ numbers (`shapes=True`: an 8B takes no memory). In C++ its device is `lazy`, for
 Why not `FakeTensorMode`: in a CPU build of torch its backward over "cuda" ends with "Cannot access accelerator device
 when none is available", a `Params4bit` cannot hold a fake tensor, and every `.item()` and boolean index is refused.
 
-What it cannot do: a device by its bare number (`torch.device(0)` asks C++). What it cannot show: speed, the driver's own
-memory, what the allocator loses, numbers in the last bits of a GPU.
+What it cannot do: a device by its bare number (`torch.device(0)` asks C++). What it cannot show: speed, the driver's
+own memory, what the allocator loses, numbers in the last bits of a GPU.
 """
 
 from imitated_card.card import GIB, Card

@@ -150,7 +150,7 @@ def _of_cuda(card: Card) -> Iterator[Patch]:
     yield from (mock.patch.object(torch.cuda, name, answer) for name, answer in answers.items())
     yield from (mock.patch.object(torch.cuda.random, name, answer) for name, answer in _RANDOM.items())
     yield mock.patch.object(torch.cuda.memory, "mem_get_info", answers["mem_get_info"])
-    yield mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    yield mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False)
     yield mock.patch.object(torch.version, "cuda", "13.0")
 
 
@@ -184,7 +184,7 @@ def _of_torch(card: Card) -> Iterator[Patch]:
     )
     yield mock.patch.object(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
     yield mock.patch("torch.utils.data._utils.pin_memory.pin_memory", lambda data, device=None: data)
-    yield mock.patch.object(torch._C, "_storage_Use_Count", lambda storage: 1)
+    yield mock.patch.object(torch._C, "_storage_Use_Count", return_value=1)
 
 
 def _never_pinned(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -274,7 +274,7 @@ def _of_bitsandbytes(card: Card) -> Iterator[Patch]:
 
     yield mock.patch.object(bnb.functional, "get_paged", paged)
     yield mock.patch.object(bnb.functional, "fill", lambda tensor, value, device=None, prefetch=True: tensor.zero_())
-    yield mock.patch.object(bnb.functional, "prefetch_tensor", lambda tensor, to_cpu=False: None)
+    yield mock.patch.object(bnb.functional, "prefetch_tensor", return_value=None)
     made = bnb.nn.Params4bit.__new__
     yield mock.patch.object(bnb.nn.Params4bit, "__new__", staticmethod(_new_params_4bit(made)))
 
@@ -284,6 +284,7 @@ def _of_bitsandbytes(card: Card) -> Iterator[Patch]:
 
 def _of_trl(card: Card) -> Iterator[Patch]:
     """Its Triton kernels: counted, and done in torch where there are values."""
+
     def use_triton(device: Any) -> bool:
         return card.triton and torch.device(device).type == "cuda"
 

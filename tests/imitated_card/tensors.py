@@ -153,9 +153,9 @@ _READ_BY_HOST = {"aten::nonzero", "aten::_local_scalar_dense", "aten::masked_sel
 INDEXING = {"aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_"}
 
 _NO_KERNEL = {
-    "view", "_unsafe_view", "t", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "permute", "as_strided", "detach",
-    "alias", "split", "split_with_sizes", "unbind", "empty", "empty_like", "new_empty", "empty_strided", "lift_fresh", "diagonal",
-    "view_as_real", "unfold", "_reshape_alias", "narrow", "chunk",
+    "view", "_unsafe_view", "t", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "permute", "chunk",
+    "as_strided", "detach", "alias", "split", "split_with_sizes", "unbind", "empty", "empty_like", "new_empty",
+    "empty_strided", "lift_fresh", "diagonal", "view_as_real", "unfold", "_reshape_alias", "narrow",
 }  # fmt: skip
 
 

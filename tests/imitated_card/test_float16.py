@@ -1,4 +1,4 @@
-"""A base that float16 cannot hold, on a card without bf16: nothing that is not finite is kept, and what to do is said."""
+"""A base that float16 cannot hold, on a card without bf16: nothing of it is kept, and what to do is said."""
 
 import pytest
 from memory_fixtures import recipe_for
@@ -27,7 +27,10 @@ def overflowing(folder, *more):
 
 def test_a_log_prob_that_is_not_finite_is_never_stored(tmp_path):
     recipe = overflowing(tmp_path)
-    with imitated(capability=T4), pytest.raises(NonFiniteLossError, match=r"frozen base .*In float16 .*Set dtype: float32"):
+    with (
+        imitated(capability=T4),
+        pytest.raises(NonFiniteLossError, match=r"frozen base .*In float16 .*Set dtype: float32"),
+    ):
         train(recipe)
     assert not list((tmp_path / "store").rglob("*.safetensors"))
     with imitated(capability=(8, 6)):
@@ -36,7 +39,10 @@ def test_a_log_prob_that_is_not_finite_is_never_stored(tmp_path):
 
 def test_a_loss_that_is_not_finite_at_once_names_the_dtype(tmp_path):
     recipe = overflowing(tmp_path, "train.estimator=uniform")
-    with imitated(capability=T4), pytest.raises(NonFiniteLossError, match=r"loss is nan at step 1, .*Set dtype: float32"):
+    with (
+        imitated(capability=T4),
+        pytest.raises(NonFiniteLossError, match=r"loss is nan at step 1, .*Set dtype: float32"),
+    ):
         train(recipe)
 
 

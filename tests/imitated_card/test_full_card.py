@@ -88,4 +88,3 @@ def test_the_card_is_really_full_in_training(tmp_path):
 def test_other_errors_are_not_taken_for_a_full_card():
     assert not gpu_is_full(RuntimeError("CUDA error: device-side assert triggered"))
     assert not gpu_is_full(ValueError("out of memory"))
-

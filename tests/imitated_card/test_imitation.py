@@ -13,7 +13,11 @@ from perce_lite.model.prefix_cache import BatchPrefixes
 from perce_lite.training import trainer as trainer_module
 from perce_lite.training.trainer import PerCETrainer
 
-MISMATCH, NUMPY, SCALER = "Expected all tensors to be on the same device", "can't convert cuda:0", "unscale FP16 gradients"
+MISMATCH, NUMPY, SCALER = (
+    "Expected all tensors to be on the same device",
+    "can't convert cuda:0",
+    "unscale FP16 gradients",
+)
 
 
 def batch_on_the_host(patch):
@@ -24,7 +28,9 @@ def batch_on_the_host(patch):
 def prefix_mask_on_the_host(patch):
     init = BatchPrefixes.__init__
     patch.setattr(
-        BatchPrefixes, "__init__", lambda self, caches, counts, length, device: init(self, caches, counts, length, "cpu")
+        BatchPrefixes,
+        "__init__",
+        lambda self, caches, counts, length, device: init(self, caches, counts, length, "cpu"),
     )
 
 
@@ -98,7 +104,7 @@ def test_live_bytes_peak_and_a_full_card():
         assert card.allocated == 512
         del view
         assert (card.allocated, card.peak) == (0, 512)
-        with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate 4.00 MiB"):
+        with pytest.raises(torch.OutOfMemoryError, match=r"Tried to allocate 4\.00 MiB"):
             torch.zeros(2**20, device="cuda")
         assert card.allocated == 0
 

@@ -9,8 +9,8 @@ from perce_lite.fleet.engines.sequential import SequentialEngine
 from perce_lite.fleet.fleet import fleet
 
 MORE = [
-    "lora.target_modules=[down_proj]", "lora.r=800", "train.max_steps=1", "train.estimator=uniform", "train.warmup_steps=0",
-    "train.save_strategy=no", "fleet.init_from=none", "fleet.min_examples=2", "fleet.gate=null", "fleet.slots=1",
+    "lora.target_modules=[down_proj]", "lora.r=800", "train.max_steps=1", "train.estimator=uniform",
+    "train.warmup_steps=0", "train.save_strategy=no", "fleet.init_from=none", "fleet.min_examples=2", "fleet.gate=null", "fleet.slots=1",
 ]  # fmt: skip
 """Matrices of 100,000 elements and more, whose state bitsandbytes pages."""
 
@@ -47,5 +47,3 @@ def test_paged_state_would_stay(tmp_path):
     """What this test looks for is there to be found."""
     held = held_after_each(tmp_path, 3, ["train.optim=paged_adamw_8bit"])
     assert held[0] < held[1] < held[2]
-
-
