@@ -10,7 +10,8 @@ from perce_lite.fleet.fleet import fleet
 
 MORE = [
     "lora.target_modules=[down_proj]", "lora.r=800", "train.max_steps=1", "train.estimator=uniform",
-    "train.warmup_steps=0", "train.save_strategy=no", "fleet.init_from=none", "fleet.min_examples=2", "fleet.gate=null", "fleet.slots=1",
+    "train.warmup_steps=0", "train.save_strategy=no",
+    "fleet.init_from=none", "fleet.min_examples=2", "fleet.gate=null", "fleet.slots=1",
 ]  # fmt: skip
 """Matrices of 100,000 elements and more, whose state bitsandbytes pages."""
 
