@@ -90,7 +90,7 @@ def test_arms_are_judged_on_the_recipes_own_cases(path, monkeypatch):
     arms = arms_of(recipe, "base:profile_pass=frozen,base,base:max_length=64,uniform:max_length=64:profile_pass=frozen")
     made = []
 
-    def held_out(recipe, maker, rows):
+    def held_out(recipe, maker, rows, topics, candidates):
         made.append((maker.max_length, maker.frozen_profile))
         return {}
 

@@ -36,6 +36,25 @@ def generate(
 
     stream: write it to standard output as well, token by token
     """
+    [answer] = generate_several(
+        model, maker, prompt, profile, max_new_tokens, 1, use_adapter, autocast, stream, **options
+    )
+    return answer
+
+
+def generate_several(
+    model: torch.nn.Module,
+    maker: PairMaker,
+    prompt: Sequence[Message],
+    profile: Profiled,
+    max_new_tokens: int,
+    count: int,
+    use_adapter: bool = True,
+    autocast: torch.dtype | None = None,
+    stream: bool = False,
+    **options: Any,
+) -> list[str]:
+    """`count` answers to `prompt` in one batch, drawn if `options` say `do_sample`; otherwise as `generate`."""
     tokenizer: PreTrainedTokenizerBase = maker.tokenizer
     device = next(model.parameters()).device
     tokens = maker.prompt(prompt, profile)
@@ -43,7 +62,10 @@ def generate(
     cache = options.get("past_key_values")
     cached_length = 0 if cache is None else cache.get_seq_length()
     if use_adapter and tokens.prefix_length > cached_length:
-        options["past_key_values"] = encode_prefix(model, tokens.prefix_ids, autocast, cache)
+        cache = encode_prefix(model, tokens.prefix_ids, autocast, cache)
+        if count > 1:
+            cache.batch_repeat_interleave(count)
+        options["past_key_values"] = cache
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     with no_grad_eval(model, adapters=use_adapter), autocast_to(device, autocast):
         out = base_of(model).generate(
@@ -53,9 +75,10 @@ def generate(
             eos_token_id=maker.stop_ids(),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             streamer=streamer,
+            num_return_sequences=count,
             **{"do_sample": False, **options},
         )
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    return [str(text).strip() for text in tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)]
 
 
 @dataclass(frozen=True)
