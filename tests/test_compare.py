@@ -216,7 +216,7 @@ def test_page_fits_a_phone(path, run, tmp_path):
     assert code == 0, err
     text = Path("page.html").read_text("utf-8")
     assert "<script" not in text
-    assert text.count("<svg") == 4, "two splits, each against uniform and against base"
+    assert text.count("<svg") == 8, "two splits, each against uniform and against base: losses and worth"
     assert "base: clip_min=0.2: normalize_weights=mean" in text
     assert "difference from base" in text
     assert "against uniform" in " ".join(out.split())
