@@ -113,7 +113,7 @@ class Answers:
         """The answer, or `evaluation.samples` of them; those that are known are not generated again."""
         limit, seed = self.options.max_new_tokens, self.config.seed
         options = {**(SAMPLING if sampled else {}), **self.options.generation}
-        count = self.options.samples if sampled else 1
+        count = self.options.samples if sampled and options["do_sample"] else 1
         asked = digest([key, self.maker.prompt_ids(row.prompt, profile), limit, options, seed, count])
         if asked not in self.known:
             set_seed(seed)
