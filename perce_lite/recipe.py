@@ -88,6 +88,9 @@ class Evaluation(Section):
     samples: int = Field(
         3, ge=0, description="eval: answers drawn at temperature 0.7 beside the greedy one, with the own profile"
     )
+    personal: list[Annotated[float, Field(ge=0)]] = Field(
+        [0.25, 0.5, 1.0], description="eval: strengths of --personal whose answers are judged too, beside plain ones"
+    )
     candidates: int = Field(
         3, ge=0, description="eval, compare: further users whose profiles a text's writer is told from"
     )

@@ -140,15 +140,15 @@ def test_general_text_and_answers_are_scored(trained, figures, recipe):
     told = figures(*words)
     assert [one["arm"] for one in told["general"]] == ["base", "out"]
     assert told["general"][0]["tokens"] < 20
-    assert [(one["arm"], one["profile"], one["sampled"], one["answers"]) for one in told["texts"]] == [
-        *((arm, "own", False, 2) for arm in ("base", "out")),
-        *((arm, "none", False, 2) for arm in ("base", "out")),
-        *((arm, "own", True, 6) for arm in ("base", "out")),
-        ("the person", "–", False, 2),
+    ways = [("own", False, 0, 2), ("none", False, 0, 2), ("own", True, 0, 6), ("own", False, 0.25, 2)]
+    ways += [("own", False, 0.5, 2), ("own", False, 1, 2)]
+    assert [(one["arm"], one["profile"], one["sampled"], one["personal"], one["answers"]) for one in told["texts"]] == [
+        *((arm, *way) for way in ways for arm in ("base", "out")),
+        ("the person", "–", False, 0, 2),
     ]
     assert [one["arm"] for one in told["spill_over"]] == [one["arm"] for one in told["memory"]] == ["base", "out"]
     assert {"rouge1", "rougeL", "chrf"} <= set(told["texts"][0]["scores"])
-    assert len(told["answers"]) == 2 * 2 * (2 + 3)
+    assert len(told["answers"]) == 2 * 2 * (2 + 3 + 3)
     assert "Answers" in Path("out/eval.html").read_text("utf-8")
 
 
@@ -166,9 +166,9 @@ def test_a_stopped_evaluation_goes_on(trained, run, figures, monkeypatch):
     assert run("eval", trained, "--adapter", "out/adapter")[0] == 130
     assert len(json.loads(Path("out/eval-answers.json").read_text())) == 3
     told = figures("eval", trained, "--adapter", "out/adapter")
-    assert len(calls) == 4 + 13
+    assert len(calls) == 4 + 25
     again = figures("eval", trained, "--adapter", "out/adapter")
-    assert len(calls) == 17
+    assert len(calls) == 29
     assert told == again
 
 

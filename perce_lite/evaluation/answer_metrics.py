@@ -15,7 +15,7 @@ _PIECE = re.compile(r"[^\W_](?:[\w.+#/-]*\w)?")
 
 
 def informative_words(text: str) -> frozenset[str]:
-    """Words with a digit, with an inner capital, or capitalised and no stop word, in lower case.
+    """Words with a digit, with an inner capital, or capitalised and no stop word (of any language), in lower case.
 
     They carry names, numbers and terms: what an answer must take from its query and cannot paraphrase.
     """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, set_seed
 
@@ -18,7 +19,7 @@ from perce_lite.evaluation.authorship import Style, UserWords, written
 from perce_lite.evaluation.conditions import Case
 from perce_lite.evaluation.metrics import Bootstrap, has_meteor, text_scores
 from perce_lite.files import digest, read_json, write_json
-from perce_lite.model.generate import generate_several
+from perce_lite.model.generate import Personal, generate_several
 from perce_lite.recipe import Recipe
 
 PERSON = "the person"
@@ -26,8 +27,13 @@ PERSON = "the person"
 
 SAMPLING = {"do_sample": True, "temperature": 0.7}
 
-_WAYS = (("own", False), ("none", False), ("own", True))
-"""(profile, whether sampled) of the answers to each query."""
+
+class Way(NamedTuple):
+    """How a query is answered: with which profile, drawn or greedy, at which strength of `Personal`."""
+
+    profile: str
+    sampled: bool = False
+    personal: float = 0.0
 
 
 class WrittenTexts:
@@ -53,7 +59,8 @@ class WrittenTexts:
 class Answers:
     """Answers of every arm; the texts are kept in `path`, as generating is what an evaluation spends its time on.
 
-    records: every answer: arm, profile, sampled, row, user, query, written, text, scores
+    ways: how each query is answered
+    records: every answer: arm, the fields of its `Way`, row, user, query, written, text, scores
     spilled: by arm, for each general question 1 where the answer has words that only the profile has, else 0
     """
 
@@ -61,6 +68,13 @@ class Answers:
         self, recipe: Recipe, config: PerCEConfig, maker: PairMaker, path: Path, written_texts: WrittenTexts
     ) -> None:
         self.options, self.config, self.maker, self.written_texts = recipe.evaluation, config, maker, written_texts
+        sampled = [Way("own", True)] if self.options.samples else []
+        self.ways = [
+            Way("own"),
+            Way("none"),
+            *sampled,
+            *(Way("own", False, strength) for strength in self.options.personal if strength),
+        ]
         self.path = path
         self.known: dict[str, list[str]] = read_json(path) or {}
         self.records: list[dict[str, Any]] = []
@@ -73,18 +87,17 @@ class Answers:
 
         key: `store_key` of the model, adapters on or off
         """
-        ways = [way for way in _WAYS if not way[1] or self.options.samples]
         with progress_bar() as bar:
-            task = bar.add_task(f"{arm}, answers", total=len(found) * len(ways), note="")
-            for name, sampled in ways:
+            task = bar.add_task(f"{arm}, answers", total=len(found) * len(self.ways), note="")
+            for way in self.ways:
                 for case in found:
                     row = case.pair.row
-                    profile = "" if name == "none" else case.pair.profile
-                    for text in self._texts(model, row, profile, key, on, sampled):
-                        self._record(arm, name, sampled, row, text)
+                    profile = "" if way.profile == "none" else case.pair.profile
+                    for text in self._texts(model, row, profile, key, on, way):
+                        self._record(arm, way, row, text)
                     bar.advance(task)
 
-    def _record(self, arm: str, profile: str, sampled: bool, row: Row, text: str) -> None:
+    def _record(self, arm: str, way: Way, row: Row, text: str) -> None:
         reference = written(row)[0]
         scores = {
             **text_scores(reference, text),
@@ -93,32 +106,41 @@ class Answers:
             **repetition(text, reference),
         }
         known = {"row": row.where, "user": row.user, "query": row.query, "written": reference}
-        self.records.append(
-            {"arm": arm, "profile": profile, "sampled": sampled, **known, "text": text, "scores": scores}
-        )
+        self.records.append({"arm": arm, **way._asdict(), **known, "text": text, "scores": scores})
 
     def add_general(
         self, model: PreTrainedModel, general: Sequence[Pair], words: UserWords, arm: str, on: bool, key: str
     ) -> None:
         """One arm's answers to general questions under the profiles of users: whether the profile shows in them."""
         for pair in general[: self.options.generated_rows]:
-            [text] = self._texts(model, pair.row, pair.profile, key, on, False)
+            [text] = self._texts(model, pair.row, pair.profile, key, on, Way("own"))
             own = set(tokens_of(pair.profile)) & words.of(
                 pair.row.user, [item.text for item in items_of(pair.row.profile)]
             )
             expected = set(tokens_of(f"{pair.row.query} {written(pair.row)[0]}"))
             self.spilled.setdefault(arm, []).append(float(bool(set(tokens_of(text)) & own - expected)))
 
-    def _texts(self, model: PreTrainedModel, row: Row, profile: str, key: str, on: bool, sampled: bool) -> list[str]:
+    def _texts(self, model: PreTrainedModel, row: Row, profile: str, key: str, on: bool, way: Way) -> list[str]:
         """The answer, or `evaluation.samples` of them; those that are known are not generated again."""
         limit, seed = self.options.max_new_tokens, self.config.seed
-        options = {**(SAMPLING if sampled else {}), **self.options.generation}
-        count = self.options.samples if sampled and options["do_sample"] else 1
-        asked = digest([key, self.maker.prompt_ids(row.prompt, profile), limit, options, seed, count])
+        options = {**(SAMPLING if way.sampled else {}), **self.options.generation}
+        count = self.options.samples if way.sampled and options["do_sample"] else 1
+        personal = Personal(way.personal, self.config.estimator != "bootstrap")
+        ids = self.maker.prompt_ids(row.prompt, profile)
+        asked = digest([key, ids, limit, options, seed, count, *(astuple(personal) if way.personal else ())])
         if asked not in self.known:
             set_seed(seed)
             self.known[asked] = generate_several(
-                model, self.maker, row.prompt, profile, limit, count, on, self.config.autocast, **options
+                model,
+                self.maker,
+                row.prompt,
+                profile,
+                limit,
+                count,
+                on,
+                self.config.autocast,
+                personal=personal,
+                **options,
             )
             write_json(self.path, self.known)
         return self.known[asked]
@@ -128,29 +150,26 @@ class Answers:
 
         The first of `arms` is the base. A figure that no answer has is left out.
         """
-        rows = [self._row(arm, arms[0], *way) for way in _WAYS for arm in arms]
+        rows = [self._row(arm, arms[0], way) for way in self.ways for arm in arms]
         return [row for row in [*rows, self._persons()] if row is not None]
 
-    def _row(self, arm: str, base: str, profile: str, sampled: bool) -> dict[str, Any] | None:
-        mine = self._of(arm, profile, sampled)
+    def _row(self, arm: str, base: str, way: Way) -> dict[str, Any] | None:
+        mine = self._of(arm, way)
         if not mine:
             return None
-        theirs = self._of(base, profile, sampled)
+        theirs = self._of(base, way)
         bootstrap = Bootstrap([answer["user"] for answer in mine])
         changes = None
         if arm != base:
             paired = zip(mine, theirs, strict=True)
             changes = _means(bootstrap, [_less(answer["scores"], other["scores"]) for answer, other in paired])
         scores = _means(bootstrap, [answer["scores"] for answer in mine])
-        known = {"arm": arm, "profile": profile, "sampled": sampled, "rows": len({answer["row"] for answer in mine})}
+        known = {"arm": arm, **way._asdict(), "rows": len({answer["row"] for answer in mine})}
         return {**known, "answers": len(mine), "scores": scores, "change": changes}
 
-    def _of(self, arm: str, profile: str, sampled: bool) -> list[dict[str, Any]]:
-        return [
-            answer
-            for answer in self.records
-            if (answer["arm"], answer["profile"], answer["sampled"]) == (arm, profile, sampled)
-        ]
+    def _of(self, arm: str, way: Way) -> list[dict[str, Any]]:
+        wanted = {"arm": arm, **way._asdict()}
+        return [answer for answer in self.records if {name: answer[name] for name in wanted} == wanted]
 
     def _persons(self) -> dict[str, Any] | None:
         """What the users wrote themselves, judged as the answers are: the ceiling of style, the copies of a human."""
@@ -166,7 +185,7 @@ class Answers:
             for answer in unique.values()
         ]
         bootstrap = Bootstrap([answer["user"] for answer in unique.values()])
-        known = {"arm": PERSON, "profile": "–", "sampled": False, "rows": len(unique), "answers": len(unique)}
+        known = {"arm": PERSON, **Way("–")._asdict(), "rows": len(unique), "answers": len(unique)}
         return {**known, "scores": _means(bootstrap, scores), "change": None}
 
 

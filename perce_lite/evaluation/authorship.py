@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 Z = 2.0
 """Log-odds of a word above so many standard deviations make it a word of its user."""
 
-PRIOR_TOKENS = 500.0
-"""Weight of the prior of the log-odds, in tokens: the word frequencies of all users together."""
-
 
 def training_texts(rows: Sequence[Row]) -> dict[str, list[str]]:
     """By user, every text that training may show: the responses and the profile items of the training rows."""
@@ -49,8 +46,9 @@ def written(row: Row) -> list[str]:
 class UserWords:
     """Words that a user's texts use more than the other users' do.
 
-    Log-odds with an informative Dirichlet prior, the word frequencies of all texts together, z above `Z`. Source:
-    Monroe, Colaresi and Quinn, Fightin' Words, Political Analysis 16, 2008.
+    Log-odds with an informative Dirichlet prior, z above `Z`. The prior is the word frequencies of all texts together
+    and weighs as much as the user's own texts. Source: Monroe, Colaresi and Quinn, Fightin' Words, Political Analysis
+    16, 2008.
     """
 
     def __init__(self, texts: Mapping[str, Sequence[str]]) -> None:
@@ -75,9 +73,9 @@ class UserWords:
             return frozenset()
         typical = set()
         for word, count in counts.items():
-            prior = PRIOR_TOKENS * together[word] / total
+            prior = mine * together[word] / total
             own, other = count + prior, others[word] + prior
-            odds = math.log(own / (mine + PRIOR_TOKENS - own)) - math.log(other / (theirs + PRIOR_TOKENS - other))
+            odds = math.log(own / (2 * mine - own)) - math.log(other / (theirs + mine - other))
             if odds / math.sqrt(1 / own + 1 / other) > Z:
                 typical.add(word)
         return frozenset(typical)

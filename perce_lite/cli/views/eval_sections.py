@@ -125,7 +125,8 @@ def _texts(table: Sequence[Mapping[str, Any]]) -> list[Section]:
     shown = [figure for figure in TEXT_FIGURES if any(figure in one["scores"] for one in table)]
     usual = [figure for figure in shown if figure in ("rouge1", "rougeL", "chrf", "meteor")]
     person = [figure for figure in shown if figure not in usual]
-    answers = f"{table[0]['rows']} queries, an answer each, or {table[-2]['answers'] // table[0]['rows']} where sampled"
+    drawn = next((one["answers"] // one["rows"] for one in table if one["sampled"]), None)
+    answers = f"{table[0]['rows']} queries, an answer each" + ("" if drawn is None else f", {drawn} where sampled")
     return [
         _text_table(
             "Generated text: likeness to what the user wrote",
@@ -151,7 +152,8 @@ def _text_table(title: str, note: str, table: Sequence[Mapping[str, Any]], shown
     rows = []
     for one in table:
         told = [_text_figure(one, figure) for figure in shown]
-        way = f"{one['profile']}, sampled" if one["sampled"] else one["profile"]
+        way = one["profile"] + (", sampled" if one["sampled"] else "")
+        way += f", personal {one['personal']:g}" if one["personal"] else ""
         rows.append((RAG if one["arm"] == "base" and one["profile"] == "own" else one["arm"], way, *told))
     return Section(title, note, head, rows)
 
@@ -221,7 +223,7 @@ def _verdict(figures: Mapping[str, Any], arm: str) -> list[str]:
     name, split = next(iter(figures["splits"].items()))
     own = next(one for one in split["losses"] if one["arm"] == arm and one["profile"] == "own")
     worth = {one["over"]: one for one in split["worth"] if one["arm"] == arm}
-    texts = {(one["arm"], one["profile"]): one for one in figures["texts"] if not one["sampled"]}
+    texts = {(one["arm"], one["profile"]): one for one in figures["texts"] if not (one["sampled"] or one["personal"])}
     lines = [
         _person(name, worth.get("other user's"), own),
         _topic(worth.get("topical match"), own),

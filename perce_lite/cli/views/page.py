@@ -48,7 +48,7 @@ def write_figures(
     by_query: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for one in answers:
         told = by_query.setdefault((one["row"], one["query"]), [(f"{one['user']} wrote", one["written"])])
-        way = ", sampled" if one["sampled"] else ""
+        way = (", sampled" if one["sampled"] else "") + (f", personal {one['personal']:g}" if one["personal"] else "")
         told.append((f"{one['arm']}, profile: {one['profile']}{way}", one["text"]))
     filters: Filters = {"drawn": lambda section: Markup(forest(section.points, section.unit)), "words": words}
     told_by = [(f"{row}: {query}", told) for (row, query), told in by_query.items()]
