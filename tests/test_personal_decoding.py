@@ -9,6 +9,7 @@ import toys
 
 from perce_lite.cli.conversation import Conversation, talk
 from perce_lite.errors import DataError
+from perce_lite.evaluation.bench import generating
 from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.model import adapters
 from perce_lite.model.generate import LoadedAdapter, Personal, generate, generate_several, load_adapter
@@ -125,3 +126,21 @@ def test_a_chat_sets_it_and_keeps_it(its, capfd):
     talk(conversation, ["/profile none", "And the harbour?"])
     assert "there is no profile" in told[-1]
     assert len(conversation.turns) == 1
+
+
+def test_the_bench_measures_answers_of_equal_length(recipe, run, figures, monkeypatch):
+    lengths: list[tuple[float, int]] = []
+    real = generating.generate
+
+    def generate(model, maker, prompt, profile, length, **options):
+        lengths.append((options["personal"].strength, options["min_new_tokens"]))
+        return real(model, maker, prompt, profile, length, **options)
+
+    monkeypatch.setattr(generating, "generate", generate)
+    told = figures("bench", recipe(), "--generation", "--repeats", "2")
+    assert lengths.count((0.5, 48)) == lengths.count((0.0, 48)) == 3 * 4  # a warm-up and two repeats, four queries
+    assert len(told["ratios"]) == 2
+    assert told["met"] == (told["ratio"] <= 2.1)
+    code, _, err = run("bench", recipe(), "--generation", "--arms", "base")
+    assert code == 2
+    assert "--arms has no part in --generation" in " ".join(err.split())
