@@ -91,6 +91,9 @@ class Evaluation(Section):
     personal: list[Annotated[float, Field(ge=0)]] = Field(
         [0.25, 0.5, 1.0], description="eval: strengths of --personal whose answers are judged too, beside plain ones"
     )
+    personal_by: str | None = Field(
+        None, description="eval, compare: another model whose PIR chooses personal tokens too; loaded before the model"
+    )
     candidates: int = Field(
         3, ge=0, description="eval, compare: further users whose profiles a text's writer is told from"
     )

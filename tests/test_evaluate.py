@@ -152,6 +152,20 @@ def test_general_text_and_answers_are_scored(trained, figures, recipe):
     assert "Answers" in Path("out/eval.html").read_text("utf-8")
 
 
+def test_personal_tokens_by_another_base(trained, figures, toy):
+    """The same base as the other one chooses the very tokens, ends of turns apart; one of another family others."""
+    told = figures("eval", trained, "--adapter", "out/adapter", "--set", f"evaluation.personal_by={toy}")
+    scored = by_hand(trained, "test")
+    pairs = zip(scored["base", "own"], scored["base", "none"], strict=True)
+    expected = sum(int(((own - none)[:-1] > 0.05).sum()) for (_, own), (_, none) in pairs)
+    assert told["splits"]["test"]["tokens"]["by another base"] == expected > 0
+    other = toys.toy_folder(Path("other").absolute(), "llama3")
+    told = figures("eval", trained, "--adapter", "out/adapter", "--set", f"evaluation.personal_by={other}")
+    tokens = told["splits"]["test"]["tokens"]
+    assert 0 < tokens["by another base"] < tokens["all"]
+    assert "by another base" in Path("out/eval.html").read_text("utf-8")
+
+
 def test_a_stopped_evaluation_goes_on(trained, run, figures, monkeypatch):
     """Stopped in the middle of the answers: what was scored and answered is not done again."""
     real, calls = answers.generate_several, []

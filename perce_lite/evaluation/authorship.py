@@ -7,14 +7,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from perce_lite.data.pairs import IGNORED
+from perce_lite.data.pairs import IGNORED, Pair
 from perce_lite.data.retrieval import tokens_of, word_spans
 from perce_lite.data.rows import Row, items_of, of_split
 from perce_lite.data.text_units import text_units
@@ -94,21 +95,42 @@ def tokens_by_words(found: Sequence[Case], words: UserWords, tokenizer: PreTrain
     for case in found:
         row = case.pair.row
         typical = words.of(row.user, [item.text for item in items_of(row.profile)])
-        chosen.append(_tokens_of_words(case, typical, tokenizer))
+        text = "".join(unit for _, _, unit in response_units(case.pair, tokenizer))
+        characters = np.zeros(len(text), dtype=bool)
+        for word, start, end in word_spans(text):
+            characters[start:end] |= word in typical
+        mask = tokens_covered(case.pair, tokenizer, Covered(text, characters))
+        assert mask is not None  # it is the very text
+        chosen.append(mask)
     return chosen
 
 
-def _tokens_of_words(case: Case, typical: frozenset[str], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    ids = [label for label in case.pair.factual.labels if label != IGNORED]
-    units = text_units(tokenizer, ids)
-    text = "".join(unit for _, _, unit in units)
-    covered = np.zeros(len(text), dtype=bool)
-    for word, start, end in word_spans(text):
-        covered[start:end] |= word in typical
-    mask, at = torch.zeros(len(ids), dtype=torch.bool), 0
-    for start, end, unit in units:
-        mask[start:end] = bool(covered[at : at + len(unit)].any())
-        at += len(unit)
+class Covered(NamedTuple):
+    """The text of a response, and which of its characters are chosen."""
+
+    text: str
+    characters: NDArray[np.bool_]
+
+
+def response_units(pair: Pair, tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, int, str]]:
+    """`text_units` of a pair's response tokens; special tokens, such as the end of a turn, have no text."""
+    ids = [label for label in pair.factual.labels if label != IGNORED]
+    special = set(tokenizer.all_special_ids)
+    return [(start, end, "" if ids[start] in special else text) for start, end, text in text_units(tokenizer, ids)]
+
+
+def tokens_covered(pair: Pair, tokenizer: PreTrainedTokenizerBase, covered: Covered) -> Tensor | None:
+    """Which response tokens of `pair` hold a chosen character, (R,); None where its text is another."""
+    units, at = response_units(pair, tokenizer), 0
+    if "".join(text for _, _, text in units).strip() != covered.text.strip():
+        return None
+    skipped = len(covered.text) - len(covered.text.lstrip())
+    lead = sum(len(text) for _, _, text in units) - len("".join(text for _, _, text in units).lstrip())
+    mask = torch.zeros(units[-1][1] if units else 0, dtype=torch.bool)
+    for start, end, text in units:
+        place = max(0, at - lead + skipped)
+        mask[start:end] = bool(covered.characters[place : place + len(text)].any())
+        at += len(text)
     return mask
 
 

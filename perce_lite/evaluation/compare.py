@@ -220,10 +220,12 @@ def _score(
     found: by `profile_pass`, the same rows in the same order
     tuning: with the profile alone that the arm is judged with
     """
-    config, base = training_config(recipe), load_base(recipe)
-    judged: dict[str, tuple[Judge, dict[Training | None, ArmSums]]] = {}
+    config = training_config(recipe)
     words = UserWords(training_texts(rows))
-    chosen = {} if tuning else chosen_tokens(next(iter(found.values())), words, base.tokenizer)
+    one_way = next(iter(found.values()))
+    chosen = {} if tuning else chosen_tokens(recipe, one_way, words, load_tokenizer(recipe))
+    base = load_base(recipe)
+    judged: dict[str, tuple[Judge, dict[Training | None, ArmSums]]] = {}
     for training in (None, *trainings):
         folder = None if training is None else training.run(rows)[1].adapter
         what = UNTRAINED if training is None else f"{training.arm.name}, rate {training.rate:g}, seed {training.seed}"

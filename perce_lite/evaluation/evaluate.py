@@ -19,10 +19,11 @@ from perce_lite.errors import AdapterError, DataError
 from perce_lite.evaluation.answers import Answers, WrittenTexts
 from perce_lite.evaluation.authorship import UserWords, tokens_by_words, training_texts
 from perce_lite.evaluation.conditions import Case, Topics, cases, is_candidate, score_cases
-from perce_lite.evaluation.judging import BY_WORDS, ArmSums, Judge, chance, losses, sizes
+from perce_lite.evaluation.judging import BY_MODEL, BY_WORDS, ArmSums, Judge, chance, losses, sizes
 from perce_lite.evaluation.metrics import Bootstrap
+from perce_lite.evaluation.other_base import tokens_by_other_base
 from perce_lite.model import adapters
-from perce_lite.model.base import load_base
+from perce_lite.model.base import load_base, load_tokenizer
 from perce_lite.model.logprob_store import Store
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_key
 from perce_lite.recipe import Recipe, training_config
@@ -71,10 +72,11 @@ def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
     arms: dict[str, Path | None] = {BASE: None, **_named(folders, recipe)}
     rows = read_rows(recipe)
     config = training_config(recipe)
-    base = load_base(recipe)
-    maker = PairMaker.of(recipe, base.tokenizer, config.max_length)
-    texts, words = training_texts(rows), UserWords(training_texts(rows))
+    maker = PairMaker.of(recipe, load_tokenizer(recipe), config.max_length)
+    texts = training_texts(rows)
+    words = UserWords(texts)
     material = _material(recipe, maker, rows, words)
+    base = load_base(recipe)
     answers = Answers(recipe, config, maker, recipe.output_dir / "eval-answers.json", WrittenTexts(texts))
     answered = next(iter(material.found.values()))[: recipe.evaluation.generated_rows]
     scored: dict[str, ArmScores] = {}
@@ -110,7 +112,7 @@ def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
 
 def _material(recipe: Recipe, maker: PairMaker, rows: Sequence[Row], words: UserWords) -> Material:
     found = held_out(recipe, maker, rows, Topics(library(recipe), recipe.profile.top_k), recipe.evaluation.candidates)
-    chosen = chosen_tokens(found, words, maker.tokenizer)
+    chosen = chosen_tokens(recipe, found, words, maker.tokenizer)
     with_profile = [row for row in of_split(rows, "train") if row.profile]
     learned = maker.make(spread_over_users(with_profile, recipe.evaluation.max_rows))
     profiles = [case.pair.row for some in found.values() for case in some]
@@ -118,10 +120,17 @@ def _material(recipe: Recipe, maker: PairMaker, rows: Sequence[Row], words: User
 
 
 def chosen_tokens(
-    found: Mapping[str, Sequence[Case]], words: UserWords, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, found: Mapping[str, Sequence[Case]], words: UserWords, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, dict[str, list[Tensor]]]:
-    """By split and part, personal tokens chosen without the training's weights: see `judging.masks`."""
-    return {name: {BY_WORDS: tokens_by_words(some, words, tokenizer)} for name, some in found.items()}
+    """By split and part, personal tokens chosen without the training's weights: see `judging.masks`.
+
+    Where `evaluation.personal_by` names another base, it is loaded and let go of: call it before the recipe's own.
+    """
+    chosen = {name: {BY_WORDS: tokens_by_words(some, words, tokenizer)} for name, some in found.items()}
+    if recipe.evaluation.personal_by is not None:
+        for name, masks in tokens_by_other_base(recipe, recipe.evaluation.personal_by, found, tokenizer).items():
+            chosen[name][BY_MODEL] = masks
+    return chosen
 
 
 def _score(
