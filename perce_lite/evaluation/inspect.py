@@ -2,7 +2,6 @@
 
 import re
 import string
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from perce_lite.config import PerCEConfig
 from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, Tokens, require
 from perce_lite.data.readers import read_rows
 from perce_lite.data.rows import Row, of_split, spread_over_users, swap_profiles
+from perce_lite.data.text_units import text_units
 from perce_lite.errors import DataError
 from perce_lite.evaluation.conditions import id_of
 from perce_lite.evaluation.metrics import FEW_USERS, Bootstrap
@@ -78,12 +78,15 @@ def inspect(recipe: Recipe, adapter: Path | None, rows: int, user: str | None, t
     if adapter is not None:
         adapters.require_profile_pass(adapter, recipe)
     model = base.model if adapter is None else adapters.load(base.model, adapter)
+    weighting = loss.Weighting.of(config)
     seen = _score(model, pairs, _swapped(maker, pairs, training), config, adapter is not None)
     return {
         "model": recipe.model,
         "adapter": None if adapter is None else str(adapter),
-        "clip_min": config.clip_min,
-        "clip_max": config.clip_max,
+        "clip_min": weighting.low,
+        "clip_max": weighting.clip_max,
+        "weight_bounds": list(weighting.bounds),
+        "weighting": weighting.formula,
         **_figures(seen, base.tokenizer, config, top),
     }
 
@@ -120,15 +123,15 @@ def _score(
 
 def _figures(seen: list[Seen], tokenizer: PreTrainedTokenizerBase, config: PerCEConfig, top: int) -> dict[str, Any]:
     """What the page shows; `personal_rows` and `idle_rows` are positions in `rows`."""
-    bounds = (config.clip_min, config.clip_max)
+    weighting = loss.Weighting.of(config)
     own = torch.cat([one.pir for one in seen])
     swapped_pirs = [one.swapped_pir for one in seen if one.swapped_pir is not None]
     swapped = torch.cat(swapped_pirs) if swapped_pirs else torch.empty(0)
-    shown = [_row(one, tokenizer, *bounds) for one in seen]
+    shown = [_row(one, tokenizer, weighting) for one in seen]
     ranked = sorted(range(len(shown)), key=lambda number: -float(shown[number]["pir_mean"]))
     return {
-        "own": {**loss.weight_statistics(own, *bounds), "tokens": own.numel()},
-        "swapped": {**loss.weight_statistics(swapped, *bounds), "tokens": swapped.numel()},
+        "own": {**loss.weight_statistics(own, weighting), "tokens": own.numel()},
+        "swapped": {**loss.weight_statistics(swapped, weighting), "tokens": swapped.numel()},
         "histogram": {"edges": EDGES, "own": _histogram(own), "swapped": _histogram(swapped)},
         "signal": signal(seen),
         "words": _words([row["units"] for row in shown])[:top],
@@ -190,9 +193,9 @@ def _histogram(pir: Tensor) -> list[int]:
     return [int(count) for count in np.histogram(clipped, bins=EDGES)[0]]
 
 
-def _row(one: Seen, tokenizer: PreTrainedTokenizerBase, clip_min: float, clip_max: float) -> dict[str, Any]:
+def _row(one: Seen, tokenizer: PreTrainedTokenizerBase, weighting: loss.Weighting) -> dict[str, Any]:
     ids = [label for label in one.pair.factual.labels if label != IGNORED]
-    weight = loss.token_weights(one.pir, clip_min, clip_max)
+    weight = weighting.weights(one.pir)
     units = []
     for start, end, text in text_units(tokenizer, ids):
         units.append(
@@ -210,38 +213,6 @@ def _row(one: Seen, tokenizer: PreTrainedTokenizerBase, clip_min: float, clip_ma
     known = {"row": row.where, "user": row.user, "query": row.query, "profile": one.pair.profile}
     means = {"pir_mean": float(one.pir.mean()), "mean_absolute_pir": float(one.pir.abs().mean())}
     return {**known, **means, "units": units}
-
-
-def text_units(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[tuple[int, int, str]]:
-    """(start, end, text) of the smallest runs of tokens that are whole characters; the texts join to the whole.
-
-    A token of a byte-level tokenizer may be a part of a character: it is shown with its neighbours. So is a combining
-    mark, which shows nothing without the letter it belongs to. A special token stands alone.
-    """
-    special = set(tokenizer.all_special_ids)
-    units: list[tuple[int, int, str]] = []
-    before = start = 0  # the unit before is decoded along: a tokenizer may strip the space that a text begins with
-    for end in range(1, len(ids) + 1):
-        said, text = (tokenizer.decode(ids[before:to], clean_up_tokenization_spaces=False) for to in (start, end))
-        text = text[len(said) :]
-        torn = text.endswith("\ufffd") and end - start < 8
-        if torn and end < len(ids) and ids[end] not in special:
-            continue
-        if units and special.isdisjoint((ids[start - 1], ids[start])) and _one_character(units[-1][2], text):
-            first, _, head = units.pop()
-            units.append((first, end, head + text))
-        else:
-            units.append((start, end, text))
-        before, start = start, end
-    return units
-
-
-def _one_character(head: str, tail: str) -> bool:
-    """Whether `tail` continues what a reader takes for the last character of `head`."""
-    if not head or not tail:
-        return True
-    mark = unicodedata.category(tail[0]).startswith("M") or "\U0001f3fb" <= tail[0] <= "\U0001f3ff"  # skin tones
-    return mark or "\u200d" in (head[-1], tail[0])  # the zero-width joiner of emoji
 
 
 def _words(rows: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
