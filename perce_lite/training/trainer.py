@@ -27,6 +27,7 @@ from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.data.rows import Row, from_columns
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.files import disk_full_is_clear
+from perce_lite.model.adapters import all_finite
 from perce_lite.model.compat import keep_base_constant, require_trainer_hooks
 from perce_lite.model.float16 import advice
 from perce_lite.model.fused_head import (
@@ -311,7 +312,7 @@ class PerCETrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         advice = "Free some space and run the same command again: it resumes from the last whole checkpoint."
-        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+        if not all_finite(parameter for parameter in self.model.parameters() if parameter.requires_grad):
             raise NonFiniteLossError(
                 f"The adapter's weights are not finite after step {self.state.global_step}: a gradient was not. "
                 "Nothing of it was saved. Lower train.learning_rate."

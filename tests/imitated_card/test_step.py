@@ -1,8 +1,13 @@
 """A step of real models' shapes, four layers of each: live bytes beside the plan, waits, copies, attention kernels."""
 
-import pytest
+import math
 
+import pytest
+import torch
+
+from imitated_card import imitated
 from imitated_card.runs import step_of_shape
+from perce_lite.model.adapters import all_finite
 
 T4 = {"capability": (7, 5)}
 OFFLOADED = {"activation_offloading": True, "gradient_checkpointing": False}
@@ -42,6 +47,15 @@ def test_a_step_seldom_waits_for_the_card(tmp_path):
         copies.append(step.counts["copies to the card"] + step.counts["copies to the host"])
     assert waits[0] == waits[1] <= 16
     assert copies[0] == copies[1] <= 1
+
+
+def test_finite_weights_are_asked_for_once():
+    with imitated() as card:
+        tensors = [torch.zeros(3, device="cuda") for _ in range(5)]
+        assert all_finite(tensors)
+        tensors[3][1] = math.inf
+        assert not all_finite(tensors)
+        assert card.counts["synchronisations"] == 2
 
 
 def test_torchs_own_optimizer_never_waits(tmp_path):
