@@ -45,7 +45,7 @@ def save(model: PeftModel, folder: Path, metadata: dict[str, Any]) -> None:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether all numbers of these tensors, of one device, are finite; the host waits for it once, not once a tensor."""
+    """Whether all numbers of these tensors, of one device, are finite; the host waits once, not once a tensor."""
     finite = [torch.isfinite(tensor).all() for tensor in tensors]
     return not finite or bool(torch.stack(finite).all())
 
