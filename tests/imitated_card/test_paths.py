@@ -3,12 +3,14 @@
 import math
 
 import pytest
+import torch
 from fleet_fixtures import rows_of
 
 from imitated_card import GIB, imitated
 from imitated_card.runs import toy_recipe, train
 from perce_lite.evaluation.bench import gpumeasuring, gpureport
 from perce_lite.evaluation.bench.gpureport import gpu_report, markdown, planned_parts
+from perce_lite.fleet.capacity import optimizer_of
 from perce_lite.fleet.engines.slots import engine_for
 from perce_lite.fleet.fleet import fleet
 from perce_lite.recipe import with_train
@@ -69,6 +71,19 @@ def test_four_users_train_at_once(tmp_path):
         result = fleet(recipe, engine_for)
     assert (result.trained, result.failed) == (5, 0)  # the shared adapter first
     assert set(card.attention_kernels()) == {FLASH}
+    assert not any("bitsandbytes/optim" in place for place in card.places)  # torch's fused AdamW had room
+
+
+def test_users_at_once_take_torchs_optimizer_where_it_has_room(tmp_path):
+    recipe = toy_recipe(tmp_path, more=["fleet.slots=4"])
+    named = toy_recipe(tmp_path, more=["train.optim=adamw_8bit"])
+    with imitated() as card:
+        assert optimizer_of(recipe, 4) == "adamw_torch_fused"
+        assert optimizer_of(named, 4) is None
+        others = torch.empty(card.memory - GIB // 8, dtype=torch.uint8, device="cuda")
+        assert optimizer_of(recipe, 4) is None
+        del others
+    assert optimizer_of(recipe, 4) is None  # a CPU
 
 
 def test_the_gpu_report_fills_its_tables(monkeypatch):
