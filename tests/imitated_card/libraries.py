@@ -272,6 +272,7 @@ def _of_bitsandbytes(card: Card) -> Iterator[Patch]:
         card.managed += state.nbytes
         return state
 
+    yield mock.patch.dict(bnb.functional.name2qmap, clear=True)  # tables that are made once, of another card perhaps
     yield mock.patch.object(bnb.functional, "get_paged", paged)
     yield mock.patch.object(bnb.functional, "fill", lambda tensor, value, device=None, prefetch=True: tensor.zero_())
     yield mock.patch.object(bnb.functional, "prefetch_tensor", return_value=None)

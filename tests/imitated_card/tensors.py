@@ -1,5 +1,6 @@
 """Tensors that say they are on cuda:0, and every operation of torch's dispatcher over them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -150,6 +151,9 @@ _BOTH_DEVICES = {
 
 _READ_BY_HOST = {"aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::equal", "aten::is_nonzero"}
 
+_NOT_INITIALISED = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided"}
+"""Operations whose result holds whatever lay there before: here NaN, so that a read ahead of a write shows."""
+
 INDEXING = {"aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_"}
 
 _NO_KERNEL = {
@@ -216,6 +220,8 @@ def _computed(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "pin_memory": None}
     flat, spec = tree_flatten((args, kwargs))
     inner = [value.inner if isinstance(value, CardTensor) else value for value in flat]
+    if not current().shapes and any(isinstance(value, CardTensor) and value.inner.is_meta for value in flat):
+        raise DeviceMismatchError(f"{func}: a tensor of another card, which has a shape alone, at {place_in_code()}")
     inner_args, inner_kwargs = tree_unflatten(inner, spec)
     if current().shapes:
         out = shapes.compute(func, inner_args, dict(inner_kwargs), on_host=device is not None and not is_card(device))
@@ -243,7 +249,10 @@ def _with_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if fused.is_mixed_addmm(func, kwargs):
         summed = args[0] + args[1].float() @ args[2].float()
         return summed if kwargs.get("out") is None else kwargs["out"].copy_(summed)
-    return func(*args, **kwargs)
+    made = func(*args, **kwargs)
+    if name in _NOT_INITIALISED and made.is_floating_point():
+        made.fill_(math.nan)
+    return made
 
 
 # Copies between devices, and casts

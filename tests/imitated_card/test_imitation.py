@@ -128,6 +128,19 @@ def test_shapes_alone_take_no_memory_and_keep_masks():
         assert weight[mask].shape == (2**13, 2**16)
 
 
+def test_memory_that_nobody_wrote_to_shows():
+    with imitated():
+        assert torch.empty(4, device="cuda").isnan().all()
+        assert torch.empty_like(torch.zeros(4, device="cuda")).isnan().all()
+
+
+def test_nothing_of_a_card_of_shapes_reaches_the_next():
+    with imitated(shapes=True):
+        of_shapes = torch.ones(4, device="cuda")
+    with imitated(), pytest.raises(DeviceMismatchError, match="of another card"):
+        of_shapes + 1
+
+
 def test_the_attention_kernel_is_the_one_that_torch_takes():
     attention = torch.nn.functional.scaled_dot_product_attention
     chosen = []
