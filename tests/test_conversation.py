@@ -14,9 +14,10 @@ import torch
 import toys
 from transformers.cache_utils import DynamicCache
 
-from perce_lite.cli.conversation import Conversation, Kept, Stop, chat, talk, typed
+from perce_lite.cli.conversation import Conversation, chat, talk, typed
 from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.model import adapters
+from perce_lite.model.answering import Answerer, Kept, Stop
 from perce_lite.model.generate import generate, load_adapter
 from perce_lite.recipe import load_recipe
 
@@ -49,7 +50,7 @@ def said(its, messages, profile="", use_adapter=True, tokens=8):
 def talked(its, lines, capfd, tokens=8, **options):
     """Answers on standard output, and what was told beside them."""
     told: list[str] = []
-    conversation = Conversation(its, tokens, told.append, **options)
+    conversation = Conversation(Answerer(its), tokens, told.append, **options)
     capfd.readouterr()
     talk(conversation, lines)
     return capfd.readouterr().out, told, conversation

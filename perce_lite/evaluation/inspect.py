@@ -2,7 +2,6 @@
 
 import re
 import string
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from perce_lite.model.base import load_base
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.training import loss
+from perce_lite.training.leaning import leaning_units
 
 EDGES = [-6.0, *np.arange(-5.0, 8.25, 0.25).tolist(), 9.0]
 """Bounds of the PIR histogram, nats; the outer bins take what lies beyond."""
@@ -193,55 +193,14 @@ def _histogram(pir: Tensor) -> list[int]:
 def _row(one: Seen, tokenizer: PreTrainedTokenizerBase, clip_min: float, clip_max: float) -> dict[str, Any]:
     ids = [label for label in one.pair.factual.labels if label != IGNORED]
     weight = loss.token_weights(one.pir, clip_min, clip_max)
-    units = []
-    for start, end, text in text_units(tokenizer, ids):
-        units.append(
-            {
-                "text": text,
-                "end_of_turn": ids[start] in tokenizer.all_special_ids,
-                "pir": float(one.pir[start:end].sum()),
-                "weight": float(weight[start:end].mean()),
-                "factual": float(one.factual[start:end].sum()),
-                "counterfactual": float(one.counterfactual[start:end].sum()),
-                "token_pirs": one.pir[start:end].tolist(),
-            }
-        )
+    units = [
+        {**unit, "weight": float(weight[tokens].mean())}
+        for tokens, unit in leaning_units(tokenizer, ids, one.factual, one.counterfactual)
+    ]
     row = one.pair.row
     known = {"row": row.where, "user": row.user, "query": row.query, "profile": one.pair.profile}
     means = {"pir_mean": float(one.pir.mean()), "mean_absolute_pir": float(one.pir.abs().mean())}
     return {**known, **means, "units": units}
-
-
-def text_units(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[tuple[int, int, str]]:
-    """(start, end, text) of the smallest runs of tokens that are whole characters; the texts join to the whole.
-
-    A token of a byte-level tokenizer may be a part of a character: it is shown with its neighbours. So is a combining
-    mark, which shows nothing without the letter it belongs to. A special token stands alone.
-    """
-    special = set(tokenizer.all_special_ids)
-    units: list[tuple[int, int, str]] = []
-    before = start = 0  # the unit before is decoded along: a tokenizer may strip the space that a text begins with
-    for end in range(1, len(ids) + 1):
-        said, text = (tokenizer.decode(ids[before:to], clean_up_tokenization_spaces=False) for to in (start, end))
-        text = text[len(said) :]
-        torn = text.endswith("\ufffd") and end - start < 8
-        if torn and end < len(ids) and ids[end] not in special:
-            continue
-        if units and special.isdisjoint((ids[start - 1], ids[start])) and _one_character(units[-1][2], text):
-            first, _, head = units.pop()
-            units.append((first, end, head + text))
-        else:
-            units.append((start, end, text))
-        before, start = start, end
-    return units
-
-
-def _one_character(head: str, tail: str) -> bool:
-    """Whether `tail` continues what a reader takes for the last character of `head`."""
-    if not head or not tail:
-        return True
-    mark = unicodedata.category(tail[0]).startswith("M") or "\U0001f3fb" <= tail[0] <= "\U0001f3ff"  # skin tones
-    return mark or "\u200d" in (head[-1], tail[0])  # the zero-width joiner of emoji
 
 
 def _words(rows: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
