@@ -56,6 +56,12 @@ COMMANDS = {
         _USE,
         _START_OVER,
     ),
+    "serve": Command(
+        "serve:serve",
+        "Serve an adapter or a fleet: an OpenAI endpoint whose models are your users, and a page to look at.",
+        _USE,
+        "The answer under way was finished.",
+    ),
     "export": Command(
         "export:export",
         "Take an adapter to other programs; it is loaded again and shown to do what it did in training.",

@@ -22,6 +22,10 @@ class Stop(StoppingCriteria):
     def __init__(self) -> None:
         self.asked = False
 
+    def ask(self) -> None:
+        """Ends the answer after its next token."""
+        self.asked = True
+
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         return torch.full((input_ids.shape[0],), self.asked, device=input_ids.device)
 
