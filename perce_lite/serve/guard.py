@@ -2,9 +2,9 @@
 
 import ipaddress
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -18,6 +18,9 @@ MAX_BODY = 2**20
 
 PAGE = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}
 """Paths that need no key, and their files: they say nothing of anybody."""
+
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d{1,5})?")
+"""A `Host` header, with its name or address apart from the port."""
 
 _HEADERS = [
     (b"x-content-type-options", b"nosniff"),
@@ -38,9 +41,10 @@ class Hosts:
 
     def allows(self, header: str | None) -> bool:
         """Whether a request with this `Host` header may come in."""
-        name = urlsplit(f"//{header}").hostname if header and not set(header) & set("/\\@?# ") else None
-        if name is None:
+        called = _HOST.fullmatch((header or "").lower())
+        if called is None:
             return False
+        name = called[1].strip("[]")
         if name in self._names:
             return True
         try:
@@ -92,7 +96,7 @@ class Guard:
         host, origin = headers.get("host"), headers.get("origin")
         if len(headers.getlist("host")) != 1 or not self._hosts.allows(host):
             raise RequestError(403, "host", "This server is not called by that name; see --allow-host.")
-        if origin is not None and urlsplit(origin).netloc.lower() != (host or "").lower():
+        if origin is not None and origin.lower() not in (f"{kind}://{host}".lower() for kind in ("http", "https")):
             raise RequestError(403, "origin", "Pages of other sites may not ask this server.")
         document = scope["method"] == "GET" and scope["path"] == "/"
         if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not document:

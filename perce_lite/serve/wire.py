@@ -37,7 +37,6 @@ _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 
 # Requests
 
-Text = Annotated[str, Field(max_length=10**6)]
 Neutral = Literal[0] | None
 
 
@@ -49,14 +48,14 @@ class _Body(BaseModel):
 
 class TextPart(_Body):
     type: Literal["text"]
-    text: Text
+    text: str
 
 
 class Turn(_Body):
     """A message of a chat. The fields below `content` are what clients send back of an earlier answer, empty."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: str | list[TextPart]
     refusal: None = None
     tool_calls: None = None
     function_call: None = None
@@ -89,7 +88,7 @@ class Question(_Body):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    profile: Text | None = None
+    profile: str | None = None
     use_adapter: bool = True
     lean: bool = False
     n: Literal[1] | None = None
@@ -135,7 +134,7 @@ class ChatQuestion(Question):
 class PromptQuestion(Question):
     """The body of /v1/completions: the prompt is put as a question in the template of training, as `generate` does."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     logprobs: Neutral = None
