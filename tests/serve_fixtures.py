@@ -18,11 +18,12 @@ EVIL = "<script>document.title='evil'</script>"
 
 
 def fleet_rows() -> list[dict]:
-    """Three users; the second is called like a tag of HTML, the third has too few texts for an adapter of their own."""
+    """Three users: ann with twelve held-out rows, one who is called like a tag, one with too few texts for an adapter."""
     rows = rows_of(3)
     names = {"user0": "ann", "user1": EVIL, "user2": "cy"}
     named = [{**row, "user": names[row["user"]]} for row in rows]
-    return [row for number, row in enumerate(named) if row["user"] != "cy" or number % 8 < 4]
+    held_out = [{**named[0], "prompt": f"{named[0]['prompt']}, number {number}"} for number in range(10)]
+    return held_out + [row for number, row in enumerate(named) if row["user"] != "cy" or number % 8 < 4]
 
 
 @pytest.fixture(scope="module")
