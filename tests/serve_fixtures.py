@@ -18,7 +18,7 @@ EVIL = "<script>document.title='evil'</script>"
 
 
 def fleet_rows() -> list[dict]:
-    """Three users: ann with twelve held-out rows, one who is called like a tag, one with too few texts for an adapter."""
+    """Three users: ann with twelve held-out rows, one called like a tag, one with too few texts for an adapter."""
     rows = rows_of(3)
     names = {"user0": "ann", "user1": EVIL, "user2": "cy"}
     named = [{**row, "user": names[row["user"]]} for row in rows]

@@ -41,9 +41,8 @@ from perce_lite.serve.wire import (
 T = TypeVar("T")
 
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-_POLICY = "default-src 'none'; img-src data:; " + "; ".join(
-    f"{what}-src 'self'" for what in ("script", "style", "connect")
-)
+_OWN = "; ".join(f"{what}-src 'self'" for what in ("script", "style", "connect"))
+_POLICY = f"default-src 'none'; {_OWN}; img-src data:"
 
 
 class Service:

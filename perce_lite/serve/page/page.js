@@ -336,7 +336,7 @@ async function present(test) {
   if (!pair) {
     at("trial").hidden = true;
     const more = test.of < ENOUGH ? ` ${ENOUGH} are wanted: type more of your own, against the base.` : "";
-    return busy("blind-status", `All ${test.of} questions were asked.${more}`);
+    return busy("blind-status", `${test.of === 1 ? "The one question was" : `All ${test.of} questions were`} asked.${more}`);
   }
   test.next = pairFor(test); // while this one is read
   test.next.catch(() => {}); // it is told when its turn comes
