@@ -10,6 +10,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from urllib.request import urlopen
 
 import openai
 import pytest
@@ -17,6 +18,8 @@ import torch
 from serve_fixtures import EVIL, folder_of, serving
 from torch.nn.functional import log_softmax
 
+from perce_lite import notebook
+from perce_lite.errors import NotebookError
 from perce_lite.model import adapters
 from perce_lite.model.answering import Stop
 from perce_lite.model.generate import generate, generate_from_folder, load_adapter
@@ -107,7 +110,7 @@ def test_a_profile_of_the_request_goes_before_the_users_own(client, fleet_folder
 
 
 def test_an_adapter_that_needs_no_profile_is_asked_without(server, client, monkeypatch):
-    directory = server._service.directory
+    directory = server.service.directory
     plain = directory.metadata_of
     monkeypatch.setattr(directory, "metadata_of", lambda entry: {**plain(entry), "train_on": "counterfactual"})
     assert asked(client, "ann", 1).profile == ""
@@ -281,7 +284,7 @@ def test_a_fault_of_the_server_is_told_without_texts(server, client, monkeypatch
     def broken(*args):
         raise ValueError(f"what was asked: {QUESTION}")
 
-    monkeypatch.setattr(server._service.answers.pool, "take", broken)
+    monkeypatch.setattr(server.service.answers.pool, "take", broken)
     for stream in (False, True):
         with pytest.raises(openai.InternalServerError) as refusal:
             asked(client, "ann", stream=stream)
@@ -405,7 +408,7 @@ def test_who_waits_for_too_long_or_at_the_end_is_sent_away():
 @contextmanager
 def slowly(server, monkeypatch):
     """Inside, each token of an answer waits until it is let go; gives the number of tokens so far, and that."""
-    model = server._service.answers.pool._base.model
+    model = server.service.answers.pool._base.model
     forward, seen, go = type(model).forward, [], threading.Event()
 
     def waiting(self, *args, **inputs):
@@ -440,7 +443,7 @@ def test_a_client_that_goes_away_frees_the_turn(server, client, monkeypatch, str
         while len(seen) < 3:
             pass
         connection.close()
-        desk = server._service.desk
+        desk = server.service.desk
         assert desk.busy
         go.wait(0.5)  # for the server to hear of it
         go.set()
@@ -491,7 +494,7 @@ def test_ctrl_c_finishes_what_is_under_way(fleet_folder):
         assert pieces[-1] in ("length", "stop")
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "Stopped. The answer under way was finished." in err
+    assert "Stopped. Nothing was written; who waited for an answer was sent away." in err
     assert "up to 1024 MiB" in models
     assert QUESTION not in out + err
     assert "Traceback" not in err
@@ -530,3 +533,31 @@ def test_an_address_that_is_taken_is_told(fleet_folder, run, adapter_folder):
     for words in ((), (adapter_folder, "--fleet", fleet_folder)):
         assert "give an adapter's folder" in " ".join(run("serve", *words)[2].replace("│", " ").split())
     assert run("serve", "--fleet", os.devnull + "/none")[0] == 2
+
+
+def test_the_benchmark_measures_three_ways(adapter_folder, figures, run):
+    measured = figures("bench", "--serve", adapter_folder, "--repeats", "2")
+    assert list(measured["ways"]) == ["generate", "served, in memory", "served, from disk"]
+    for way in measured["ways"].values():
+        assert way["first_token_s"] > 0
+        assert way["tokens_per_s"] > 0
+    code, _, err = run("bench", "mine.yaml", "--serve", adapter_folder)
+    assert code == 2
+    assert "RECIPE has no part in --serve" in " ".join(err.replace("│", " ").split())
+
+
+def test_one_call_opens_the_page_in_a_notebook(adapter_folder, fleet_folder):
+    first = notebook.serve(adapter_folder)
+    client = openai.OpenAI(base_url=f"{first.src}v1", api_key="none", max_retries=0)
+    assert len(list(client.models.list())) == 5
+    with urlopen(first.src) as page:
+        assert "frame-ancestors" not in page.headers["content-security-policy"]
+    second = notebook.serve(fleet=fleet_folder)
+    assert f'src="{second.src}' in second._repr_html_()
+    with pytest.raises(openai.APIConnectionError):  # the earlier one has ended
+        client.models.list()
+    with urlopen(second.src) as page:
+        assert page.status == 200
+    with pytest.raises(NotebookError):
+        notebook.serve()
+    notebook._serving.close()

@@ -124,7 +124,7 @@ def test_what_does_not_work_is_told(page, server, monkeypatch):
     ask(page, "ann", 4000)
     playwright.expect(page.locator("#status")).to_contain_text("the model looks at")
     page.locator("#tokens").fill("4")
-    monkeypatch.setattr(server._service.answers, "answer", lambda *args: 1 / 0)
+    monkeypatch.setattr(server.service.answers, "answer", lambda *args: 1 / 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("perce_lite.serve.app.warn", lambda text: None)
         ask(page, "ann", 4)
@@ -140,7 +140,7 @@ def test_a_user_who_is_called_like_a_tag_is_text(page):
 
 def test_a_thousand_users_are_found_by_typing(page, server, monkeypatch):
     many = [Entry(f"user{number:04}", "user", f"user{number:04}", number / 1000) for number in range(1000)]
-    monkeypatch.setattr(server._service.directory, "entries", lambda: many)
+    monkeypatch.setattr(server.service.directory, "entries", lambda: many)
     page.reload()
     field, options = page.get_by_role("combobox", name="Who answers"), page.locator("#users [role=option]")
     playwright.expect(field).to_have_value("user0000")
@@ -234,7 +234,7 @@ def test_ten_choices_say_whether_they_can_be_told_apart(page, server, against):
     saved = json.loads(Path(download.value.path()).read_text(encoding="utf-8"))
     assert (saved["user"], saved["against"], saved["chosen"], saved["of"]) == ("ann", against, 12, 12)
     assert len({choice["adapter_was"] for choice in saved["choices"]}) == 2  # in random order
-    rows = server._service.held_out.of("ann")
+    rows = server.service.held_out.of("ann")
     assert sorted(choice["query"] for choice in saved["choices"]) == sorted(row["query"] for row in rows)
     if against == "written":
         assert {choice["other"] for choice in saved["choices"]} == {row["written"] for row in rows}

@@ -60,7 +60,7 @@ COMMANDS = {
         "serve:serve",
         "Serve an adapter or a fleet: an OpenAI endpoint whose models are your users, and a page to look at.",
         _USE,
-        "The answer under way was finished.",
+        "Nothing was written; who waited for an answer was sent away.",
     ),
     "export": Command(
         "export:export",

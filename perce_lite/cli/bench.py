@@ -1,5 +1,6 @@
 """The command that measures: one recipe beside plain SFT, many users, or what a GPU does with an 8B model."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from perce_lite.recipe import load_recipe
 benchmark = Lazy("perce_lite.evaluation.bench.bench")
 fleet_benchmark = Lazy("perce_lite.evaluation.bench.fleetbench")
 fleet_scales = Lazy("perce_lite.evaluation.bench.fleetscale")
+serve_benchmark = Lazy("perce_lite.serve.bench")
 gpu_reports = Lazy("perce_lite.evaluation.bench.gpureport")
 
 
@@ -45,13 +47,20 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(dir_okay=False, help="With --gpu-report: its table, else runs/gpu-report.md.")
     ] = None,
+    serve: Annotated[
+        Path | None, typer.Option(help="No recipe: the adapter here, served beside `generate`; takes --repeats.")
+    ] = None,
     set_: Set = None,
     json: Json = None,
 ) -> None:
     """Measure time, memory and disk beside plain SFT on this machine; or many users; or what a GPU does with an 8B."""
     given = {"RECIPE": recipe, "--arms": arms, "--slots": slots, "--lengths": lengths, "--set": set_, "--shape": shape}
     given |= {"--out": out, "--users": users}
-    _only(given, fleet, gpu_report, fleet_scale)
+    kinds = {"--fleet": fleet, "--gpu-report": gpu_report, "--fleet-scale": fleet_scale, "--serve": serve is not None}
+    _only(given, kinds)
+    if serve is not None:
+        _show(serve_benchmark.serve_bench(serve, repeats or 3), terminal.show_serve_bench, json)
+        return
     if fleet_scale:
         scale = fleet_scales.fleet_scale(_numbers(users) or fleet_scales.USERS)
         write(json, scale.figures())
@@ -65,13 +74,14 @@ def bench(
     pace = (steps or 6, warmup, repeats or 3)
     if fleet:
         sizes = fleet_benchmark.lengths_of(lengths), fleet_benchmark.slots_of(slots)
-        figures = fleet_benchmark.fleet_bench(loaded, *sizes, *pace)
-        write(json, figures)
-        terminal.show_fleet_bench(figures)
+        _show(fleet_benchmark.fleet_bench(loaded, *sizes, *pace), terminal.show_fleet_bench, json)
         return
-    figures = benchmark.bench(loaded, benchmark.arms_of(arms), *pace, epochs)
+    _show(benchmark.bench(loaded, benchmark.arms_of(arms), *pace, epochs), terminal.show_bench, json)
+
+
+def _show(figures: dict[str, Any], show: Callable[[dict[str, Any]], None], json: Path | None) -> None:
     write(json, figures)
-    terminal.show_bench(figures)
+    show(figures)
 
 
 def _numbers(text: str | None) -> list[int]:
@@ -85,11 +95,9 @@ def _numbers(text: str | None) -> list[int]:
     return numbers
 
 
-def _only(given: dict[str, Any], fleet: bool, gpu_report: bool, fleet_scale: bool) -> None:
+def _only(given: dict[str, Any], asked: dict[str, bool]) -> None:
     """Raises typer's error for options that have no part in what is measured."""
-    kinds = [
-        name for name, on in (("--fleet", fleet), ("--gpu-report", gpu_report), ("--fleet-scale", fleet_scale)) if on
-    ]
+    kinds = [name for name, on in asked.items() if on]
     if len(kinds) > 1:
         raise typer.BadParameter(f"give one of {' and '.join(kinds)}")
     kind = kinds[0] if kinds else ""
@@ -98,6 +106,7 @@ def _only(given: dict[str, Any], fleet: bool, gpu_report: bool, fleet_scale: boo
         "--fleet": ("RECIPE", "--set", "--lengths", "--slots"),
         "--gpu-report": ("--lengths", "--shape", "--out"),
         "--fleet-scale": ("--users",),
+        "--serve": (),
     }
     for name, value in given.items():
         if value is not None and name not in takes[kind]:

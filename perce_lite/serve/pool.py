@@ -76,7 +76,7 @@ class Pool:
             else:
                 self._on(adapters.load(self._base.model, folder, name))
         except BaseException:
-            self._drop_all()  # half of an adapter may be on the base
+            self.drop_all()  # half of an adapter may be on the base
             raise
         answerer = Answerer(loaded_on(self._model, self._base.tokenizer, metadata))
         self._there[name] = answerer, adapters.weights_bytes(folder)
@@ -89,9 +89,10 @@ class Pool:
             assert isinstance(self._model, PeftModel)
             self._model.delete_adapter(name)
         if self.bytes + size > self.limit:
-            self._drop_all()
+            self.drop_all()
 
-    def _drop_all(self) -> None:
+    def drop_all(self) -> None:
+        """Drops every adapter; the next one is read from disk."""
         self._there.clear()
         adapters.strip(self._base.model)
         self._on(self._base.model)

@@ -52,7 +52,7 @@ class Server(uvicorn.Server):
             app, log_level="critical", access_log=False, log_config=None, server_header=False, ws="none"
         )  # uvicorn's own lines would hold users' names and, in a trace, texts
         super().__init__(config)
-        self._service, self._listening = service, listening
+        self.service, self._listening = service, listening
 
     @property
     def url(self) -> str:
@@ -65,7 +65,7 @@ class Server(uvicorn.Server):
         try:
             self.run(sockets=[self._listening])
         finally:
-            self._service.held_out.close()
+            self.service.held_out.close()
 
     def stop(self) -> None:
         """Ends it from another thread."""
@@ -73,7 +73,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Sends away who waits, then lets the answer under way end."""
-        self._service.desk.close()
+        self.service.desk.close()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -108,7 +108,7 @@ def make_server(adapter: Path | None, fleet: Path | None, settings: Settings) ->
 
 def told_at_start(server: Server, settings: Settings) -> str:
     """What the terminal shows when it is ready."""
-    entries = server._service.directory.entries()
+    entries = server.service.directory.entries()
     users = sum(entry.kind == "user" for entry in entries)
     shared = ", ".join(entry.id for entry in entries if entry.kind != "user")
     return (
