@@ -46,7 +46,7 @@ def client(server):
 
 
 def asked(client, model: str, tokens: int = 8, messages=MESSAGES, **more):
-    extra = {name: more.pop(name) for name in ("profile", "use_adapter", "lean") if name in more}
+    extra = {name: more.pop(name) for name in ("profile", "use_adapter", "lean", "personal") if name in more}
     return client.chat.completions.create(
         model=model, messages=messages, max_tokens=tokens, extra_body=extra or None, **more
     )
@@ -250,6 +250,17 @@ def test_lean_comes_with_a_stream_and_never_without_a_profile(client):
     assert not hasattr(asked(client, "ann", 4).choices[0], "lean")
 
 
+@pytest.mark.parametrize("use_adapter", [True, False])
+def test_personal_is_that_of_generate(client, fleet_folder, use_adapter):
+    folder, more = folder_of(fleet_folder, "user", "ann"), {"use_adapter": use_adapter}
+    answers = {strength: text_of(asked(client, "ann", 10, personal=strength, **more)) for strength in (0, 1, 4)}
+    for strength, answer in answers.items():
+        expected = generate_from_folder(folder, QUESTION, None, "ann", 10, use_adapter, strength=strength)
+        assert answer == expected["answer"]
+    assert len(set(answers.values())) > 1
+    assert text_of(asked(client, "ann", 10, **more)) == answers[0]
+
+
 # Errors, in OpenAI's form
 
 
@@ -264,7 +275,9 @@ def test_lean_comes_with_a_stream_and_never_without_a_profile(client):
         ({"max_tokens": 10**6}, 400, "messages"),
         ({"stop": list("abcde")}, 400, "stop.constrained-str"),
         ({"presence_penalty": 1}, 400, "presence_penalty"),
-        ({"extra_body": {"personal": 2}}, 400, "personal"),
+        ({"extra_body": {"personal": 11}}, 400, "personal"),
+        ({"extra_body": {"personal": 1, "profile": None}}, 400, "personal"),
+        ({"extra_body": {"no_such_field": 2}}, 400, "no_such_field"),
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages.0.role"),
         ({"messages": [*MESSAGES, {"role": "assistant", "content": "An"}]}, 400, "messages"),

@@ -107,6 +107,18 @@ def test_base_and_adapter_answer_side_by_side_coloured_by_their_leaning(page, se
     assert fits(page)
 
 
+def test_a_slider_makes_answers_more_like_the_user(page, server):
+    slider = page.get_by_label("More like me")
+    slider.focus()
+    for _ in range(8):
+        page.keyboard.press("ArrowRight")
+    assert page.locator("#strength").text_content() == "2"
+    ask(page, "ann")
+    said = answers_of(server, "ann", personal=2).choices[0].message.content
+    assert page.locator("#adapter").text_content().strip() == said
+    assert said != answers_of(server, "ann").choices[0].message.content
+
+
 def test_a_profile_of_ones_own_and_none(page):
     page.get_by_label("this text:").check()
     page.get_by_role("textbox", name="Text of the profile").fill("I keep <b>otters</b>.")
@@ -177,7 +189,7 @@ def test_the_keyboard_is_enough(page):
     playwright.expect(page.locator("#stop")).to_be_visible()
     playwright.expect(page.locator("#stop")).to_be_hidden()
     assert page.get_by_role("combobox").input_value() == "cy"
-    for _ in range(5):  # profile, tokens, temperature, ask, then the first word of the base
+    for _ in range(6):  # profile, tokens, more like me, temperature, ask, then the first word of the base
         keys.press("Tab")
     first = page.locator("#told").text_content()
     assert first.startswith("“")

@@ -17,6 +17,7 @@ benchmark = Lazy("perce_lite.evaluation.bench.bench")
 fleet_benchmark = Lazy("perce_lite.evaluation.bench.fleetbench")
 fleet_scales = Lazy("perce_lite.evaluation.bench.fleetscale")
 serve_benchmark = Lazy("perce_lite.serve.bench")
+generating = Lazy("perce_lite.evaluation.bench.generating")
 gpu_reports = Lazy("perce_lite.evaluation.bench.gpureport")
 
 
@@ -38,6 +39,9 @@ def bench(
         str | None, typer.Option(help="Tokens a row; with --fleet: else 32,64,96; with --gpu-report one: else 2048.")
     ] = None,
     slots: Annotated[str | None, typer.Option(help="With --fleet: users at once; else 1,2,4,8,16.")] = None,
+    generation: Annotated[
+        bool, typer.Option("--generation", help="What --personal costs: answers with the contrast beside plain ones.")
+    ] = False,
     gpu_report: Annotated[
         bool, typer.Option("--gpu-report", help="No recipe: what this GPU does with an 8B model of random weights.")
     ] = False,
@@ -53,35 +57,37 @@ def bench(
     set_: Set = None,
     json: Json = None,
 ) -> None:
-    """Measure time, memory and disk beside plain SFT on this machine; or many users; or what a GPU does with an 8B."""
+    """Measure time, memory and disk beside plain SFT here; or many users, answers, or what a GPU does with an 8B."""
     given = {"RECIPE": recipe, "--arms": arms, "--slots": slots, "--lengths": lengths, "--set": set_, "--shape": shape}
     given |= {"--out": out, "--users": users}
     kinds = {"--fleet": fleet, "--gpu-report": gpu_report, "--fleet-scale": fleet_scale, "--serve": serve is not None}
-    _only(given, kinds)
+    _only(given, {**kinds, "--generation": generation})
     if serve is not None:
-        _show(serve_benchmark.serve_bench(serve, repeats or 3), terminal.show_serve_bench, json)
-        return
+        return _show(serve_benchmark.serve_bench(serve, repeats or 3), terminal.show_serve_bench, json)
     if fleet_scale:
         scale = fleet_scales.fleet_scale(_numbers(users) or fleet_scales.USERS)
-        write(json, scale.figures())
-        terminal.show_fleet_scale(scale)
-        return
+        return _show(scale, terminal.show_fleet_scale, json)
     if gpu_report:
-        _report(shape, lengths, (steps or 3, warmup, repeats or 2, epochs), out or Path("runs/gpu-report.md"), json)
-        return
+        pace = (steps or 3, warmup, repeats or 2, epochs)
+        return _report(shape, lengths, pace, out or Path("runs/gpu-report.md"), json)
     assert recipe is not None
     loaded = load_recipe(recipe, set_ or [])
-    pace = (steps or 6, warmup, repeats or 3)
+    if generation:
+        cost = generating.generation_cost(loaded, repeats=repeats or 3)
+        return _show(cost, terminal.show_generation_cost, json)
+    steps, repeats = steps or 6, repeats or 3
     if fleet:
         sizes = fleet_benchmark.lengths_of(lengths), fleet_benchmark.slots_of(slots)
-        _show(fleet_benchmark.fleet_bench(loaded, *sizes, *pace), terminal.show_fleet_bench, json)
-        return
-    _show(benchmark.bench(loaded, benchmark.arms_of(arms), *pace, epochs), terminal.show_bench, json)
+        measured = fleet_benchmark.fleet_bench(loaded, *sizes, steps, warmup, repeats)
+        return _show(measured, terminal.show_fleet_bench, json)
+    measured = benchmark.bench(loaded, benchmark.arms_of(arms), steps, warmup, repeats, epochs)
+    return _show(measured, terminal.show_bench, json)
 
 
-def _show(figures: dict[str, Any], show: Callable[[dict[str, Any]], None], json: Path | None) -> None:
-    write(json, figures)
-    show(figures)
+def _show(measured: Any, show: Callable[[Any], None], json: Path | None) -> None:
+    """Shows what was measured; writes its figures where `--json` asks for them."""
+    write(json, measured if isinstance(measured, dict) else measured.figures())
+    show(measured)
 
 
 def _numbers(text: str | None) -> list[int]:
@@ -95,9 +101,9 @@ def _numbers(text: str | None) -> list[int]:
     return numbers
 
 
-def _only(given: dict[str, Any], asked: dict[str, bool]) -> None:
+def _only(given: dict[str, Any], chosen: dict[str, bool]) -> None:
     """Raises typer's error for options that have no part in what is measured."""
-    kinds = [name for name, on in asked.items() if on]
+    kinds = [name for name, on in chosen.items() if on]
     if len(kinds) > 1:
         raise typer.BadParameter(f"give one of {' and '.join(kinds)}")
     kind = kinds[0] if kinds else ""
@@ -107,12 +113,13 @@ def _only(given: dict[str, Any], asked: dict[str, bool]) -> None:
         "--gpu-report": ("--lengths", "--shape", "--out"),
         "--fleet-scale": ("--users",),
         "--serve": (),
+        "--generation": ("RECIPE", "--set"),
     }
     for name, value in given.items():
         if value is not None and name not in takes[kind]:
             where = " or ".join(option for option, names in takes.items() if option and name in names)
             raise typer.BadParameter(f"{name} has no part in {kind}" if kind else f"{name} goes with {where}")
-    if kind in ("", "--fleet") and given["RECIPE"] is None:
+    if "RECIPE" in takes[kind] and given["RECIPE"] is None:
         raise typer.BadParameter("give a recipe, such as recipes/quickstart.yaml, or --gpu-report")
 
 

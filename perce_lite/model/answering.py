@@ -77,9 +77,16 @@ class Answerer:
         max_new_tokens: int,
         stop: Stop,
         stream: bool | BaseStreamer = False,
+        personal: float = 0.0,
         **options: Any,
     ) -> str:
-        """As `generate`, until `stop` is asked; what `prompt` shares with the last one is not read again."""
+        """As `generate`, until `stop` is asked; what `prompt` shares with the last one is not read again.
+
+        personal: strength of the contrast, see `generate.Personal`
+
+        Raises:
+            DataError: `personal` without a profile.
+        """
         its = self.opened
         ids, _, prefix = its.maker.prompt(prompt, profile)
         cache = self._kept.start_of(ids, prefix, use_adapter) if self._kept is not None else None
@@ -96,6 +103,7 @@ class Answerer:
             use_adapter,
             its.autocast,
             stream=stream,
+            personal=its.personal(personal),
             **{**options, **more},
         )
         self._kept = Kept(use_adapter, ids, cache)

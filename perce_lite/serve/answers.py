@@ -53,12 +53,14 @@ class Answers:
             raise RequestError(400, "invalid_messages", str(error), "messages") from error
         most = _room(answerer.context, prompt_tokens, question.most_tokens)
         begun = Begun(answerer.opened.maker.profile_text(profile), prompt_tokens)
+        if question.personal and not begun.profile.strip():
+            raise RequestError(400, "no_profile", "There is no profile in the prompt to lean on.", "personal")
         emit(begun)
         if question.seed is not None:
             torch.manual_seed(question.seed)
         stream = AnswerStream(answerer.opened.maker.tokenizer, question.stops, stop, emit)
         drawn = sampling(question.temperature or 0.0, 1.0 if question.top_p is None else question.top_p)
-        answerer.answer(messages, profile, on, most, stop, stream, **drawn)
+        answerer.answer(messages, profile, on, most, stop, stream, question.personal, **drawn)
         lean = None
         if question.lean and begun.profile:
             lean = _lean(answerer, messages, profile, on, stream.shown_ids())

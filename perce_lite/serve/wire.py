@@ -76,6 +76,7 @@ class Question(_Body):
     """What both kinds of request ask. The fields at the end are accepted where they ask for nothing.
 
     profile: a text instead of the user's own; null: none
+    personal: strength of the contrast, as `perce-lite generate --personal`; it needs a profile
     use_adapter: false: the base answers, with the same profile
     lean: give each generated token's PIR
     """
@@ -89,6 +90,7 @@ class Question(_Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     profile: str | None = None
+    personal: Annotated[float, Field(ge=0, le=10)] = 0.0
     use_adapter: bool = True
     lean: bool = False
     n: Literal[1] | None = None

@@ -46,7 +46,8 @@ def write_figures(
     by_query: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for one in answers:
         told = by_query.setdefault((one["row"], one["query"]), [(f"{one['user']} wrote", one["written"])])
-        told.append((f"{one['arm']}, profile: {one['profile']}", one["text"]))
+        way = (", sampled" if one["sampled"] else "") + (f", personal {one['personal']:g}" if one["personal"] else "")
+        told.append((f"{one['arm']}, profile: {one['profile']}{way}", one["text"]))
     filters: Filters = {"drawn": lambda section: Markup(forest(section.points, section.unit)), "words": words}
     told_by = [(f"{row}: {query}", told) for (row, query), told in by_query.items()]
     _write(
@@ -56,7 +57,8 @@ def write_figures(
 
 def words(section: Section) -> int:
     """How many columns of `section`, from the left, hold words and not figures."""
-    last = next((name for name in ("profile in the prompt", "state") if name in section.head), section.head[0])
+    worded = ("profile in the prompt", "profile", "own profile over", "state")
+    last = next((name for name in worded if name in section.head), section.head[0])
     return section.head.index(last) + 1
 
 
@@ -89,8 +91,8 @@ def pir_class(pir: float) -> str:
 
 
 def weight_class(figures: dict[str, Any]) -> Callable[[float], str]:
-    """w0 (lower clip) .. w5 (upper clip), for the figures' clip bounds."""
-    low, high = figures["clip_min"], figures["clip_max"]
+    """w0 (the lowest weight) .. w5 (the highest)."""
+    low, high = figures["weight_bounds"]
 
     def of(weight: float) -> str:
         return f"w{round(5 * (weight - low) / (high - low)) if high > low else 0}"

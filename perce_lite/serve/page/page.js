@@ -215,6 +215,8 @@ async function ask(event) {
   if (!state.model || state.stop) return;
   const messages = [{ role: "user", content: at("question").value }];
   const limits = { max_tokens: Number(at("tokens").value), temperature: Number(at("temperature").value) };
+  const personal = Number(at("personal").value);
+  if (personal) limits.personal = personal;
   const body = { model: state.model.id, messages, ...limits, ...profileField() };
   state.stop = new AbortController();
   const bare = state.model.kind === "base";
@@ -247,6 +249,7 @@ at("question-form").addEventListener("submit", ask);
 at("question").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey) { event.preventDefault(); at("question-form").requestSubmit(); }
 });
+at("personal").addEventListener("input", () => { at("strength").value = at("personal").value; });
 at("stop").addEventListener("click", () => state.stop && state.stop.abort());
 for (const radio of document.querySelectorAll("[name=profile]"))
   radio.addEventListener("change", () => { at("profile-text").hidden = radio.value !== "text"; });
