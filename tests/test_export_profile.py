@@ -71,7 +71,7 @@ def test_ollama_is_asked_with_the_profile(folder, tmp_path):
     assert bos + modelfile.render(file.template, asked) == trained_prompt(folder, profile)
     assert profile not in (text := modelfile.render(file.template, asked[1:]))
     assert text
-    assert "Modelfile, as its SYSTEM" in (tmp_path / "out/README.md").read_text()
+    assert "the Modelfile, as its SYSTEM" in (tmp_path / "out/README.md").read_text()
 
 
 def test_a_modelfile_may_get_parameters_and_no_other_system(folder, tmp_path):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from urllib.request import urlopen
@@ -438,6 +439,12 @@ def slowly(server, monkeypatch):
         monkeypatch.undo()
 
 
+def until(holds) -> None:
+    """Waits for as long as it takes."""
+    while not holds():
+        time.sleep(0.01)
+
+
 def ask_raw(server, body: dict) -> socket.socket:
     """A request on a socket of its own, that can be closed at any moment."""
     host, port = server._listening.getsockname()
@@ -451,18 +458,24 @@ def ask_raw(server, body: dict) -> socket.socket:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_the_turn(server, client, monkeypatch, stream):
     expected = text_of(asked(client, "ann"))
+    heard = threading.Event()
+
+    class Heard(Stop):
+        def ask(self):
+            super().ask()
+            heard.set()
+
+    monkeypatch.setattr("perce_lite.serve.app.Stop", Heard)
     with slowly(server, monkeypatch) as (seen, go):
         connection = ask_raw(server, {"model": "ann", "messages": MESSAGES, "max_tokens": 500, "stream": stream})
-        while len(seen) < 3:
-            pass
+        until(lambda: len(seen) > 2)
         connection.close()
         desk = server.service.desk
         assert desk.busy
-        go.wait(0.5)  # for the server to hear of it
+        assert heard.wait(60)
         go.set()
-        while desk.busy:
-            pass
-        assert len(seen) < 20
+        until(lambda: not desk.busy)
+        assert len(seen) < 6
     assert text_of(asked(client, "ann")) == expected
 
 
@@ -472,8 +485,7 @@ def test_a_full_queue_is_429_and_frees_itself(fleet_folder, monkeypatch):
         text_of(asked(client, "ann", 1))
         with slowly(server, monkeypatch) as (seen, _):
             connection = ask_raw(server, {"model": "ann", "messages": MESSAGES, "max_tokens": 9})
-            while len(seen) < 3:
-                pass
+            until(lambda: len(seen) > 2)
             with pytest.raises(openai.RateLimitError) as refusal:
                 asked(client, "ann")
             assert refusal.value.body["code"] == "queue_full"

@@ -61,7 +61,7 @@ def as_trained(target: str, metadata: Mapping[str, Any], recipe: Recipe, profile
     """What a program has to put into the prompt so that it reads as in training."""
     said = []
     if profile:
-        where = "Modelfile, as its SYSTEM" if target == "ollama" else f"{SYSTEM}: give it as the system message"
+        where = "the Modelfile, as its SYSTEM" if target == "ollama" else f"{SYSTEM}: give it as the system message"
         ahead = "" if target == "ollama" else ", or ahead of the question where the chat template has none"
         said.append(f"- The profile is in {where}{ahead}. The proof was made with it. It holds the user's own texts.")
     elif metadata["train_on"] == "factual":
