@@ -220,7 +220,7 @@ def test_lean_is_the_pir_of_inspect(client, fleet_folder, use_adapter):
     answer = asked(client, "ann", 6, profile="I keep an otter.", lean=True, use_adapter=use_adapter)
     units = answer.choices[0].lean
     its = load_adapter(adapters.read_metadata(folder_of(fleet_folder, "user", "ann")))
-    assert "".join(unit["text"] for unit in units).strip() == text_of(answer)
+    assert "".join(unit["text"] for unit in units if not unit["end_of_turn"]).strip() == text_of(answer)
     taken = AnswerStream(its.maker.tokenizer, (), Stop(), lambda piece: None)
     generate(its.model, its.maker, MESSAGES, "I keep an otter.", 6, use_adapter, stream=taken)
     ids = taken.ids

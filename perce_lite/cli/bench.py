@@ -65,16 +65,15 @@ def bench(
     if serve is not None:
         return _show(serve_benchmark.serve_bench(serve, repeats or 3), terminal.show_serve_bench, json)
     if fleet_scale:
-        scale = fleet_scales.fleet_scale(_numbers(users) or fleet_scales.USERS)
-        return _show(scale, terminal.show_fleet_scale, json)
+        counts = _numbers(users) or fleet_scales.USERS
+        return _show(fleet_scales.fleet_scale(counts), terminal.show_fleet_scale, json)
     if gpu_report:
         pace = (steps or 3, warmup, repeats or 2, epochs)
         return _report(shape, lengths, pace, out or Path("runs/gpu-report.md"), json)
     assert recipe is not None
     loaded = load_recipe(recipe, set_ or [])
     if generation:
-        cost = generating.generation_cost(loaded, repeats=repeats or 3)
-        return _show(cost, terminal.show_generation_cost, json)
+        return _show(generating.generation_cost(loaded, repeats=repeats or 3), terminal.show_generation_cost, json)
     steps, repeats = steps or 6, repeats or 3
     if fleet:
         sizes = fleet_benchmark.lengths_of(lengths), fleet_benchmark.slots_of(slots)
