@@ -36,8 +36,8 @@ def show_training(figures: dict[str, Any]) -> None:
     weights = figures["weights"]
     if "weight_mean" in weights:
         console.print(
-            f"Weights: {weights['share_above_min']:.0%} of tokens above the lowest weight, {weights['share_at_max']:.1%} "
-            f"at the highest, mean {weights['weight_mean']:.2f}, "
+            f"Weights: {weights['share_above_min']:.0%} of tokens above the lowest weight, "
+            f"{weights['share_at_max']:.1%} at the highest, mean {weights['weight_mean']:.2f}, "
             f"effective tokens {weights['effective_tokens']:.0%}."
         )
     sample = figures["sample"]
