@@ -217,9 +217,15 @@ def test_nothing_to_import(refused, tmp_path):
     told = refused(book__docx=b"PK", short__txt="Hi.")
     assert "no writing was found in it. What is read: .txt, .md" in told
     assert "fewer than 5 words (1, such as short.txt)" in told
-    assert "it takes two or more" in refused(one__txt=prose(1))
     assert "end the name with .jsonl" in refused("--out", "texts.csv")
     assert "a name that is not empty" in refused("--user", " ")
+
+
+def test_one_text_is_written_to_be_added_to_and_said_to_be_too_few(run, put):  # noqa: F811
+    code, _, err = run("import", put(one__txt=prose(1)), "--user", "ann", "--yes")
+    assert (code, len(rows())) == (0, 1)
+    assert "it takes two or more to train" in err
+    assert "--append" in err
 
 
 def test_who_wrote_it_must_be_known(refused):

@@ -114,8 +114,6 @@ def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: boo
             notes.skip(f"in {out.name} already", one.source)
     new = _in_order([_record(wanted.user, text) for text in texts if text.text not in said])
     records = _merged(before, new, wanted.user)
-    if sum(record["user"] == wanted.user for record in records) < 2:
-        raise DataError(f"{path}: one text is left, and it takes two or more: a profile is made of the earlier ones")
     return Imported(out, wanted.user, new, records, notes)
 
 
