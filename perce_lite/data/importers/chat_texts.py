@@ -54,7 +54,10 @@ _LONGEST_NAME = 6
 _SPEAKER = re.compile(
     r"^\s{0,3}(?:#{1,6}\s+|[-*]\s+)?(?:[*_]{2})?(?P<name>[^\W\d_][^:：*\n<>]{0,30}?)(?:[*_]{2})?\s?[:：](?:[*_]{2})?(?:\s+|$)"
 )
-_HEADING = re.compile(r"^\s{0,3}(?:#{1,6}\s+(?:[*_]{2})?|[*_]{2})(?P<name>[^\W\d_][^:：*#\n]{0,30}?)(?:\s+said)?\s?[:：]?(?:[*_]{2})?\s*[:：]?\s*$")
+_HEADING = re.compile(
+    r"^\s{0,3}(?:#{1,6}\s+(?:[*_]{2})?|[*_]{2}|(?=[^\W\d_]{2,12}\s(?:said|a dit|hat gesagt|dijo)\s?:))"
+    r"(?P<name>[^\W\d_][^:：*#\n]{0,30}?)(?:\s+(?:said|a dit|hat gesagt|dijo))?\s?[:：]?(?:[*_]{2})?\s*[:：]?\s*$"
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,8 @@ def _stamp(line: str) -> _Stamp | None:
     if line[at : at + 1] in ("[", "(", "*", "-", "‹"):
         at += 1
     bracket = line[at - 1 : at] if at else ""
-    found = _DATE.match(line, at)
+    weekday = re.compile(r"[^\W\d_]{2,12}\.?,?\s(?=\d)").match(line, at)
+    found = _DATE.match(line, at) or (_DATE.match(line, weekday.end()) if weekday else None)
     date, fixed = _date(found) if found else (None, "")
     if found and date is None and not fixed:
         found = None
@@ -241,6 +245,8 @@ def _time_last(line: str) -> _Start | None:
     for gap in re.finditer(r"[,\s]\s*", line[:70]):
         name = re.sub(r"\s*[—–|-]+\s*\S*(?:\s\S+)?$|,$", "", line[: gap.start()]).strip()
         stamp = _stamp(line[gap.end() :])
+        if re.match(r"[^\W\d_]+\.?,?\s\d+\W", line[gap.end() :]):
+            continue  # a word ahead of a date in numbers is rather part of the name than a weekday
         if stamp and stamp.time and _is_name(name) and re.fullmatch(r"\s*[\])]?:?\s*(?:\([^()]*\))?\s*", line[gap.end() :][stamp.end :]):
             return _Start(_person(name), stamp, None)
     return None
@@ -292,6 +298,9 @@ def _looks_like_chat(lines: Sequence[str], stamps: Sequence[_Stamp | None]) -> b
     ]
     if len(timed) == 1 and full and _INLINE.match(timed[0]) and (stamp := _stamp(full[0])) and stamp.date and stamp.time:
         return True  # one message of a chat
+    late = sum(bool(re.match(r".{0,30}?\d[:.h]\d\d.{0,20}?[^\W\d_].{0,40}?[:：>|\t]", line)) for line in full)
+    if late > 1 and 2 * late >= len(full):
+        return True
     return len(timed) > 1 and 2 * len(timed) >= len(full)
 
 
