@@ -79,12 +79,14 @@ class _Stamp(NamedTuple):
 
     date: as it stands, in the order of `fixed`; fixed: ymd where that is known, else ""
     end: offset behind it
+    worded: a word stands ahead of it: a weekday, or a name
     """
 
     date: Date | None
     fixed: str
     time: tuple[int, int, int] | None
     end: int
+    worded: bool = False
 
 
 class _Start(NamedTuple):
@@ -141,7 +143,8 @@ def _stamp(line: str) -> _Stamp | None:
     closing = {"[": "]", "(": ")", "*": "*"}.get(bracket)
     if closing and (rest := re.match(rf"[^\n{re.escape(closing)}]{{0,12}}{re.escape(closing)}", line[end:])):
         end += rest.end()
-    return _Stamp(date, fixed, _clock(time) if time else None, end)
+    worded = weekday is not None and found is not None and found.start() == weekday.end()
+    return _Stamp(date, fixed, _clock(time) if time else None, end, worded)
 
 
 def _date(found: re.Match[str]) -> tuple[Date | None, str]:
@@ -227,7 +230,7 @@ def _headed(lines: Sequence[str], stamps: Sequence[_Stamp | None]) -> dict[int, 
     starts = {}
     for number, (line, stamp) in enumerate(zip(lines, stamps, strict=True)):
         below = lines[number + 1].strip() if number + 1 < len(lines) else ""
-        if stamp is not None and stamp.time is not None:
+        if stamp is not None and stamp.time is not None and not stamp.worded:
             rest = re.sub(r"^\s*[-–—|,]\s*", "", line[stamp.end :]).strip()
             if rest and below and _is_name(re.sub(r"[(<][^()<>]*[)>]$", "", rest).strip()):
                 starts[number] = _Start(_person(re.sub(r"[(<][^()<>]*[)>]$", "", rest)), stamp, None)
@@ -245,9 +248,7 @@ def _time_last(line: str) -> _Start | None:
     for gap in re.finditer(r"[,\s]\s*", line[:70]):
         name = re.sub(r"\s*[—–|-]+\s*\S*(?:\s\S+)?$|,$", "", line[: gap.start()]).strip()
         stamp = _stamp(line[gap.end() :])
-        if re.match(r"[^\W\d_]+\.?,?\s\d+\W", line[gap.end() :]):
-            continue  # a word ahead of a date in numbers is rather part of the name than a weekday
-        if stamp and stamp.time and _is_name(name) and re.fullmatch(r"\s*[\])]?:?\s*(?:\([^()]*\))?\s*", line[gap.end() :][stamp.end :]):
+        if stamp and not stamp.worded and stamp.time and _is_name(name) and re.fullmatch(r"\s*[\])]?:?\s*(?:\([^()]*\))?\s*", line[gap.end() :][stamp.end :]):
             return _Start(_person(name), stamp, None)
     return None
 
