@@ -28,7 +28,7 @@ _TEXTS = (
     "messaggio", "bericht", "сообщение", "текст", "wiadomość", "mesaj", "内容", "消息", "メッセージ", "메시지", "내용",
 )  # fmt: skip
 _DATES = ("createdate", "createddate", "createtime", "createdat", "timestampms", "originserverts", "originalarrivaltime", "insertedat", "sentat", "datesent", "datum", "fecha", "data", *DATES)
-_WRAPPERS = ("message", "messagecreate", "response", "tweet", "comment", "node", "data", "dmmessage", "chatmessage")
+_WRAPPERS = ("message", "messagecreate", "response", "tweet", "comment", "node", "data", "post", "dmmessage", "chatmessage")
 _TELEGRAM_FORWARDS = ("forwardedfrom", "forwardedfromid", "savedfrom")
 """Present and empty where the account that wrote it is gone."""
 _FORWARDS = ("forwardedfrommessage", "fwdfrom", "forwardfrom", "forwardorigin", "forwardsendername", "forwardedmessage", "viabot", "forwarddate", "messagesnapshots")
@@ -55,8 +55,9 @@ def chats_in(node: Any, source: str, depth: int = 0) -> Iterator[Chat]:
             yield chat
             return
     inner = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
-    for one in inner:
-        yield from chats_in(one, source, depth + 1)
+    within = [chat for one in inner for chat in chats_in(one, source, depth + 1)]
+    single = _chat([node], source) if isinstance(node, Mapping) and not within else None
+    yield from within if single is None else [single]
 
 
 def _chat(records: Sequence[Any], source: str) -> Chat | None:
@@ -111,10 +112,14 @@ def _unwrapped(record: Any, depth: int = 0) -> dict[str, Any] | None:
     fragments = fields.get("fragments")
     if isinstance(fragments, list) and fragments and all(isinstance(one, Mapping) for one in fragments):  # DeepSeek
         return {**fields, "role": "user" if fragments[0].get("type") == "REQUEST" else "assistant", "fragments": fragments}
-    if _author(fields) and any(flat(fields.get(name)).strip() for name in _TEXTS):
+    if _says(fields):
         return fields
     inner = (_unwrapped(fields.get(name), depth + 1) for name in _WRAPPERS)
     return next((one for one in inner if one is not None), None)
+
+
+def _says(fields: Mapping[str, Any]) -> bool:
+    return bool(_author(fields)) and any(flat(fields.get(name)).strip() for name in _TEXTS)
 
 
 def _author(fields: Mapping[str, Any]) -> str:
@@ -210,13 +215,11 @@ def slimmed(record: dict[str, Any]) -> dict[str, Any]:
     """A record of a large export with what is read of it alone: of a tree of messages the branch, of a message its fields."""
     if isinstance(record.get("mapping"), Mapping):
         return {"messages": [one for one in _branch(record) if one is not None]}
-    return {name: value for name, value in record.items() if _plain(name) in _USED} if _unwrapped(record) else record
+    fields = {_plain(name): value for name, value in record.items()}
+    return {name: value for name, value in record.items() if _plain(name) in _USED} if _says(fields) else record
 
 
 # Meta's exports
-
-
-_UTF_8_IN_LATIN_1 = re.compile("[\u0080-\u00ff]")
 
 
 def without_mojibake(value: Any) -> Any:
@@ -226,21 +229,20 @@ def without_mojibake(value: Any) -> Any:
     """
     texts = [text for text in _texts(value) if not text.isascii()]
     mended = {text: _from_latin_1(text) for text in texts}
-    return _replaced(value, mended) if mended and all(mended.values()) else value
+    torn = {text: _from_latin_1(_TORN.sub(r"\1", text)) for text, right in mended.items() if not right}
+    is_metas = any(mended.values()) and all(torn.values())
+    return _replaced(value, {**mended, **torn}) if is_metas else value
+
+
+_TORN = re.compile("(?:[\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})(\\.\\.\\.|)$")
+"""The first bytes of a letter at a text's end."""
 
 
 def _from_latin_1(text: str) -> str:
     try:
-        content = text.encode("latin-1")
-    except UnicodeEncodeError:
+        return text.encode("latin-1").decode("utf-8")
+    except UnicodeError:
         return ""
-    cut = re.sub(rb"(?:[\xc2-\xf4]|[\xe0-\xf4][\x80-\xbf]|[\xf0-\xf4][\x80-\xbf]{2})(\.\.\.|)$", rb"\1", content)
-    for one in (content, cut):
-        try:
-            return one.decode("utf-8")
-        except UnicodeDecodeError:
-            continue
-    return ""
 
 
 def _texts(value: Any) -> Iterator[str]:
