@@ -1,6 +1,6 @@
 """Instances of every kind of chat, export and mark: what is the person's comes in, all else is left out and named."""
 
-import json
+# ruff: noqa: E501 (tables of what programs write, a line each)
 
 import pytest
 import writing_fixtures as planted
@@ -155,7 +155,9 @@ def test_a_mark_behind_a_message_is_cut(tail):
     assert chat.messages[-1].text == "Good night"
 
 
-@pytest.mark.parametrize("own", ["I saw <the boat", "It is 3 < 4 (twice)", "see notes.md and the log", "<3 you", "Image it"])
+@pytest.mark.parametrize(
+    "own", ["I saw <the boat", "It is 3 < 4 (twice)", "see notes.md and the log", "<3 you", "Image it"]
+)
 def test_what_only_resembles_a_mark_stays(own):
     chat = chat_of_text(said(FORMS["ios, Germany"], ("Ann Bell", own)), "c").chat
     assert chat is not None
@@ -181,7 +183,13 @@ def test_prose_is_no_chat(text):
 
 @pytest.mark.parametrize(
     "form",
-    ["{n}0:15 {who} {text}", "2020-12-31 1{n}:15 {who} {text}", "(1{n}:15) {who} {text}", "1{n}:15:07 | {who} | {text}", "1{n}:15 {who}> {text}"],
+    [
+        "{n}0:15 {who} {text}",
+        "2020-12-31 1{n}:15 {who} {text}",
+        "(1{n}:15) {who} {text}",
+        "1{n}:15:07 | {who} | {text}",
+        "1{n}:15 {who}> {text}",
+    ],
 )
 def test_what_looks_like_a_chat_and_is_not_surely_read_is_left_out_by_name(tmp_path, form):
     pairs = [("Ann", A1), ("Bob", B1), ("Ann", A2), ("Bob", B2)]
@@ -203,7 +211,8 @@ def test_a_dialogue_without_times(tmp_path, form, ending):
 
 
 @pytest.mark.parametrize(
-    "form", ["{who}: {text}", "## {who}\n\n{text}\n", "**{who}:**\n{text}\n", "#### {who}:\n{text}\n", "{who} said:\n{text}\n"]
+    "form",
+    ["{who}: {text}", "## {who}\n\n{text}\n", "**{who}:**\n{text}\n", "#### {who}:\n{text}\n", "{who} said:\n{text}\n"],
 )
 @pytest.mark.parametrize("who", [("User", "Assistant"), ("You", "ChatGPT"), ("Human", "Claude")])
 def test_a_chat_with_an_assistant_as_text(tmp_path, form, who):

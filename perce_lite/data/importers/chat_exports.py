@@ -15,24 +15,72 @@ DATES = ("date", "create_time", "created_at", "timestamp", "timestamp_ms", "time
 """Fields of a message, as exports call them."""
 
 _AUTHORS = (
-    "from", "author", "sender", "sendername", "username", "user", "name", "role", "speaker", "authorname", "senderid",
-    "fromname", "creator", "nickname", "nick", "screenname", "displayname", "handle", "fromid", "authorid", "userid",
-    "postedby", "participant", "member", "contactname", "contact", "writer", "fromuser", "useremail", "fromemail", "absender", "von", "autor", "auteur",
-    "expediteur", "expéditeur", "remitente", "remetente", "mittente", "afzender", "отправитель", "автор", "от", "nadawca", "gönderen",
-    "差出人", "送信者", "作者", "发送者", "发件人", "보낸사람", "작성자", "isfromme", "fromme", "outgoing", "issender", "direction",
+    "from", "author", "sender", "sendername", "username", "user", "name", "role", "speaker", "authorname",
+    "senderid", "fromname", "creator", "nickname", "nick", "screenname", "displayname", "handle", "fromid",
+    "authorid", "userid", "postedby", "participant", "member", "contactname", "contact", "writer", "fromuser",
+    "useremail", "fromemail", "absender", "von", "autor", "auteur", "expediteur", "expéditeur", "remitente",
+    "remetente", "mittente", "afzender", "отправитель", "автор", "от", "nadawca", "gönderen", "差出人", "送信者",
+    "作者",
+    "发送者", "发件人", "보낸사람", "작성자", "isfromme", "fromme", "outgoing", "issender", "direction",
 )  # fmt: skip
 """Fields that say whose words a message is, in small letters alone."""
 
 _TEXTS = (
-    *TEXTS, "chatmessage", "comment", "fulltext", "messagetext", "messagebody", "msg", "textcontent", "fragments", "nachricht", "mensaje", "mensagem",
-    "messaggio", "bericht", "сообщение", "текст", "wiadomość", "mesaj", "内容", "消息", "メッセージ", "메시지", "내용",
+    *TEXTS, "chatmessage", "comment", "fulltext", "messagetext", "messagebody", "msg", "textcontent", "fragments",
+    "nachricht", "mensaje", "mensagem", "messaggio", "bericht", "сообщение", "текст", "wiadomość", "mesaj", "内容",
+    "消息", "メッセージ", "메시지", "내용",
 )  # fmt: skip
-_DATES = ("createdate", "createddate", "createtime", "createdat", "timestampms", "originserverts", "originalarrivaltime", "insertedat", "sentat", "datesent", "datum", "fecha", "data", *DATES)
-_WRAPPERS = ("message", "messagecreate", "response", "tweet", "comment", "node", "data", "post", "dmmessage", "chatmessage")
+_DATES = (
+    "createdate",
+    "createddate",
+    "createtime",
+    "createdat",
+    "timestampms",
+    "originserverts",
+    "originalarrivaltime",
+    "insertedat",
+    "sentat",
+    "datesent",
+    "datum",
+    "fecha",
+    "data",
+    *DATES,
+)
+_WRAPPERS = (
+    "message",
+    "messagecreate",
+    "response",
+    "tweet",
+    "comment",
+    "node",
+    "data",
+    "post",
+    "dmmessage",
+    "chatmessage",
+)
 _TELEGRAM_FORWARDS = ("forwardedfrom", "forwardedfromid", "savedfrom")
 """Present and empty where the account that wrote it is gone."""
-_FORWARDS = ("forwardedfrommessage", "fwdfrom", "forwardfrom", "forwardorigin", "forwardsendername", "forwardedmessage", "viabot", "forwarddate", "messagesnapshots")
-_FORWARD_FLAGS = ("forwarded", "isforwarded", "isforward", "forward", "isreshare", "forwardingscore", "forwardscore", "timesforwarded")
+_FORWARDS = (
+    "forwardedfrommessage",
+    "fwdfrom",
+    "forwardfrom",
+    "forwardorigin",
+    "forwardsendername",
+    "forwardedmessage",
+    "viabot",
+    "forwarddate",
+    "messagesnapshots",
+)
+_FORWARD_FLAGS = (
+    "forwarded",
+    "isforwarded",
+    "isforward",
+    "forward",
+    "isreshare",
+    "forwardingscore",
+    "forwardscore",
+    "timesforwarded",
+)
 _FLAGS = ("isfromme", "fromme", "outgoing", "issender", "isoutgoing", "sentbyme", "direction")
 _OUTGOING = ("true", "1", "yes", "outgoing", "out", "sent")
 _HIDDEN = ("isvisuallyhiddenfromconversation", "isunsent", "deleted", "isdeleted", "istrashed")
@@ -78,7 +126,7 @@ def _chat(records: Sequence[Any], source: str) -> Chat | None:
 
 
 def _are_titled(records: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether `name` is what each text is called, not who wrote it: no other author, no two alike, longer than names."""
+    """Whether `name` is what each text is called, not who wrote it: no two are alike, and longer than names."""
     if any(record.get(field) for record in records for field in _AUTHORS if field != "name"):
         return False
     names = [str(record.get("name")) for record in records]
@@ -111,7 +159,11 @@ def _unwrapped(record: Any, depth: int = 0) -> dict[str, Any] | None:
     fields = {_plain(name): value for name, value in record.items()}
     fragments = fields.get("fragments")
     if isinstance(fragments, list) and fragments and all(isinstance(one, Mapping) for one in fragments):  # DeepSeek
-        return {**fields, "role": "user" if fragments[0].get("type") == "REQUEST" else "assistant", "fragments": fragments}
+        return {
+            **fields,
+            "role": "user" if fragments[0].get("type") == "REQUEST" else "assistant",
+            "fragments": fragments,
+        }
     if _says(fields):
         return fields
     inner = (_unwrapped(fields.get(name), depth + 1) for name in _WRAPPERS)
@@ -135,9 +187,15 @@ def _read(fields: Mapping[str, Any]) -> tuple[Message | None, str | None]:
     """The message of some fields, or the reason why it is nobody's words."""
     if _is_forwarded(fields):
         return None, FORWARDED
-    kinds = [str(fields[name]) for name in ("type", "subtype", "messagetype", "msgtype", "kind") if isinstance(fields.get(name), str)]
+    kinds = [
+        str(fields[name])
+        for name in ("type", "subtype", "messagetype", "msgtype", "kind")
+        if isinstance(fields.get(name), str)
+    ]
     metadata = {_plain(name): value for name, value in _mapping(fields.get("metadata")).items()}
-    if any(_SERVICE.search(kind) for kind in kinds) or any((metadata.get(name) or fields.get(name)) is True for name in _HIDDEN):
+    if any(_SERVICE.search(kind) for kind in kinds) or any(
+        (metadata.get(name) or fields.get(name)) is True for name in _HIDDEN
+    ):
         return None, SERVICE
     author = _author(fields)
     text = next((found for name in _TEXTS if (found := flat(fields.get(name))).strip()), "")
@@ -182,7 +240,22 @@ def _slack(text: str) -> str:
 
 def _name(value: Any) -> str:
     if isinstance(value, Mapping):  # {"role": "user"}, {"username": "ann"}
-        keys = ("name", "username", "login", "role", "displayname", "fullname", "emailaddress", "email", "address", "gaiaid", "id", "user", "emailAddress", "displayName")
+        keys = (
+            "name",
+            "username",
+            "login",
+            "role",
+            "displayname",
+            "fullname",
+            "emailaddress",
+            "email",
+            "address",
+            "gaiaid",
+            "id",
+            "user",
+            "emailAddress",
+            "displayName",
+        )
         fields = {_plain(name): inner for name, inner in value.items()}
         return next((name for key in keys if (name := _name(fields.get(key)))), "")
     return clean_name(str(value)) if isinstance(value, str | int) and not isinstance(value, bool) and value else ""
@@ -212,7 +285,7 @@ _USED = {
 
 
 def slimmed(record: dict[str, Any]) -> dict[str, Any]:
-    """A record of a large export with what is read of it alone: of a tree of messages the branch, of a message its fields."""
+    """A record of a large export less what is not read: of a tree its branch, of a message its fields."""
     if isinstance(record.get("mapping"), Mapping):
         return {"messages": [one for one in _branch(record) if one is not None]}
     fields = {_plain(name): value for name, value in record.items()}
@@ -270,13 +343,22 @@ def _replaced(value: Any, by: Mapping[str, str]) -> Any:
 
 def people_in(value: Any) -> dict[str, tuple[str, ...]]:
     """The names of people by their id, in a list of people as Slack's users.json; empty where it is none."""
-    if not isinstance(value, list) or not value or any(not isinstance(one, Mapping) or "id" not in one for one in value):
+    if (
+        not isinstance(value, list)
+        or not value
+        or any(not isinstance(one, Mapping) or "id" not in one for one in value)
+    ):
         return {}
     people = {}
     for record in value:
         profile = _mapping(record.get("profile"))
         keys = ("real_name", "full_name", "display_name", "name", "username")
-        names = [clean_name(str(place[key])) for key in keys for place in (profile, record) if isinstance(place.get(key), str)]
+        names = [
+            clean_name(str(place[key]))
+            for key in keys
+            for place in (profile, record)
+            if isinstance(place.get(key), str)
+        ]
         if not any(names) or any(flat(record.get(name)) for name in TEXTS):
             return {}
         people[str(record["id"])] = tuple(dict.fromkeys(filter(None, names)))

@@ -35,9 +35,10 @@ _TIME = re.compile(
 )
 _BETWEEN = re.compile(r"(?:T|[,،、，]?\s*(?:[^\W\d_]{1,3}(?:\sl[ae]s)?\.?,?\s+|de las\s|klo\s)?)(?=\S)")
 _MONTHS = (
-    "jan ene gen янв ian sty", "feb fév fev lut фев şub fév", "mar mär märz маар мар", "apr avr abr апр kwi nis",
-    "may mai mag maj мая май mei maio", "jun juin giu июн cze haz", "jul juil lug июл lip tem", "aug aoû ago авг sie ağu",
-    "sep set сен wrz eyl", "oct okt ott out окт paź eki", "nov ноя lis kas", "dec dez déc dic des дек gru ara",
+    "jan ene gen янв ian sty", "feb fév fev lut фев şub", "mar mär märz маар мар", "apr avr abr апр kwi nis",
+    "may mai mag maj мая май mei maio", "jun juin giu июн cze haz", "jul juil lug июл lip tem",
+    "aug aoû ago авг sie ağu", "sep set сен wrz eyl", "oct okt ott out окт paź eki", "nov ноя lis kas",
+    "dec dez déc dic des дек gru ara",
 )  # fmt: skip
 _MONTH_OF = {word: number for number, words in enumerate(_MONTHS, 1) for word in words.split()}
 
@@ -129,7 +130,7 @@ def _stamp(line: str) -> _Stamp | None:
     time = None
     if found:
         between = re.compile(rf"{_WEEKDAY}?").match(line, found.end())
-        places = [found.end(), *( [between.end()] if between else [])]
+        places = [found.end(), *([between.end()] if between else [])]
         matches = [gap for place in places if (gap := _BETWEEN.match(line, place))]
         time = next((match for gap in matches if (match := _TIME.match(line, gap.end()))), None)
     else:
@@ -155,7 +156,9 @@ def _date(found: re.Match[str]) -> tuple[Date | None, str]:
             return None, ""
         return numbers, "ymd" if found["between"] in "年년" or len(found["a"]) == 4 else ""
     word, day, year = (
-        (found["month"], found["day"], found["year"]) if found["day"] else (found["month2"], found["day2"], found["year2"])
+        (found["month"], found["day"], found["year"])
+        if found["day"]
+        else (found["month2"], found["day2"], found["year2"])
     )
     month = next((_MONTH_OF[word.lower()[:size]] for size in (4, 3) if word.lower()[:size] in _MONTH_OF), None)
     return ((int(year), month, int(day)), "ymd") if month else (None, "unknown month")
@@ -222,7 +225,11 @@ def _stamped(lines: Sequence[str], stamps: Sequence[_Stamp | None]) -> dict[int,
 def _of_one_form(starts: dict[int, _Start]) -> dict[int, _Start]:
     """The starts in the form that most have: a message's second line may begin with a time and a colon too."""
     forms = Counter(bool(start.stamp and start.stamp.date) for start in starts.values())
-    return {number: start for number, start in starts.items() if bool(start.stamp and start.stamp.date) == max(forms, key=lambda form: forms[form])}
+    return {
+        number: start
+        for number, start in starts.items()
+        if bool(start.stamp and start.stamp.date) == max(forms, key=lambda form: forms[form])
+    }
 
 
 def _headed(lines: Sequence[str], stamps: Sequence[_Stamp | None]) -> dict[int, _Start]:
@@ -234,7 +241,12 @@ def _headed(lines: Sequence[str], stamps: Sequence[_Stamp | None]) -> dict[int, 
             rest = re.sub(r"^\s*[-–—|,]\s*", "", line[stamp.end :]).strip()
             if rest and below and _is_name(re.sub(r"[(<][^()<>]*[)>]$", "", rest).strip()):
                 starts[number] = _Start(_person(re.sub(r"[(<][^()<>]*[)>]$", "", rest)), stamp, None)
-            elif (not rest or rest.startswith("(")) and _is_name(below) and number + 2 < len(lines) and lines[number + 2].strip():
+            elif (
+                (not rest or rest.startswith("("))
+                and _is_name(below)
+                and number + 2 < len(lines)
+                and lines[number + 2].strip()
+            ):
                 starts[number] = _Start(_person(below), stamp, None)
         elif below and (found := _time_last(line)):
             starts[number] = found
@@ -248,7 +260,13 @@ def _time_last(line: str) -> _Start | None:
     for gap in re.finditer(r"[,\s]\s*", line[:70]):
         name = re.sub(r"\s*[—–|-]+\s*\S*(?:\s\S+)?$|,$", "", line[: gap.start()]).strip()
         stamp = _stamp(line[gap.end() :])
-        if stamp and not stamp.worded and stamp.time and _is_name(name) and re.fullmatch(r"\s*[\])]?:?\s*(?:\([^()]*\))?\s*", line[gap.end() :][stamp.end :]):
+        if (
+            stamp
+            and not stamp.worded
+            and stamp.time
+            and _is_name(name)
+            and re.fullmatch(r"\s*[\])]?:?\s*(?:\([^()]*\))?\s*", line[gap.end() :][stamp.end :])
+        ):
             return _Start(_person(name), stamp, None)
     return None
 
@@ -295,9 +313,18 @@ def _looks_like_chat(lines: Sequence[str], stamps: Sequence[_Stamp | None]) -> b
     """Whether half of the lines or more begin with a time and say something, as a chat's do, or a log's."""
     full = [line for line in lines if line.strip()]
     timed = [
-        line[stamp.end :] for line, stamp in zip(lines, stamps, strict=True) if stamp and stamp.time and line[stamp.end :].strip()
+        line[stamp.end :]
+        for line, stamp in zip(lines, stamps, strict=True)
+        if stamp and stamp.time and line[stamp.end :].strip()
     ]
-    if len(timed) == 1 and full and _INLINE.match(timed[0]) and (stamp := _stamp(full[0])) and stamp.date and stamp.time:
+    if (
+        len(timed) == 1
+        and full
+        and _INLINE.match(timed[0])
+        and (stamp := _stamp(full[0]))
+        and stamp.date
+        and stamp.time
+    ):
         return True  # one message of a chat
     late = sum(bool(re.match(r".{0,30}?\d[:.h]\d\d.{0,20}?[^\W\d_].{0,40}?[:：>|\t]", line)) for line in full)
     if late > 1 and 2 * late >= len(full):
@@ -311,7 +338,9 @@ def _looks_like_chat(lines: Sequence[str], stamps: Sequence[_Stamp | None]) -> b
 def _chat(
     raw: Sequence[str], shown: Sequence[str], stamps: Sequence[_Stamp | None], starts: dict[int, _Start], source: str
 ) -> Chat:
-    dates = [start.stamp.date for start in starts.values() if start.stamp and start.stamp.date and not start.stamp.fixed]
+    dates = [
+        start.stamp.date for start in starts.values() if start.stamp and start.stamp.date and not start.stamp.fixed
+    ]
     alone = [stamp.date for stamp in stamps if stamp and stamp.date and not stamp.fixed and stamp.time is None]
     orders = {"": date_order(dates or alone)}
     dated = any(start.stamp and start.stamp.date for start in starts.values())
@@ -324,7 +353,10 @@ def _chat(
         if start is not None:
             text = "" if start.text is None else _tail(line, start.text)
             messages.append(Message(start.name, text, _when(start.stamp, day, orders)))
-            service, name_below = False, number + 1 if start.text is None and shown[number + 1].strip() == start.name else -1
+            service, name_below = (
+                False,
+                number + 1 if start.text is None and shown[number + 1].strip() == start.name else -1,
+            )
         elif _is_day(shown[number], stamp):
             day, service = _stamp(_without_rules(shown[number])), True
         elif stamp is not None and stamp.time and shown[number][stamp.end :].strip() and (stamp.date or not dated):

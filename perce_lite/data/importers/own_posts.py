@@ -10,9 +10,11 @@ SIDE_FILES = {
     "Claude": "users projects memories",
     "Slack": "channels groups dms mpims integration_logs canvases org_users huddle_transcripts",
     "Discord": "index channel audit-log guild",
-    "Google": "myactivity group_info user_info watch-history search-history settings records timeline browserhistory labels",
+    "Google": "myactivity group_info user_info watch-history search-history settings records "
+    "timeline browserhistory labels",
     "Meta": "profile_information personal_information autofill_information friends your_friends followers following "
-    "followers_1 notifications account_activity your_search_history liked_posts liked_comments saved_posts ads_interests",
+    "followers_1 notifications account_activity your_search_history liked_posts liked_comments saved_posts "
+    "ads_interests",
 }
 """Files of exports that hold nothing that a person wrote, by their names without .json."""
 
@@ -30,7 +32,9 @@ def posts_in(value: Any, source: str, notes: Notes) -> list[Writing]:
     """The posts and notes in a JSON file of Meta's or of Keep; empty where it is none."""
     if isinstance(value, Mapping) and isinstance(value.get("textContent"), str) and "isTrashed" in value:
         return list(_note(value, source, notes))
-    records = value if isinstance(value, list) else next(iter(value.values()), None) if isinstance(value, Mapping) else None
+    records = (
+        value if isinstance(value, list) else next(iter(value.values()), None) if isinstance(value, Mapping) else None
+    )
     records = records if isinstance(records, list) else [value]
     return [post for number, record in enumerate(records, 1) for post in _post(record, f"{source}, post {number}")]
 
@@ -51,7 +55,11 @@ def _post(record: Any, source: str) -> Iterator[Writing]:
     if not isinstance(record, Mapping):
         return
     data, media = record.get("data"), record.get("media")
-    posts = [one["post"] for one in data if isinstance(one, Mapping) and isinstance(one.get("post"), str)] if isinstance(data, list) else []
+    posts = (
+        [one["post"] for one in data if isinstance(one, Mapping) and isinstance(one.get("post"), str)]
+        if isinstance(data, list)
+        else []
+    )
     if isinstance(media, list) and all(isinstance(one, Mapping) and "creation_timestamp" in one for one in media):
         posts += [text for one in (record, *media) if isinstance(text := one.get("title"), str)][:1]
         record = {**media[0], **record} if media else record
