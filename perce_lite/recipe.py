@@ -29,7 +29,9 @@ class Data(Section):
     path: str | None = Field(None, description="JSONL or parquet file, or a folder of LaMP files; from the recipe on")
     hub: str | None = Field(None, description="a data set of the Hub, instead of path")
     hub_config: str | None = Field(None, description="its configuration, such as abstract_generation_user")
-    format: Literal["auto", "rows", "documents", "lamp", "longlamp"] = Field("auto", description="shape of a record")
+    format: Literal["auto", "rows", "alpaca", "documents", "lamp", "longlamp"] = Field(
+        "auto", description="shape of a record"
+    )
     columns: dict[str, str] = Field({}, description="our column name: the name it has in your file")
     users: list[str] | None = Field(None, description="keep these users only")
     max_rows: int | None = Field(

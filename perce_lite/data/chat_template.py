@@ -2,18 +2,34 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jinja2.exceptions import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
 from perce_lite.data.retrieval import Item
-from perce_lite.data.rows import Message, Profiled
-from perce_lite.errors import TemplateError
+from perce_lite.data.rows import Message, Profiled, content_of, says_something
+from perce_lite.errors import RowRefusedError, TemplateError
 from perce_lite.recipe import Template
 
 Span = tuple[str, str]
 """A piece of text and its kind: template, profile, query (a user message) or response."""
+
+
+class Turns(NamedTuple):
+    """A dialogue as its chat template renders it, cut at the assistant turns of the completion.
+
+    contexts: the text around the turns, n + 1 pieces for n turns; each but the last ends with a generation prompt
+    responses: the turns, with what the template writes between its generation prompt and their text (TRL scores it too)
+    ends: of each turn, whether what ends it stands in the context behind it
+    scored: of each turn, whether it says something
+    """
+
+    contexts: list[str]
+    responses: list[str]
+    ends: list[bool]
+    scored: list[bool]
 
 
 class Chat:
@@ -32,26 +48,31 @@ class Chat:
         self.tokenizer = tokenizer
         self.template = template or Template()
         self._control = _control_tokens(tokenizer)
+        self._thought = _thoughts(tokenizer)
         self._control_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         takes_system, self._own_system = self._template_system()
         auto = "system" if takes_system else "user"
         self._position = auto if self.template.position == "auto" else self.template.position
         self._system = (self.template.system or "") if takes_system else ""
 
-    def prompt_ids(self, prompt: Sequence[Message], profile: Profiled) -> list[int]:
-        """Ids (T,) of a prompt for generation, with `profile` unless it is empty."""
-        return self.ids(self.render(self.composed(prompt, profile), "the prompt", add_generation_prompt=True))
+    def prompt_ids(
+        self, prompt: Sequence[Message], profile: Profiled, options: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """Ids (T,) of a prompt for generation, with `profile` unless it is empty.
+
+        options: a row's `template_options`
+        """
+        return self.ids(self.render(self.composed(prompt, profile), "the prompt", True, options))
 
     def composed(self, prompt: Sequence[Message], profile: Profiled) -> list[Message]:
         """The messages of a prompt as they are passed to the chat template, with `profile` unless it is empty."""
         text, _ = self.safe_profile(profile)
-        messages = [{"role": self.safe(message["role"])[0], "content": message["content"]} for message in prompt]
-        return self._messages(messages, text, "the prompt")
+        return self._messages([self.safe_message(message)[0] for message in prompt], text, "the prompt")
 
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the tokenizer's own, and the template's end-of-turn token."""
         turn = [{"role": "user", "content": "x"}], [{"role": "assistant", "content": "y"}]
-        after = self.ids(self.contexts(*turn, "", "a short conversation")[1])
+        after = self.ids(self.turns(*turn, "", "a short conversation").contexts[1])
         ends = [self.tokenizer.eos_token_id, *after[: self.end_of_turn(after)][-1:]]
         return sorted({token_id for token_id in ends if token_id is not None})
 
@@ -68,36 +89,109 @@ class Chat:
         stands_first = first is not None and not self.tokenizer.decode(after[:first]).strip()
         return first + 1 if first is not None and stands_first else 0
 
-    def contexts(self, prompt: list[Message], completion: list[Message], profile: str, where: str) -> list[str]:
-        """The rendered text around the assistant turns of `completion`: n + 1 pieces for n turns."""
-        mark = self._unused_marker("response", [*prompt, *completion], profile, where)
-        turns = iter(range(len(completion)))
-        marked = [
-            {**message, "content": f"{mark}{next(turns)}."} if message["role"] == "assistant" else message
-            for message in completion
-        ]
-        messages = self._messages([*prompt, *marked], profile, where)
-        pieces = re.split(rf"{mark}\d+\.", self.render(messages, where))
-        expected = sum(message["role"] == "assistant" for message in completion) + 1
-        if len(pieces) != expected:
-            raise TemplateError(
-                f"{where}: the chat template shows {len(pieces) - 1} of {expected - 1} assistant turns; a dialogue "
-                "needs a template that keeps them all"
-            )
-        if expected == 2:  # before a single response stands exactly the prompt of generation
-            before = list(itertools.takewhile(lambda message: message["role"] != "assistant", completion))
-            messages = self._messages([*prompt, *before], profile, where)
-            pieces[0] = self.render(messages, where, add_generation_prompt=True)
-        return pieces
+    def turns(
+        self,
+        prompt: list[Message],
+        completion: list[Message],
+        profile: str,
+        where: str,
+        options: Mapping[str, Any] | None = None,
+    ) -> Turns:
+        """The dialogue as rendered, cut at the assistant turns of `completion`.
 
-    def segments(self, prompt: list[Message], completion: list[Message], profile: str, where: str) -> list[list[Span]]:
-        """`contexts` as spans with their kind; exact for any text of query and profile.
+        Turns of text are found by a marker in their place, so that a template cannot change what is scored; turns with
+        tool calls or thoughts by what stands around a marker that takes the whole turn's place.
+
+        Raises:
+            RowRefusedError: the template refuses the messages or leaves out a turn.
+        """
+        mark = self._unused_marker("response", [*prompt, *completion], profile, where)
+        said = [message for message in completion if message["role"] == "assistant"]
+        plain = [not self._is_rich(message) for message in said]
+        messages = self._messages([*prompt, *_marked(completion, mark, plain)], profile, where)
+        text = self.render(messages, where, options=options)
+        found = [text.count(f"{mark}{number}.") == 1 for number, is_plain in enumerate(plain) if is_plain]
+        if not all(found):
+            raise RowRefusedError(
+                where, f"the chat template shows {sum(found)} of {len(found)} assistant turns, and {_KEEPS}"
+            )
+        spans: list[tuple[int, int, bool]] = []
+        first = len(messages) - len(completion)
+        places = [first + at for at, message in enumerate(completion) if message["role"] == "assistant"]
+        for number, (place, is_plain) in enumerate(zip(places, plain, strict=True)):
+            prompted = self.render(messages[:place], where, True, options)
+            if is_plain:
+                at = text.index(f"{mark}{number}.")
+                spans.append((_common(prompted, text[:at]), at + len(f"{mark}{number}."), True))
+            else:
+                spans.append(self._rich_span(text, messages, place, f"{mark}{number}.", prompted, where, options))
+        edges = [0, *(edge for start, end, _ in spans for edge in (start, end)), len(text)]
+        if edges != sorted(edges):
+            raise RowRefusedError(
+                where, f"the chat template does not show the assistant turns in their order, and {_KEEPS}"
+            )
+        contexts = [text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
+        responses = [
+            text[start:end].replace(f"{mark}{number}.", content_of(said[number]).strip())
+            for number, (start, end, _) in enumerate(spans)
+        ]
+        return Turns(contexts, responses, [ends for _, _, ends in spans], list(map(says_something, said)))
+
+    def _is_rich(self, message: Message) -> bool:
+        """Whether an assistant turn is more than a text: a chat template renders the rest in its own way."""
+        if any(message.get(name) for name in ("tool_calls", "reasoning_content", "thinking")):
+            return True
+        return self._thought.match(content_of(message)) is not None
+
+    def _rich_span(
+        self,
+        text: str,
+        messages: list[Message],
+        place: int,
+        mark: str,
+        prompted: str,
+        where: str,
+        options: Mapping[str, Any] | None,
+    ) -> tuple[int, int, bool]:
+        """Start and end in `text` of the turn at `place`, and whether what ends the turn stands behind it.
+
+        prompted: the messages ahead of it with a generation prompt
+        """
+        other = [*messages[:place], {"role": "assistant", "content": mark}, *messages[place + 1 :]]
+        before, found, after = self.render(other, where, options=options).partition(mark)
+        ids = self.ids(after)
+        end_of_turn = after[len(self._decoded(ids[: self.end_of_turn(ids)])) :]
+        behind = next((rest for rest in (after, end_of_turn) if text.endswith(rest)), None)
+        start = len(prompted) if text.startswith(prompted) else min(_common(prompted, before), _common(before, text))
+        if not found or behind is None or start > len(text) - len(behind):
+            raise RowRefusedError(
+                where, f"the chat template does not show a turn with tool calls or thoughts, and {_KEEPS}"
+            )
+        span = start, len(text) - len(behind), behind == after
+        for call in messages[place].get("tool_calls") or ():
+            name = str(call.get("function", call).get("name"))
+            if name not in text[slice(*span[:2])]:
+                raise RowRefusedError(where, "the chat template leaves out tool calls, which would not be trained on")
+        return span
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def segments(
+        self,
+        prompt: list[Message],
+        completion: list[Message],
+        profile: str,
+        where: str,
+        options: Mapping[str, Any] | None = None,
+    ) -> list[list[Span]]:
+        """The contexts of `turns` as spans with their kind; exact for any text of query and profile.
 
         The messages are rendered once more with placeholders for the profile and the user messages. If a template does
         more to a text than trimming it, the whole context around it is one span of kind "template".
         """
         messages = [*prompt, *completion]
-        contents = [profile, *(message["content"] for message in messages if message["role"] == "user")]
+        contents = [profile, *(content_of(message) for message in messages if message["role"] == "user")]
         mark = self._unused_marker("part", messages, profile, where)
         turns = itertools.count(1)
         marked = [
@@ -105,13 +199,19 @@ class Chat:
             for message in messages
         ]
         at = len(prompt)
-        outlines = self.contexts(marked[:at], marked[at:], profile and f"{mark}0.", where)
-        texts = self.contexts(prompt, completion, profile, where)
+        outlines = self.turns(marked[:at], marked[at:], profile and f"{mark}0.", where, options).contexts
+        texts = self.turns(prompt, completion, profile, where, options).contexts
         pairs = zip(texts, outlines, strict=True)
         return [_aligned(text, re.split(rf"{mark}(\d+)\.", outline), contents) for text, outline in pairs]
 
     def activation_offset(
-        self, context: str, prompt: list[Message], completion: list[Message], profile: str, where: str
+        self,
+        context: str,
+        prompt: list[Message],
+        completion: list[Message],
+        profile: str,
+        where: str,
+        options: Mapping[str, Any] | None = None,
     ) -> int:
         """Offset in `context` (all text before the first response), in characters, from which on the adapter is on.
 
@@ -125,14 +225,14 @@ class Chat:
         lead = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
         if lead and self._position == "system":
             try:
-                head = self.render(lead, where)
+                head = self.render(lead, where, options=options)
             except TemplateError:  # some templates need a user message
                 head = ""
             if head and context.startswith(head):
                 return len(head)
         if not profile:
             return 0
-        spans = self.segments(prompt, completion, profile, where)[0]
+        spans = self.segments(prompt, completion, profile, where, options)[0]
         kinds = [kind for _, kind in spans]
         if "profile" not in kinds or "query" in kinds[: kinds.index("profile")]:
             raise TemplateError(
@@ -143,14 +243,14 @@ class Chat:
 
     def _unused_marker(self, name: str, messages: list[Message], profile: str, where: str) -> str:
         """A marker string that occurs in no message."""
-        text = "".join(message["content"] for message in self._messages(messages, profile, where))
+        text = repr(self._messages(messages, profile, where))
         return next(marker for n in range(10**6) if (marker := f"{name}{n}slot") not in text)
 
     def _messages(self, messages: Sequence[Message], profile: str, where: str) -> list[Message]:
         """`messages` with the profile at its place, and the same system message in both passes."""
         profile_part = profile and self.template.profile.replace("{profile}", profile)
         rest = list(messages)
-        system = rest.pop(0)["content"] if rest and rest[0]["role"] == "system" else self._system
+        system = content_of(rest.pop(0)) if rest and rest[0]["role"] == "system" else self._system
         has_system = len(rest) < len(messages)
         if self._position == "system":
             system = self.template.separator.join(part for part in (system or self._own_system, profile_part) if part)
@@ -158,27 +258,33 @@ class Chat:
             at = next((index for index, message in enumerate(rest) if message["role"] == "user"), None)
             if at is None:
                 raise TemplateError(f"{where}: template.position is user, but there is no user message for the profile")
-            rest[at] = {**rest[at], "content": f"{profile_part}{self.template.separator}{rest[at]['content']}"}
+            rest[at] = {**rest[at], "content": f"{profile_part}{self.template.separator}{content_of(rest[at])}"}
         first = [{"role": "system", "content": system}] if system or has_system else []
         # Again: two harmless halves may have become neighbours.
-        return [{**message, "content": self.safe(message["content"])[0]} for message in [*first, *rest]]
+        return [self.safe_message(message)[0] for message in [*first, *rest]]
 
-    def render(self, messages: list[Message], where: str, add_generation_prompt: bool = False) -> str:
-        """`messages` rendered by the chat template.
+    def render(
+        self,
+        messages: list[Message],
+        where: str,
+        add_generation_prompt: bool = False,
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """`messages` rendered by the chat template; `options`: a row's `template_options`.
 
         Raises:
-            TemplateError: the template refuses them.
+            RowRefusedError: the template refuses them.
         """
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
-                **self.template.chat_template_kwargs,
+                **{**self.template.chat_template_kwargs, **(options or {})},
             )
-        except JinjaError as error:
+        except (JinjaError, TypeError, ValueError) as error:  # the latter: a template that expects another field
             roles = ", ".join(message["role"] for message in messages)
-            raise TemplateError(f"{where}: the chat template refuses the messages ({roles}): {error}") from error
+            raise RowRefusedError(where, f"the chat template refuses the messages ({roles}): {error}") from error
         return str(text)
 
     def _template_system(self) -> tuple[bool, str]:
@@ -198,6 +304,33 @@ class Chat:
     def safe_profile(self, profile: Profiled) -> tuple[str, int]:
         return self.safe(format_profile(profile, self.template))
 
+    def safe_message(self, message: Message) -> tuple[Message, int]:
+        """`message` with all its texts `safe`, and the number of words broken; a thought that opens a turn stays."""
+        clean: Message = {}
+        count = 0
+        for name, value in message.items():
+            thought = self._thought.match(value) if name == "content" and isinstance(value, str) else None
+            if thought is not None and message["role"] == "assistant":
+                inner, broken_within = self.safe(thought["thought"])
+                rest, broken_behind = self.safe(value[thought.end() :])
+                clean[name], broken = f"{thought['open']}{inner}{thought['close']}{rest}", broken_within + broken_behind
+            else:
+                clean[name], broken = self._safe_value(value)
+            count += broken
+        return clean, count
+
+    def _safe_value(self, value: Any) -> tuple[Any, int]:
+        """`value` with all texts in it `safe`."""
+        if isinstance(value, str):
+            return self.safe(value)
+        if isinstance(value, Mapping):
+            pairs = [(self.safe(str(name))[0], *self._safe_value(inner)) for name, inner in value.items()]
+            return {name: inner for name, inner, _ in pairs}, sum(count for *_, count in pairs)
+        if isinstance(value, list | tuple):
+            inner_values = [self._safe_value(inner) for inner in value]
+            return [inner for inner, _ in inner_values], sum(count for _, count in inner_values)
+        return value, 0
+
     def safe(self, text: str) -> tuple[str, int]:
         """`text` with a space inside everything that spells a control token, and the number of those.
 
@@ -210,6 +343,25 @@ class Chat:
             broken += count
             if not count:
                 return text, broken
+
+
+_KEEPS = "a dialogue needs a template that keeps them all"
+
+
+def _marked(completion: Sequence[Message], mark: str, plain: Sequence[bool]) -> list[Message]:
+    """The completion with a marker in the place of each assistant turn that is `plain`."""
+    numbers = itertools.count()
+    return [
+        {**message, "content": f"{mark}{number}."}
+        if message["role"] == "assistant" and plain[(number := next(numbers))]
+        else message
+        for message in completion
+    ]
+
+
+def _common(one: str, other: str) -> int:
+    """Number of characters with which both texts begin."""
+    return sum(1 for _ in itertools.takewhile(lambda letters: letters[0] == letters[1], zip(one, other, strict=False)))
 
 
 def format_profile(profile: Profiled, template: Template) -> str:
@@ -258,3 +410,14 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     if not words:
         return re.compile(r"(?!)")
     return re.compile("|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)))
+
+
+def _thoughts(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches a thought that opens a turn, between two tokens such as <think> and </think>, and has an answer behind it."""
+    words = {token.content for token in tokenizer.added_tokens_decoder.values() if "think" in token.content.lower()}
+    pairs = [(word, f"{word[0]}/{word[1:]}") for word in words if f"{word[0]}/{word[1:]}" in words]
+    forms = [
+        rf"(?P<open>\s*{re.escape(opens)})(?P<thought>(?:(?!{re.escape(opens)}).)*?\w.*?)(?P<close>{re.escape(closes)}\s*)(?=\S)"
+        for opens, closes in pairs[:1]
+    ]
+    return re.compile(forms[0] if forms else r"(?!)(?P<open>)(?P<thought>)(?P<close>)", re.S)
