@@ -413,7 +413,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 
 
 def _thoughts(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches a thought that opens a turn, between two tokens such as <think> and </think>, and has an answer behind it."""
+    """Matches a thought that opens a turn, between two tokens such as <think> and </think>, with an answer behind."""
     words = {token.content for token in tokenizer.added_tokens_decoder.values() if "think" in token.content.lower()}
     pairs = [(word, f"{word[0]}/{word[1:]}") for word in words if f"{word[0]}/{word[1:]}" in words]
     forms = [
