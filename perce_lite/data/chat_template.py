@@ -1,5 +1,6 @@
 """Chat templates: messages with a profile become text and ids; user text never becomes control tokens."""
 
+import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -71,9 +72,7 @@ class Chat:
 
     def stop_ids(self) -> list[int]:
         """Ids that end an answer: the tokenizer's own, and the template's end-of-turn token."""
-        turn = [{"role": "user", "content": "x"}], [{"role": "assistant", "content": "y"}]
-        after = self.ids(self.turns(*turn, "", "a short conversation").contexts[1])
-        ends = [self.tokenizer.eos_token_id, *after[: self.end_of_turn(after)][-1:]]
+        ends = [self.tokenizer.eos_token_id, *self._closing_ids[-1:]]
         return sorted({token_id for token_id in ends if token_id is not None})
 
     def profile_text(self, profile: Profiled) -> str:
@@ -83,8 +82,27 @@ class Chat:
     def end_of_turn(self, after: list[int]) -> int:
         """Number of ids after a response that end its turn: up to the first control token, after white space at most.
 
+        Where the template ends its last turn with several control tokens, as Cohere's, all of them.
+
         after: ids between a response and the next
         """
+        first = self._first_control(after)
+        if first == 0:
+            return 0
+        more = zip(after[first:], self._closing_ids[self._first_control(self._closing_ids) :], strict=False)
+        is_same = after[:first] == self._closing_ids[:first]
+        return first + (sum(1 for _ in itertools.takewhile(lambda ids: ids[0] == ids[1], more)) if is_same else 0)
+
+    @functools.cached_property
+    def _closing_ids(self) -> list[int]:
+        """The ids with which a rendered dialogue ends its last turn, without what white space follows."""
+        turn = [{"role": "user", "content": "x"}], [{"role": "assistant", "content": "y"}]
+        after = self.ids(self.turns(*turn, "", "a short conversation").contexts[1])
+        first = self._first_control(after)
+        return after[:first] + list(itertools.takewhile(self._control_ids.__contains__, after[first:]))
+
+    def _first_control(self, after: list[int]) -> int:
+        """Number of ids up to the first control token, after white space at most."""
         first = next((index for index, token_id in enumerate(after) if token_id in self._control_ids), None)
         stands_first = first is not None and not self.tokenizer.decode(after[:first]).strip()
         return first + 1 if first is not None and stands_first else 0
@@ -122,9 +140,10 @@ class Chat:
             prompted = self.render(messages[:place], where, True, options)
             if is_plain:
                 at = text.index(f"{mark}{number}.")
-                spans.append((_common(prompted, text[:at]), at + len(f"{mark}{number}."), True))
+                span = _common(prompted, text[:at]), at + len(f"{mark}{number}."), True
             else:
-                spans.append(self._rich_span(text, messages, place, f"{mark}{number}.", prompted, where, options))
+                span = self._rich_span(text, messages, place, f"{mark}{number}.", prompted, where, options)
+            spans.append((_without_merges(text, prompted, span[0]), *span[1:]))
         edges = [0, *(edge for start, end, _ in spans for edge in (start, end)), len(text)]
         if edges != sorted(edges):
             raise RowRefusedError(
@@ -162,6 +181,9 @@ class Chat:
         ids = self.ids(after)
         end_of_turn = after[len(self._decoded(ids[: self.end_of_turn(ids)])) :]
         behind = next((rest for rest in (after, end_of_turn) if text.endswith(rest)), None)
+        if behind is None:  # Gemma 4 ends a tool call in a way of its own
+            until = self.render(messages[: place + 1], where, options=options)
+            behind = text.removeprefix(until) if text.startswith(until) else None
         start = len(prompted) if text.startswith(prompted) else min(_common(prompted, before), _common(before, text))
         if not found or behind is None or start > len(text) - len(behind):
             raise RowRefusedError(
@@ -357,6 +379,15 @@ def _marked(completion: Sequence[Message], mark: str, plain: Sequence[bool]) -> 
         else message
         for message in completion
     ]
+
+
+def _without_merges(text: str, prompted: str, start: int) -> int:
+    """`start` of a response, ahead of white space that would merge with its first token, as TRL's ids have it.
+
+    prompted: the text ahead of it with a generation prompt; it may go on otherwise than `text`
+    """
+    merges = text[start : start + 1].isspace() or prompted[start : start + 1].isspace()
+    return len(text[:start].rstrip()) if merges else start
 
 
 def _common(one: str, other: str) -> int:
