@@ -176,11 +176,18 @@ class Chat:
 
         prompted: the messages ahead of it with a generation prompt
         """
-        other = [*messages[:place], {"role": "assistant", "content": mark}, *messages[place + 1 :]]
-        before, found, after = self.render(other, where, options=options).partition(mark)
-        ids = self.ids(after)
-        end_of_turn = after[len(self._decoded(ids[: self.end_of_turn(ids)])) :]
-        behind = next((rest for rest in (after, end_of_turn) if text.endswith(rest)), None)
+        marked = [*messages[:place], {"role": "assistant", "content": mark}]
+        try:
+            before, found, after = self.render([*marked, *messages[place + 1 :]], where, options=options).partition(
+                mark
+            )
+        except RowRefusedError:  # a tool's answer without its call
+            before, found, after = *self.render(marked, where, options=options).partition(mark)[:2], None
+        behind = None
+        if after is not None:
+            ids = self.ids(after)
+            end_of_turn = after[len(self._decoded(ids[: self.end_of_turn(ids)])) :]
+            behind = next((rest for rest in (after, end_of_turn) if text.endswith(rest)), None)
         if behind is None:  # Gemma 4 ends a tool call in a way of its own
             until = self.render(messages[: place + 1], where, options=options)
             behind = text.removeprefix(until) if text.startswith(until) else None
