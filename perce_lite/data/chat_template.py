@@ -1,5 +1,6 @@
 """Chat templates: messages with a profile become text and ids; user text never becomes control tokens."""
 
+import datetime
 import functools
 import itertools
 import re
@@ -48,6 +49,7 @@ class Chat:
             )
         self.tokenizer = tokenizer
         self.template = template or Template()
+        self._source = dated(str(tokenizer.chat_template), self.template.date)
         self._control = _control_tokens(tokenizer)
         self._thought = _thoughts(tokenizer)
         self._control_ids = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
@@ -307,6 +309,7 @@ class Chat:
         try:
             text = self.tokenizer.apply_chat_template(
                 messages,
+                chat_template=self._source,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **{**self.template.chat_template_kwargs, **(options or {})},
@@ -373,6 +376,23 @@ class Chat:
             if not count:
                 return text, broken
 
+
+def dated(source: str, date: str) -> str:
+    """A chat template that writes `date` (2024-07-26) where it asks for today's.
+
+    Without that every prompt changes overnight: stored log-probs miss, a resumed run trains other rows, and an export
+    cannot be proven. The date stands in the template itself, so that what is saved and exported with it says the same.
+    """
+    if "strftime_now" not in source or _DATE_MACRO in source:
+        return source
+    moment = datetime.datetime.fromisoformat(date)
+    words = {f"%-{letter}": str(int(moment.strftime(f"%{letter}"))) for letter in "dmHIM"}
+    words |= {f"%{letter}": moment.strftime(f"%{letter}") for letter in "dmYybBaAjHIMSpFTDe%"}
+    filters = "".join(f" | replace({word!r}, {shown!r})" for word, shown in words.items())
+    return f"{_DATE_MACRO}{{{{- format{filters} -}}}}{{%- endmacro -%}}{source}"
+
+
+_DATE_MACRO = "{%- macro strftime_now(format) -%}"
 
 _KEEPS = "a dialogue needs a template that keeps them all"
 
