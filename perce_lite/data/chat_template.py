@@ -77,6 +77,10 @@ class Chat:
         ends = [self.tokenizer.eos_token_id, *self._closing_ids[-1:]]
         return sorted({token_id for token_id in ends if token_id is not None})
 
+    def end_of_turn_id(self) -> int | None:
+        """The token with which the template ends a turn; None where it ends with none."""
+        return next(iter(self._closing_ids[-1:]), None)
+
     def profile_text(self, profile: Profiled) -> str:
         """The profile as text of the prompt, control tokens broken; may be empty."""
         return self.safe_profile(profile)[0]
@@ -99,7 +103,10 @@ class Chat:
     def _closing_ids(self) -> list[int]:
         """The ids with which a rendered dialogue ends its last turn, without what white space follows."""
         turn = [{"role": "user", "content": "x"}], [{"role": "assistant", "content": "y"}]
-        after = self.ids(self.turns(*turn, "", "a short conversation").contexts[1])
+        try:
+            after = self.ids(self.turns(*turn, "", "a short conversation").contexts[1])
+        except RowRefusedError:  # it asks for more than a question and its answer
+            return []
         first = self._first_control(after)
         return after[:first] + list(itertools.takewhile(self._control_ids.__contains__, after[first:]))
 
@@ -356,8 +363,8 @@ class Chat:
         if isinstance(value, str):
             return self.safe(value)
         if isinstance(value, Mapping):
-            pairs = [(self.safe(str(name))[0], *self._safe_value(inner)) for name, inner in value.items()]
-            return {name: inner for name, inner, _ in pairs}, sum(count for *_, count in pairs)
+            pairs = [(self.safe(str(name)), self._safe_value(inner)) for name, inner in value.items()]
+            return {name: inner for (name, _), (inner, _) in pairs}, sum(one + two for (_, one), (_, two) in pairs)
         if isinstance(value, list | tuple):
             inner_values = [self._safe_value(inner) for inner in value]
             return [inner for inner, _ in inner_values], sum(count for _, count in inner_values)

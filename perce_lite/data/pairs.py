@@ -76,6 +76,14 @@ class Audit:
         self.dropped[row.user, reason] += 1
         self.examples.setdefault((row.user, reason), row.where)
 
+    def reasons(self) -> str:
+        """The reasons for which rows were dropped, with counts and a row each; "" where none was."""
+        counts: Counter[str] = Counter()
+        for (_, reason), count in self.dropped.items():
+            counts[reason] += count
+        examples = {reason: where for (_, reason), where in self.examples.items()}
+        return "; ".join(f"{count} x {reason} (such as {examples[reason]})" for reason, count in counts.items())
+
     def summary(self) -> dict[str, Any]:
         """For `--json`."""
         return {
@@ -351,13 +359,9 @@ def require(pairs: Sequence[Pair], audit: Audit, what: str) -> None:
     """Raises DataError with every reason if `pairs` is empty."""
     if pairs:
         return
-    reasons: Counter[str] = Counter()
-    examples = {reason: where for (_, reason), where in audit.examples.items()}
-    for (_, reason), count in audit.dropped.items():
-        reasons[reason] += count
-    listed = "; ".join(f"{count} x {reason} (such as {examples[reason]})" for reason, count in reasons.items())
+    reasons = {reason for _, reason in audit.dropped}
     mend = " Raise train.max_length." if TOO_LONG in reasons or PROFILE_TOO_LONG in reasons else ""
-    raise DataError(f"No {what} rows are left of {audit.read}: {listed or 'there were none'}.{mend}")
+    raise DataError(f"No {what} rows are left of {audit.read}: {audit.reasons() or 'there were none'}.{mend}")
 
 
 def _first(profile: Profiled, count: int) -> Profiled:
