@@ -80,6 +80,12 @@ def test_an_arm_that_sleeps_through_the_profile_is_judged_asleep(path, figures):
     assert (one["arm"], one["against"]) == ("base:profile_pass=frozen", "base")
     apart = table["base:profile_pass=frozen", "own"] - table["base", "own"]
     assert one["all"]["value"] == pytest.approx(apart, abs=1e-6)
+    for over in ("none", "other user's", "topical match"):
+        worth = {name: table[name, over] - table[name, "own"] for name in ("base", one["arm"])}
+        told_worth = one["worth"][over]["all"]
+        assert told_worth["value"] == pytest.approx(worth[one["arm"]] - worth["base"], abs=1e-6)
+        assert told_worth["low"] <= told_worth["value"] <= told_worth["high"]
+        assert told_worth["seeds"] == pytest.approx([told_worth["value"]])
     awake = loss_by_hand(path, folder, "test", "own")
     assert abs(float(awake.sum()) / tokens - table[arm.name, "own"]) > 1e-4, "which way is told apart"
 
@@ -90,7 +96,7 @@ def test_arms_are_judged_on_the_recipes_own_cases(path, monkeypatch):
     arms = arms_of(recipe, "base:profile_pass=frozen,base,base:max_length=64,uniform:max_length=64:profile_pass=frozen")
     made = []
 
-    def held_out(recipe, maker, rows):
+    def held_out(recipe, maker, rows, topics, candidates):
         made.append((maker.max_length, maker.frozen_profile))
         return {}
 
@@ -216,10 +222,11 @@ def test_page_fits_a_phone(path, run, tmp_path):
     assert code == 0, err
     text = Path("page.html").read_text("utf-8")
     assert "<script" not in text
-    assert text.count("<svg") == 4, "two splits, each against uniform and against base"
+    assert text.count("<svg") == 8, "two splits, each against uniform and against base: losses and worth"
     assert "base: clip_min=0.2: normalize_weights=mean" in text
     assert "difference from base" in text
-    assert "against uniform" in " ".join(out.split())
+    assert "than uniform, test: base, " in " ".join(out.split())
+    assert "Primary figure: what the own profile is worth" in " ".join((out + err).split())
     fits_a_phone(tmp_path, ".wide")
 
 

@@ -14,7 +14,7 @@ from perce_lite.data.pairs import PairMaker
 from perce_lite.data.readers import library, read_rows
 from perce_lite.data.retrieval import Item
 from perce_lite.data.rows import Row, of_split, spread_over_users
-from perce_lite.evaluation import evaluate
+from perce_lite.evaluation import answers
 from perce_lite.evaluation.conditions import Topics, cases
 from perce_lite.recipe import load_recipe
 
@@ -42,10 +42,10 @@ def by_hand(path: Path, split: str) -> dict[tuple[str, str], list[tuple[str, tor
     rows = read_rows(recipe)
     maker = PairMaker(toys.toy_tokenizer("chatml"), recipe.template, 1024)
     topics = Topics(library(recipe), recipe.profile.top_k)
-    found = cases(maker, spread_over_users(of_split(rows, split), 20), topics, of_split(rows, "train"))
+    found = cases(maker, spread_over_users(of_split(rows, split), 20), topics, of_split(rows, "train"), candidates=3)
     model = PeftModel.from_pretrained(toys.toy_model("chatml", 600), "out/adapter").double().eval()
     scored: dict[tuple[str, str], list[tuple[str, torch.Tensor]]] = {}
-    for name in PROFILES:
+    for name in found[0].passes:
         for case in found:
             scored.setdefault(("out", name), []).append((case.pair.row.user, full_logits(model, case.passes[name])))
             with model.disable_adapter():
@@ -64,9 +64,15 @@ def test_figures_equal_full_logits(trained, figures):
             "all": [torch.ones_like(pir) > 0 for pir in pirs],
             "personal": [pir > 0.05 for pir in pirs],
             "others": [pir <= 0.05 for pir in pirs],
+            "against topic": [
+                own - match > 0.05
+                for (_, own), (_, match) in zip(scored["base", "own"], scored["base", "topical match"], strict=True)
+            ],
         }
-        assert said["tokens"] == {part: int(sum(one.sum() for one in mask)) for part, mask in parts.items()}
+        counted = {part: int(sum(one.sum() for one in mask)) for part, mask in parts.items()}
+        assert {part: said["tokens"][part] for part in parts} == counted
         assert said["tokens"]["personal"] > 0
+        assert said["tokens"]["against topic"] > 0
 
         def loss(arm, profile, part, scored=scored, parts=parts):
             values = torch.cat([one[mask] for (_, one), mask in zip(scored[arm, profile], parts[part], strict=True)])
@@ -84,8 +90,28 @@ def test_figures_equal_full_logits(trained, figures):
         for one in said["worth"]:
             worth = loss(one["arm"], one["over"], "all") - loss(one["arm"], "own", "all")
             assert one["all"]["value"] == pytest.approx(worth, abs=1e-4)
+            assert one["gives"]["value"] + one["costs"]["value"] == pytest.approx(worth, abs=1e-4)
+            assert one["gives"]["value"] >= 0 >= one["costs"]["value"]
+            if one["arm"] != "base":
+                before = loss("base", one["over"], "all") - loss("base", "own", "all")
+                assert one["change"]["all"]["value"] == pytest.approx(worth - before, abs=1e-4)
+        writers_by_hand(scored, said["who"], 5 if split == "test" else 6)  # training knows four users
     changed = [one["change"]["all"]["value"] for one in told["splits"]["test"]["losses"] if one["change"]]
     assert all(abs(value) > 0.01 for value in changed), "the adapter does something"
+
+
+def writers_by_hand(scored: dict, who: dict, candidates: int) -> None:
+    """Top-1 and MRR of the own profile, counted row by row."""
+    assert who["candidates"] == candidates
+    assert who["chance"]["top1"] == pytest.approx(1 / candidates)
+    names = {name for _, name in scored} - {"own", "none"}
+    for one in who["arms"]:
+        ranks = []
+        for row in range(len(scored["base", "own"])):
+            own, *others = (-float(scored[one["arm"], name][row][1].sum()) for name in ("own", *names))
+            ranks.append(1 + sum(other < own for other in others))
+        assert one["top1"]["value"] == pytest.approx(sum(rank == 1 for rank in ranks) / len(ranks))
+        assert one["mrr"]["value"] == pytest.approx(sum(1 / rank for rank in ranks) / len(ranks))
 
 
 def test_unseen_users_are_in_no_training_row(trained):
@@ -114,17 +140,35 @@ def test_general_text_and_answers_are_scored(trained, figures, recipe):
     told = figures(*words)
     assert [one["arm"] for one in told["general"]] == ["base", "out"]
     assert told["general"][0]["tokens"] < 20
-    assert [(one["arm"], one["profile"], one["rows"]) for one in told["texts"]] == [
-        (arm, profile, 2) for arm in ("base", "out") for profile in ("own", "none")
+    ways = [("own", False, 0, 2), ("none", False, 0, 2), ("own", True, 0, 6), ("own", False, 0.25, 2)]
+    ways += [("own", False, 0.5, 2), ("own", False, 1, 2)]
+    assert [(one["arm"], one["profile"], one["sampled"], one["personal"], one["answers"]) for one in told["texts"]] == [
+        *((arm, *way) for way in ways for arm in ("base", "out")),
+        ("the person", "–", False, 0, 2),
     ]
+    assert [one["arm"] for one in told["spill_over"]] == [one["arm"] for one in told["memory"]] == ["base", "out"]
     assert {"rouge1", "rougeL", "chrf"} <= set(told["texts"][0]["scores"])
-    assert len(told["answers"]) == 8
+    assert len(told["answers"]) == 2 * 2 * (2 + 3 + 3)
     assert "Answers" in Path("out/eval.html").read_text("utf-8")
+
+
+def test_personal_tokens_by_another_base(trained, figures, toy):
+    """The same base as the other one chooses the very tokens, ends of turns apart; one of another family others."""
+    told = figures("eval", trained, "--adapter", "out/adapter", "--set", f"evaluation.personal_by={toy}")
+    scored = by_hand(trained, "test")
+    pairs = zip(scored["base", "own"], scored["base", "none"], strict=True)
+    expected = sum(int(((own - none)[:-1] > 0.05).sum()) for (_, own), (_, none) in pairs)
+    assert told["splits"]["test"]["tokens"]["by another base"] == expected > 0
+    other = toys.toy_folder(Path("other").absolute(), "llama3")
+    told = figures("eval", trained, "--adapter", "out/adapter", "--set", f"evaluation.personal_by={other}")
+    tokens = told["splits"]["test"]["tokens"]
+    assert 0 < tokens["by another base"] < tokens["all"]
+    assert "by another base" in Path("out/eval.html").read_text("utf-8")
 
 
 def test_a_stopped_evaluation_goes_on(trained, run, figures, monkeypatch):
     """Stopped in the middle of the answers: what was scored and answered is not done again."""
-    real, calls = evaluate.generate, []
+    real, calls = answers.generate_several, []
 
     def stops(*args, **options):
         calls.append(1)
@@ -132,13 +176,13 @@ def test_a_stopped_evaluation_goes_on(trained, run, figures, monkeypatch):
             raise cli._Interrupted
         return real(*args, **options)
 
-    monkeypatch.setattr(evaluate, "generate", stops)
+    monkeypatch.setattr(answers, "generate_several", stops)
     assert run("eval", trained, "--adapter", "out/adapter")[0] == 130
     assert len(json.loads(Path("out/eval-answers.json").read_text())) == 3
     told = figures("eval", trained, "--adapter", "out/adapter")
-    assert len(calls) == 4 + 5
+    assert len(calls) == 4 + 25
     again = figures("eval", trained, "--adapter", "out/adapter")
-    assert len(calls) == 9
+    assert len(calls) == 29
     assert told == again
 
 
@@ -154,7 +198,7 @@ def test_page_keeps_text_text_and_fits_a_phone(run, recipe, tmp_path):
     assert "&lt;script&gt;" in text
     assert text.count("<svg") == 6
     assert "src=" not in text
-    assert "general text" in " ".join(out.split())
+    assert "General text" in " ".join(out.split())
     fits_a_phone(tmp_path, ".wide")
 
 

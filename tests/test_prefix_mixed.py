@@ -10,7 +10,8 @@ from test_prefix import exactly, gradients, masked_forward, toy, toy_pairs
 from test_slots import stirred
 
 from perce_lite.data.pairs import IGNORED, Tokens
-from perce_lite.evaluation.conditions import Case, before_and_after
+from perce_lite.evaluation.conditions import Case
+from perce_lite.evaluation.judging import before_and_after
 from perce_lite.fleet.slot_trainer import SlotTrainer
 from perce_lite.fleet.slot_user import UserJob
 from perce_lite.model import prefix_cache, scoring

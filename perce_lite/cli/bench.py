@@ -15,6 +15,7 @@ from perce_lite.recipe import load_recipe
 benchmark = Lazy("perce_lite.evaluation.bench.bench")
 fleet_benchmark = Lazy("perce_lite.evaluation.bench.fleetbench")
 fleet_scales = Lazy("perce_lite.evaluation.bench.fleetscale")
+generating = Lazy("perce_lite.evaluation.bench.generating")
 gpu_reports = Lazy("perce_lite.evaluation.bench.gpureport")
 
 
@@ -36,6 +37,9 @@ def bench(
         str | None, typer.Option(help="Tokens a row; with --fleet: else 32,64,96; with --gpu-report one: else 2048.")
     ] = None,
     slots: Annotated[str | None, typer.Option(help="With --fleet: users at once; else 1,2,4,8,16.")] = None,
+    generation: Annotated[
+        bool, typer.Option("--generation", help="What --personal costs: answers with the contrast beside plain ones.")
+    ] = False,
     gpu_report: Annotated[
         bool, typer.Option("--gpu-report", help="No recipe: what this GPU does with an 8B model of random weights.")
     ] = False,
@@ -48,10 +52,12 @@ def bench(
     set_: Set = None,
     json: Json = None,
 ) -> None:
-    """Measure time, memory and disk beside plain SFT on this machine; or many users; or what a GPU does with an 8B."""
+    """Measure time, memory and disk beside plain SFT here; or many users, answers, or what a GPU does with an 8B."""
     given = {"RECIPE": recipe, "--arms": arms, "--slots": slots, "--lengths": lengths, "--set": set_, "--shape": shape}
     given |= {"--out": out, "--users": users}
-    _only(given, fleet, gpu_report, fleet_scale)
+    _only(
+        given, {"--fleet": fleet, "--gpu-report": gpu_report, "--fleet-scale": fleet_scale, "--generation": generation}
+    )
     if fleet_scale:
         scale = fleet_scales.fleet_scale(_numbers(users) or fleet_scales.USERS)
         write(json, scale.figures())
@@ -63,6 +69,11 @@ def bench(
     assert recipe is not None
     loaded = load_recipe(recipe, set_ or [])
     pace = (steps or 6, warmup, repeats or 3)
+    if generation:
+        cost = generating.generation_cost(loaded, repeats=repeats or 3)
+        write(json, cost.figures())
+        terminal.show_generation_cost(cost)
+        return
     if fleet:
         sizes = fleet_benchmark.lengths_of(lengths), fleet_benchmark.slots_of(slots)
         figures = fleet_benchmark.fleet_bench(loaded, *sizes, *pace)
@@ -85,11 +96,9 @@ def _numbers(text: str | None) -> list[int]:
     return numbers
 
 
-def _only(given: dict[str, Any], fleet: bool, gpu_report: bool, fleet_scale: bool) -> None:
+def _only(given: dict[str, Any], chosen: dict[str, bool]) -> None:
     """Raises typer's error for options that have no part in what is measured."""
-    kinds = [
-        name for name, on in (("--fleet", fleet), ("--gpu-report", gpu_report), ("--fleet-scale", fleet_scale)) if on
-    ]
+    kinds = [name for name, on in chosen.items() if on]
     if len(kinds) > 1:
         raise typer.BadParameter(f"give one of {' and '.join(kinds)}")
     kind = kinds[0] if kinds else ""
@@ -98,12 +107,13 @@ def _only(given: dict[str, Any], fleet: bool, gpu_report: bool, fleet_scale: boo
         "--fleet": ("RECIPE", "--set", "--lengths", "--slots"),
         "--gpu-report": ("--lengths", "--shape", "--out"),
         "--fleet-scale": ("--users",),
+        "--generation": ("RECIPE", "--set"),
     }
     for name, value in given.items():
         if value is not None and name not in takes[kind]:
             where = " or ".join(option for option, names in takes.items() if option and name in names)
             raise typer.BadParameter(f"{name} has no part in {kind}" if kind else f"{name} goes with {where}")
-    if kind in ("", "--fleet") and given["RECIPE"] is None:
+    if "RECIPE" in takes[kind] and given["RECIPE"] is None:
         raise typer.BadParameter("give a recipe, such as recipes/quickstart.yaml, or --gpu-report")
 
 

@@ -7,6 +7,7 @@ import typer
 from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import (
     AdapterPath,
+    Personal,
     ProfileText,
     Seed,
     Temperature,
@@ -29,6 +30,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at the most.")] = 200,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
+    personal: Personal = 0.0,
     seed: Seed = 0,
 ) -> None:
     """Talk to an adapter in the terminal; /help lists what else can be said there."""
@@ -37,4 +39,4 @@ def chat(
     text = text_or_file(profile)
     opened = generation.load_adapter(adapters.read_metadata(adapter))
     transformers.set_seed(seed)
-    conversation.chat(opened, text, user, max_new_tokens, **sampling(temperature, top_p))
+    conversation.chat(opened, text, user, max_new_tokens, personal, **sampling(temperature, top_p))

@@ -7,7 +7,7 @@ import typer
 
 from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import Json, RecipePath, Set, write
-from perce_lite.cli.views import sections, terminal
+from perce_lite.cli.views import compare_sections, terminal
 from perce_lite.recipe import load_recipe
 
 comparison = Lazy("perce_lite.evaluation.compare")
@@ -34,7 +34,7 @@ def compare(
         named, grid = comparison.arms_of(loaded, arms or comparison.ARMS), comparison.grid(loaded, rates)
         figures = comparison.compare(loaded, named, grid, seeds)
     page = out or loaded.output_dir / "compare.html"
-    sentences, tables = sections.comparison_sentences(figures), sections.comparison(figures)
+    sentences, tables = compare_sections.comparison_sentences(figures), compare_sections.comparison(figures)
     lead = f"{recipe}, {figures['model']}; {len(figures['arms'])} arms, {seeds} seeds."
     pages.write_figures("Ways of weighting, compared", lead, sentences, tables, page)
     write(json, {**figures, "sentences": sentences})

@@ -25,6 +25,7 @@ from perce_lite.recipe_checks import nearest
 
 HELP = {
     "/profile": "show the profile; /profile TEXT or @FILE sets it, none drops it, user NAME takes a user of the data",
+    "/personal": "show how much more like the user it writes; /personal 0.5 sets it, 0 is plain",
     "/base": "switch the adapter off, or on again",
     "/compare": "let base and adapter answer your last question, one below the other",
     "/clear": "forget the turns so far; the profile stays",
@@ -72,6 +73,7 @@ class Conversation:
 
     options: of transformers' `generate`
     profile: a text, empty for none; with `user`, their texts nearest to each question are taken instead
+    personal: strength of the contrast, see `generate.Personal`
     told: takes each line that is said about the conversation and is no answer
     """
 
@@ -82,6 +84,7 @@ class Conversation:
     profile: str = ""
     user: str | None = None
     use_adapter: bool = True
+    personal: float = 0.0
     turns: list[tuple[str, str]] = field(default_factory=list)
     _last: tuple[list[Message], Profiled] | None = None
     _texts: UserTexts | None = None
@@ -137,6 +140,20 @@ class Conversation:
         text = read_text(given[1:]) if given.startswith("@") else "" if given == "none" else given
         self.profile, self.user = text, None
 
+    def set_personal(self, given: str) -> None:
+        """Takes `given` as the strength of the contrast.
+
+        Raises:
+            DataError: no number of at least 0. The strength stays as it was.
+        """
+        try:
+            strength = float(given)
+        except ValueError:
+            strength = -1.0
+        if not 0 <= strength < float("inf"):
+            raise DataError(f"/personal {given}: give a number of at least 0, such as 0.5")
+        self.personal = strength
+
     def profile_shown(self) -> str:
         """The profile as the last question met it, or as the next one will."""
         question = self.turns[-1][0] if self.turns else ""
@@ -187,6 +204,7 @@ class Conversation:
             use_adapter,
             its.autocast,
             stream=True,
+            personal=its.personal(self.personal),
             **{**self.options, **more},
         )
         self._kept = Kept(use_adapter, ids, cache)
@@ -231,6 +249,10 @@ def _one(conversation: Conversation, line: str, stop: Stop) -> None:
         conversation.told(conversation.profile_shown())
     elif word == "/profile":
         conversation.told(conversation.profile_shown())
+    elif word == "/personal":
+        if rest.strip():
+            conversation.set_personal(rest.strip())
+        conversation.told(f"The strength of the profile while it writes is {conversation.personal:g}.")
     elif word == "/base":
         conversation.use_adapter = not conversation.use_adapter
         conversation.told(f"The {'adapter' if conversation.use_adapter else 'base, the adapter off,'} answers now.")
@@ -241,7 +263,7 @@ def _one(conversation: Conversation, line: str, stop: Stop) -> None:
         conversation.told("The turns are forgotten.")
     elif word == "/help":
         for name, what in HELP.items():
-            conversation.told(f"{name:9} {what}")
+            conversation.told(f"{name:10} {what}")
     else:
         conversation.told(f"error: there is no {word}; {nearest(word, HELP)} A question may start with a space.")
 
@@ -295,15 +317,24 @@ def tell(message: str) -> None:
     errors.print(message, style="dim" if sys.stdin.isatty() else None, markup=False, soft_wrap=True)
 
 
-def chat(opened: LoadedAdapter, profile: str | None, user: str | None, max_new_tokens: int, **options: Any) -> None:
+def chat(
+    opened: LoadedAdapter,
+    profile: str | None,
+    user: str | None,
+    max_new_tokens: int,
+    personal: float = 0.0,
+    **options: Any,
+) -> None:
     """Talks to an adapter on standard input and output until the input ends.
 
-    profile, user: as `generate.generate_from_folder` takes them; options: of transformers' `generate`
+    profile, user: as `generate.generate_from_folder` takes them
+    personal: strength of the contrast, see `generate.Personal`
+    options: of transformers' `generate`
 
     Raises:
         DataError: a user whom the data does not know.
     """
-    conversation = Conversation(opened, max_new_tokens, tell, options, profile or "")
+    conversation = Conversation(opened, max_new_tokens, tell, options, profile or "", personal=personal)
     if user is not None:
         conversation.set_profile(f"user {user}")
     tell(greeting(opened, bool(profile) or user is not None))

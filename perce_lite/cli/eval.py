@@ -7,7 +7,7 @@ import typer
 
 from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import Json, RecipePath, Set, write
-from perce_lite.cli.views import sections, terminal
+from perce_lite.cli.views import eval_sections, terminal
 from perce_lite.recipe import load_recipe
 
 evaluation = Lazy("perce_lite.evaluation.evaluate")
@@ -27,7 +27,7 @@ def evaluate(
     with oom_advice.explain_out_of_memory_in_scoring(loaded):
         figures = evaluation.evaluate(loaded, adapter)
     page = out or loaded.output_dir / "eval.html"
-    sentences, tables = sections.evaluation_sentences(figures), sections.evaluation(figures)
+    sentences, tables = eval_sections.evaluation_sentences(figures), eval_sections.evaluation(figures)
     lead = f"{recipe}, {figures['model']}; the base, and the adapters {', '.join(list(figures['arms'])[1:])}."
     pages.write_figures("Held-out texts, under every condition", lead, sentences, tables, page, figures["answers"])
     write(json, {**figures, "sentences": sentences})

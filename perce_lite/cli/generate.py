@@ -8,6 +8,7 @@ import typer
 from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import (
     Json,
+    Personal,
     ProfileText,
     Seed,
     Temperature,
@@ -32,6 +33,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at the most.")] = 200,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
+    personal: Personal = 0.0,
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
@@ -42,6 +44,6 @@ def generate(
     transformers.set_seed(seed)
     options = sampling(temperature, top_p)
     figures = generation.generate_from_folder(
-        adapter, prompt, text, user, max_new_tokens, not base, stream=True, **options
+        adapter, prompt, text, user, max_new_tokens, not base, stream=True, strength=personal, **options
     )
     write(json, figures)

@@ -24,6 +24,9 @@ UserName = Annotated[
 ]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: greedy.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus, with a temperature.")]
+Personal = Annotated[
+    float, typer.Option(min=0.0, help="How much more like the user: 0.5 adds half of what the profile adds; 0: plain.")
+]
 Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 
 

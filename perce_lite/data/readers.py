@@ -19,6 +19,7 @@ from perce_lite.data.rows import (
     Profiled,
     Row,
     from_record,
+    items_of,
     of_split,
     shape_of,
     split_name,
@@ -293,9 +294,8 @@ def library(recipe: Recipe) -> dict[str, list[Item]]:
         return texts
     for where, split, record in records:
         row = from_record(record, where, split, shape, None)
-        items = (Item("", row.profile),) if isinstance(row.profile, str) else row.profile
         if users is None or row.user in users:
-            texts[row.user] += [item for item in items if item.text.strip()]
+            texts[row.user] += [item for item in items_of(row.profile) if item.text.strip()]
     return {user: list(dict.fromkeys(items)) for user, items in texts.items()}
 
 

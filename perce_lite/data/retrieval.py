@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,18 +27,24 @@ class Item:
     text: str
 
 
-def tokens_of(text: str) -> list[str]:
-    """Lower-case words of two letters or more; of scripts without spaces, every two neighbouring characters.
+def word_spans(text: str) -> Iterator[tuple[str, int, int]]:
+    """(word, start, end) of the lower-case words of two letters or more in `text`.
 
-    Character pairs are what search engines index such scripts by when they have no dictionary.
+    Of scripts without spaces, every two neighbouring characters are a word: what search engines index such scripts by
+    when they have no dictionary.
     """
-    tokens: list[str] = []
-    for token in _TOKEN.findall(text.lower()):
-        if _UNSPACED_RUN.match(token):
-            tokens += [token[at : at + 2] for at in range(max(1, len(token) - 1))]
-        else:
-            tokens.append(token)
-    return tokens
+    for match in _TOKEN.finditer(text):
+        start, end = match.span()
+        if not _UNSPACED_RUN.match(text, start):
+            yield match.group().lower(), start, end
+            continue
+        for at in range(start, max(start + 1, end - 1)):
+            yield text[at : min(at + 2, end)], at, min(at + 2, end)
+
+
+def tokens_of(text: str) -> list[str]:
+    """The words of `text`, see `word_spans`."""
+    return [word for word, _, _ in word_spans(text)]
 
 
 class Bm25Index:

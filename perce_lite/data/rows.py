@@ -130,6 +130,11 @@ def says_something(message: Message) -> bool:
     return any(value.strip() if isinstance(value, str) else value for value in values)
 
 
+def items_of(profile: Profiled) -> tuple[Item, ...]:
+    """The items of a profile; a text is one item without a title."""
+    return (Item("", profile),) if isinstance(profile, str) else profile
+
+
 def of_split(rows: Iterable[Row], name: str) -> list[Row]:
     """The rows of one split, in order."""
     return [row for row in rows if row.split == name]

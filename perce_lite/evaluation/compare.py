@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from perce_lite.console import say, warn
 from perce_lite.data.pairs import PairMaker
-from perce_lite.data.readers import read_rows
+from perce_lite.data.readers import library, read_rows
 from perce_lite.data.rows import Row, of_split
 from perce_lite.errors import DataError, NonFiniteLossError, RecipeError
-from perce_lite.evaluation.conditions import Case, Judge, Sums, score_cases
-from perce_lite.evaluation.evaluate import held_out
+from perce_lite.evaluation.authorship import UserWords, training_texts
+from perce_lite.evaluation.conditions import MATCH, OTHER, Case, Topics, is_candidate, score_cases
+from perce_lite.evaluation.evaluate import chosen_tokens, held_out
+from perce_lite.evaluation.judging import ArmSums, Judge, chance
 from perce_lite.files import safe_name
 from perce_lite.model import adapters
 from perce_lite.model.base import load_base, load_tokenizer
@@ -28,7 +28,11 @@ ARMS = "uniform,shuffled,base,mixed,bootstrap"
 
 UNTRAINED = "untrained"
 
-_BOTH = ("own", "none")
+PRIMARY = (
+    "Primary figure: what the own profile is worth over another user's and over the best topical match of others, nats "
+    "a token over all response tokens, on the test split, set against plain SFT (uniform) with a 95 % interval."
+)
+"""Said before anything is trained: what a comparison is decided by."""
 
 Cases = dict[str, list[Case]]
 """By split."""
@@ -118,6 +122,7 @@ def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: 
     """
     refuse_cores(recipe, "compare")
     rows = read_rows(recipe)
+    say(PRIMARY)
     trained = {row.user for row in of_split(rows, "train")}
     passes = dict.fromkeys(arm.recipe.profile_pass for arm in arms)
     found = {one: _cases(recipe, rows, one, tuning=len(rates) > 1) for one in passes}
@@ -130,7 +135,9 @@ def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: 
         only = {name: {"validation": cases.pop("validation")} for name, cases in found.items()}
         judge, sums = _score(recipe, [one for one in first if one not in failed], rows, only, True)["validation"]
         tokens = judge.tokens["all"].sum()
-        tuning = {one: float(scored[one.arm.judged]["all"].sum() / tokens) for one, scored in sums.items() if one}
+        tuning = {
+            one: float(scored.losses[one.arm.judged]["all"].sum() / tokens) for one, scored in sums.items() if one
+        }
     chosen = {arm.name: _best([one for one in first if one.arm == arm], tuning, failed) for arm in arms}
     usable = [one for one in chosen.values() if one is not None]
     rest = [Training(one.arm, one.rate, seed + more) for more in range(1, seeds) for one in usable]
@@ -155,6 +162,7 @@ def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: 
         "rates": list(rates),
         "seeds": [seed + more for more in range(seeds)],
         "clip_min": training_config(recipe).clip_min,
+        "primary": PRIMARY,
         "arms": told,
         "splits": {
             name: {**judge.told(trained), **_figures(arms, judge, sums)}
@@ -170,7 +178,8 @@ def _cases(recipe: Recipe, rows: Sequence[Row], profile_pass: str, tuning: bool)
     """
     limits = training_config(recipe).max_length, recipe.profile.max_tokens
     maker = PairMaker(load_tokenizer(recipe), recipe.template, *limits, profile_pass)
-    found = held_out(recipe, maker, rows)
+    topics = Topics(library(recipe), recipe.profile.top_k)
+    found = held_out(recipe, maker, rows, topics, recipe.evaluation.candidates)
     if "validation" in found:
         raise DataError("No test rows: compare chooses rates on validation and must judge on others. Raise split.test.")
     if not tuning:
@@ -205,26 +214,32 @@ def _train(trainings: Sequence[Training], rows: Sequence[Row], before: int, tota
 
 def _score(
     recipe: Recipe, trainings: Sequence[Training], rows: Sequence[Row], found: dict[str, Cases], tuning: bool
-) -> dict[str, tuple[Judge, dict[Training | None, Sums]]]:
-    """By split: what every training's adapter, and the base (None), loses, with the own profile and with none.
+) -> dict[str, tuple[Judge, dict[Training | None, ArmSums]]]:
+    """By split: what every training's adapter, and the base (None), loses under every condition.
 
     found: by `profile_pass`, the same rows in the same order
     tuning: with the profile alone that the arm is judged with
     """
-    config, base = training_config(recipe), load_base(recipe)
-    judged: dict[str, tuple[Judge, dict[Training | None, Sums]]] = {}
+    config = training_config(recipe)
+    words = UserWords(training_texts(rows))
+    one_way = next(iter(found.values()))
+    chosen = {} if tuning else chosen_tokens(recipe, one_way, words, load_tokenizer(recipe))
+    base = load_base(recipe)
+    judged: dict[str, tuple[Judge, dict[Training | None, ArmSums]]] = {}
     for training in (None, *trainings):
         folder = None if training is None else training.run(rows)[1].adapter
-        names = _BOTH if training is None or not tuning else (training.arm.judged,)
         what = UNTRAINED if training is None else f"{training.arm.name}, rate {training.rate:g}, seed {training.seed}"
         with adapters.attached(base.model, folder) as model:
             store = store_of(config.store, model, config.autocast, folder is not None)
             mine = next(iter(found)) if training is None else training.arm.recipe.profile_pass
             for split, some in found[mine].items():
                 told = f"{what}, {split}"
+                names = ("own", "none") if tuning else tuple(some[0].passes)
+                if tuning and training is not None:
+                    names = (training.arm.judged,)
                 scored = score_cases(model, some, names, store, config.autocast, told, folder is not None)
                 if training is None:
-                    judged[split] = Judge(some, scored, config.clip_min), {}
+                    judged[split] = Judge(some, scored, config.clip_min, chosen.get(split)), {}
                 judge, sums = judged[split]
                 sums[training] = judge.sums(scored)
     return judged
@@ -236,18 +251,14 @@ def _best(trainings: Sequence[Training], tuning: dict[Training, float], failed: 
     return min(left, key=lambda one: tuning.get(one, 0.0), default=None)
 
 
-def _figures(arms: Sequence[Arm], judge: Judge, sums: dict[Training | None, Sums]) -> dict[str, Any]:
+def _figures(arms: Sequence[Arm], judge: Judge, sums: dict[Training | None, ArmSums]) -> dict[str, Any]:
     """Losses of each arm, means over its seeds, and what separates it from plain SFT and from shuffled weights.
 
     An arm with options is set against its estimator without them as well.
     """
     by_arm = {arm.name: [one for one in sums if one is not None and one.arm == arm] for arm in arms}
-    means = {name: _mean([sums[one] for one in some]) for name, some in by_arm.items() if some}
-    table = [
-        {"arm": name, "profile": profile, **judge.figures(by_part)}
-        for name, by_profile in {UNTRAINED: sums[None], **means}.items()
-        for profile, by_part in by_profile.items()
-    ]
+    means = {name: ArmSums.mean([sums[one] for one in some]) for name, some in by_arm.items() if some}
+    every = {UNTRAINED: sums[None], **means}
     differences = []
     for arm in arms:
         for other in arms:
@@ -256,21 +267,54 @@ def _figures(arms: Sequence[Arm], judge: Judge, sums: dict[Training | None, Sums
             if other == arm or arm.name not in means or other.name not in means or not comparable:
                 continue
             pairs = [(one, two) for one in by_arm[arm.name] for two in by_arm[other.name] if one.seed == two.seed]
-            if not pairs:
-                continue
-            each = [judge.figures(sums[one][arm.judged], sums[two][arm.judged]) for one, two in pairs]
-            mine, theirs = (_mean([sums[one] for one in some])[arm.judged] for some in zip(*pairs, strict=True))
-            told = {
-                part: None if one is None else {**one, "seeds": [figures[part]["value"] for figures in each]}
-                for part, one in judge.figures(mine, theirs).items()
-            }
-            differences.append({"arm": arm.name, "against": other.name, "profile": arm.judged, **told})
-    return {"losses": table, "differences": differences}
-
-
-def _mean(some: Sequence[Sums]) -> Sums:
-    """Row by row, the mean over seeds."""
+            if pairs:
+                paired = [(sums[one], sums[two]) for one, two in pairs]
+                known = {"arm": arm.name, "against": other.name, "profile": arm.judged}
+                differences.append({**known, **_difference(judge, paired, arm.judged)})
     return {
-        profile: {part: np.mean([one[profile][part] for one in some], axis=0) for part in by_part}
-        for profile, by_part in some[0].items()
+        "losses": [
+            {"arm": name, "profile": profile, **judge.figures(by_part)}
+            for name, mine in every.items()
+            for profile, by_part in mine.losses.items()
+            if not is_candidate(profile)
+        ],
+        "worth": [
+            {"arm": name, "over": over, **judge.worth(mine, over)}
+            for name, mine in every.items()
+            for over in mine.losses
+            if over != "own" and not is_candidate(over)
+        ],
+        "who": _who(judge, every),
+        "differences": differences,
+    }
+
+
+def _who(judge: Judge, every: dict[str, ArmSums]) -> dict[str, Any] | None:
+    """How often each arm finds a text's writer among the profiles; None where there are no other users."""
+    arms = [{"arm": name, **judge.identified(mine)} for name, mine in every.items() if mine.identified]
+    if not arms:
+        return None
+    candidates = len(every[UNTRAINED].losses) - 1  # without the condition "none"
+    return {"candidates": candidates, "chance": chance(candidates), "arms": arms}
+
+
+def _difference(judge: Judge, pairs: Sequence[tuple[ArmSums, ArmSums]], profile: str) -> dict[str, Any]:
+    """What separates two arms, by seed and in the mean: losses of each part, `worth` over each condition, `who`."""
+    mine, theirs = (ArmSums.mean(several) for several in zip(*pairs, strict=True))
+
+    def with_seeds(name: str, figure: dict[str, Any], each: Sequence[dict[str, Any]]) -> Any:
+        return None if figure[name] is None else {**figure[name], "seeds": [one[name]["value"] for one in each]}
+
+    losses = judge.figures(mine.losses[profile], theirs.losses[profile])
+    each = [judge.figures(one.losses[profile], two.losses[profile]) for one, two in pairs]
+    worth = {}
+    for over in (OTHER, MATCH, "none") if profile == "own" else ():
+        if over in mine.losses:
+            figure = judge.figures(mine.worth(over), theirs.worth(over))
+            seeds = [judge.figures(one.worth(over), two.worth(over)) for one, two in pairs]
+            worth[over] = {part: with_seeds(part, figure, seeds) for part in figure}
+    return {
+        **{part: with_seeds(part, losses, each) for part in losses},
+        "worth": worth,
+        "who": judge.identified(mine, theirs),
     }

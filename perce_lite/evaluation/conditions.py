@@ -1,24 +1,21 @@
 """Held-out rows under their controls: own profile, none, a random other user's, the best topical match of others."""
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from perce_lite.data.pairs import Pair, PairMaker, Tokens
 from perce_lite.data.retrieval import Bm25Index, Item
-from perce_lite.data.rows import Row, swap_profiles
-from perce_lite.evaluation.metrics import Array, Bootstrap
+from perce_lite.data.rows import Row
 from perce_lite.model.logprob_store import Store
 from perce_lite.model.scoring import ScoringJob, cached_log_probs
-from perce_lite.training.loss import pir
 
-PARTS = ("all", "personal", "others")
-"""Tokens of a response: all of them, those whose PIR under the base is above the lower clip, and the rest."""
+OTHER, MATCH = "other user's", "topical match"
+"""Conditions with a profile of other users: a random one's, and the texts nearest to the query."""
 
 
 @dataclass(frozen=True)
@@ -55,27 +52,61 @@ class Topics:
 
 
 def cases(
-    maker: PairMaker, rows: Sequence[Row], topics: Topics | None = None, pool: Sequence[Row] = (), seed: int = 0
+    maker: PairMaker,
+    rows: Sequence[Row],
+    topics: Topics | None = None,
+    pool: Sequence[Row] = (),
+    seed: int = 0,
+    candidates: int = 0,
 ) -> list[Case]:
     """`rows` under every control; a row that one of them cannot be had for is left out of all.
 
     topics: also the best topical match of other users
-    pool: rows whose profiles serve as the random other user's, beside those of `rows`
+    pool: rows whose profiles serve as those of random other users, beside those of `rows`
+    candidates: further profiles of random other users, each of another user where there are enough, to tell the writer
+        of a row by; the conditions "candidate 1" and so on
     With a single user there is no other's profile: such controls are then left out for all rows.
     """
-    swapped = {id_of(row): row for row in swap_profiles(rows, seed, [*rows, *pool])}
+    chosen = other_profiles(rows, seed, [*rows, *pool], 1 + candidates)
     kept = []
     for pair in maker.make(rows):
         passes = {"own": pair.factual, "none": pair.counterfactual}
-        given = {"other user's": swapped.get(id_of(pair.row))} if swapped else {}
+        others = chosen[id_of(pair.row)]
+        given: dict[str, Row | None] = dict(zip(_other_names(candidates), others, strict=False))
         if topics is not None and len(topics.texts) > 1:
-            given["topical match"] = topics.match(pair.row)
+            given[MATCH] = topics.match(pair.row)
         for name, row in given.items():
             for made in maker.make([row] if row is not None else []):
                 passes[name] = made.factual
         if len(passes) == 2 + len(given):
             kept.append(Case(pair, passes))
     return kept
+
+
+def other_profiles(rows: Sequence[Row], seed: int, pool: Sequence[Row], count: int) -> dict[tuple[str, str], list[Row]]:
+    """By `id_of` of each row: the row with the profiles of `count` other users of `pool`, or of as many as all can."""
+    by_row: dict[tuple[str, str], list[Row]] = {id_of(row): [] for row in rows}
+    taken: dict[tuple[str, str], set[str]] = {id_of(row): {row.user} for row in rows}
+    for number in range(count):
+        chooser = random.Random(seed + number)
+        for row in rows:
+            key = id_of(row)
+            others = [other for other in pool if other.user not in taken[key] and other.profile]
+            if others:
+                other = chooser.choice(others)
+                taken[key].add(other.user)
+                by_row[key].append(replace(row, profile=other.profile))
+    common = min(map(len, by_row.values()), default=0)
+    return {key: several[:common] for key, several in by_row.items()}
+
+
+def _other_names(candidates: int) -> list[str]:
+    return [OTHER, *(f"candidate {number}" for number in range(1, candidates + 1))]
+
+
+def is_candidate(name: str) -> bool:
+    """Whether a condition is there only to tell the writer by."""
+    return name.startswith("candidate ")
 
 
 def id_of(row: Row) -> tuple[str, str]:
@@ -100,105 +131,3 @@ def score_cases(
         name: [values.double() for values in scored[index * size : (index + 1) * size]]
         for index, name in enumerate(profiles)
     }
-
-
-def masks(base: Mapping[str, Sequence[Tensor]], clip_min: float) -> dict[str, list[Tensor]]:
-    """Which tokens each of PARTS holds, (R,) a row, from log-probs under the base with the own profile and none."""
-    personal = [pir(*both) > clip_min for both in zip(base["own"], base["none"], strict=True)]
-    every = [torch.ones_like(one) for one in personal]
-    return {"all": every, "personal": personal, "others": [~one for one in personal]}
-
-
-def losses(log_probs: Sequence[Tensor], mask: Sequence[Tensor]) -> Array:
-    """Summed loss of each row's masked tokens, nats, (rows,)."""
-    return np.array([-float(values[one].sum()) for values, one in zip(log_probs, mask, strict=True)])
-
-
-def sizes(mask: Sequence[Tensor]) -> Array:
-    """Tokens of each row that `mask` holds, (rows,)."""
-    return np.array([float(part.sum()) for part in mask])
-
-
-Sums = dict[str, dict[str, Array]]
-"""profile -> part -> summed loss of each row, nats, (rows,)."""
-
-
-class Judge:
-    """Figures of one set of cases: every loss a token with its interval, and paired differences.
-
-    base: log-probs under the base, by profile; they say which tokens are personal
-    """
-
-    def __init__(self, found: Sequence[Case], base: Mapping[str, Sequence[Tensor]], clip_min: float) -> None:
-        users = [case.pair.row.user for case in found]
-        self.bootstrap, self.users = Bootstrap(users), set(users)
-        self.masks = masks(base, clip_min)
-        self.tokens = {part: sizes(mask) for part, mask in self.masks.items()}
-
-    def told(self, trained: Collection[str]) -> dict[str, Any]:
-        """Rows, users, how many of these are in `trained`, and tokens of each part."""
-        return {
-            "rows": self.bootstrap.rows,
-            "users": len(self.users),
-            "trained_users": len(self.users & set(trained)),
-            "tokens": {part: int(count.sum()) for part, count in self.tokens.items()},
-        }
-
-    def sums(self, scored: Mapping[str, Sequence[Tensor]]) -> Sums:
-        """Of log-probs by profile."""
-        return {
-            name: {part: losses(log_probs, mask) for part, mask in self.masks.items()}
-            for name, log_probs in scored.items()
-        }
-
-    def figures(self, sums: Mapping[str, Array], less: Mapping[str, Array] | None = None) -> dict[str, Any]:
-        """Nats a token of each part: {value, low, high}; None where no token is of it. `less` is taken away first."""
-        told: dict[str, Any] = {}
-        for part, totals in sums.items():
-            paired = totals if less is None else totals - less[part]
-            known = self.tokens[part].sum() > 0
-            told[part] = self.bootstrap.ratio(paired, self.tokens[part])._asdict() if known else None
-        return told
-
-
-def before_and_after(
-    model: torch.nn.Module,
-    found: Sequence[Case],
-    store: Store | None,
-    autocast: torch.dtype | None,
-    clip_min: float,
-) -> list[dict[str, Any]]:
-    """Loss a token, nats, of base and adapter under each control.
-
-    One record a control: {profile, base, adapter, tokens, personal: {base, adapter, tokens}, rows, per_row}. `store` is
-    the base's; empty where there are no cases.
-    """
-    if not found:
-        return []
-    names = list(found[0].passes)
-    base = score_cases(model, found, names, store, autocast, "Held-out rows, base", False)
-    adapter = score_cases(model, found, names, None, autocast, "Held-out rows, adapter", True)
-    parts = masks(base, clip_min)
-    records = []
-    for name in names:
-        by_part: dict[str, dict[str, Any]] = {}
-        for part in ("all", "personal"):
-            tokens = sizes(parts[part]).sum()
-            by_part[part] = {
-                "base": float(losses(base[name], parts[part]).sum() / max(1, tokens)),
-                "adapter": float(losses(adapter[name], parts[part]).sum() / max(1, tokens)),
-                "tokens": int(tokens),
-            }
-        per_row = [
-            {
-                "row": case.pair.row.where,
-                "user": case.pair.row.user,
-                "tokens": one.numel(),
-                "base": -float(one.sum()),
-                "adapter": -float(other.sum()),
-            }
-            for case, one, other in zip(found, base[name], adapter[name], strict=True)
-        ]
-        known = {"profile": name, **by_part["all"], "personal": by_part["personal"]}
-        records.append({**known, "rows": len(found), "per_row": per_row})
-    return records

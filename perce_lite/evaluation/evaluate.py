@@ -1,26 +1,29 @@
 """Base and adapters on held-out rows, under controls, with intervals: the story of `perce-lite eval`."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perce_lite.config import PerCEConfig
-from perce_lite.console import progress_bar, say, warn
-from perce_lite.data.pairs import PairMaker, Tokens
+from perce_lite.console import warn
+from perce_lite.data.pairs import Pair, PairMaker
 from perce_lite.data.readers import library, plain_rows, read_rows
 from perce_lite.data.rows import Row, of_split, spread_over_users
 from perce_lite.errors import AdapterError, DataError
-from perce_lite.evaluation.conditions import Case, Judge, Topics, cases, losses, score_cases, sizes
-from perce_lite.evaluation.metrics import Bootstrap, has_meteor, text_scores
-from perce_lite.files import digest, read_json, write_json
+from perce_lite.evaluation.answers import Answers, WrittenTexts
+from perce_lite.evaluation.authorship import UserWords, tokens_by_words, training_texts
+from perce_lite.evaluation.conditions import Case, Topics, cases, is_candidate, score_cases
+from perce_lite.evaluation.judging import BY_MODEL, BY_WORDS, ArmSums, Judge, chance, losses, sizes
+from perce_lite.evaluation.metrics import Bootstrap
+from perce_lite.evaluation.other_base import tokens_by_other_base
 from perce_lite.model import adapters
-from perce_lite.model.base import load_base
-from perce_lite.model.generate import generate
+from perce_lite.model.base import load_base, load_tokenizer
 from perce_lite.model.logprob_store import Store
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_key
 from perce_lite.recipe import Recipe, training_config
@@ -30,8 +33,32 @@ BASE = "base"
 GENERAL = Path(__file__).parent / "general.jsonl"
 """Questions and answers of everyday knowledge that have nothing to do with any user; our own text."""
 
-_WITH_TEXTS = ("own", "none")
-"""Controls under which answers are generated."""
+
+@dataclass(frozen=True)
+class Material:
+    """What every arm is judged on.
+
+    found: by split, held-out rows under every condition
+    chosen: by split and part, which tokens of each row are personal by something else than the training's weights
+    general: text that has nothing to do with any user, with the profile of a held-out row and without
+    learned: training rows, with the own profile alone
+    """
+
+    found: dict[str, list[Case]]
+    chosen: dict[str, dict[str, list[Tensor]]]
+    general: list[Pair]
+    learned: list[Pair]
+
+
+@dataclass(frozen=True)
+class ArmScores:
+    """Log-probs of one arm, nats: by split and condition, of the general text without and with a profile, and of
+    training rows; (R,) a row."""
+
+    splits: dict[str, dict[str, list[Tensor]]]
+    general: list[Tensor]
+    general_with_profile: list[Tensor]
+    learned: list[Tensor]
 
 
 def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
@@ -44,42 +71,84 @@ def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
     """
     arms: dict[str, Path | None] = {BASE: None, **_named(folders, recipe)}
     rows = read_rows(recipe)
-    trained = {row.user for row in of_split(rows, "train")}
     config = training_config(recipe)
+    maker = PairMaker.of(recipe, load_tokenizer(recipe), config.max_length)
+    texts = training_texts(rows)
+    words = UserWords(texts)
+    material = _material(recipe, maker, rows, words)
     base = load_base(recipe)
-    maker = PairMaker.of(recipe, base.tokenizer, config.max_length)
-    topics = Topics(library(recipe), recipe.profile.top_k)
-    found = held_out(recipe, maker, rows, topics)
-    general = _general(recipe, maker)
-    answered = next(iter(found.values()))[: recipe.evaluation.generated_rows]
-    kept = Answers(recipe, config, maker, recipe.output_dir / "eval-answers.json")
-    scored: dict[str, dict[str, dict[str, list[Tensor]]]] = {}
-    plain: dict[str, list[Tensor]] = {}
-    texts: list[dict[str, Any]] = []
+    answers = Answers(recipe, config, maker, recipe.output_dir / "eval-answers.json", WrittenTexts(texts))
+    answered = next(iter(material.found.values()))[: recipe.evaluation.generated_rows]
+    scored: dict[str, ArmScores] = {}
     for arm, folder in arms.items():
         with adapters.attached(base.model, folder) as model:
             on = folder is not None
             key = store_key(model, config.autocast, on)
             store = Store(Path(config.store), key) if config.store else None
-            scored[arm] = {
-                split: score_cases(model, some, list(some[0].passes), store, config.autocast, f"{arm}, {split}", on)
-                for split, some in found.items()
-            }
-            jobs = [ScoringJob("general", tokens) for tokens in general]
-            plain[arm] = cached_log_probs(model, jobs, store, config.autocast, f"{arm}, general", on).log_probs
-            texts += kept.of(model, answered, arm, on, key)
+            scored[arm] = _score(model, material, store, config, arm, on)
+            answers.add(model, answered, arm, on, key)
+            answers.add_general(model, material.general, words, arm, on, key)
+    trained = {row.user for row in of_split(rows, "train")}
+    judges = {
+        name: Judge(some, scored[BASE].splits[name], config.clip_min, material.chosen[name])
+        for name, some in material.found.items()
+    }
+    splits = {
+        name: _split(judge, trained, {arm: judge.sums(mine.splits[name]) for arm, mine in scored.items()})
+        for name, judge in judges.items()
+    }
     return {
         "model": recipe.model,
         "arms": {arm: None if folder is None else str(folder) for arm, folder in arms.items()},
         "clip_min": config.clip_min,
-        "splits": {
-            name: _split(some, trained, {arm: one[name] for arm, one in scored.items()}, config.clip_min)
-            for name, some in found.items()
-        },
-        "texts": _texts(texts, list(arms)),
-        "general": _changes(plain),
-        "answers": texts,
+        "splits": splits,
+        "texts": answers.table(list(arms)),
+        "general": _changes({arm: mine.general for arm, mine in scored.items()}),
+        "spill_over": _spill_over(material.general, scored, answers.spilled),
+        "memory": _memory(material.learned, scored),
+        "answers": answers.records,
     }
+
+
+def _material(recipe: Recipe, maker: PairMaker, rows: Sequence[Row], words: UserWords) -> Material:
+    found = held_out(recipe, maker, rows, Topics(library(recipe), recipe.profile.top_k), recipe.evaluation.candidates)
+    chosen = chosen_tokens(recipe, found, words, maker.tokenizer)
+    with_profile = [row for row in of_split(rows, "train") if row.profile]
+    learned = maker.make(spread_over_users(with_profile, recipe.evaluation.max_rows))
+    profiles = [case.pair.row for some in found.values() for case in some]
+    return Material(found, chosen, _general(recipe, maker, profiles), learned)
+
+
+def chosen_tokens(
+    recipe: Recipe, found: Mapping[str, Sequence[Case]], words: UserWords, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, dict[str, list[Tensor]]]:
+    """By split and part, personal tokens chosen without the training's weights: see `judging.masks`.
+
+    Where `evaluation.personal_by` names another base, it is loaded and let go of: call it before the recipe's own.
+    """
+    chosen = {name: {BY_WORDS: tokens_by_words(some, words, tokenizer)} for name, some in found.items()}
+    if recipe.evaluation.personal_by is not None:
+        for name, masks in tokens_by_other_base(recipe, recipe.evaluation.personal_by, found, tokenizer).items():
+            chosen[name][BY_MODEL] = masks
+    return chosen
+
+
+def _score(
+    model: PreTrainedModel, material: Material, store: Store | None, config: PerCEConfig, arm: str, on: bool
+) -> ArmScores:
+    """One arm on all of `material`, adapters `on` or off."""
+    splits = {
+        split: score_cases(model, some, list(some[0].passes), store, config.autocast, f"{arm}, {split}", on)
+        for split, some in material.found.items()
+    }
+    jobs = [
+        *(ScoringJob("general", pair.counterfactual) for pair in material.general),
+        *(ScoringJob("general", pair.factual) for pair in material.general),
+        *(ScoringJob(pair.row.user, pair.factual) for pair in material.learned),
+    ]
+    rest = cached_log_probs(model, jobs, store, config.autocast, f"{arm}, general and training rows", on).log_probs
+    size = len(material.general)
+    return ArmScores(splits, rest[:size], rest[size : 2 * size], rest[2 * size :])
 
 
 def held_out(
@@ -87,10 +156,12 @@ def held_out(
     maker: PairMaker,
     rows: Sequence[Row],
     topics: Topics | None = None,
+    candidates: int = 0,
     splits: Sequence[str] = ("test", "unseen"),
 ) -> dict[str, list[Case]]:
     """Cases of each of `splits` that has rows, `evaluation.max_rows` at the most, spread over users.
 
+    candidates: see `conditions.cases`
     Where there is no test split, validation stands for it.
 
     Raises:
@@ -101,7 +172,7 @@ def held_out(
     found = {}
     for split in splits:
         picked = spread_over_users([row for row in of_split(rows, split) if row.profile], recipe.evaluation.max_rows)
-        some = cases(maker, picked, topics, of_split(rows, "train"))
+        some = cases(maker, picked, topics, of_split(rows, "train"), candidates=candidates)
         if some:
             found[split] = some
         elif picked:
@@ -133,54 +204,73 @@ def _split_of(plain: dict[str, Any]) -> Any:
     return plain["split"], plain["data"]["format"], plain["data"]["columns"]
 
 
-def _general(recipe: Recipe, maker: PairMaker) -> list[Tokens]:
-    """The general text, tokenised without any profile."""
+def _general(recipe: Recipe, maker: PairMaker, profiles: Sequence[Row]) -> list[Pair]:
+    """The general text, each with the profile of one of `profiles` in turn and as that one's user."""
     given = recipe.evaluation.general
     path = GENERAL if given is None else Path(recipe.source).parent / Path(given).expanduser()
     if not path.is_file():
         raise DataError(f"evaluation.general: there is no file {path}")
     rows = plain_rows(path)
-    # A pair needs a profile; the one put in is dropped again with the factual side.
-    tokens = [pair.counterfactual for pair in maker.make([replace(row, profile="-") for row in rows])]
-    if len(tokens) < len(rows):
-        warn(f"{len(rows) - len(tokens)} of {len(rows)} rows of {path.name} are empty or do not fit, and are left out")
-    return tokens
+    lent = [profiles[number % len(profiles)] for number in range(len(rows))]
+    pairs = maker.make(
+        [replace(row, profile=other.profile, user=other.user) for row, other in zip(rows, lent, strict=True)]
+    )
+    if len(pairs) < len(rows):
+        warn(f"{len(rows) - len(pairs)} of {len(rows)} rows of {path.name} are empty or do not fit, and are left out")
+    return pairs
 
 
 # Figures
 
 
-def _split(
-    found: list[Case], trained: set[str], scored: dict[str, dict[str, list[Tensor]]], clip_min: float
-) -> dict[str, Any]:
-    """Losses of every arm under every control, what changed against the base, what the own profile is worth."""
-    judge = Judge(found, scored[BASE], clip_min)
-    sums = {arm: judge.sums(by_profile) for arm, by_profile in scored.items()}
+def _split(judge: Judge, trained: set[str], sums: dict[str, ArmSums]) -> dict[str, Any]:
+    """Losses of every arm under every control, what the own profile is worth, who wrote it; changes against the base.
+
+    The first arm of `sums` is the base.
+    """
+    base = sums[BASE]
     table = [
         {
             "arm": arm,
             "profile": name,
             **judge.figures(by_part),
-            "change": None if arm == BASE else judge.figures(by_part, sums[BASE][name]),
+            "change": None if arm == BASE else judge.figures(by_part, base.losses[name]),
         }
-        for arm, by_profile in sums.items()
-        for name, by_part in by_profile.items()
+        for arm, mine in sums.items()
+        for name, by_part in mine.losses.items()
+        if not is_candidate(name)
     ]
     worth = [
-        {"arm": arm, "over": name, **judge.figures(by_part, by_profile["own"])}
-        for arm, by_profile in sums.items()
-        for name, by_part in by_profile.items()
-        if name != "own"
+        {
+            "arm": arm,
+            "over": name,
+            **judge.worth(mine, name),
+            "change": None if arm == BASE else judge.figures(mine.worth(name), base.worth(name)),
+        }
+        for arm, mine in sums.items()
+        for name in mine.losses
+        if name != "own" and not is_candidate(name)
+    ]
+    candidates = len(base.losses) - 1  # without the condition "none"
+    who = [
+        {
+            "arm": arm,
+            **judge.identified(mine),
+            "change": None if arm == BASE else judge.identified(mine, base),
+        }
+        for arm, mine in sums.items()
+        if mine.identified
     ]
     return {
         **judge.told(trained),
         "losses": table,
         "worth": worth,
+        "who": {"candidates": candidates, "chance": chance(candidates), "arms": who} if who else None,
     }
 
 
 def _changes(plain: dict[str, list[Tensor]]) -> list[dict[str, Any]]:
-    """Loss a token of each arm on the general text, and the change against the base."""
+    """Loss a token of each arm on rows of nobody, and the change against the base."""
     if not plain[BASE]:
         return []
     every = [torch.ones_like(values, dtype=torch.bool) for values in plain[BASE]]
@@ -198,73 +288,46 @@ def _changes(plain: dict[str, list[Tensor]]) -> list[dict[str, Any]]:
     ]
 
 
-def _texts(answers: list[dict[str, Any]], arms: Sequence[str]) -> list[dict[str, Any]]:
-    """Text metrics of every arm with the own profile and with none, and the change against the base."""
-    table = []
-    for arm in arms:
-        for name in _WITH_TEXTS:
-            mine = [answer for answer in answers if answer["arm"] == arm and answer["profile"] == name]
-            theirs = [one for one in answers if one["arm"] == BASE and one["profile"] == name]
-            if not mine:
-                continue
-            bootstrap = Bootstrap([one["user"] for one in mine])
-            scores = {metric: [one["scores"][metric] for one in mine] for metric in mine[0]["scores"]}
-            changes = {
-                metric: [own - one["scores"][metric] for own, one in zip(values, theirs, strict=True)]
-                for metric, values in scores.items()
-            }
-            table.append(
-                {
-                    "arm": arm,
-                    "profile": name,
-                    "rows": len(mine),
-                    "scores": {metric: bootstrap.ratio(values)._asdict() for metric, values in scores.items()},
-                    "change": None
-                    if arm == BASE
-                    else {metric: bootstrap.ratio(values)._asdict() for metric, values in changes.items()},
-                }
-            )
-    return table
+def _spill_over(
+    general: Sequence[Pair], scored: Mapping[str, ArmScores], spilled: Mapping[str, list[float]]
+) -> list[dict[str, Any]]:
+    """What a profile in the prompt does to answers that have nothing to do with it.
+
+    A record an arm: `loss`, nats a token of the neutral answer with a profile less without; `answers`, share of
+    generated answers with words that only the profile has.
+    """
+    if not general:
+        return []
+    bootstrap = Bootstrap([pair.row.user for pair in general])
+    counts = np.array([float(values.numel()) for values in scored[BASE].general])
+    gaps = {
+        arm: np.array([float((a - b).sum()) for a, b in zip(mine.general, mine.general_with_profile, strict=True)])
+        for arm, mine in scored.items()
+    }
+    return [
+        {
+            "arm": arm,
+            "loss": bootstrap.ratio(gap, counts)._asdict(),
+            "change": None if arm == BASE else bootstrap.ratio(gap - gaps[BASE], counts)._asdict(),
+            "answers": float(np.mean(spilled[arm])) if spilled.get(arm) else None,
+        }
+        for arm, gap in gaps.items()
+    ]
 
 
-# Answers
-
-
-class Answers:
-    """Generated answers, kept in `path` as they come: generating is what an evaluation spends its time on."""
-
-    def __init__(self, recipe: Recipe, config: PerCEConfig, maker: PairMaker, path: Path) -> None:
-        self.options, self.config, self.maker = recipe.evaluation, config, maker
-        self.path = path
-        self.known: dict[str, str] = read_json(path) or {}
-        if self.options.generated_rows and not has_meteor():
-            say("METEOR is left out: nltk has no WordNet here (python -m nltk.downloader wordnet)")
-
-    def of(self, model: PreTrainedModel, found: Sequence[Case], arm: str, on: bool, key: str) -> list[dict[str, Any]]:
-        """One arm's answers to the queries of `found`, with the own profile and with none, and their scores.
-
-        key: `store_key` of the model, adapters on or off
-        """
-        answers = []
-        with progress_bar() as bar:
-            task = bar.add_task(f"{arm}, answers", total=len(found) * len(_WITH_TEXTS), note="")
-            for name in _WITH_TEXTS:
-                for case in found:
-                    text = self._one(model, case.pair.row, "" if name == "none" else case.pair.profile, key, on)
-                    row = case.pair.row
-                    written = next(one["content"] for one in row.completion if one["role"] == "assistant")
-                    known = {"row": row.where, "user": row.user, "query": row.query, "written": written}
-                    scores = text_scores(written, text)
-                    answers.append({"arm": arm, "profile": name, **known, "text": text, "scores": scores})
-                    bar.advance(task)
-        return answers
-
-    def _one(self, model: PreTrainedModel, row: Row, profile: str, key: str, on: bool) -> str:
-        limit, options, seed = self.options.max_new_tokens, self.options.generation, self.config.seed
-        asked = digest([key, self.maker.prompt_ids(row.prompt, profile), limit, options, seed])
-        if asked not in self.known:
-            set_seed(seed)
-            answer = generate(model, self.maker, row.prompt, profile, limit, on, self.config.autocast, **options)
-            self.known[asked] = answer
-            write_json(self.path, self.known)
-        return self.known[asked]
+def _memory(learned: Sequence[Pair], scored: Mapping[str, ArmScores]) -> list[dict[str, Any]]:
+    """Loss a token on training rows, with the own profile, and the change against the base: to set beside held-out."""
+    if not learned:
+        return []
+    bootstrap = Bootstrap([pair.row.user for pair in learned])
+    counts = np.array([float(values.numel()) for values in scored[BASE].learned])
+    totals = {arm: np.array([-float(values.sum()) for values in mine.learned]) for arm, mine in scored.items()}
+    return [
+        {
+            "arm": arm,
+            "rows": len(learned),
+            "loss": bootstrap.ratio(mine, counts)._asdict(),
+            "change": None if arm == BASE else bootstrap.ratio(mine - totals[BASE], counts)._asdict(),
+        }
+        for arm, mine in totals.items()
+    ]

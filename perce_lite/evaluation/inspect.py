@@ -2,7 +2,6 @@
 
 import re
 import string
-import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from perce_lite.config import PerCEConfig
 from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, Tokens, require
 from perce_lite.data.readers import read_rows
 from perce_lite.data.rows import Row, of_split, spread_over_users, swap_profiles
+from perce_lite.data.text_units import text_units
 from perce_lite.errors import DataError
 from perce_lite.evaluation.conditions import id_of
 from perce_lite.evaluation.metrics import FEW_USERS, Bootstrap
@@ -210,38 +210,6 @@ def _row(one: Seen, tokenizer: PreTrainedTokenizerBase, clip_min: float, clip_ma
     known = {"row": row.where, "user": row.user, "query": row.query, "profile": one.pair.profile}
     means = {"pir_mean": float(one.pir.mean()), "mean_absolute_pir": float(one.pir.abs().mean())}
     return {**known, **means, "units": units}
-
-
-def text_units(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[tuple[int, int, str]]:
-    """(start, end, text) of the smallest runs of tokens that are whole characters; the texts join to the whole.
-
-    A token of a byte-level tokenizer may be a part of a character: it is shown with its neighbours. So is a combining
-    mark, which shows nothing without the letter it belongs to. A special token stands alone.
-    """
-    special = set(tokenizer.all_special_ids)
-    units: list[tuple[int, int, str]] = []
-    before = start = 0  # the unit before is decoded along: a tokenizer may strip the space that a text begins with
-    for end in range(1, len(ids) + 1):
-        said, text = (tokenizer.decode(ids[before:to], clean_up_tokenization_spaces=False) for to in (start, end))
-        text = text[len(said) :]
-        torn = text.endswith("\ufffd") and end - start < 8
-        if torn and end < len(ids) and ids[end] not in special:
-            continue
-        if units and special.isdisjoint((ids[start - 1], ids[start])) and _one_character(units[-1][2], text):
-            first, _, head = units.pop()
-            units.append((first, end, head + text))
-        else:
-            units.append((start, end, text))
-        before, start = start, end
-    return units
-
-
-def _one_character(head: str, tail: str) -> bool:
-    """Whether `tail` continues what a reader takes for the last character of `head`."""
-    if not head or not tail:
-        return True
-    mark = unicodedata.category(tail[0]).startswith("M") or "\U0001f3fb" <= tail[0] <= "\U0001f3ff"  # skin tones
-    return mark or "\u200d" in (head[-1], tail[0])  # the zero-width joiner of emoji
 
 
 def _words(rows: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ from typing import Any
 from perce_lite.console import say
 from perce_lite.data.pairs import PairMaker
 from perce_lite.data.rows import Row, of_split, spread_over_users
-from perce_lite.evaluation.conditions import before_and_after, cases
+from perce_lite.evaluation.conditions import cases
+from perce_lite.evaluation.judging import before_and_after
 from perce_lite.files import write_json
 from perce_lite.model.base import load_base
 from perce_lite.model.generate import generate

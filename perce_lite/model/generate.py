@@ -7,18 +7,32 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TextStreamer
 
 from perce_lite.config import chosen_dtype, pick_device
 from perce_lite.data.pairs import PairMaker
 from perce_lite.data.readers import user_texts
 from perce_lite.data.rows import Message, Profiled
-from perce_lite.errors import AdapterError
+from perce_lite.errors import AdapterError, DataError
 from perce_lite.model import adapters
 from perce_lite.model.base import load_base
 from perce_lite.model.fused_head import base_of
+from perce_lite.model.personal_decoding import PersonalContrast
 from perce_lite.model.scoring import autocast_to, encode_prefix, no_grad_eval
 from perce_lite.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Personal:
+    """How much more like the user an answer is than the model alone would write it: see `PersonalContrast`.
+
+    strength: nats of weight to each nat that the profile adds; 0: plain decoding
+    adapters_off: the pass without profile is the bare base (as the estimators over the base have it), or else the same
+        adapter (`bootstrap`)
+    """
+
+    strength: float
+    adapters_off: bool = True
 
 
 def generate(
@@ -30,11 +44,40 @@ def generate(
     use_adapter: bool = True,
     autocast: torch.dtype | None = None,
     stream: bool = False,
+    personal: Personal | None = None,
     **options: Any,
 ) -> str:
     """The answer to `prompt`; greedy unless `options`, of transformers' `generate`, change that.
 
     stream: write it to standard output as well, token by token
+    personal: how much more like the user than the model alone would; None: not at all
+
+    Raises:
+        DataError: `personal` without a profile to contrast, or with beams.
+    """
+    [answer] = generate_several(
+        model, maker, prompt, profile, max_new_tokens, 1, use_adapter, autocast, stream, personal, **options
+    )
+    return answer
+
+
+def generate_several(
+    model: torch.nn.Module,
+    maker: PairMaker,
+    prompt: Sequence[Message],
+    profile: Profiled,
+    max_new_tokens: int,
+    count: int,
+    use_adapter: bool = True,
+    autocast: torch.dtype | None = None,
+    stream: bool = False,
+    personal: Personal | None = None,
+    **options: Any,
+) -> list[str]:
+    """`count` answers to `prompt` in one batch, drawn if `options` say `do_sample`; otherwise as `generate`.
+
+    Raises:
+        DataError: `personal` without a profile to contrast, or with beams.
     """
     tokenizer: PreTrainedTokenizerBase = maker.tokenizer
     device = next(model.parameters()).device
@@ -43,7 +86,13 @@ def generate(
     cache = options.get("past_key_values")
     cached_length = 0 if cache is None else cache.get_seq_length()
     if use_adapter and tokens.prefix_length > cached_length:
-        options["past_key_values"] = encode_prefix(model, tokens.prefix_ids, autocast, cache)
+        cache = encode_prefix(model, tokens.prefix_ids, autocast, cache)
+        if count > 1:
+            cache.batch_repeat_interleave(count)
+        options["past_key_values"] = cache
+    if personal is not None and personal.strength:
+        contrast = _contrast(model, maker, prompt, profile, personal, use_adapter, options)
+        options["logits_processor"] = LogitsProcessorList([contrast])
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     with no_grad_eval(model, adapters=use_adapter), autocast_to(device, autocast):
         out = base_of(model).generate(
@@ -53,9 +102,30 @@ def generate(
             eos_token_id=maker.stop_ids(),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             streamer=streamer,
+            num_return_sequences=count,
             **{"do_sample": False, **options},
         )
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    return [str(text).strip() for text in tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)]
+
+
+def _contrast(
+    model: torch.nn.Module,
+    maker: PairMaker,
+    prompt: Sequence[Message],
+    profile: Profiled,
+    personal: Personal,
+    use_adapter: bool,
+    options: dict[str, Any],
+) -> PersonalContrast:
+    if not maker.profile_text(profile).strip():
+        raise DataError(
+            "personal: there is no profile in the prompt to lean on. Give --profile TEXT or --user NAME (in a chat "
+            "/profile), or go without --personal."
+        )
+    if options.get("num_beams", 1) > 1:
+        raise DataError("personal: beams share no cache with the pass without profile; leave num_beams out")
+    off = use_adapter and personal.adapters_off  # without the adapter both passes are the base's anyway
+    return PersonalContrast(model, maker.prompt(prompt, "").ids, personal.strength, off)
 
 
 @dataclass(frozen=True)
@@ -67,6 +137,10 @@ class LoadedAdapter:
     model: PeftModel
     maker: PairMaker
     autocast: torch.dtype | None
+
+    def personal(self, strength: float) -> Personal:
+        """The contrast at `strength`, against what this adapter was trained to be contrasted with."""
+        return Personal(strength, self.metadata["estimator"] != "bootstrap")
 
 
 def load_adapter(metadata: dict[str, Any]) -> LoadedAdapter:
@@ -93,15 +167,18 @@ def generate_from_folder(
     max_new_tokens: int,
     use_adapter: bool = True,
     stream: bool = False,
+    strength: float = 0.0,
     **options: Any,
 ) -> dict[str, Any]:
     """The answer to `prompt` of the adapter in `folder`, or of its base; with the profile that was in the prompt.
 
     profile: the profile's text; "": without one
     user: instead of a profile, a user of the adapter's data; the texts nearest to the prompt become the profile
+    strength: see `Personal`
 
     Raises:
         AdapterError: no adapter there, or the profile is missing that the adapter was trained with.
+        DataError: `strength` without a profile.
     """
     metadata = adapters.read_metadata(folder)
     wanted = _wanted_profile(metadata, prompt, profile, user)
@@ -109,7 +186,16 @@ def generate_from_folder(
     messages = [{"role": "user", "content": prompt}]
     fitting = loaded.maker.fitting(messages, wanted)
     answer = generate(
-        loaded.model, loaded.maker, messages, fitting, max_new_tokens, use_adapter, loaded.autocast, stream, **options
+        loaded.model,
+        loaded.maker,
+        messages,
+        fitting,
+        max_new_tokens,
+        use_adapter,
+        loaded.autocast,
+        stream,
+        loaded.personal(strength),
+        **options,
     )
     return {
         "prompt": prompt,

@@ -48,7 +48,8 @@ def write_figures(
     by_query: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for one in answers:
         told = by_query.setdefault((one["row"], one["query"]), [(f"{one['user']} wrote", one["written"])])
-        told.append((f"{one['arm']}, profile: {one['profile']}", one["text"]))
+        way = (", sampled" if one["sampled"] else "") + (f", personal {one['personal']:g}" if one["personal"] else "")
+        told.append((f"{one['arm']}, profile: {one['profile']}{way}", one["text"]))
     filters: Filters = {"drawn": lambda section: Markup(forest(section.points, section.unit)), "words": words}
     told_by = [(f"{row}: {query}", told) for (row, query), told in by_query.items()]
     _write(
@@ -58,7 +59,8 @@ def write_figures(
 
 def words(section: Section) -> int:
     """How many columns of `section`, from the left, hold words and not figures."""
-    last = next((name for name in ("profile in the prompt", "state") if name in section.head), section.head[0])
+    worded = ("profile in the prompt", "profile", "own profile over", "state")
+    last = next((name for name in worded if name in section.head), section.head[0])
     return section.head.index(last) + 1
 
 

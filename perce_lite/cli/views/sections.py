@@ -1,4 +1,4 @@
-"""Figures of `eval` and `compare` as tables and sentences: written once, shown by the terminal and by the page."""
+"""Figures as tables and sentences: written once, shown by the terminal and by the page."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,34 @@ from perce_lite.fleet.result import FleetResult, Gains
 
 PARTS = {"all": "all tokens", "personal": "personal", "others": "others"}
 
-METRICS = {"rouge1": "ROUGE-1", "rougeL": "ROUGE-L", "chrf": "chrF", "meteor": "METEOR"}
+CHOSEN = {"by words": "by words", "against topic": "against topic", "by another base": "by another base"}
+"""Personal tokens chosen by something else than the training's own weights."""
+
+CHOSEN_NOTE = (
+    "Personal tokens that the training's weights did not choose. By words: tokens of words that the user's training "
+    "texts use more than the other users' do (log-odds, z above 2; no model). Against topic: tokens that the own "
+    "profile makes likelier under the base than the best topical match of other users does."
+)
+
+WHO_NOTE = (
+    "Each text is set under the profiles of several users: how often its writer's gives the lowest loss (top-1), and "
+    "the mean of 1 / rank (MRR). Relative: of what training changed, loss less the base's."
+)
+
+TEXT_FIGURES = {
+    "rouge1": "ROUGE-1",
+    "rougeL": "ROUGE-L",
+    "chrf": "chrF",
+    "meteor": "METEOR",
+    "style": "style",
+    "masked_style": "style, masked",
+    "content": "content kept",
+    "copied": "copied",
+    "longest_copy": "longest copy",
+    "distinct2": "distinct-2",
+    "repeated4": "repeated",
+    "length": "length",
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +59,7 @@ class Section:
     title: str
     note: str
     head: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     points: tuple[Point, ...] = ()
     unit: str = ""
 
@@ -55,234 +82,21 @@ def named(arm: str) -> str:
     return arm.replace(":", ": ")
 
 
-def _held_out(name: str, split: Mapping[str, Any]) -> str:
+def point(row: str, series: str, figure: Mapping[str, Any]) -> Point:
+    """The mark of a figure {value, low, high}, with those of its seeds."""
+    return Point(row, series, figure["value"], figure["low"], figure["high"], tuple(figure.get("seeds", ())))
+
+
+def held_out_texts(name: str, split: Mapping[str, Any]) -> str:
     """How many texts of how many users, and whether training knew them."""
     instead = " (there is no test split)" if name == "validation" else ""
     known = f"{split['users']} users, {split['trained_users']} of them in training"
     return f"{split['rows']} held-out texts{instead} of {known}"
 
 
-def _caution(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def caution(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
     few = [name for name, split in splits.items() if split["users"] < FEW_USERS]
     return [f"{', '.join(few)}: with so few users the intervals are too narrow: take them as a hint."] if few else []
-
-
-# eval
-
-
-def evaluation(figures: Mapping[str, Any]) -> list[Section]:
-    """The tables of `perce-lite eval`."""
-    made = []
-    for name, split in figures["splits"].items():
-        tokens = split["tokens"]
-        counted = (
-            f"{_held_out(name, split)}, {tokens['all']} response tokens; personal are the {tokens['personal']} whose "
-            f"PIR under the base is above {figures['clip_min']:g}"
-        )
-        made += [_losses(name, counted, split), _changes(name, split), _worth(name, split)]
-    return [*made, *_texts(figures["texts"]), *_general(figures["general"])]
-
-
-def _losses(name: str, counted: str, split: Mapping[str, Any]) -> Section:
-    return Section(
-        f"{name}: loss a token",
-        f"Nats, lower is better. {counted}.",
-        ("arm", "profile in the prompt", *PARTS.values()),
-        [(one["arm"], one["profile"], *(plain(one[part]) for part in PARTS)) for one in split["losses"]],
-        tuple(_point(one["profile"], one["arm"], one["all"]) for one in split["losses"]),
-        "loss a token over all response tokens, nats",
-    )
-
-
-def _changes(name: str, split: Mapping[str, Any]) -> Section:
-    changed = [one for one in split["losses"] if one["change"] is not None]
-    return Section(
-        f"{name}: change against the base with the same profile",
-        "Nats a token, negative is better; in brackets the 95 % interval over rows, grouped by user.",
-        ("arm", "profile in the prompt", *PARTS.values()),
-        [(one["arm"], one["profile"], *(signed(one["change"][part]) for part in PARTS)) for one in changed],
-        tuple(
-            _point(f"{PARTS[part]}, {one['arm']}", f"profile: {one['profile']}", one["change"][part])
-            for one in changed
-            for part in PARTS
-            if one["profile"] in ("own", "none") and one["change"][part] is not None
-        ),
-        "change of the loss, nats a token",
-    )
-
-
-def _worth(name: str, split: Mapping[str, Any]) -> Section:
-    return Section(
-        f"{name}: what the own profile is worth",
-        "Loss a token with another profile less that with the own one, nats; over none it is the mean PIR of the arm.",
-        ("arm", "own profile over", *PARTS.values()),
-        [(one["arm"], one["over"], *(signed(one[part]) for part in PARTS)) for one in split["worth"]],
-        tuple(_point(f"over {one['over']}", one["arm"], one["all"]) for one in split["worth"]),
-        "nats a token over all response tokens",
-    )
-
-
-def _texts(table: Sequence[Mapping[str, Any]]) -> list[Section]:
-    if not table:
-        return []
-    metrics = [metric for metric in METRICS if metric in table[0]["scores"]]
-    rows = []
-    for one in table:
-        told = [
-            f"{plain(one['scores'][metric])}" + ("" if one["change"] is None else f" {signed(one['change'][metric])}")
-            for metric in metrics
-        ]
-        rows.append((one["arm"], one["profile"], *told))
-    note = f"{table[0]['rows']} generated answers each, 0 to 1, higher is better; then the change against the base."
-    return [Section("Generated text", note, ("arm", "profile", *(METRICS[metric] for metric in metrics)), rows)]
-
-
-def _general(table: Sequence[Mapping[str, Any]]) -> list[Section]:
-    if not table:
-        return []
-    return [
-        Section(
-            "General ability",
-            f"Loss a token on {table[0]['tokens']} tokens of text that has nothing to do with the users, no profile.",
-            ("arm", "loss", "change against the base"),
-            [(one["arm"], plain(one["loss"]), signed(one["change"])) for one in table],
-        )
-    ]
-
-
-def evaluation_sentences(figures: Mapping[str, Any]) -> list[str]:
-    """What the figures say of every adapter, in words."""
-    told = []
-    for arm in list(figures["arms"])[1:]:
-        for name, split in figures["splits"].items():
-            own = next(one["change"] for one in split["losses"] if one["arm"] == arm and one["profile"] == "own")
-            told.append(f"{arm}, {name}: with the own profile {_better(own)}.")
-            match = [one for one in split["worth"] if one["arm"] == arm and one["over"] == "topical match"]
-            for one in match:
-                told.append(f"{arm}, {name}: its own profile against the best topical match of others {_topic(one)}.")
-        for one in figures["general"]:
-            if one["arm"] == arm:
-                told.append(f"{arm}: general text {_improved(one['change'])}.")
-    return told + _caution(figures["splits"])
-
-
-def _improved(change: Mapping[str, Any] | None) -> str:
-    if change is None:
-        return "has no tokens to judge by"
-    if change["high"] is not None and change["high"] < 0:
-        return f"is better than the base's by {-change['value']:.3f} nats a token"
-    if change["low"] is not None and change["low"] > 0:
-        return f"is worse than the base's by {change['value']:.3f} nats a token"
-    return f"cannot be told from the base's, {signed(change)}"
-
-
-def _better(change: Mapping[str, Any]) -> str:
-    return f"the loss over all tokens {_improved(change['all'])}, over personal tokens {_improved(change['personal'])}"
-
-
-def _topic(worth: Mapping[str, Any]) -> str:
-    one = worth["all"]
-    if one["low"] is not None and one["low"] > 0:
-        return f"is worth {signed(one)} nats a token: more than topic"
-    return f"is worth {signed(one)} nats a token, which cannot be told from topic"
-
-
-# compare
-
-
-def comparison(figures: Mapping[str, Any]) -> list[Section]:
-    """The tables of `perce-lite compare`."""
-    rates = [f"{rate:g}" for rate in figures["rates"]]
-    chosen = Section(
-        "Arms",
-        f"Trained on {figures['train_rows']} rows, seeds {', '.join(map(str, figures['seeds']))}. Validation loss a "
-        "token of the first seed at each rate, nats; the lowest was chosen.",
-        ("arm", "judged with profile", *(f"rate {rate}" for rate in rates), "chosen"),
-        [_arm(arm, rates) for arm in figures["arms"]],
-    )
-    made = [chosen]
-    for name, split in figures["splits"].items():
-        tokens = split["tokens"]
-        note = f"{_held_out(name, split)}, {tokens['all']} tokens, {tokens['personal']} "
-        made.append(_compared(name, f"{note}of them personal", split["losses"]))
-        for against in dict.fromkeys(one["against"] for one in split["differences"]):
-            mine = [one for one in split["differences"] if one["against"] == against]
-            made.append(_differences(name, against, mine))
-    return made
-
-
-def _compared(name: str, counted: str, losses: Sequence[Mapping[str, Any]]) -> Section:
-    """One row an arm: every part with the own profile, all tokens with the others."""
-    by_arm: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for one in losses:
-        by_arm.setdefault(one["arm"], {})[one["profile"]] = one
-    others = [profile for profile in next(iter(by_arm.values())) if profile != "own"]
-    return Section(
-        f"{name}: loss a token",
-        f"Nats, mean over the seeds, lower is better. {counted}.",
-        ("arm", *(f"own profile, {part}" for part in PARTS.values()), *(f"{other}, all tokens" for other in others)),
-        [
-            (
-                named(arm),
-                *(plain(by_profile["own"][part]) for part in PARTS),
-                *(plain(by_profile[other]["all"]) for other in others),
-            )
-            for arm, by_profile in by_arm.items()
-        ],
-    )
-
-
-def _arm(one: Mapping[str, Any], rates: Sequence[str]) -> tuple[str, ...]:
-    rate = "failed" if one["rate"] is None else f"{one['rate']:g}" + (" (edge)" if one["at_edge"] else "")
-    tried = ["–" if one["validation"][at] is None else f"{one['validation'][at]:.3f}" for at in rates]
-    return named(one["arm"]), one["profile"], *tried, rate
-
-
-def _differences(split: str, against: str, mine: Sequence[Mapping[str, Any]]) -> Section:
-    return Section(
-        f"{split}: difference from {against}",
-        "Nats a token, negative is better: paired over the same rows, mean over the seeds, 95 % interval over rows "
-        "grouped by user; on the page a dot is one seed.",
-        ("arm", *PARTS.values()),
-        [(named(one["arm"]), *(signed(one[part]) for part in PARTS)) for one in mine],
-        tuple(
-            _point(named(one["arm"]), PARTS[part], one[part])
-            for one in mine
-            for part in ("all", "personal")
-            if one[part] is not None
-        ),
-        f"difference from {against}, nats a token",
-    )
-
-
-def comparison_sentences(figures: Mapping[str, Any]) -> list[str]:
-    """What the figures say, in words: one sentence for each split, reference and part."""
-    told = []
-    for name, split in figures["splits"].items():
-        for against in dict.fromkeys(one["against"] for one in split["differences"]):
-            mine = [one for one in split["differences"] if one["against"] == against]
-            for part in ("all", "personal"):
-                sides: dict[str, list[str]] = {"better": [], "worse": [], "not told from chance": []}
-                for one in mine:
-                    if one[part] is not None:
-                        sides[_side(one[part])].append(f"{one['arm']} ({one[part]['value']:+.3f})")
-                said = "; ".join(f"{side}: {', '.join(names)}" for side, names in sides.items() if names)
-                told.append(f"{name}, {PARTS[part].removesuffix(' tokens')} tokens, against {against}: {said or '–'}.")
-    edges = [arm["arm"] for arm in figures["arms"] if arm["at_edge"]]
-    if edges:
-        told.append(f"The best rate lies at the edge of the grid for {', '.join(edges)}: widen --rates.")
-    return told + _caution(figures["splits"])
-
-
-def _side(one: Mapping[str, Any]) -> str:
-    if one["low"] is None or one["low"] <= 0 <= one["high"]:
-        return "not told from chance"
-    return "better" if one["value"] < 0 else "worse"
-
-
-def _point(row: str, series: str, one: Mapping[str, Any] | None) -> Point:
-    assert one is not None
-    return Point(row, series, one["value"], one["low"], one["high"], tuple(one.get("seeds", ())))
 
 
 # fleet

@@ -16,8 +16,9 @@ from perce_lite.console import console
 from perce_lite.export_targets import merge_drift
 from perce_lite.fleet.result import FleetResult
 
-if TYPE_CHECKING:  # importing it would import torch
+if TYPE_CHECKING:  # importing them would import torch
     from perce_lite.evaluation.bench.fleetscale import FleetScale
+    from perce_lite.evaluation.bench.generating import GenerationCost
 
 _STYLES = {"template": "dim", "profile": "cyan", "query": "yellow", "response": "bold green"}
 
@@ -279,6 +280,24 @@ def show_fleet_scale(scale: "FleetScale") -> None:
         word, style = ("met", "green") if bar.met else ("not met", "red")
         limit = f"  10,000 users, {bar.name}, at most {bar.limit:g} {bar.unit}: {bar.measured:.2f} {bar.unit}"
         console.print(Text.assemble((f"{word:10}", style), limit))
+
+
+def show_generation_cost(cost: "GenerationCost") -> None:
+    """`perce-lite bench --generation`: seconds a token, plain and with the contrast, and the bar."""
+    title = Text(f"Answers to {cost.rows} queries, {cost.tokens} tokens each")
+    table = Table(title=title, title_justify="left", box=None)
+    for name in ("", "a token, ms", "prompts and first tokens, s"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, seconds, prompt in zip(
+        ("plain", "--personal 0.5"), (cost.plain_seconds, cost.personal_seconds), cost.prompt, strict=True
+    ):
+        table.add_row(name, f"{seconds * 1000:.1f}", f"{prompt:.2f}")
+    console.print(table)
+    figures = cost.figures()
+    runs = f" ({min(cost.ratios):.2f} to {max(cost.ratios):.2f})"
+    word, style = ("met", "green") if figures["met"] else ("not met", "red")
+    told = f"  a token with the contrast, at most {figures['limit']:.1f} x a plain one: {cost.ratio:.2f} x{runs}"
+    console.print(Text.assemble((f"{word:10}", style), told))
 
 
 def _show_bar(bar: dict[str, Any], told: str) -> None:

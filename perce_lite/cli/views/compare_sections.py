@@ -1,0 +1,200 @@
+"""Figures of `perce-lite compare` as tables and sentences."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from perce_lite.cli.views.eval_sections import side
+from perce_lite.cli.views.sections import (
+    CHOSEN,
+    CHOSEN_NOTE,
+    PARTS,
+    WHO_NOTE,
+    Section,
+    caution,
+    held_out_texts,
+    named,
+    plain,
+    point,
+    signed,
+)
+
+
+def comparison(figures: Mapping[str, Any]) -> list[Section]:
+    """The tables of `perce-lite compare`, the primary figure first."""
+    rates = [f"{rate:g}" for rate in figures["rates"]]
+    chosen = Section(
+        "Arms",
+        f"Trained on {figures['train_rows']} rows, seeds {', '.join(map(str, figures['seeds']))}. Validation loss a "
+        "token of the first seed at each rate, nats; the lowest was chosen.",
+        ("arm", "judged with profile", *(f"rate {rate}" for rate in rates), "chosen"),
+        [_arm(arm, rates) for arm in figures["arms"]],
+    )
+    made = [chosen]
+    for name, split in figures["splits"].items():
+        tokens = split["tokens"]
+        note = f"{held_out_texts(name, split)}, {tokens['all']} tokens, {tokens['personal']} "
+        by_against = {
+            against: [one for one in split["differences"] if one["against"] == against]
+            for against in dict.fromkeys(one["against"] for one in split["differences"])
+        }
+        made.append(_worth(name, split))
+        made += [_worth_differences(name, *each) for each in by_against.items() if any(one["worth"] for one in each[1])]
+        made.append(_compared(name, f"{note}of them personal", split["losses"]))
+        made += [_differences(name, *each) for each in by_against.items()]
+        made += [_chosen(name, split, *each) for each in by_against.items()]
+        made += _who(name, split)
+    return made
+
+
+def _arm(one: Mapping[str, Any], rates: Sequence[str]) -> tuple[str, ...]:
+    rate = "failed" if one["rate"] is None else f"{one['rate']:g}" + (" (edge)" if one["at_edge"] else "")
+    tried = ["–" if one["validation"][at] is None else f"{one['validation'][at]:.3f}" for at in rates]
+    return named(one["arm"]), one["profile"], *tried, rate
+
+
+def _worth(name: str, split: Mapping[str, Any]) -> Section:
+    """One row an arm: what its own profile is worth over each other condition."""
+    over = list(dict.fromkeys(one["over"] for one in split["worth"]))
+    by_arm: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for one in split["worth"]:
+        by_arm.setdefault(one["arm"], {})[one["over"]] = one
+    return Section(
+        f"{name}: what the own profile is worth (the primary figure)",
+        "Loss a token with another profile less that with the own one, nats over all tokens, mean over the seeds; "
+        "higher is more personal. Gives and costs: over none, of the tokens that the own profile makes likelier, and "
+        "less likely.",
+        ("arm", *(f"over {profile}" for profile in over), "gives", "costs"),
+        [
+            (
+                named(arm),
+                *(plain(mine[profile]["all"]) for profile in over),
+                plain(mine["none"]["gives"]),
+                plain(mine["none"]["costs"]),
+            )
+            for arm, mine in by_arm.items()
+        ],
+    )
+
+
+def _worth_differences(split: str, against: str, mine: Sequence[Mapping[str, Any]]) -> Section:
+    over = list(dict.fromkeys(profile for one in mine for profile in one["worth"]))
+    return Section(
+        f"{split}: the own profile's worth, difference from {against}",
+        "Nats a token over all tokens, positive is more personal: paired over the same rows, mean over the seeds, 95 % "
+        "interval over rows grouped by user; on the page a dot is one seed.",
+        ("arm", *(f"over {profile}" for profile in over)),
+        [
+            (named(one["arm"]), *(signed(one["worth"][profile]["all"]) for profile in over))
+            for one in mine
+            if one["worth"]
+        ],
+        tuple(
+            point(named(one["arm"]), f"over {profile}", one["worth"][profile]["all"])
+            for one in mine
+            for profile in one["worth"]
+        ),
+        f"difference from {against}, nats a token",
+    )
+
+
+def _compared(name: str, counted: str, losses: Sequence[Mapping[str, Any]]) -> Section:
+    """One row an arm: every part with the own profile, all tokens with the others."""
+    by_arm: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for one in losses:
+        by_arm.setdefault(one["arm"], {})[one["profile"]] = one
+    others = [profile for profile in next(iter(by_arm.values())) if profile != "own"]
+    return Section(
+        f"{name}: loss a token",
+        f"Nats, mean over the seeds, lower is better. {counted}.",
+        ("arm", *(f"own profile, {part}" for part in PARTS.values()), *(f"{other}, all tokens" for other in others)),
+        [
+            (
+                named(arm),
+                *(plain(by_profile["own"][part]) for part in PARTS),
+                *(plain(by_profile[other]["all"]) for other in others),
+            )
+            for arm, by_profile in by_arm.items()
+        ],
+    )
+
+
+def _differences(split: str, against: str, mine: Sequence[Mapping[str, Any]]) -> Section:
+    return Section(
+        f"{split}: difference from {against}",
+        "Nats a token, negative is better: paired over the same rows, mean over the seeds, 95 % interval over rows "
+        "grouped by user; on the page a dot is one seed.",
+        ("arm", *PARTS.values()),
+        [(named(one["arm"]), *(signed(one[part]) for part in PARTS)) for one in mine],
+        tuple(
+            point(named(one["arm"]), PARTS[part], one[part])
+            for one in mine
+            for part in ("all", "personal")
+            if one[part] is not None
+        ),
+        f"difference from {against}, nats a token",
+    )
+
+
+def _chosen(name: str, split: Mapping[str, Any], against: str, mine: Sequence[Mapping[str, Any]]) -> Section:
+    parts = [part for part in CHOSEN if split["tokens"].get(part)]
+    counts = ", ".join(f"{split['tokens'][part]} {CHOSEN[part]}" for part in parts)
+    return Section(
+        f"{name}: personal tokens chosen by something else, difference from {against}",
+        f"{CHOSEN_NOTE} Nats a token, negative is better; tokens: {counts or 'none'}.",
+        ("arm", *(CHOSEN[part] for part in parts)),
+        [(named(one["arm"]), *(signed(one[part]) for part in parts)) for one in mine],
+    )
+
+
+def _who(name: str, split: Mapping[str, Any]) -> list[Section]:
+    who = split["who"]
+    if who is None:
+        return []
+    rows: list[tuple[str, ...]] = [("chance", f"{who['chance']['top1']:.3f}", f"{who['chance']['mrr']:.3f}", "–", "–")]
+    for one in who["arms"]:
+        differences: Mapping[str, Any] = next(
+            (each["who"] for each in split["differences"] if (each["arm"], each["against"]) == (one["arm"], "uniform")),
+            {},
+        )
+        told = [
+            plain(one[figure]) + (f" {signed(differences[figure])}" if figure in differences else "")
+            for figure in ("top1", "mrr")
+        ]
+        rows.append((named(one["arm"]), *told, plain(one.get("top1 relative")), plain(one.get("mrr relative"))))
+    note = f"{WHO_NOTE} {who['candidates']} profiles a text; then the difference from uniform."
+    return [Section(f"{name}: who wrote it", note, ("arm", "top-1", "MRR", "relative: top-1", "MRR"), rows)]
+
+
+def comparison_sentences(figures: Mapping[str, Any]) -> list[str]:
+    """What the first split says, grouped: what got better, what got worse, what cannot be told; then cautions."""
+    name, split = next(iter(figures["splits"].items()))
+    references = list(dict.fromkeys(one["against"] for one in split["differences"]))
+    told = []
+    for against in references[:1]:
+        groups: dict[str, list[str]] = {"Better": [], "Worse": [], "Not told from chance": []}
+        for one in split["differences"]:
+            if one["against"] == against:
+                for what, figure, wanted in _decisive(one):
+                    came = side(figure)
+                    group = "Not told from chance" if came == "same" else "Better" if came == wanted else "Worse"
+                    groups[group].append(f"{one['arm']}, {what} ({figure['value']:+.3f})")
+        told += [f"{group} than {against}, {name}: {'; '.join(said)}." for group, said in groups.items() if said]
+    edges = [arm["arm"] for arm in figures["arms"] if arm["at_edge"]]
+    if edges:
+        told.append(f"The best rate lies at the edge of the grid for {', '.join(edges)}: widen --rates.")
+    return told + caution(figures["splits"])
+
+
+def _decisive(one: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
+    """(what, figure, the side that is better) of one difference."""
+    worth = [
+        (f"the own profile's worth over {profile}", parts["all"], "higher")
+        for profile, parts in one["worth"].items()
+        if profile != "none"
+    ]
+    parts = [
+        (f"loss on {what}", one[part], "lower")
+        for part, what in (("all", "all tokens"), ("by words", "personal tokens by words"))
+        if one.get(part) is not None
+    ]
+    return [*worth, *parts]

@@ -1,0 +1,333 @@
+"""Figures of `perce-lite eval` as tables and as a verdict in words."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from perce_lite.cli.views.sections import (
+    CHOSEN,
+    CHOSEN_NOTE,
+    PARTS,
+    TEXT_FIGURES,
+    WHO_NOTE,
+    Section,
+    caution,
+    held_out_texts,
+    plain,
+    point,
+    signed,
+)
+
+RAG = "base (RAG: no training)"
+"""The base with a profile in its prompt: what retrieval alone gives."""
+
+
+def evaluation(figures: Mapping[str, Any]) -> list[Section]:
+    """The tables of `perce-lite eval`, the primary figure first."""
+    made = []
+    for name, split in figures["splits"].items():
+        tokens = split["tokens"]
+        counted = (
+            f"{held_out_texts(name, split)}, {tokens['all']} response tokens; personal are the {tokens['personal']} "
+            f"whose PIR under the base is above {figures['clip_min']:g}"
+        )
+        made += [_worth(name, split), _losses(name, counted, split), _changes(name, split), *_chosen(name, split)]
+        made += _who(name, split)
+    return [*made, *_texts(figures["texts"]), *_general(figures), *_memory(figures)]
+
+
+def _worth(name: str, split: Mapping[str, Any]) -> Section:
+    return Section(
+        f"{name}: what the own profile is worth (the primary figure)",
+        "Loss a token with another profile less that with the own one, nats over all tokens; higher is more personal. "
+        "Gives and costs: over the tokens that the own profile makes likelier, and less likely. Over none it is the "
+        "mean PIR of the arm.",
+        ("arm", "own profile over", "all tokens", "change against the base", "gives", "costs"),
+        [
+            (
+                one["arm"],
+                one["over"],
+                signed(one["all"]),
+                "–" if one["change"] is None else signed(one["change"]["all"]),
+                plain(one["gives"]),
+                plain(one["costs"]),
+            )
+            for one in split["worth"]
+        ],
+        tuple(point(f"over {one['over']}", one["arm"], one["all"]) for one in split["worth"]),
+        "nats a token over all response tokens",
+    )
+
+
+def _losses(name: str, counted: str, split: Mapping[str, Any]) -> Section:
+    return Section(
+        f"{name}: loss a token",
+        f"Nats, lower is better. {counted}.",
+        ("arm", "profile in the prompt", *PARTS.values()),
+        [(one["arm"], one["profile"], *(plain(one[part]) for part in PARTS)) for one in split["losses"]],
+        tuple(point(one["profile"], one["arm"], one["all"]) for one in split["losses"]),
+        "loss a token over all response tokens, nats",
+    )
+
+
+def _changes(name: str, split: Mapping[str, Any]) -> Section:
+    changed = [one for one in split["losses"] if one["change"] is not None]
+    return Section(
+        f"{name}: change against the base with the same profile",
+        "Nats a token, negative is better; in brackets the 95 % interval over rows, grouped by user.",
+        ("arm", "profile in the prompt", *PARTS.values()),
+        [(one["arm"], one["profile"], *(signed(one["change"][part]) for part in PARTS)) for one in changed],
+        tuple(
+            point(f"{PARTS[part]}, {one['arm']}", f"profile: {one['profile']}", one["change"][part])
+            for one in changed
+            for part in PARTS
+            if one["profile"] in ("own", "none") and one["change"][part] is not None
+        ),
+        "change of the loss, nats a token",
+    )
+
+
+def _chosen(name: str, split: Mapping[str, Any]) -> list[Section]:
+    parts = [part for part in CHOSEN if split["tokens"].get(part)]
+    if not parts:
+        return []
+    own = [one for one in split["losses"] if one["profile"] == "own"]
+    counts = ", ".join(f"{split['tokens'][part]} tokens {CHOSEN[part]}" for part in parts)
+    rows = [(one["arm"], *(_with_change(one, part) for part in parts)) for one in own]
+    head = ("arm", *(CHOSEN[part] for part in parts))
+    note = f"{CHOSEN_NOTE} Loss with the own profile, nats a token, then the change against the base; {counts}."
+    return [Section(f"{name}: personal tokens, chosen by something else", note, head, rows)]
+
+
+def _with_change(one: Mapping[str, Any], part: str) -> str:
+    return plain(one[part]) + ("" if one["change"] is None else f" {signed(one['change'][part])}")
+
+
+def _who(name: str, split: Mapping[str, Any]) -> list[Section]:
+    who = split["who"]
+    if who is None:
+        return [Section(f"{name}: who wrote it", "No other users, so nobody to tell the writer from.", ("arm",), [])]
+    rows: list[tuple[str, ...]] = [("chance", f"{who['chance']['top1']:.3f}", f"{who['chance']['mrr']:.3f}", "–", "–")]
+    for one in who["arms"]:
+        change = one["change"]
+        told = [plain(one[figure]) + ("" if change is None else f" {signed(change[figure])}") for figure in _FOUND]
+        rows.append((one["arm"], *told, plain(one.get("top1 relative")), plain(one.get("mrr relative"))))
+    head = ("arm", "top-1", "MRR", "relative: top-1", "MRR")
+    note = f"{WHO_NOTE} {who['candidates']} profiles a text; then the change against the base."
+    return [Section(f"{name}: who wrote it", note, head, rows)]
+
+
+_FOUND = ("top1", "mrr")
+
+
+def _texts(table: Sequence[Mapping[str, Any]]) -> list[Section]:
+    if not table:
+        return []
+    shown = [figure for figure in TEXT_FIGURES if any(figure in one["scores"] for one in table)]
+    usual = [figure for figure in shown if figure in ("rouge1", "rougeL", "chrf", "meteor")]
+    person = [figure for figure in shown if figure not in usual]
+    drawn = next((one["answers"] // one["rows"] for one in table if one["sampled"]), None)
+    answers = f"{table[0]['rows']} queries, an answer each" + ("" if drawn is None else f", {drawn} where sampled")
+    return [
+        _text_table(
+            "Generated text: likeness to what the user wrote",
+            f"{answers}; 0 to 1, higher is better; then the change against the base in the same way.",
+            [one for one in table if usual and usual[0] in one["scores"]],
+            usual,
+        ),
+        _text_table(
+            "Generated text: style, content, copies",
+            "Style: share attributed to its user among all users by character 3- to 5-grams of the training texts; "
+            "masked: without the content words. Content kept: share of the reference's names, numbers and terms in the "
+            "query that the answer keeps. Copied: share of 8-word runs that stand in the user's training texts and not "
+            "in the query; longest copy in words. Distinct-2: different bigrams; repeated: 4-grams said before; "
+            "length: times the reference. The person's own texts are the ceiling.",
+            table,
+            person,
+        ),
+    ]
+
+
+def _text_table(title: str, note: str, table: Sequence[Mapping[str, Any]], shown: Sequence[str]) -> Section:
+    head = ("arm", "profile", *(TEXT_FIGURES[figure] for figure in shown))
+    rows = []
+    for one in table:
+        told = [_text_figure(one, figure) for figure in shown]
+        way = one["profile"] + (", sampled" if one["sampled"] else "")
+        way += f", personal {one['personal']:g}" if one["personal"] else ""
+        rows.append((RAG if one["arm"] == "base" and one["profile"] == "own" else one["arm"], way, *told))
+    return Section(title, note, head, rows)
+
+
+def _text_figure(one: Mapping[str, Any], figure: str) -> str:
+    change = None if one["change"] is None else one["change"].get(figure)
+    return plain(one["scores"].get(figure)) + ("" if change is None else f" {signed(change)}")
+
+
+def _general(figures: Mapping[str, Any]) -> list[Section]:
+    table, spill = figures["general"], figures["spill_over"]
+    if not table:
+        return []
+    rows = []
+    for one, spilled in zip(table, spill, strict=True):
+        share = "–" if spilled["answers"] is None else f"{spilled['answers']:.2f}"
+        rows.append((one["arm"], plain(one["loss"]), signed(one["change"]), signed(spilled["loss"]), share))
+    return [
+        Section(
+            "General ability and spill-over",
+            f"Loss a token on {table[0]['tokens']} tokens of text that has nothing to do with the users. Spill-over: "
+            "what a user's profile in the prompt adds to that loss, and the share of generated answers with words that "
+            "only the profile has.",
+            ("arm", "loss", "change against the base", "spill-over: loss", "answers"),
+            rows,
+        )
+    ]
+
+
+def _memory(figures: Mapping[str, Any]) -> list[Section]:
+    table = figures["memory"]
+    if not table:
+        return []
+    split = next(iter(figures["splits"].values()))
+    held_out = {one["arm"]: one for one in split["losses"] if one["profile"] == "own"}
+    rows = []
+    for one in table:
+        change = held_out[one["arm"]]["change"]
+        rows.append(
+            (one["arm"], plain(one["loss"]), signed(one["change"]), "–" if change is None else signed(change["all"]))
+        )
+    return [
+        Section(
+            "Memory",
+            f"Loss a token on {table[0]['rows']} training texts with the own profile, and the change against the base: "
+            "where it is much larger than on held-out texts, the adapter knows its training texts by heart.",
+            ("arm", "training texts", "change", "change on held-out texts"),
+            rows,
+        )
+    ]
+
+
+# The verdict
+
+
+def evaluation_sentences(figures: Mapping[str, Any]) -> list[str]:
+    """The verdict: at most six sentences an adapter, judged on the first split, then what to be careful about."""
+    arms = list(figures["arms"])[1:]
+    told = []
+    for arm in arms:
+        lines = _verdict(figures, arm)
+        told += lines if len(arms) == 1 else [f"{arm}: {line[0].lower()}{line[1:]}" for line in lines]
+    return told + caution(figures["splits"])
+
+
+def _verdict(figures: Mapping[str, Any], arm: str) -> list[str]:
+    name, split = next(iter(figures["splits"].items()))
+    own = next(one for one in split["losses"] if one["arm"] == arm and one["profile"] == "own")
+    worth = {one["over"]: one for one in split["worth"] if one["arm"] == arm}
+    texts = {(one["arm"], one["profile"]): one for one in figures["texts"] if not (one["sampled"] or one["personal"])}
+    lines = [
+        _person(name, worth.get("other user's"), own),
+        _topic(worth.get("topical match"), own),
+        _content(texts.get((arm, "own"))),
+        _copies(texts.get((arm, "own")), texts.get(("the person", "–"))),
+        _ability(figures, arm),
+        _advice(figures, arm, own, texts.get((arm, "own"))),
+    ]
+    return [line for line in lines if line]
+
+
+def _person(name: str, worth: Mapping[str, Any] | None, own: Mapping[str, Any]) -> str:
+    loss = f"the loss over all tokens {improved(own['change']['all'])}"
+    if worth is None:
+        return f"No other users, so whether it is more personal cannot be told; {loss}."
+    change = worth["change"]["all"]
+    said = {
+        "higher": "More personal",
+        "lower": "Less personal",
+        "same": "Not told apart from the base in how personal it is",
+    }
+    what = f"the own profile is worth {signed(change)} nats a token more over another user's than for the base"
+    return f"{said[side(change)]}, on {name} texts: {what}; {loss}."
+
+
+def _topic(worth: Mapping[str, Any] | None, own: Mapping[str, Any]) -> str:
+    if worth is None:
+        return ""
+    change = worth["change"]["all"]
+    said = {
+        "higher": "It is the person, not the topic",
+        "lower": "It leans more on the topic than the base does",
+        "same": "Topic or person cannot be told",
+    }
+    words = own["change"].get("by words")
+    chosen = "" if words is None else f"; on words typical of the user the loss changes by {signed(words)}"
+    worth_changes = f"over the best topical match the own profile's worth changes by {signed(change)}"
+    return f"{said[side(change)]}: {worth_changes}{chosen}."
+
+
+def _content(texts: Mapping[str, Any] | None) -> str:
+    change = None if texts is None else texts["change"].get("content")
+    if change is None:
+        return ""
+    kept = texts["scores"]["content"] if texts is not None else change
+    said = {"higher": "Content is kept better", "lower": "Content is lost", "same": "Content is kept as by the base"}
+    return (
+        f"{said[side(change)]}: answers keep {kept['value']:.0%} of the names, numbers and terms of the query, "
+        f"{signed(change)} against the base with the same profile."
+    )
+
+
+def _copies(texts: Mapping[str, Any] | None, person: Mapping[str, Any] | None) -> str:
+    copied = None if texts is None else texts["scores"].get("copied")
+    human = None if person is None else person["scores"].get("copied")
+    if copied is None or human is None:
+        return ""
+    said = "It copies" if (copied["low"] or 0.0) > human["value"] + 0.02 else "It does not parrot"
+    return (
+        f"{said}: {copied['value']:.1%} of the 8-word runs of its answers stand in the user's training texts; in the "
+        f"person's own held-out texts {human['value']:.1%}."
+    )
+
+
+def _ability(figures: Mapping[str, Any], arm: str) -> str:
+    general = next((one for one in figures["general"] if one["arm"] == arm), None)
+    spill = next((one for one in figures["spill_over"] if one["arm"] == arm), None)
+    if general is None or spill is None:
+        return ""
+    return (
+        f"General text: the loss {improved(general['change'])}; a profile in the prompt changes it by "
+        f"{signed(spill['loss'])}."
+    )
+
+
+def _advice(figures: Mapping[str, Any], arm: str, own: Mapping[str, Any], texts: Mapping[str, Any] | None) -> str:
+    """What to change; empty where nothing stands out."""
+    change = own["change"]["all"]
+    if side(change) == "higher":
+        return "To change: it is worse than the base on held-out texts; lower train.learning_rate or the epochs."
+    memory = next((one for one in figures["memory"] if one["arm"] == arm), None)
+    if memory is not None and memory["change"]["value"] < 3 * min(0.0, change["value"]) - 0.1:
+        return "To change: it knows its training texts far better than new ones; fewer epochs, or more texts."
+    content = None if texts is None else texts["change"].get("content")
+    if content is not None and side(content) == "lower":
+        return "To change: lower train.learning_rate or train.clip_max, so that what is asked for is kept."
+    if side(change) == "same":
+        return "To change: nothing can be told yet; more texts, or a higher train.learning_rate."
+    return ""
+
+
+def side(change: Mapping[str, Any]) -> str:
+    """`higher` or `lower` where the interval is clear of zero, else `same`."""
+    if change["low"] is not None and change["low"] > 0:
+        return "higher"
+    return "lower" if change["high"] is not None and change["high"] < 0 else "same"
+
+
+def improved(change: Mapping[str, Any] | None) -> str:
+    """A change of a loss against the base in words."""
+    if change is None:
+        return "has no tokens to judge by"
+    if side(change) == "lower":
+        return f"is better than the base's by {-change['value']:.3f} nats a token"
+    if side(change) == "higher":
+        return f"is worse than the base's by {change['value']:.3f} nats a token"
+    return f"cannot be told from the base's, {signed(change)}"
