@@ -240,6 +240,12 @@ def test_who_wrote_it_must_be_known(refused):
     assert "senders, with their mails: none" in refused("--from", "a@x.org")
 
 
+def test_mails_of_one_sender_are_the_users_only_where_the_name_says_so(refused, run):  # noqa: F811
+    told = refused(a__mbox=mbox(mail("Bob <b@x.org>", "S", prose(1)), mail("b@x.org", "S", prose(2))))
+    assert "these mails are all from b@x.org, and it is not clear that this is ann" in told
+    assert run("import", "in", "--user", "ann", "--from", "b@x.org", "--yes")[0] == 0
+
+
 def test_a_table_without_texts_names_its_columns(refused):
     told = refused(path="in/a.csv", a__csv="id,price\n1,20\n2,30\n")
     assert "its columns are id, price; none of them looks like texts. Say which it is with --text-column" in told

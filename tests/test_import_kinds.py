@@ -219,3 +219,54 @@ def test_a_chat_with_an_assistant_as_text(tmp_path, form, who):
     text = "\n".join(form.format(who=who[n % 2], text=t) for n, t in enumerate((A1, B1, A2, B2)))
     found, _ = read(planted.write(tmp_path, {"c.md": "# A chat about lights\n\n" + text}))
     assert [one.text for one in found] == [A1, A2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Ann Bell\t10:15 AM\nI saw the boat go out\nBob Cole\t10:16 AM\ngood for it\n",
+        "10:15:07 From  Ann Bell  to  Everyone:\n\tI saw the boat go out\n10:16:07 From  Bob  to  Everyone:\n\tgood for it\n",
+        "12/31/20, 10:15 - Bob: hello there my friend",
+        "You sent\nI saw the boat go out\nBob\nBob\ngood for it\n",
+    ],
+)
+def test_what_is_too_short_to_be_sure_of_is_left_out(text):
+    found = chat_of_text(text, "c")
+    assert (found.chat, found.unclear) == (None, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "own"),
+    [
+        (
+            "[Yesterday 10:15 AM] Bell, Ann\nI saw it\n\n[Today 10:16 AM] Cole, Bob\ngood\n\n[Today 10:17 AM] Bell, Ann\nyes\n",
+            ["I saw it", "yes"],
+        ),
+        (
+            "1\n00:00:01.000 --> 00:00:04.000\nBell, Ann: I saw it\n\n2\n00:00:05.000 --> 00:00:06.000\nBob: good\n\n"
+            * 2,
+            ["I saw it"] * 2,
+        ),
+        (
+            "12/31/20, 10:15 - Bell, Ann: we sail\n\n- bread\n- milk: two\n10:30 Uhr: los\n12/31/20, 10:16 - Bob: good",
+            ["we sail\n\n- bread\n- milk: two\n10:30 Uhr: los"],
+        ),
+        (
+            "Bell, Ann, [31.12.2020 10:15]\n[Forwarded from News]\nBreaking\n\nBell, Ann, [31.12.2020 10:16]\nsaw it\n\nBob, [31.12.2020 10:17]\nno",
+            ["saw it"],
+        ),
+    ],
+)
+def test_messages_of_several_lines_and_days_in_words(text, own):
+    chat = chat_of_text(text, "c").chat
+    assert chat is not None
+    assert [message.text for message in chat.messages if message.author == "Bell, Ann"] == own
+
+
+def test_a_mail_that_was_saved_as_text_is_its_senders(tmp_path):
+    head = "From: bob@example.org\nTo: ann@x.org\nSubject: boats\nDate: Fri, 3 May 2024\n\n"
+    german = "Von: Bob\nAn: Ann\nBetreff: Boot\nDatum: 3. Mai 2024\n\n"
+    files = {"a.txt": head + A1, "b.txt": german + B1, "c.txt": head.replace("bob@", "ann@") + A2}
+    found, notes = read(planted.write(tmp_path, files), senders=("ann@example.org",))
+    assert [one.text for one in found] == [A2]
+    assert set(notes.skipped) == {"a mail from somebody else", "a mail as text, whose sender is not surely read"}

@@ -57,7 +57,8 @@ _SPEAKER = re.compile(
 )
 _HEADING = re.compile(
     r"^\s{0,3}(?:#{1,6}\s+(?:[*_]{2})?|[*_]{2}|(?=[^\W\d_]{2,12}\s(?:said|a dit|hat gesagt|dijo)\s?:))"
-    r"(?P<name>[^\W\d_][^:：*#\n]{0,30}?)(?:\s+(?:said|a dit|hat gesagt|dijo))?\s?[:：]?(?:[*_]{2})?\s*[:：]?\s*$"
+    r"(?P<name>[^\W\d_][^:：*#()\n]{0,30}?)(?:\s+(?:said|a dit|hat gesagt|dijo))?\s?[:：]?(?:[*_]{2})?\s*[:：]?\s*"
+    r"(?:\([^()\n]{1,40}\))?\s*$"
 )
 
 
@@ -134,7 +135,8 @@ def _stamp(line: str) -> _Stamp | None:
         matches = [gap for place in places if (gap := _BETWEEN.match(line, place))]
         time = next((match for gap in matches if (match := _TIME.match(line, gap.end()))), None)
     else:
-        time = _TIME.match(line, at)
+        in_words = re.compile(r"[^\W\d_]{3,12}\.?,?\s(?=\d)").match(line, at) if bracket in ("[", "(") else None
+        time = _TIME.match(line, at) or (_TIME.match(line, in_words.end()) if in_words else None)  # [Yesterday 10:15]
         if time is None or (time["colon"] == "." and not time["after"]):
             return None
         gap = _BETWEEN.match(line, time.end())
@@ -273,7 +275,7 @@ def _time_last(line: str) -> _Start | None:
 
 def _spoken(lines: Sequence[str]) -> dict[int, _Start]:
     """Lines that begin with a name and a colon, or are a heading of a name, where two names or more recur."""
-    full = sum(bool(line.strip()) for line in lines)
+    full = sum(bool(line.strip()) and not _SUBTITLE.match(line) for line in lines)
     for form, share in ((_SPEAKER, 0.5), (_HEADING, 0.0)):
         found = {number: match for number, line in enumerate(lines) if (match := form.match(line))}
         names = Counter(_person(match["name"]) for match in found.values() if _is_name(match["name"], words=3))
@@ -289,7 +291,9 @@ def _spoken(lines: Sequence[str]) -> dict[int, _Start]:
 
 def _is_name(text: str, words: int = _LONGEST_NAME) -> bool:
     text = text.strip()
-    return 0 < len(text) <= 60 and len(text.split()) <= words and not re.search(r"[.!?…。！？;]$|https?:", text)
+    if not 0 < len(text) <= 60 or len(text.split()) > words or not re.search(r"[^\W_]", text):
+        return False
+    return not re.search(r"[.!?…。！？;]$|https?:|\d:\d|-->", text)
 
 
 def _person(text: str) -> str:
@@ -310,26 +314,30 @@ def _is_chat(starts: dict[int, _Start]) -> bool:
 
 
 def _looks_like_chat(lines: Sequence[str], stamps: Sequence[_Stamp | None]) -> bool:
-    """Whether half of the lines or more begin with a time and say something, as a chat's do, or a log's."""
+    """Whether lines begin, or end, with times as a chat's do, and it is not sure who says what."""
     full = [line for line in lines if line.strip()]
     timed = [
-        line[stamp.end :]
+        (stamp, line[stamp.end :])
         for line, stamp in zip(lines, stamps, strict=True)
         if stamp and stamp.time and line[stamp.end :].strip()
     ]
-    if (
-        len(timed) == 1
-        and full
-        and _INLINE.match(timed[0])
-        and (stamp := _stamp(full[0]))
-        and stamp.date
-        and stamp.time
-    ):
+    if len(timed) == 1 and timed[0][0].date and _INLINE.match(timed[0][1]) and _stamp(full[0]) == timed[0][0]:
         return True  # one message of a chat
+    if any(_COPIED.fullmatch(line.strip()) for line in full) or len(_headed(lines, stamps)) > 1:
+        return True
     late = sum(bool(re.match(r".{0,30}?\d[:.h]\d\d.{0,20}?[^\W\d_].{0,40}?[:：>|\t]", line)) for line in full)
     if late > 1 and 2 * late >= len(full):
         return True
-    return len(timed) > 1 and 2 * len(timed) >= len(full)
+    firsts = Counter(rest.split()[0] for _, rest in timed)
+    several = sum(count > 1 for count in firsts.values()) > 1  # names, rather than words
+    dated = any(stamp.date for stamp, _ in timed)
+    return len(timed) > 1 and 2 * len(timed) >= len(full) and (dated or several)
+
+
+_COPIED = re.compile(
+    r"(?i)(?:you sent|du hast gesendet|vous avez envoyé|enviaste|hai inviato|você enviou|jij hebt verzonden)"
+)
+"""A line of Messenger's, as it is copied from a page."""
 
 
 # Messages
@@ -361,6 +369,8 @@ def _chat(
             day, service = _stamp(_without_rules(shown[number])), True
         elif stamp is not None and stamp.time and shown[number][stamp.end :].strip() and (stamp.date or not dated):
             service = True
+        elif _SUBTITLE.match(line):
+            continue
         elif not service and number != name_below:
             messages[-1] = replace(messages[-1], text=f"{messages[-1].text}\n{line}")
     return _without_marks(messages, source)
@@ -389,11 +399,18 @@ def _without_rules(line: str) -> str:
     return re.sub(r"^[-=—–*\s]+|[-=—–*\s]+$", "", line)
 
 
+_SUBTITLE = re.compile(r"\s*(?:[\d:.,]+\s*-->.*|\d+\s*)$")
+"""Number and time of a subtitle."""
+
+_RULE_BELOW = re.compile(r"\n\s*(?:\* \* \*|-{3,}|\*{3,}|_{3,})\s*$")
+"""What stands between two turns of a conversation that was copied."""
+
+
 def _without_marks(messages: Sequence[Message], source: str) -> Chat:
     """The messages that say something, and the reasons for which others were left out."""
     kept, left_out = [], []
     for message in messages:
-        text, reason = without_marks(message.text)
+        text, reason = without_marks(_RULE_BELOW.sub("", message.text))
         if reason is None and text:
             kept.append(replace(message, text=text))
         elif reason is not None:

@@ -116,6 +116,12 @@ def _end(lines: list[str]) -> int:
     return len(lines)
 
 
+def is_mail(text: str) -> bool:
+    """Whether a text begins with the head of a mail."""
+    lines = text.strip().split("\n")
+    return _is_head(lines, 0)
+
+
 def _is_head(lines: list[str], start: int) -> bool:
     """Whether the head of another mail starts there: three labels, a sender's among them, or two and an address.
 

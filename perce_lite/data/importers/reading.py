@@ -1,6 +1,7 @@
 """Files of every kind that people's writing comes in: each by its ending, its content where the ending says nothing."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from perce_lite.data.importers.chats import Chat, answers
 from perce_lite.data.importers.large_json import TornJsonError, read_large
 from perce_lite.data.importers.mails import Mail, read_mail, split_mbox, written_by
 from perce_lite.data.importers.own_posts import SIDE_FILE, is_side_file, posts_in
+from perce_lite.data.importers.quotes import is_mail
 from perce_lite.data.importers.texts import from_markdown, from_records, from_text, table
 from perce_lite.data.importers.writings import Notes, Writing
 from perce_lite.errors import DataError
@@ -146,7 +148,10 @@ class Reader:
         self._prose(text, source, from_markdown)
 
     def _prose(self, text: str, source: str, read: Callable[[str, str], Writing]) -> None:
-        """A text file: a chat, a dialogue that may be one, or a text of the person's."""
+        """A text file: a mail, a chat, a dialogue that may be one, or a text of the person's."""
+        if is_mail(text):
+            self._saved_mail(text, source)
+            return
         found = chat_of_text(text, source)
         if found.unclear:
             self.notes.skip(_UNCLEAR, source)
@@ -157,6 +162,13 @@ class Reader:
         else:
             self.notes.read["texts"] += 1
             self._pending.append(read(text, source))
+
+    def _saved_mail(self, text: str, source: str) -> None:
+        """A mail that was saved or copied as text; its sender is read where its head is in English."""
+        if re.match(r"\s*(?:[A-Za-z-]+:.*\n)*From:", text):
+            self._mail(text.lstrip().encode(), source)
+        else:
+            self.notes.skip("a mail as text, whose sender is not surely read", source)
 
     def _table(self, text: str, source: str) -> None:
         try:
