@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 from trl.data_utils import is_conversational
 from trl.trainer.sft_trainer import common_prefix_length
 
+from perce_lite.data.chat_template import dated
 from perce_lite.data.pairs import IGNORED, Audit, PairMaker
 from perce_lite.data.rows import from_columns
 from perce_lite.errors import RowRefusedError
@@ -59,11 +60,11 @@ BEHIND_THE_TURN = {"phi3": "\n<|im_end|>", "phi3_5": "\n<|im_end|>"}
 
 
 def tokenizer_of(name):
-    """A toy tokenizer with the control words of a template as tokens."""
+    """A toy tokenizer with the control words of a template as tokens; the template is told one day, as ours are."""
     tokenizer = toys.toy_tokenizer("chatml")
     words = sorted(set(re.findall(CONTROL, SOURCES[name])))
     tokenizer.add_tokens([AddedToken(word, special="think" not in word, normalized=False) for word in words])
-    tokenizer.chat_template = SOURCES[name]
+    tokenizer.chat_template = dated(SOURCES[name], Template().date)
     return tokenizer
 
 

@@ -275,7 +275,7 @@ def _time_last(line: str) -> _Start | None:
 
 def _spoken(lines: Sequence[str]) -> dict[int, _Start]:
     """Lines that begin with a name and a colon, or are a heading of a name, where two names or more recur."""
-    full = sum(bool(line.strip()) and not _SUBTITLE.match(line) for line in lines)
+    full = sum(bool(line.strip()) and not _is_subtitle(lines, at) for at, line in enumerate(lines))
     for form, share in ((_SPEAKER, 0.5), (_HEADING, 0.0)):
         found = {number: match for number, line in enumerate(lines) if (match := form.match(line))}
         names = Counter(_person(match["name"]) for match in found.values() if _is_name(match["name"], words=3))
@@ -369,7 +369,7 @@ def _chat(
             day, service = _stamp(_without_rules(shown[number])), True
         elif stamp is not None and stamp.time and shown[number][stamp.end :].strip() and (stamp.date or not dated):
             service = True
-        elif _SUBTITLE.match(line):
+        elif _is_subtitle(raw, number):
             continue
         elif not service and number != name_below:
             messages[-1] = replace(messages[-1], text=f"{messages[-1].text}\n{line}")
@@ -399,8 +399,11 @@ def _without_rules(line: str) -> str:
     return re.sub(r"^[-=—–*\s]+|[-=—–*\s]+$", "", line)
 
 
-_SUBTITLE = re.compile(r"\s*(?:[\d:.,]+\s*-->.*|\d+\s*)$")
-"""Number and time of a subtitle."""
+def _is_subtitle(lines: Sequence[str], number: int) -> bool:
+    """Whether a line is the number or the time of a subtitle, not what is said."""
+    below = "".join(lines[number + 1 : number + 2])
+    return "-->" in lines[number] or (lines[number].strip().isdigit() and "-->" in below)
+
 
 _RULE_BELOW = re.compile(r"\n\s*(?:\* \* \*|-{3,}|\*{3,}|_{3,})\s*$")
 """What stands between two turns of a conversation that was copied."""
