@@ -1,4 +1,4 @@
-"""`PerCEConfig`: TRL's `SFTConfig`, seven fields of our own, and a verdict on every option that touches the loss."""
+"""`PerCEConfig`: TRL's `SFTConfig`, nine fields of our own, and a verdict on every option that touches the loss."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +12,7 @@ from perce_lite.errors import ConfigError, DeviceError
 Estimator = Literal["base", "mixed", "bootstrap", "uniform", "shuffled"]
 Normalization = Literal["none", "mean"]
 TrainOn = Literal["factual", "counterfactual"]
+WeightingKind = Literal["clip", "additive"]
 ProfilePass = Literal["full", "frozen"]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -19,6 +20,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 CHOICES: dict[str, Any] = {
     "estimator": Estimator,
+    "weighting": WeightingKind,
     "normalize_weights": Normalization,
     "train_on": TrainOn,
     "profile_pass": ProfilePass,
@@ -225,8 +227,16 @@ class PerCEConfig(SFTConfig):
         default="base",
         metadata={"help": "Where a token's weight comes from: base, mixed, bootstrap; controls: uniform, shuffled."},
     )
-    clip_min: float = field(default=0.8, metadata={"help": "Lower clip of a token's weight, nats; at least 0."})
-    clip_max: float = field(default=5.0, metadata={"help": "Upper clip of a token's weight, nats."})
+    weighting: str = field(
+        default="clip",
+        metadata={"help": "clip: the PIR in clip_min .. clip_max; additive: 1 + strength x clip(PIR, 0, clip_max)."},
+    )
+    strength: float = field(default=0.5, metadata={"help": "Slope of the additive weighting; above 0."})
+    clip_min: float = field(
+        default=0.8,
+        metadata={"help": "Lower clip of the PIR, nats; at least 0; above it a token counts as personal in figures."},
+    )
+    clip_max: float = field(default=5.0, metadata={"help": "Upper clip of the PIR, nats."})
     normalize_weights: str = field(
         default="none", metadata={"help": "none, or mean: divide by the data set's mean weight under the base."}
     )
@@ -271,7 +281,7 @@ class PerCEConfig(SFTConfig):
 
 
 def _own_faults(config: PerCEConfig) -> list[str]:
-    """Faults of the seven fields, of how they go together, and of numbers that cannot be trained with."""
+    """Faults of the nine fields, of how they go together, and of numbers that cannot be trained with."""
     faults = []
     for name, kind in CHOICES.items():
         allowed = get_args(kind)
@@ -279,9 +289,12 @@ def _own_faults(config: PerCEConfig) -> list[str]:
             faults.append(f"{name}: {getattr(config, name)!r} is not one of {', '.join(allowed)}")
     if not config.clip_min >= 0:  # NaN included
         faults.append(f"clip_min: {config.clip_min} is not at least 0, which would push tokens away (gradient ascent)")
+    if not 0 < config.strength < float("inf"):
+        faults.append(f"strength: {config.strength} is not above 0; estimator: uniform is plain SFT")
     if not config.clip_max >= config.clip_min:
         faults.append(f"clip_max: {config.clip_max} is not at least clip_min, {config.clip_min}")
-    if config.normalize_weights == "mean" and config.clip_min == 0 and config.clip_max == 0:
+    all_zero = config.weighting == "clip" and config.clip_max == 0
+    if config.normalize_weights == "mean" and all_zero:
         faults.append("clip_max: 0 makes every weight 0, which has no mean to divide by")
     if config.train_on == "counterfactual" and config.estimator in _NEEDS_TRAINING_FORWARD:
         faults.append(

@@ -73,6 +73,7 @@ ALLOWED = [
     {"clip_min": 0.0, "clip_max": 0.0},
     {"clip_min": 2.0, "clip_max": 2.0},
     {"clip_min": 0.0, "normalize_weights": "mean"},
+    {"weighting": "additive", "clip_min": 0.0, "clip_max": 0.0, "normalize_weights": "mean"},
     *({"train_on": "counterfactual", "estimator": name} for name in ("base", "shuffled", "uniform")),
 ]
 
@@ -128,8 +129,10 @@ def test_an_accelerator_config_that_spreads_nothing_is_allowed(make, given):
     [
         ({"clip_min": -0.1}, "clip_min"),
         ({"clip_min": 2.0, "clip_max": 1.9}, "clip_max"),
+        ({"strength": 0.0}, "strength"),
+        ({"weighting": "cubic"}, "weighting"),
         ({"clip_max": 0.5}, "clip_max"),  # below the default clip_min
-        ({"clip_min": 0, "clip_max": 0, "normalize_weights": "mean"}, "clip_max"),
+        ({"weighting": "clip", "clip_min": 0, "clip_max": 0, "normalize_weights": "mean"}, "clip_max"),
         ({"estimator": "best"}, "estimator"),
         ({"normalize_weights": "sum"}, "normalize_weights"),
         ({"train_on": "both"}, "train_on"),

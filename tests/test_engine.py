@@ -85,6 +85,8 @@ OPTIONS = {
     "accumulated": {"estimator": "mixed", "gradient_accumulation_steps": 2, "train_sampling_strategy": "sequential"},
     "counterfactual": {"estimator": "base", "train_on": "counterfactual", "data_seed": 3},
     "checkpointed": {"estimator": "mixed", "gradient_checkpointing": True},
+    "clip": {"estimator": "base", "weighting": "clip", "normalize_weights": "mean"},
+    "additive": {"estimator": "mixed", "weighting": "additive", "strength": 1.5},
     "frozen": {"estimator": "mixed", "profile_pass": "frozen"},
     "frozen bootstrap": {"estimator": "bootstrap", "profile_pass": "frozen", "gradient_checkpointing": True},
 }

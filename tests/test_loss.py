@@ -14,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from perce_lite.data.pairs import IGNORED
 
 ESTIMATORS = ("base", "mixed", "bootstrap", "uniform")
+WEIGHTINGS = ("clip", "additive")
 
 
 def stir(model, seed=3):
@@ -75,7 +76,11 @@ def reference_loss(model, pairs, args, total):
             "mixed": factual.detach() - off["twin"],
             "bootstrap": factual.detach() - twin_on,
         }.get(args.estimator)
-        weight = torch.ones_like(factual) if pir is None else pir.clamp(args.clip_min, args.clip_max)
+        weight = torch.ones_like(factual)
+        if pir is not None and args.weighting == "additive":
+            weight = 1 + args.strength * pir.clamp(min=0).clamp(max=args.clip_max)
+        elif pir is not None:
+            weight = pir.clamp(args.clip_min, args.clip_max)
         trained = factual if args.train_on == "factual" else scored_log_probs(model, pair.counterfactual)
         loss = loss - (weight * trained).sum() / total
     return loss
@@ -89,17 +94,27 @@ def gradients(model):
     return {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("estimator", ["base", "bootstrap"])
+def test_each_weighting_equals_float64(toy_trainer, estimator, weighting):
+    check_against_float64(toy_trainer, estimator, "accumulated", "full", weighting=weighting, strength=0.7)
+
+
 @pytest.mark.parametrize("profile_pass", ["full", "frozen"])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("how", ["padded", "accumulated", "checkpointed", "packed"])
 def test_loss_and_gradients_equal_float64(toy_trainer, estimator, how, profile_pass):
+    check_against_float64(toy_trainer, estimator, how, profile_pass)
+
+
+def check_against_float64(toy_trainer, estimator, how, profile_pass, **more):
     options = {
         "padded": {},
         "accumulated": {"gradient_accumulation_steps": 2},
         "checkpointed": {"gradient_checkpointing": True},
         "packed": {"packing": True, "max_length": 400, "per_device_train_batch_size": 1},
     }[how]
-    trainer = toy_trainer(estimator=estimator, profile_pass=profile_pass, **options)
+    trainer = toy_trainer(estimator=estimator, profile_pass=profile_pass, **options, **more)
     stir(trainer.model)
     reference = reference_model(trainer)
     trainer.model.train()
@@ -171,7 +186,7 @@ def test_shuffled_has_the_base_weights_in_another_order(toy_trainer):
 
 @pytest.mark.parametrize("estimator", ["base", "mixed", "bootstrap", "shuffled"])
 def test_mean_normalization_is_a_constant_of_the_data_set(toy_trainer, estimator):
-    trainer = toy_trainer(estimator=estimator, normalize_weights="mean", prepared=True)
+    trainer = toy_trainer(estimator=estimator, weighting="clip", normalize_weights="mean", prepared=True)
     plain = toy_trainer(estimator="base", prepared=True)
     pirs = [
         row["factual_log_probs"][i] - row["counterfactual_log_probs"][i]
@@ -186,7 +201,7 @@ def test_mean_normalization_is_a_constant_of_the_data_set(toy_trainer, estimator
 @pytest.mark.parametrize("packing", [False, True])
 def test_weights_of_one_are_plain_sft(toy_trainer, tmp_path, packing):
     shared = {"max_steps": 2, "packing": packing, "train_sampling_strategy": "sequential"}
-    ours = toy_trainer(clip_min=1.0, clip_max=1.0, gradient_accumulation_steps=2, **shared)
+    ours = toy_trainer(weighting="clip", clip_min=1.0, clip_max=1.0, gradient_accumulation_steps=2, **shared)
     tokenizer = toys.toy_tokenizer("chatml")
     pairs = ours.pairs["train"]
     plain = SFTTrainer(

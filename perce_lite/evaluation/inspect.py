@@ -78,12 +78,15 @@ def inspect(recipe: Recipe, adapter: Path | None, rows: int, user: str | None, t
     if adapter is not None:
         adapters.require_profile_pass(adapter, recipe)
     model = base.model if adapter is None else adapters.load(base.model, adapter)
+    weighting = loss.Weighting.of(config)
     seen = _score(model, pairs, _swapped(maker, pairs, training), config, adapter is not None)
     return {
         "model": recipe.model,
         "adapter": None if adapter is None else str(adapter),
-        "clip_min": config.clip_min,
-        "clip_max": config.clip_max,
+        "clip_min": weighting.low,
+        "clip_max": weighting.clip_max,
+        "weight_bounds": list(weighting.bounds),
+        "weighting": weighting.formula,
         **_figures(seen, base.tokenizer, config, top),
     }
 
@@ -120,15 +123,15 @@ def _score(
 
 def _figures(seen: list[Seen], tokenizer: PreTrainedTokenizerBase, config: PerCEConfig, top: int) -> dict[str, Any]:
     """What the page shows; `personal_rows` and `idle_rows` are positions in `rows`."""
-    bounds = (config.clip_min, config.clip_max)
+    weighting = loss.Weighting.of(config)
     own = torch.cat([one.pir for one in seen])
     swapped_pirs = [one.swapped_pir for one in seen if one.swapped_pir is not None]
     swapped = torch.cat(swapped_pirs) if swapped_pirs else torch.empty(0)
-    shown = [_row(one, tokenizer, *bounds) for one in seen]
+    shown = [_row(one, tokenizer, weighting) for one in seen]
     ranked = sorted(range(len(shown)), key=lambda number: -float(shown[number]["pir_mean"]))
     return {
-        "own": {**loss.weight_statistics(own, *bounds), "tokens": own.numel()},
-        "swapped": {**loss.weight_statistics(swapped, *bounds), "tokens": swapped.numel()},
+        "own": {**loss.weight_statistics(own, weighting), "tokens": own.numel()},
+        "swapped": {**loss.weight_statistics(swapped, weighting), "tokens": swapped.numel()},
         "histogram": {"edges": EDGES, "own": _histogram(own), "swapped": _histogram(swapped)},
         "signal": signal(seen),
         "words": _words([row["units"] for row in shown])[:top],
@@ -190,9 +193,9 @@ def _histogram(pir: Tensor) -> list[int]:
     return [int(count) for count in np.histogram(clipped, bins=EDGES)[0]]
 
 
-def _row(one: Seen, tokenizer: PreTrainedTokenizerBase, clip_min: float, clip_max: float) -> dict[str, Any]:
+def _row(one: Seen, tokenizer: PreTrainedTokenizerBase, weighting: loss.Weighting) -> dict[str, Any]:
     ids = [label for label in one.pair.factual.labels if label != IGNORED]
-    weight = loss.token_weights(one.pir, clip_min, clip_max)
+    weight = weighting.weights(one.pir)
     units = []
     for start, end, text in text_units(tokenizer, ids):
         units.append(

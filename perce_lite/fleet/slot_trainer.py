@@ -222,9 +222,7 @@ class SlotTrainer:
             log_probs,
             constant.get("counterfactual_log_probs"),
             constant.get("factual_log_probs"),
-            clip_min=self.args.clip_min,
-            clip_max=self.args.clip_max,
-            scale=user.reference.scale,
+            weighting=user.weighting,
         )
         user.seen = log_probs.detach(), weighted.pir
         return weighted.per_token.sum() / user.tokens

@@ -16,7 +16,7 @@ from perce_lite.data.pairs import IGNORED, Pair
 from perce_lite.errors import PerceLiteError
 from perce_lite.files import written_aside
 from perce_lite.model.prefix_cache import PrefixCache
-from perce_lite.training.loss import weight_statistics
+from perce_lite.training.loss import Weighting, weight_statistics
 from perce_lite.training.order import steps_of, windows
 from perce_lite.training.reference_logprobs import ReferenceLogProbs, trained_tokens
 from perce_lite.training.trainer import non_finite_error
@@ -95,6 +95,7 @@ class SlotUser:
     ) -> None:
         seed = args.seed if job.seed is None else job.seed
         self.slot, self.job, self.reference, self.parameters, self.args = slot, job, reference, parameters, args
+        self.weighting = Weighting.of(args, reference.scale)
         rows = [prefixes.features(trained_tokens(pair, args), args.profile_pass) for pair in job.pairs]
         self.features: list[dict[str, Any]] = [
             {**features, **{name: reference.columns[name][row] for name in reference.columns}}
@@ -143,8 +144,7 @@ class SlotUser:
         log_probs, pir = self.seen
         figures = {"loss": loss, "unweighted_loss": float(-log_probs.sum() / self.tokens)}
         if pir is not None:
-            figures |= weight_statistics(pir, self.args.clip_min, self.args.clip_max)
-            figures["weight_mean"] *= self.reference.scale
+            figures |= weight_statistics(pir, self.weighting)
         self.figures.append(figures)
 
     def norm(self) -> Tensor:

@@ -112,7 +112,9 @@ def _held_out(metadata: Mapping[str, Any], evaluated: Sequence[str]) -> Iterable
 
 def _weighting(metadata: Mapping[str, Any]) -> str:
     """How the adapter's loss was weighted, in words."""
-    estimator, clipped = metadata["estimator"], f"weights clipped to {metadata['clip_min']} .. {metadata['clip_max']}"
+    estimator = metadata["estimator"]
+    paper = f"clip(PIR, {metadata['clip_min']:g}, {metadata['clip_max']:g})"  # of an adapter that names no formula
+    clipped = f"weight {metadata.get('weighting', paper)}"
     if estimator == "uniform":
         return "plain SFT, all response tokens weigh the same (estimator `uniform`, a control)"
     if estimator == "shuffled":

@@ -4,11 +4,60 @@ Shapes: (R,) is one row's response tokens, (B, T) a batch; every function takes 
 Source: "Rethinking Personalization in Large Language Models at the Token Level", arXiv 2603.06595.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from perce_lite.config import PerCEConfig
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """How a token's weight follows from its PIR.
+
+    kind: `clip`, the paper's, clip(PIR, clip_min, clip_max); `additive`, 1 + strength * clip(PIR, 0, clip_max), which
+        leaves no token below the weight that plain SFT gives it
+    clip_min, clip_max: nats
+    scale: a factor of every weight: 1, or 1 / mean weight of the data set (`normalize_weights: mean`)
+    """
+
+    kind: str
+    clip_min: float
+    clip_max: float
+    strength: float = 0.5
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, args: PerCEConfig, scale: float = 1.0) -> Weighting:
+        return cls(args.weighting, args.clip_min, args.clip_max, args.strength, scale)
+
+    @property
+    def low(self) -> float:
+        """PIR, nats, up to which all tokens have the lowest weight."""
+        return self.clip_min if self.kind == "clip" else 0.0
+
+    def weights(self, pir: Tensor) -> Tensor:
+        """Loss weight of each token; shape of `pir`."""
+        clipped = pir.clamp(self.low, self.clip_max)
+        return (clipped if self.kind == "clip" else 1 + self.strength * clipped) * self.scale
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest weight."""
+        low, high = self.weights(torch.tensor([self.low, self.clip_max], dtype=torch.float64)).tolist()
+        return low, high
+
+    @property
+    def formula(self) -> str:
+        """`weights` as a person writes it, without the scale."""
+        clipped = f"clip(PIR, {self.low:g}, {self.clip_max:g})"
+        return clipped if self.kind == "clip" else f"1 + {self.strength:g} x {clipped}"
 
 
 class WeightedNLL(NamedTuple):
@@ -27,26 +76,23 @@ def weighted_nll(
     counterfactual_log_probs: Tensor | None,
     factual_log_probs: Tensor | None = None,
     *,
-    clip_min: float,
-    clip_max: float,
-    scale: float = 1.0,
+    weighting: Weighting,
 ) -> WeightedNLL:
     """The PerCE loss: L = -(1/n) sum_i w_i log P(y_i | p_u, x, y_<i), before the sum and the division by n.
 
         PIR_i = log P(y_i | p_u, x, y_<i) - log P(y_i | x, y_<i)
-        w_i   = clip(PIR_i, clip_min, clip_max) * scale          (no gradient flows through w_i)
+        w_i   = weighting.weights(PIR_i)                         (no gradient flows through w_i)
 
     All tensors are of one shape.
 
     log_probs: of the training forward, with gradients, nats
     counterfactual_log_probs: log P(y_i | x, y_<i), without the profile; None: plain SFT, w_i = 1
     factual_log_probs: log P(y_i | p_u, x, y_<i) for the PIR; None: `log_probs`, detached
-    scale: see `token_weights`
     """
     if counterfactual_log_probs is None:
         return WeightedNLL(-log_probs, None)
     influence = pir(log_probs if factual_log_probs is None else factual_log_probs, counterfactual_log_probs)
-    return WeightedNLL(-(token_weights(influence, clip_min, clip_max, scale) * log_probs), influence)
+    return WeightedNLL(-(weighting.weights(influence) * log_probs), influence)
 
 
 def pir(factual_log_probs: Tensor, counterfactual_log_probs: Tensor) -> Tensor:
@@ -58,17 +104,9 @@ def pir(factual_log_probs: Tensor, counterfactual_log_probs: Tensor) -> Tensor:
     return (factual_log_probs - counterfactual_log_probs).detach().float()
 
 
-def token_weights(pir: Tensor, clip_min: float, clip_max: float, scale: float = 1.0) -> Tensor:
-    """Loss weight of each token, `clip(pir, clip_min, clip_max) * scale`; shape of `pir`.
-
-    scale: 1, or 1 / mean weight of the data set (`normalize_weights: mean`)
-    """
-    return pir.clamp(clip_min, clip_max) * scale
-
-
-def mean_weight(pirs: Sequence[Tensor], clip_min: float, clip_max: float) -> float:
+def mean_weight(pirs: Sequence[Tensor], weighting: Weighting) -> float:
     """Mean weight over the tokens of a data set, given each row's `pir` (R,)."""
-    total = sum(float(token_weights(row.double(), clip_min, clip_max).sum()) for row in pirs)
+    total = sum(float(weighting.weights(row.double()).sum()) for row in pirs)
     return total / max(1, sum(row.numel() for row in pirs))
 
 
@@ -85,16 +123,17 @@ def permutation(responses: Sequence[int], seed: int, row: int) -> Tensor:
     return torch.cat([torch.empty(0, dtype=torch.long), *parts])
 
 
-def weight_statistics(pir: Tensor, clip_min: float, clip_max: float) -> dict[str, float]:
+def weight_statistics(pir: Tensor, weighting: Weighting) -> dict[str, float]:
     """Figures that tell whether the weights carry information. `pir` is (N,), nats; empty for N = 0.
 
-    `share_at_min` and `share_at_max` are clip saturation, `share_above_min` the share of tokens above the lower clip,
-    `effective_tokens` the share (sum w)^2 / (N sum w^2): 1 when all weights are equal and above 0.
+    `share_at_min` and `share_at_max` are the shares of tokens with the lowest and the highest weight (clip saturation),
+    `share_above_min` is the rest of the first, `effective_tokens` the share (sum w)^2 / (N sum w^2): 1 when all weights
+    are equal and above 0.
     """
     if pir.numel() == 0:
         return {}
     values = pir.double() if pir.device.type == "cpu" else pir.float()
-    weight = token_weights(values, clip_min, clip_max)
+    weight = weighting.weights(values)
     tenths = torch.quantile(values, torch.tensor([0.1, 0.5, 0.9], dtype=values.dtype, device=values.device))
     relative = weight / weight.max().clamp(min=torch.finfo(weight.dtype).tiny)
     effective = relative.sum() ** 2 / (relative * relative).sum().clamp(min=torch.finfo(weight.dtype).tiny)
@@ -104,9 +143,9 @@ def weight_statistics(pir: Tensor, clip_min: float, clip_max: float) -> dict[str
         "pir_p50": tenths[1],
         "pir_p90": tenths[2],
         "weight_mean": weight.mean(),
-        "share_at_min": (values <= clip_min).to(values.dtype).mean(),
-        "share_above_min": (values > clip_min).to(values.dtype).mean(),
-        "share_at_max": (values >= clip_max).to(values.dtype).mean(),
+        "share_at_min": (values <= weighting.low).to(values.dtype).mean(),
+        "share_above_min": (values > weighting.low).to(values.dtype).mean(),
+        "share_at_max": (values >= weighting.clip_max).to(values.dtype).mean(),
         "effective_tokens": effective / weight.numel(),
     }
     read = torch.stack(list(figures.values())).tolist()  # one synchronisation with the device, not nine

@@ -85,7 +85,7 @@ def reference_log_probs(
 
 def _scale(by_pass: dict[str, list[Tensor]], args: PerCEConfig) -> float:
     pirs = [loss.pir(*both) for both in zip(by_pass["factual"], by_pass["counterfactual"], strict=True)]
-    mean = loss.mean_weight(pirs, args.clip_min, args.clip_max)
+    mean = loss.mean_weight(pirs, loss.Weighting.of(args))
     if mean <= 0:
         raise DataError("normalize_weights: no token leans on its profile, so all weights are 0; raise clip_min")
     return 1 / mean

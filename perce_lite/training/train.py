@@ -18,6 +18,7 @@ from perce_lite.model.fingerprint import fingerprint
 from perce_lite.model.footprint import refuse_exports
 from perce_lite.model.lora_core import add_cores
 from perce_lite.recipe import Recipe, refuse_cores, training_config
+from perce_lite.training.loss import Weighting
 from perce_lite.training.run import Run, run_of
 from perce_lite.training.trainer import PerCETrainer
 
@@ -166,6 +167,7 @@ def run_metadata(
         "train_on": args.train_on,
         "clip_min": args.clip_min,
         "clip_max": args.clip_max,
+        "weighting": Weighting.of(args).formula,
         "data": {
             "fingerprint": digest([row.fingerprint() for row in rows]),
             "rows": kept,

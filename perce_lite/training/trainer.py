@@ -34,7 +34,7 @@ from perce_lite.model.fused_head import base_of, head_adapter_faults, project_sc
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
 from perce_lite.model.scoring import batch_log_probs, encode_prefixes, no_grad_eval, with_prefix
 from perce_lite.recipe import Template
-from perce_lite.training.loss import weight_statistics, weighted_nll
+from perce_lite.training.loss import Weighting, weight_statistics, weighted_nll
 from perce_lite.training.order import train_sampler
 from perce_lite.training.reference_logprobs import reference_log_probs, trained_tokens
 
@@ -230,9 +230,7 @@ class PerCETrainer(SFTTrainer):
                 outputs.log_probs,
                 reference.get("counterfactual_log_probs"),
                 reference.get("factual_log_probs"),
-                clip_min=self.args.clip_min,
-                clip_max=self.args.clip_max,
-                scale=self.weight_scale,
+                weighting=Weighting.of(self.args, self.weight_scale),
             )
             self._record(outputs, weighted.pir, num_items_in_batch)
             outputs.log_probs = -weighted.per_token  # TRL sums them and divides by the window's tokens
@@ -275,8 +273,7 @@ class PerCETrainer(SFTTrainer):
         tokens = torch.as_tensor(mask.sum() if window_tokens is None else window_tokens).clamp(min=1)
         figures = {"unweighted_loss": -(outputs.log_probs.detach().sum() * batches / tokens).item()}
         if pir is not None:
-            figures |= weight_statistics(pir[mask], self.args.clip_min, self.args.clip_max)
-            figures["weight_mean"] *= self.weight_scale
+            figures |= weight_statistics(pir[mask], Weighting.of(self.args, self.weight_scale))
             figures["store_hits"] = self.store_hits
         for name, value in figures.items():
             self._metrics["train"][name].append(value)

@@ -93,8 +93,8 @@ def pir_class(pir: float) -> str:
 
 
 def weight_class(figures: dict[str, Any]) -> Callable[[float], str]:
-    """w0 (lower clip) .. w5 (upper clip), for the figures' clip bounds."""
-    low, high = figures["clip_min"], figures["clip_max"]
+    """w0 (the lowest weight) .. w5 (the highest)."""
+    low, high = figures["weight_bounds"]
 
     def of(weight: float) -> str:
         return f"w{round(5 * (weight - low) / (high - low)) if high > low else 0}"

@@ -57,6 +57,8 @@ class Arm:
 
 _TRL = {"logging_nan_inf_filter": True}  # TRL's default, which PerCEConfig turns
 
+_HAND_WRITTEN = {**_TRL, "estimator": "bootstrap", "weighting": "clip", "remove_unused_columns": False}
+
 ARMS: dict[str, Arm] = {
     "sft": Arm("trl", _TRL),
     "sft-fp32": Arm("trl-fp32", _TRL),
@@ -68,7 +70,7 @@ ARMS: dict[str, Arm] = {
     "bootstrap": Arm("perce", {"estimator": "bootstrap"}),
     "counterfactual": Arm("perce", {"estimator": "base", "train_on": "counterfactual"}, "base"),
     "frozen": Arm("perce", {"estimator": "base", "profile_pass": "frozen"}, "base"),
-    "hand-written": Arm("hand-written", {**_TRL, "estimator": "bootstrap", "remove_unused_columns": False}),
+    "hand-written": Arm("hand-written", _HAND_WRITTEN),
 }
 """`sft` is TRL's own trainer, `sft-fp32` the same with its adapter in float32, as PerCE keeps it; `hand-written` is
 what one writes without this package. `shuffled` is left out: it costs what `base` costs."""
