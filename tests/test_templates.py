@@ -160,6 +160,14 @@ def test_rows_that_the_template_refuses_are_dropped_counted_and_named():
     assert "Conversation roles must alternate" in dropped["reason"]
 
 
+@pytest.mark.parametrize(("name", "hidden"), [("qwen3", 0), ("deepseek_r1_distill", 1), ("llama3", 1)])
+def test_thoughts_that_a_template_does_not_show_are_counted(name, hidden):
+    audit = Audit()
+    row = from_columns({"profile": "otters", "messages": SHAPES["reasoning"]}, "a row")
+    assert len(PairMaker(tokenizer_of(name), Template(position="user")).make([row, row], audit)) == 2
+    assert audit.summary()["thoughts_left_out"] == 2 * hidden
+
+
 def test_an_empty_turn_carries_no_loss():
     turns = [say("user", "one"), say("assistant", ""), say("user", "two"), say("assistant", "the lantern")]
     tokenizer = toys.toy_tokenizer("chatml")

@@ -26,12 +26,14 @@ class Turns(NamedTuple):
     responses: the turns, with what the template writes between its generation prompt and their text (TRL scores it too)
     ends: of each turn, whether what ends it stands in the context behind it
     scored: of each turn, whether it says something
+    thoughts_left_out: number of thoughts that the template does not show
     """
 
     contexts: list[str]
     responses: list[str]
     ends: list[bool]
     scored: list[bool]
+    thoughts_left_out: int
 
 
 class Chat:
@@ -163,13 +165,22 @@ class Chat:
             text[start:end].replace(f"{mark}{number}.", content_of(said[number]).strip())
             for number, (start, end, _) in enumerate(spans)
         ]
-        return Turns(contexts, responses, [ends for _, _, ends in spans], list(map(says_something, said)))
+        hidden = sum(
+            thought not in response
+            for message, response in zip(said, responses, strict=True)
+            for thought in self._thoughts_of(message)
+        )
+        return Turns(contexts, responses, [ends for _, _, ends in spans], list(map(says_something, said)), hidden)
+
+    def _thoughts_of(self, message: Message) -> list[str]:
+        """The thoughts of an assistant turn, less the white space around them."""
+        inline = self._thought.match(content_of(message))
+        thoughts = [message.get("reasoning_content"), message.get("thinking"), inline and inline["thought"]]
+        return [thought.strip() for thought in thoughts if thought]
 
     def _is_rich(self, message: Message) -> bool:
         """Whether an assistant turn is more than a text: a chat template renders the rest in its own way."""
-        if any(message.get(name) for name in ("tool_calls", "reasoning_content", "thinking")):
-            return True
-        return self._thought.match(content_of(message)) is not None
+        return bool(message.get("tool_calls") or self._thoughts_of(message))
 
     def _rich_span(
         self,

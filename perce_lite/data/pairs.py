@@ -52,6 +52,7 @@ class Pair:
     profile: text of the profile in the factual prompt
     items_left_out: profile items (of a text profile: words) left out to fit
     broken_tokens: places where user text spelled one of the template's control tokens
+    thoughts_left_out: thoughts of the response that the template does not show, as of turns that are not the last
     """
 
     row: Row
@@ -60,6 +61,7 @@ class Pair:
     profile: str
     items_left_out: int
     broken_tokens: int
+    thoughts_left_out: int = 0
 
 
 @dataclass
@@ -71,6 +73,7 @@ class Audit:
     examples: dict[tuple[str, str], str] = field(default_factory=dict)
     items_left_out: int = 0
     broken_tokens: int = 0
+    thoughts_left_out: int = 0
 
     def drop(self, row: Row, reason: str) -> None:
         self.dropped[row.user, reason] += 1
@@ -95,6 +98,7 @@ class Audit:
             ],
             "profile_items_left_out": self.items_left_out,
             "control_tokens_broken": self.broken_tokens,
+            "thoughts_left_out": self.thoughts_left_out,
         }
 
 
@@ -162,6 +166,7 @@ class PairMaker(Chat):
                 continue
             audit.items_left_out += pair.items_left_out
             audit.broken_tokens += pair.broken_tokens
+            audit.thoughts_left_out += pair.thoughts_left_out
             pairs.append(pair)
         return pairs
 
@@ -218,7 +223,8 @@ class PairMaker(Chat):
             else:
                 passes = (pair.factual, pair.counterfactual)
                 prefixes = [tokens.prefix_length for tokens in passes]
-                beside = (prefixes, pair.profile, pair.items_left_out, pair.broken_tokens)
+                counts = pair.items_left_out, pair.broken_tokens, pair.thoughts_left_out
+                beside = (prefixes, pair.profile, *counts)
                 _CACHE.put(key, [sequence for tokens in passes for sequence in (tokens.ids, tokens.labels)], beside)
             return pair
         sequences, beside = cached
@@ -274,7 +280,8 @@ class PairMaker(Chat):
             )
         factual = self._with_prefix_length(factual, prompt, completion, text, row.where, options)
         counterfactual = self._with_prefix_length(counterfactual, prompt, completion, "", row.where, options)
-        return Pair(row, factual, counterfactual, text, units - taken, broken + broken_in_profile)
+        counts = units - taken, broken + broken_in_profile, turns.thoughts_left_out
+        return Pair(row, factual, counterfactual, text, *counts)
 
     def _cleaned(self, row: Row) -> tuple[list[Message], list[Message], dict[str, Any], int]:
         """Prompt, completion and template options with control tokens in user text broken, and the number of those."""

@@ -150,6 +150,8 @@ class PerCETrainer(SFTTrainer):
         audit = self.audits[dataset_name]
         if audit.dropped:  # rows of our own commands are told of by these
             warn(f"{audit.dropped.total()} of {audit.read} {dataset_name} rows are left out: {audit.reasons()}")
+        if audit.thoughts_left_out:
+            warn(f"{audit.thoughts_left_out} thoughts of the {dataset_name} rows are not shown by the chat template")
         return tokenized
 
     def _tokenized_rows(

@@ -34,6 +34,8 @@ _TIME = re.compile(
     re.I,
 )
 _BETWEEN = re.compile(r"(?:T|[,،、，]?\s*(?:[^\W\d_]{1,3}(?:\sl[ae]s)?\.?,?\s+|de las\s|klo\s)?)(?=\S)")
+_WORD_AHEAD = re.compile(r"[^\W\d_]{2,12}\.?,?\s(?=\d)")
+_WEEKDAY_BEHIND = re.compile(rf"{_WEEKDAY}?")
 _MONTHS = (
     "jan ene gen янв ian sty", "feb fév fev lut фев şub", "mar mär märz маар мар", "apr avr abr апр kwi nis",
     "may mai mag maj мая май mei maio", "jun juin giu июн cze haz", "jul juil lug июл lip tem",
@@ -104,14 +106,16 @@ def chat_of_text(text: str, source: str) -> TextChat:
     raw = re.sub("\r\n?", "\n", text).split("\n")
     shown = [INVISIBLE.sub("", line) for line in raw]
     stamps = [_stamp(line) for line in shown]
-    for starts in (_stamped(shown, stamps), _headed(shown, stamps)):
+    for find in (_stamped, _headed):
+        starts = find(shown, stamps)
         if _is_chat(starts):
             return TextChat(_chat(raw, shown, stamps, starts, source))
+    headed = starts
     spoken = _spoken(shown)
     if spoken:
         chat = _chat(raw, shown, [None] * len(raw), spoken, source)
         return TextChat(chat, sure=all(message.author.lower() in PEOPLE | ASSISTANTS for message in chat.messages))
-    return TextChat(unclear=_looks_like_chat(shown, stamps))
+    return TextChat(unclear=len(headed) > 1 or _looks_like_chat(shown, stamps))
 
 
 # Times and dates
@@ -123,19 +127,19 @@ def _stamp(line: str) -> _Stamp | None:
     if line[at : at + 1] in ("[", "(", "*", "-", "‹"):
         at += 1
     bracket = line[at - 1 : at] if at else ""
-    weekday = re.compile(r"[^\W\d_]{2,12}\.?,?\s(?=\d)").match(line, at)
+    weekday = _WORD_AHEAD.match(line, at)
     found = _DATE.match(line, at) or (_DATE.match(line, weekday.end()) if weekday else None)
     date, fixed = _date(found) if found else (None, "")
     if found and date is None and not fixed:
         found = None
     time = None
     if found:
-        between = re.compile(rf"{_WEEKDAY}?").match(line, found.end())
+        between = _WEEKDAY_BEHIND.match(line, found.end())
         places = [found.end(), *([between.end()] if between else [])]
         matches = [gap for place in places if (gap := _BETWEEN.match(line, place))]
         time = next((match for gap in matches if (match := _TIME.match(line, gap.end()))), None)
     else:
-        in_words = re.compile(r"[^\W\d_]{3,12}\.?,?\s(?=\d)").match(line, at) if bracket in ("[", "(") else None
+        in_words = weekday if bracket in ("[", "(") else None
         time = _TIME.match(line, at) or (_TIME.match(line, in_words.end()) if in_words else None)  # [Yesterday 10:15]
         if time is None or (time["colon"] == "." and not time["after"]):
             return None
@@ -257,7 +261,7 @@ def _headed(lines: Sequence[str], stamps: Sequence[_Stamp | None]) -> dict[int, 
 
 def _time_last(line: str) -> _Start | None:
     """Ann, [03.05.2024 10:15]; Ann — Today at 10:15."""
-    if len(line) > 120 or not re.search(r"\d[:.h]\d\d", line):
+    if len(line) > 120 or not re.search(r"\d[:.h]\d\d\D.{0,16}$|\d[:.h]\d\d$", line):
         return None
     for gap in re.finditer(r"[,\s]\s*", line[:70]):
         name = re.sub(r"\s*[—–|-]+\s*\S*(?:\s\S+)?$|,$", "", line[: gap.start()]).strip()
@@ -323,7 +327,7 @@ def _looks_like_chat(lines: Sequence[str], stamps: Sequence[_Stamp | None]) -> b
     ]
     if len(timed) == 1 and timed[0][0].date and _INLINE.match(timed[0][1]) and _stamp(full[0]) == timed[0][0]:
         return True  # one message of a chat
-    if any(_COPIED.fullmatch(line.strip()) for line in full) or len(_headed(lines, stamps)) > 1:
+    if any(_COPIED.fullmatch(line.strip()) for line in full):
         return True
     late = sum(bool(re.match(r".{0,30}?\d[:.h]\d\d.{0,20}?[^\W\d_].{0,40}?[:：>|\t]", line)) for line in full)
     if late > 1 and 2 * late >= len(full):
