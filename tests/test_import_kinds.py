@@ -4,6 +4,8 @@
 
 import pytest
 import writing_fixtures as planted
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from writing_fixtures import read
 
 from perce_lite.data.importers.chat_texts import chat_of_text
@@ -270,3 +272,41 @@ def test_a_mail_that_was_saved_as_text_is_its_senders(tmp_path):
     found, notes = read(planted.write(tmp_path, files), senders=("ann@example.org",))
     assert [one.text for one in found] == [A2]
     assert set(notes.skipped) == {"a mail from somebody else", "a mail as text, whose sender is not surely read"}
+
+
+WORDS = st.text(st.sampled_from("abcdeäßñøж漢字 语한글กñ😀,;.!?-'\"()…"), min_size=1, max_size=30)
+PEOPLE = st.lists(
+    st.sampled_from(["Ann", "Ann Bell", "Bob", "Zoë", "Иван", "田中", "Ann-Marie O'Neil"]),
+    min_size=2,
+    max_size=2,
+    unique=True,
+)
+WITHIN = sorted(name for name in FORMS if "\n" not in FORMS[name])
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(WITHIN), PEOPLE, st.lists(WORDS.map(str.strip), min_size=4, max_size=8))
+def test_whoever_writes_whatever_in_any_form_keeps_their_words(form, people, said):
+    said = [f"word {text}" for text in said]
+    lines = [FORMS[form].format(who=people[number % 2], text=text) for number, text in enumerate(said)]
+    chat = chat_of_text("\n".join(lines), "c").chat
+    assert chat is not None
+    assert [(message.author, message.text) for message in chat.messages] == [
+        (people[number % 2], text.strip()) for number, text in enumerate(said)
+    ]
+
+
+PIECES = st.sampled_from(
+    ["[", "]", "12/31/20", ", ", "10:15", " - ", "Ann", ": ", "Bob", "\n", "\t", "<", ">", "\u200e", "Yesterday ", "PM", "-->",
+     "**", "## ", "You said:", "2023년 5월 3일", "오후", "From ", " to ", "99", "\u202f", "—", "|", "…", "\r\n", "()", "31. 12. 2020"]
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(PIECES, max_size=40).map("".join))
+def test_no_text_breaks_the_reader_and_no_word_is_made_up(text):
+    found = chat_of_text(text, "c")
+    for message in found.chat.messages if found.chat else ():
+        assert all(word in text for word in message.text.split())
+        assert message.author
+    assert found.chat is None or not found.unclear
