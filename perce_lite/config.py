@@ -228,7 +228,7 @@ class PerCEConfig(SFTConfig):
         metadata={"help": "Where a token's weight comes from: base, mixed, bootstrap; controls: uniform, shuffled."},
     )
     weighting: str = field(
-        default="clip",
+        default="additive",
         metadata={"help": "clip: the PIR in clip_min .. clip_max; additive: 1 + strength x clip(PIR, 0, clip_max)."},
     )
     strength: float = field(default=0.5, metadata={"help": "Slope of the additive weighting; above 0."})

@@ -244,8 +244,12 @@ class Recipe(Section):
         plain["lora"] = {**plain["lora"], CORE_ONLY: True} if self.core_only else self.without_cores().lora
         for name in ("embedding_on_host", "evaluation", "fleet", "export"):
             plain.pop(name)
-        return digest(plain)
+        return digest({**plain, "method": METHOD_VERSION})
 
+
+METHOD_VERSION = 2
+"""Part of a run's fingerprint; raise it when a default that a recipe need not name trains another adapter. 2: the
+additive weighting."""
 
 CORE_ONLY = "core_only"
 """The one field of `lora:` that is ours: see `perce_lite.model.lora_core`."""

@@ -16,6 +16,7 @@ from perce_lite.data.retrieval import Item
 from perce_lite.data.rows import Row, of_split, spread_over_users
 from perce_lite.evaluation import answers
 from perce_lite.evaluation.conditions import Topics, cases
+from perce_lite.evaluation.evaluate import short_names
 from perce_lite.recipe import load_recipe
 
 pytest_plugins = ["cli_fixtures"]
@@ -216,3 +217,11 @@ def test_what_cannot_be_evaluated_is_one_line(trained, run):
         assert code == 2, words
         assert expected in " ".join(err.split())
         assert "Traceback" not in err
+
+
+def test_arms_are_called_by_the_shortest_end_that_tells_them_apart():
+    paths = [Path("/a/base-1/seed-0/adapter"), Path("/a/uniform-2/seed-0/adapter"), Path("/a/other")]
+    assert short_names(paths) == ["base-1/seed-0", "uniform-2/seed-0", "other"]
+    assert short_names([Path("out/adapter")]) == ["out"]
+    assert short_names([Path("/x/out"), Path("/y/out/adapter")]) == ["x/out", "y/out"]
+    assert short_names([Path("/x/out"), Path("/x/out/adapter")]) == ["out", "out"]

@@ -183,20 +183,33 @@ def held_out(
 
 
 def _named(folders: Sequence[Path], recipe: Recipe) -> dict[str, Path | None]:
-    """What each adapter is called: its folder as given, without the `adapter` at its end."""
+    """What each adapter is called: the shortest end of its folder that tells it from the others, without `adapter`."""
     if not folders:
         raise AdapterError("No adapter was given: --adapter FOLDER, once for each.")
     named: dict[str, Path | None] = {}
-    for folder in folders:
+    for folder, name in zip(folders, short_names(folders), strict=True):
         metadata = adapters.read_metadata(folder)  # all faults before any scoring
         adapters.require_profile_pass(folder, recipe)
         if _split_of(metadata["recipe"]) != _split_of(recipe.model_dump(mode="json")):
             warn(f"{folder} was trained with another split of the data: rows it is judged on may be rows it has seen")
-        name = str(folder.parent if folder.name == "adapter" else folder)
         if name in named or name == BASE:
             raise AdapterError(f"{folder}: two arms would be called {name}; give each adapter once.")
         named[name] = folder
     return named
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of each folder, as few as tell it from the others; a last part `adapter` is left out."""
+    parts = [(folder.parent if folder.name == "adapter" else folder).absolute().parts for folder in folders]
+
+    def name(mine: tuple[str, ...]) -> str:
+        others = [other for other in parts if other != mine]
+        for count in range(1, len(mine) + 1):
+            if all(other[-count:] != mine[-count:] for other in others):
+                return "/".join(mine[-count:])
+        return "/".join(mine)
+
+    return [name(mine) for mine in parts]
 
 
 def _split_of(plain: dict[str, Any]) -> Any:

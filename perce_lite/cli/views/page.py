@@ -78,9 +78,9 @@ HEALTH = {
     "pir_p10": ("PIR, 10th percentile", "{:+.3f}"),
     "pir_p50": ("PIR, median", "{:+.3f}"),
     "pir_p90": ("PIR, 90th percentile", "{:+.3f}"),
-    "share_above_min": ("share of tokens above the lower clip", "{:.1%}"),
-    "share_at_min": ("share at the lower clip", "{:.1%}"),
-    "share_at_max": ("share at the upper clip", "{:.1%}"),
+    "share_above_min": ("share of tokens above the lowest weight", "{:.1%}"),
+    "share_at_min": ("share at the lowest weight", "{:.1%}"),
+    "share_at_max": ("share at the highest weight", "{:.1%}"),
     "weight_mean": ("mean weight", "{:.2f}"),
     "effective_tokens": ("effective tokens", "{:.1%}"),
 }

@@ -30,13 +30,14 @@ def show_training(figures: dict[str, Any]) -> None:
         console.print(verdict, style="bold red", soft_wrap=True)
     if figures["losses"]:
         console.print(_losses(figures["losses"]))
+        console.print(_worth(figures["losses"]), soft_wrap=True)
     else:
         console.print("No held-out rows: raise split.test to see what training did.", style="yellow")
     weights = figures["weights"]
     if "weight_mean" in weights:
         console.print(
-            f"Weights: {weights['share_above_min']:.0%} of tokens above the floor, {weights['share_at_min']:.0%} "
-            f"at the lower clip, {weights['share_at_max']:.1%} at the upper, mean {weights['weight_mean']:.2f}, "
+            f"Weights: {weights['share_above_min']:.0%} of tokens above the lowest weight, {weights['share_at_max']:.1%} "
+            f"at the highest, mean {weights['weight_mean']:.2f}, "
             f"effective tokens {weights['effective_tokens']:.0%}."
         )
     sample = figures["sample"]
@@ -58,6 +59,19 @@ def _worse_than_the_base(losses: list[dict[str, Any]]) -> str:
     return (
         f"Do not use this adapter: on held-out rows with the own profile it is {own['adapter'] - own['base']:.3f} nats "
         "a token worse than the untrained base. Lower train.learning_rate, or train on more rows."
+    )
+
+
+def _worth(losses: list[dict[str, Any]]) -> str:
+    """What the own profile is worth over another user's, before and after; empty where there is no other user."""
+    by_profile = {loss["profile"]: loss for loss in losses}
+    other, own = by_profile.get("other user's"), by_profile["own"]
+    if other is None:
+        return "No other users, so whether it is more personal cannot be told."
+    before, after = other["base"] - own["base"], other["adapter"] - own["adapter"]
+    return (
+        f"The own profile is worth {after:.3f} nats a token over another user's, {before:.3f} before training; "
+        "perce-lite eval says with which certainty, and more."
     )
 
 
