@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from perce_lite.config import chosen_dtype, pick_device
+from perce_lite.data.chat_template import dated
 from perce_lite.errors import BaseTooLargeError, ModelError, RecipeError, TemplateError, first_line
 from perce_lite.hub import hub_options
 from perce_lite.model.builtin import BUILT_IN, built_in_folder
@@ -90,6 +91,8 @@ def _load_model(recipe: Recipe, **options: Any) -> PreTrainedModel:
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokenizer alone, with the template of `train.chat_template_path` if it is set; no weights are read.
 
+    A template that asks for today's date is told that of the recipe (`template.date`).
+
     Raises:
         ModelError: as `load_base`; TemplateError: no such template file.
     """
@@ -101,6 +104,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     template_path = recipe.train.get("chat_template_path")
     if template_path is not None:
         tokenizer.chat_template = _template_of(recipe, template_path)
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = dated(tokenizer.chat_template, recipe.template.date)
     return tokenizer
 
 

@@ -133,6 +133,9 @@ def show_check(figures: dict[str, Any]) -> None:
         console.print(
             f"{broken} places in user text spelled a control token of the template; a space was put into each."
         )
+    hidden = sum(split["thoughts_left_out"] for split in figures["splits"].values())
+    if hidden:
+        console.print(f"{hidden} thoughts are not trained on: the chat template does not show them.")
     example = figures["example"]
     console.print(
         Text.assemble("The model sees: ", *(pair for kind, style in _STYLES.items() for pair in ((kind, style), " ")))
