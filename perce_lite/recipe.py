@@ -271,7 +271,7 @@ def train_defaults(on_cpu: bool) -> dict[str, Any]:
         "num_train_epochs": 1.0,
         "lr_scheduler_type": "linear",
         "warmup_steps": 0.1,
-        "optim": "adamw_torch" if on_cpu else "paged_adamw_8bit",
+        "optim": "adamw_torch" if on_cpu else "adamw_8bit",
         "gradient_checkpointing": not on_cpu,
         "logging_steps": 1,
         "save_strategy": "steps",

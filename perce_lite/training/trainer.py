@@ -28,10 +28,19 @@ from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.data.rows import DIALOGUES, Row, from_columns, shape_of
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.files import disk_full_is_clear
+from perce_lite.model.adapters import all_finite
 from perce_lite.model.compat import keep_base_constant, require_trainer_hooks
 from perce_lite.model.end_of_turn import warn_of_untrained_end
-from perce_lite.model.fused_head import base_of, head_adapter_faults, project_scored_positions_only, scoring_forward
+from perce_lite.model.float16 import advice
+from perce_lite.model.fused_head import (
+    base_of,
+    head_adapter_faults,
+    project_scored_positions_only,
+    scoring_forward,
+    without_needless_mask,
+)
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
+from perce_lite.model.repeated_heads import repeat_heads_where_needed
 from perce_lite.model.scoring import batch_log_probs, encode_prefixes, no_grad_eval, with_prefix
 from perce_lite.recipe import Template
 from perce_lite.training.loss import Weighting, weight_statistics, weighted_nll
@@ -112,6 +121,7 @@ class PerCETrainer(SFTTrainer):
         keep_base_constant(self.model)
         warn_of_untrained_end(self.model, Chat(self._tokenizer, template))
         self.autocast = args.autocast
+        repeat_heads_where_needed(base_of(self.model), self.autocast)
         project_scored_positions_only(self.model)
         if args.profile_pass == "frozen":
             enable_prefix_attention(base_of(self.model), self._prefixes)
@@ -249,12 +259,14 @@ class PerCETrainer(SFTTrainer):
             rows = [
                 self.pairs["train"][index].row for index in row_numbers.unique().tolist() if index >= 0
             ]  # -1: padding
-            raise non_finite_error(f"The loss is {loss.item()}", self.state.global_step + 1, rows)
+            raise non_finite_error(f"The loss is {loss.item()}", self.state.global_step + 1, rows, self.autocast)
         return result
 
     def _with_prefix(self, inputs: dict[str, Any], numbers: Tensor | None) -> dict[str, Any]:
         """`inputs` of a forward (B, T) with the KV prefixes that `numbers` (B, T) name, if there are any."""
-        return inputs if numbers is None else with_prefix(inputs, numbers, self._prefixes)
+        if numbers is None:
+            return without_needless_mask(base_of(self.model), inputs)
+        return with_prefix(inputs, numbers, self._prefixes)
 
     def _without_profile(self, twin: dict[str, Any], labels: Tensor) -> Tensor:
         """Log-probs of the same adapter without the profile, at the places of the training forward's (B, T-1)."""
@@ -293,7 +305,8 @@ class PerCETrainer(SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As TRL's, without a draw from training's random state, so that a resumed run draws the same numbers."""
-        with torch.random.fork_rng():
+        device = self.args.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             return super().evaluate(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -308,7 +321,7 @@ class PerCETrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         advice = "Free some space and run the same command again: it resumes from the last whole checkpoint."
-        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+        if not all_finite(parameter for parameter in self.model.parameters() if parameter.requires_grad):
             raise NonFiniteLossError(
                 f"The adapter's weights are not finite after step {self.state.global_step}: a gradient was not. "
                 "Nothing of it was saved. Lower train.learning_rate."
@@ -322,15 +335,19 @@ def _eval_name(name: str) -> str:
     return "eval train" if name == "train" else name
 
 
-def non_finite_error(what: str, step: int, rows: Sequence[Row]) -> NonFiniteLossError:
+def non_finite_error(
+    what: str, step: int, rows: Sequence[Row], autocast: torch.dtype | None = None
+) -> NonFiniteLossError:
     """The error that names the rows of a step whose loss or gradient is not finite.
 
     what: "The loss is nan"
+    autocast: the dtype that the step ran in
     """
     named = "; ".join(f"{row.where} (user {row.user})" for row in rows)
     return NonFiniteLossError(
-        f"{what} at step {step}, in these rows: {named}. Nothing of this step was kept. Lower train.learning_rate, or "
-        "look at the rows with `perce-lite check`."
+        f"{what} at step {step}, in these rows: {named}. Nothing of this step was kept. {advice(autocast)}"
+        f"{' Else lower' if advice(autocast) else 'Lower'} train.learning_rate, or look at the rows with "
+        "`perce-lite check`."
     )
 
 
