@@ -11,6 +11,7 @@ PerceLiteError              the command line prints it as one clean line and exi
 |- RunError                 an output folder that belongs to another run
 |- FleetError               a fleet folder that cannot be used, or a user it does not know
 |- ExportError              an export that cannot be made, or whose proof fails
+|- ServeError               a server that cannot be started as it was asked for
 |- BenchError               a measurement that failed, or that there is nothing to measure for
 |- NotebookError            a command in a notebook that ended badly
 |- PlanError                a GPU that is not known, or a model whose memory cannot be told beforehand
@@ -84,6 +85,10 @@ class FleetError(PerceLiteError):
 
 class ExportError(PerceLiteError):
     """An export that its target cannot take, that has no place to go, or whose proof fails."""
+
+
+class ServeError(PerceLiteError):
+    """A server that cannot be started as it was asked for."""
 
 
 class BenchError(PerceLiteError):

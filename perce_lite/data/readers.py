@@ -275,8 +275,23 @@ def user_texts(recipe: Recipe, user: str) -> UserTexts:
         items = list(dict.fromkeys(item for profile in profiles for item in profile if isinstance(item, Item)))
         if texts or items:
             return UserTexts(texts[-1] if texts else None, items)
-    users = sorted({user_name(record.get("user")) for _, _, record in records})
+    users = _users_of(records, recipe)
     raise DataError(f"user {user}: the data knows no such user; it has {', '.join(users[:20])}")
+
+
+def known_users(recipe: Recipe) -> list[str]:
+    """Every user of the recipe's data, by name.
+
+    Raises:
+        DataError: the data cannot be read.
+    """
+    return _users_of(list(_records(recipe)), recipe)
+
+
+def _users_of(records: Sequence[Record], recipe: Recipe) -> list[str]:
+    shape = _shape_of(recipe, records[0] if records else None)
+    names = {user_of(record, shape) for _, _, record in records}
+    return sorted(names if recipe.data.users is None else names & set(recipe.data.users))
 
 
 def library(recipe: Recipe) -> dict[str, list[Item]]:

@@ -1,5 +1,6 @@
 """The frozen base: loaded in 4 bit or unquantised, in the dtype that suits its device, with its tokenizer."""
 
+import re
 import shlex
 from dataclasses import dataclass
 from typing import Any
@@ -143,10 +144,31 @@ def with_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     Raises:
         RecipeError: a `lora` section that does not go with the model.
     """
+    config = lora_config(recipe)
     try:
-        return get_peft_model(model, lora_config(recipe))
+        if beside := modules_beside_text(model):
+            config.exclude_modules = _excluded(config.exclude_modules, beside)
+        return get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise RecipeError(recipe.source, [f"lora: does not go with {recipe.model}: {error}"]) from error
+
+
+def modules_beside_text(model: PreTrainedModel) -> list[str]:
+    """Paths of the modules of a multimodal model that read no text, such as a vision tower's layers; else none.
+
+    They never get LoRA: training is on text, and neither llama.cpp nor vLLM takes an adapter on them.
+    """
+    if model.config is model.config.get_text_config():
+        return []
+    of_text = {*model.get_decoder().modules(), model.get_output_embeddings()}
+    return [path for path, module in model.named_modules() if not list(module.children()) and module not in of_text]
+
+
+def _excluded(own: list[str] | str | None, paths: list[str]) -> list[str] | str:
+    """`exclude_modules` of `peft.LoraConfig`: the recipe's `own` and `paths`."""
+    if isinstance(own, str):  # a regular expression
+        return "|".join([own, *map(re.escape, paths)])
+    return [*(own or ()), *paths]
 
 
 def model_source(recipe: Recipe) -> str:

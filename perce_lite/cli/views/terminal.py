@@ -299,6 +299,17 @@ def show_fleet_scale(scale: "FleetScale") -> None:
         console.print(Text.assemble((f"{word:10}", style), limit))
 
 
+def show_serve_bench(figures: dict[str, Any]) -> None:
+    """`perce-lite bench --serve`: a line a way to be asked."""
+    title = f"One question, medians of {figures['repeats']}, threads: {figures['threads']}"
+    table = Table(title=Text(title), title_justify="left", box=None)
+    for name in ("", "first token, s", "then tokens a second"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, way in figures["ways"].items():
+        table.add_row(name, f"{way['first_token_s']:.2f}", f"{way['tokens_per_s']:.1f}")
+    console.print(table)
+
+
 def show_generation_cost(cost: "GenerationCost") -> None:
     """`perce-lite bench --generation`: seconds a token, plain and with the contrast, and the bar."""
     title = Text(f"Answers to {cost.rows} queries, {cost.tokens} tokens each")
