@@ -14,12 +14,12 @@ from torch.nn.functional import log_softmax
 
 from perce_lite.cli.views.page import write_inspection
 from perce_lite.data.pairs import IGNORED, PairMaker
+from perce_lite.data.text_units import text_units
 from perce_lite.errors import DataError
 from perce_lite.evaluation import inspect as inspection
 from perce_lite.evaluation.inspect import inspect
 from perce_lite.model.logprob_store import Store
 from perce_lite.recipe import Recipe, load_recipe
-from perce_lite.training.leaning import text_units
 
 ROOT = Path(__file__).resolve().parents[1]
 EVIL = "<script>alert('x')</script> & \"q\""
