@@ -52,6 +52,17 @@ class TemplateError(PerceLiteError):
     """A chat template that is missing, refuses the messages or hides the profile."""
 
 
+class RowRefusedError(TemplateError):
+    """A row whose messages a chat template does not take, or does not show.
+
+    reason: why, without the row, so that rows refused for the same reason are counted together
+    """
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}")
+        self.reason = reason
+
+
 class ModelError(PerceLiteError):
     """A base model that is not there, or did not arrive whole."""
 

@@ -1,15 +1,15 @@
 """What the plan says a forward saves, against what torch's hooks see in real training: families, shapes, growth."""
 
-import contextlib
 import itertools
 
 import pytest
 import torch
 from memory_fixtures import WIDE, prefix_of, recipe_for, trainer_for, weights, what_is_saved
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig
 
 from perce_lite import PerCETrainer
+from perce_lite.model import repeated_heads
+from perce_lite.model.fused_head import base_of
 from perce_lite.planning import parts as memory
 from perce_lite.planning.shapes import FAMILIES, Shape, shape_of
 from perce_lite.recipe import Recipe
@@ -19,16 +19,15 @@ class Seen(Exception):
     """Ends a training whose forward was looked at."""
 
 
-def saved_in_training(trainer: PerCETrainer, flash: bool = True) -> tuple[int, memory.Step]:
+def saved_in_training(trainer: PerCETrainer, shared: bool = True) -> tuple[int, memory.Step]:
     """Bytes that the loss of one real step saved, each storage once and parameters left out; and what the batch was."""
     found = {}
     original = trainer.compute_loss
 
     def watched(model, inputs, **kwargs):
-        found["ids"], found["labels"], found["mask"] = inputs["input_ids"], inputs["labels"], inputs["attention_mask"]
+        found["ids"], found["labels"] = inputs["input_ids"], inputs["labels"]
         found["prefix"] = prefix_of(trainer, inputs)
-        kernel = contextlib.nullcontext() if flash else sdpa_kernel(SDPBackend.MATH)
-        with kernel, what_is_saved(model) as saved:
+        with what_is_saved(model) as saved:
             loss = original(model, inputs, **kwargs)
         assert loss.requires_grad
         found.update(saved)
@@ -39,10 +38,9 @@ def saved_in_training(trainer: PerCETrainer, flash: bool = True) -> tuple[int, m
         trainer.train()
     rows, awake = found["ids"].shape
     scored = int((found["labels"][:, 1:] != -100).sum()) // rows
-    padded = not bool(found["mask"].all())
     itemsize = 2 if trainer.args.bf16 else 4
     prefix = found["prefix"]
-    return found["bytes"], memory.Step(rows, prefix + awake, scored, prefix, itemsize, padded, flash)
+    return found["bytes"], memory.Step(rows, prefix + awake, scored, prefix, itemsize, shared=shared)
 
 
 @pytest.fixture
@@ -94,11 +92,12 @@ def test_saved_activations_of_other_shapes(tmp_path, as_on_a_gpu, kind, setting)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
-def test_saved_by_plain_attention(tmp_path, as_on_a_gpu, kind):
-    """What a GPU without fused attention saves."""
+def test_saved_where_heads_are_repeated(tmp_path, as_on_a_gpu, kind):
+    """What a GPU saves whose fused attention takes no shared heads."""
     recipe = recipe_for(tmp_path, kind, {})
     trainer = trainer_for(recipe, torch.bfloat16, words=6, per_device_train_batch_size=1)
-    measured, step = saved_in_training(trainer, flash=False)
+    base_of(trainer.model).set_attn_implementation(repeated_heads.NAME)
+    measured, step = saved_in_training(trainer, shared=False)
     assert estimate(recipe, step) == pytest.approx(measured, rel=0.03)
 
 
@@ -137,13 +136,14 @@ def test_growth(tmp_path):
     recipe = recipe_for(tmp_path, "llama", {"num_hidden_layers": 4})
     counted, facts = weights(recipe, 2), shape(recipe)
 
-    def at(rows=1, length=512, prefix=0, checkpointing=False, flash=True):
-        return memory.saved(facts, counted, memory.Step(rows, length, 64, prefix, flash=flash), checkpointing)
+    def at(rows=1, length=512, prefix=0, checkpointing=False, shared=True):
+        return memory.saved(facts, counted, memory.Step(rows, length, 64, prefix, shared=shared), checkpointing)
 
     casts = 2 * counted.elements(1)
     assert at(rows=2) - casts == pytest.approx(2 * (at() - casts), rel=0.02)
     assert at(length=1024) - casts == pytest.approx(2 * (at() - casts), rel=0.02)
-    assert at(length=2048, flash=False) > 3.5 * at(length=1024, flash=False)
+    assert at(length=2048, shared=False) - casts == pytest.approx(2 * (at(length=1024, shared=False) - casts), rel=0.02)
+    assert at(shared=False) > 1.05 * at()
     steps = [at(prefix=prefix) for prefix in (128, 256, 384)]
     assert at() > steps[0] > steps[1] > steps[2]
     assert steps[0] - steps[1] == pytest.approx(steps[1] - steps[2], rel=0.01)

@@ -9,7 +9,13 @@ from trl.trainer.utils import add_fused_lm_head
 
 from perce_lite.data.pairs import IGNORED
 from perce_lite.model import fused_head
-from perce_lite.model.fused_head import base_of, project_scored_positions_only, scoring_forward, training_forward
+from perce_lite.model.fused_head import (
+    base_of,
+    project_scored_positions_only,
+    scoring_forward,
+    training_forward,
+    without_needless_mask,
+)
 
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -18,6 +24,7 @@ OTHERS = {
     "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, output_router_logits=True),
     "granite": dict(logits_scaling=8.0),
     "cohere": dict(logit_scale=0.0625),
+    "gemma3_text": dict(sliding_window=4, query_pre_attn_scalar=16),
 }
 
 
@@ -177,3 +184,31 @@ def test_where_trl_projects_scored_positions_alone_its_forward_stays(monkeypatch
     project_scored_positions_only(model)
     assert model.forward == forward
     assert asked == ["cpu"]
+
+
+@pytest.mark.parametrize("family", ["chatml", "gemma", "qwen3", "granite", "cohere", "gemma3_text"])
+def test_rows_padded_on_the_right_need_no_mask(family):
+    """`gemma3_text` with a sliding window shorter than the rows."""
+    model, batch = model_of(family), batch_of()
+    without = without_needless_mask(model, batch)
+    assert set(batch) - set(without) == {"attention_mask"}
+    real = batch["attention_mask"].bool()
+    hidden = [model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state[real]]
+    hidden.append(
+        model.base_model(batch["input_ids"], batch["attention_mask"], use_cache=False).last_hidden_state[real]
+    )
+    torch.testing.assert_close(hidden[0], hidden[1], rtol=0, atol=1e-6)
+    ours, theirs = (gradients(model, training_forward(model)(**inputs).sum()) for inputs in (without, batch))
+    assert len(ours) == len(theirs) > 10
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "option"),
+    [("mixtral", {}), ("chatml", {"use_bidirectional_attention": True}), ("chatml", {"layer_types": ["linear"]})],
+)
+def test_a_mask_that_is_needed_stays(family, option):
+    model = model_of(family)
+    vars(model.config).update(option)
+    assert "attention_mask" in without_needless_mask(model, batch_of())

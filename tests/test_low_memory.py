@@ -185,14 +185,14 @@ def test_half_precision_adapters_fail_in_the_scaler(toy_trainer):
 # What a GPU's recipe starts from
 
 
-def test_a_card_trains_with_paged_8_bit_adamw_and_checkpointing(monkeypatch):
+def test_a_card_trains_with_8_bit_adamw_and_checkpointing(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     assert compute_dtype(torch.device("cuda")) == torch.float16
     defaults = train_defaults(on_cpu=False)
-    assert (defaults["optim"], defaults["gradient_checkpointing"]) == ("paged_adamw_8bit", True)
+    assert (defaults["optim"], defaults["gradient_checkpointing"]) == ("adamw_8bit", True)
     config = training_config(Recipe.model_validate({"data": {"path": "x.jsonl"}, "train": {"use_cpu": True}}))
-    assert (config.fp16, config.bf16, config.optim) == (True, False, "paged_adamw_8bit")
+    assert (config.fp16, config.bf16, config.optim) == (True, False, "adamw_8bit")
 
 
 def test_checkpointing_is_without_re_entrancy(toy_trainer):

@@ -65,9 +65,9 @@ def test_a_card_that_is_not_known_names_the_nearest():
         gpu("0.5GB")
 
 
-def test_old_cards_have_no_bf16_and_build_all_scores():
+def test_old_cards_have_no_bf16():
     assert not gpu("T4").bf16
-    assert gpu("L4").flash
+    assert gpu("L4").bf16
     assert all(GPUS[name].bf16 for name in GPUS if name.startswith(("RTX 3", "RTX 4", "RTX 5", "A", "H", "L")))
 
 

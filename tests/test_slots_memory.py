@@ -70,8 +70,7 @@ def test_what_slots_hold_and_save(tmp_path, kind, users, dtype, lora, options):
             return losses(trainings, batch)
         rows, length = batch["input_ids"].shape
         scored = int((batch["labels"][:, 1:] != -100).sum()) // rows
-        padded = not bool(batch["attention_mask"].all())
-        steps.append(memory.Step(rows, length, scored, itemsize=dtype.itemsize, padded=padded, users=users))
+        steps.append(memory.Step(rows, length, scored, itemsize=dtype.itemsize, users=users))
         with what_is_saved(engine.model.base) as saved:
             made = losses(trainings, batch)
         found.update(saved)

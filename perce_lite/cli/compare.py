@@ -10,6 +10,7 @@ from perce_lite.cli.options import Json, RecipePath, Set, write
 from perce_lite.cli.views import compare_sections, terminal
 from perce_lite.recipe import load_recipe
 
+device = Lazy("perce_lite.device")
 comparison = Lazy("perce_lite.evaluation.compare")
 oom_advice = Lazy("perce_lite.planning.oom_advice")
 pages = Lazy("perce_lite.cli.views.page")
@@ -30,6 +31,7 @@ def compare(
 ) -> None:
     """Train ways of weighting under one budget and judge them on held-out rows. Takes hours; resumes."""
     loaded = load_recipe(recipe, set_ or [])
+    device.say_device(loaded)
     with oom_advice.explain_out_of_memory_in_scoring(loaded, own_folder=True):
         named, grid = comparison.arms_of(loaded, arms or comparison.ARMS), comparison.grid(loaded, rates)
         figures = comparison.compare(loaded, named, grid, seeds)

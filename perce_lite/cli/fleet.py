@@ -9,6 +9,7 @@ from perce_lite.cli.options import Json, RecipePath, Set, write
 from perce_lite.cli.views import sections, terminal
 from perce_lite.recipe import load_recipe
 
+device = Lazy("perce_lite.device")
 engines = Lazy("perce_lite.fleet.engines.slots")
 fleets = Lazy("perce_lite.fleet.fleet")
 pages = Lazy("perce_lite.cli.views.page")
@@ -26,6 +27,7 @@ def fleet(
 ) -> None:
     """Train an adapter for every user (or cohort) who is due, over one base, or resume."""
     loaded = load_recipe(recipe, set_ or [])
+    device.say_device(loaded)
     result = fleets.fleet(loaded, engines.engine_for, only or [], retrain or [], dry_run)
     write(json, result.figures())
     page = None if dry_run else loaded.output_dir / fleets.PAGE

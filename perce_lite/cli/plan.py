@@ -8,6 +8,7 @@ from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import Json, RecipePath, Set, write
 from perce_lite.recipe import load_recipe, training_config
 
+device = Lazy("perce_lite.device")
 gpus = Lazy("perce_lite.planning.gpus")
 planning = Lazy("perce_lite.planning.plan")
 probing = Lazy("perce_lite.planning.probe")
@@ -36,6 +37,8 @@ def plan(
         write(json, measured)
         views.show_probe(measured)
         return
+    if not named:
+        device.warn_of_an_unused_gpu()
     here = gpus.present()
     chosen = named or ([here] if here is not None else [gpus.of_size(size) for size in gpus.COMMON_SIZES])
     # What a trainer refuses is refused here, less what needs a GPU, which this machine may not have.

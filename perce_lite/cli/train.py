@@ -10,6 +10,7 @@ from perce_lite.cli.options import Json, RecipePath, Set, write
 from perce_lite.cli.views import terminal
 from perce_lite.recipe import load_recipe
 
+device = Lazy("perce_lite.device")
 oom_advice = Lazy("perce_lite.planning.oom_advice")
 run = Lazy("perce_lite.training.run")
 summary = Lazy("perce_lite.evaluation.summary")
@@ -23,6 +24,7 @@ def train(
 ) -> None:
     """Train the recipe's adapter, or resume an earlier run of it."""
     loaded = load_recipe(recipe, set_ or [])
+    device.say_device(loaded)
     with oom_advice.explain_out_of_memory(loaded, partial(run.newest_checkpoint, loaded.output_dir)):
         figures = summary.train_and_measure(loaded, restart)
     write(json, figures)

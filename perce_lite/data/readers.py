@@ -21,6 +21,7 @@ from perce_lite.data.rows import (
     from_record,
     items_of,
     of_split,
+    shape_of,
     split_name,
     split_rows,
     spread_over_users,
@@ -58,7 +59,7 @@ def read_rows(recipe: Recipe) -> list[Row]:
 
 
 def _shape_of(recipe: Recipe, first: Record | None) -> str:
-    """rows, documents, lamp or longlamp; raises DataError where there is no record or the split does not go with it."""
+    """As `rows.shape_of`; raises DataError where there is no record or the split does not go with documents."""
     data = recipe.data
     if first is None:
         raise DataError(f"{data.path or data.hub}: holds no records")
@@ -458,16 +459,14 @@ def _list_of(value: Any, *names: str) -> TypeGuard[list[Mapping[str, Any]]]:
 
 
 def _shape(first: Record) -> str:
-    """rows, documents, lamp or longlamp, by the fields of the first record."""
+    """rows, alpaca, documents, lamp or longlamp, by the fields of the first record."""
     where, _, record = first
     names = set(record)
-    if "completion" in names or "messages" in names:
-        return "rows"
-    if {"input", "output"} <= names:
-        return "lamp" if "id" in names else "longlamp"
-    if "text" in names:
-        return "documents"
+    shape = shape_of(names)
+    if shape is not None:
+        return shape
     raise DataError(
         f"{where}: the fields {', '.join(sorted(names))} fit no known shape. Rows have user, profile, prompt and "
-        "completion (or messages); documents have user, query, text; rename with data.columns: {completion: answer}"
+        "completion (or messages, conversations, or instruction, input and output); "
+        "documents have user, query, text; rename with data.columns: {completion: answer}"
     )

@@ -4,11 +4,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from perce_lite.console import warn
 from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.data.readers import read_rows
 from perce_lite.data.rows import SPLIT_NAMES, of_split
 from perce_lite.model.base import load_tokenizer
-from perce_lite.model.footprint import adapter_bytes, refuse_exports
+from perce_lite.model.float16 import overflow_of
+from perce_lite.model.footprint import adapter_bytes, config_of, refuse_exports
 from perce_lite.recipe import Recipe, training_config
 
 
@@ -22,6 +24,9 @@ def check(recipe: Recipe) -> dict[str, Any]:
     refuse_exports(recipe)
     size = adapter_bytes(recipe)  # a `lora` that does not go with the model is refused here
     config = training_config(recipe)
+    overflow = overflow_of(config_of(recipe).model_type, "float16" if config.fp16 else "another")
+    if overflow is not None:
+        warn(f"{recipe.model}: {overflow}")
     maker = PairMaker.of(recipe, load_tokenizer(recipe), config.max_length)
     splits, example = {}, None
     for name in SPLIT_NAMES:

@@ -23,15 +23,43 @@ def users_at_once(recipe: Recipe) -> int:
     """
     if recipe.fleet.slots != "auto":
         return recipe.fleet.slots
+    planned = _planned(recipe)
+    if planned is None:
+        return 1
+    plan, here = planned
+    return max(1, plan.most_users(plan.choice, here))
+
+
+def optimizer_of(recipe: Recipe, users: int) -> str | None:
+    """The `optim` for so many users in slots where the recipe leaves it open; None: the recipe's default.
+
+    On a GPU that is torch's fused AdamW if its float32 state has room: a few kernels a user, where bitsandbytes starts
+    one for each tensor and waits for it, some 450 a user in a step of an 8B.
+
+    Raises:
+        ModelError, RecipeError, DeviceError: as `users_at_once`.
+    """
+    own = recipe.of_users()
+    planned = None if "optim" in own.train or training_config(own).use_cpu else _planned(recipe)
+    if planned is None:
+        return None
+    plan, here = planned
+    return _FUSED if plan.fits(replace(plan.choice, users=users, optim=_FUSED), here) else None
+
+
+_FUSED = "adamw_torch_fused"
+
+
+def _planned(recipe: Recipe) -> tuple[Plan, Gpu] | None:
+    """The plan of users with rows of `train.max_length`, and the free memory here; None: the family is not known."""
     own = recipe.of_users()
     args = training_config(own)
     try:
         plan = Plan(own, alike(args.max_length or NO_LIMIT, "train.max_length"), on_cpu=bool(args.use_cpu))
     except PlanError:
-        return 1
+        return None
     here = None if args.use_cpu else present()
     if here is None:
-        here = Gpu("this machine", psutil.virtual_memory().available // 2)
-    else:  # asking has made the context, which the plan counts
-        here = replace(here, bytes=torch.cuda.mem_get_info()[0] + CONTEXT)
-    return max(1, plan.most_users(plan.choice, here))
+        return plan, Gpu("this machine", psutil.virtual_memory().available // 2)
+    # Asking has made the context, which the plan counts.
+    return plan, replace(here, bytes=torch.cuda.mem_get_info()[0] + CONTEXT)

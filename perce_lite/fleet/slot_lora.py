@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from perce_lite.errors import AdapterError, ConfigError, NonFiniteLossError
 from perce_lite.files import folder_written_aside, write_json, write_text
 from perce_lite.fleet.slot_routing import Route
-from perce_lite.model.adapters import METADATA, versions
+from perce_lite.model.adapters import METADATA, all_finite, versions
 from perce_lite.model.compat import LoraLayer, keep_base_constant
 from perce_lite.model.compat import LoraLinear as PeftLinear
 from perce_lite.model.fingerprint import fingerprint, sketch
@@ -340,7 +340,7 @@ def save_slot(model: SlotModel, state: Mapping[str, Tensor], folder: Path, about
     Raises:
         DiskFullError: no space left; NonFiniteLossError: weights that are no numbers. What was there before stays.
     """
-    if not all(torch.isfinite(tensor).all() for tensor in state.values()):
+    if not all_finite(state.values()):
         raise NonFiniteLossError(f"The adapter's weights are not finite, so {folder} was not written. Lower the rate.")
     with folder_written_aside(folder) as aside:
         save_file(dict(state), aside / "adapter_model.safetensors", metadata={"format": "pt"})

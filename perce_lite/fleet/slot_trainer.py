@@ -21,7 +21,7 @@ from perce_lite.data.pairs import IGNORED
 from perce_lite.errors import AdapterError, ConfigError, DataError, PerceLiteError
 from perce_lite.fleet.slot_lora import SlotModel, attach
 from perce_lite.fleet.slot_user import Result, SlotUser, Unfinished, UserJob
-from perce_lite.model.fused_head import head_adapter_faults, scoring_forward, training_forward
+from perce_lite.model.fused_head import head_adapter_faults, scoring_forward, training_forward, without_needless_mask
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
 from perce_lite.model.scoring import (
     autocast_to,
@@ -202,7 +202,7 @@ class SlotTrainer:
     def _losses(self, users: Sequence[SlotUser], batch: dict[str, Any]) -> list[Tensor]:
         """Each user's weighted loss, nats a token of that user's accumulation window."""
         scored = batch["labels"][:, 1:] != IGNORED
-        inputs = {name: batch[name] for name in _GIVEN if name in batch}
+        inputs = without_needless_mask(self.model.base, {name: batch[name] for name in _GIVEN if name in batch})
         with autocast_to(self.device, self.args.autocast):
             flat = self.forward(**inputs, use_cache=False)  # (N,), row after row
         constant = {name: batch[name][:, 1:][scored] for name in users[0].reference.columns}
@@ -231,7 +231,9 @@ class SlotTrainer:
         """Log-probs (N,) of the same rows under the same slots, without the profile."""
         twins = [user.job.pairs[row].counterfactual for user, row in taken]
         prefixes = self.prefixes if self.args.profile_pass == "frozen" else None
-        inputs = model_inputs(twins, self.collator.pad_token_id, self.device, prefixes)
+        inputs = without_needless_mask(
+            self.model.base, model_inputs(twins, self.collator.pad_token_id, self.device, prefixes)
+        )
         with no_grad_eval(self.model.base, adapters=True):
             return batch_log_probs(self.scoring_forward, inputs, self.args.autocast)
 
@@ -276,7 +278,7 @@ def _faults(base: PreTrainedModel, args: PerCEConfig) -> list[str]:
     try:
         kind, _ = Trainer.get_optimizer_cls_and_kwargs(args)
         if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-            faults.append(f"optim {args.optim!s}: it looks at a whole model; use adamw_torch or paged_adamw_8bit")
+            faults.append(f"optim {args.optim!s}: it looks at a whole model; use adamw_torch or adamw_8bit")
     except (ValueError, ImportError) as error:
         faults.append(f"optim {args.optim!s}: {error}")
     if base.config.get_text_config().to_dict().get("output_router_logits"):

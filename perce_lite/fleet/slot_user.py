@@ -197,7 +197,8 @@ class SlotUser:
         self.figures = list(state["figures"])
 
     def named(self, rows: Sequence[int], what: str) -> PerceLiteError:
-        return non_finite_error(what, len(self.log) + 1, [self.job.pairs[row].row for row in sorted(set(rows))])
+        of_rows = [self.job.pairs[row].row for row in sorted(set(rows))]
+        return non_finite_error(what, len(self.log) + 1, of_rows, self.args.autocast)
 
 
 class Unfinished:

@@ -1,7 +1,7 @@
 """Adapters on disk: PEFT folders with metadata (`perce_lite.json`) that name their base, data and recipe."""
 
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from perce_lite.errors import AdapterError, NonFiniteLossError
@@ -33,7 +34,7 @@ def save(model: PeftModel, folder: Path, metadata: dict[str, Any]) -> None:
     Raises:
         DiskFullError: no space left; NonFiniteLossError: weights that are not finite.
     """
-    if not all(torch.isfinite(parameter).all() for name, parameter in model.named_parameters() if is_lora_weight(name)):
+    if not all_finite(parameter for name, parameter in model.named_parameters() if is_lora_weight(name)):
         raise NonFiniteLossError(f"The adapter's weights are not finite, so {folder} was not written. Lower the rate.")
     base: PreTrainedModel = model.get_base_model()
     origin = {"base": {**sketch(base), "fingerprint": fingerprint(model)}, "versions": versions()}
@@ -41,6 +42,12 @@ def save(model: PeftModel, folder: Path, metadata: dict[str, Any]) -> None:
         model.save_pretrained(aside, state_dict=plain_state(model))
         write_json(aside / METADATA, {**metadata, **origin})
         write_text(aside / "README.md", model_card(metadata))
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all numbers of these tensors, of one device, are finite; the host waits once, not once a tensor."""
+    finite = [torch.isfinite(tensor).all() for tensor in tensors]
+    return not finite or bool(torch.stack(finite).all())
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -17,12 +18,15 @@ from transformers import (
 )
 
 from perce_lite.config import chosen_dtype, pick_device
+from perce_lite.data.chat_template import dated
 from perce_lite.errors import BaseTooLargeError, ModelError, RecipeError, TemplateError, first_line
 from perce_lite.hub import hub_options
 from perce_lite.model.builtin import BUILT_IN, built_in_folder
-from perce_lite.model.compat import keep_base_constant
+from perce_lite.model.compat import error_of_a_conversion, keep_base_constant
 from perce_lite.model.fingerprint import remember_fingerprint
+from perce_lite.model.full_gpu import gpu_is_full, why_no_room
 from perce_lite.model.host_embedding import keep_on_host
+from perce_lite.model.repeated_heads import repeat_heads_where_needed
 from perce_lite.recipe import Recipe, lora_config
 
 
@@ -50,6 +54,7 @@ def load_base(recipe: Recipe) -> Base:
     quantization = _quantization(recipe, dtype)
     model = _load_model(recipe, dtype=kept, quantization_config=quantization, device_map={"": device.type})
     keep_base_constant(model)
+    repeat_heads_where_needed(model, dtype)
     if recipe.embedding_on_host:
         keep_on_host(model)
     remember_fingerprint(model)
@@ -76,20 +81,32 @@ def _load_model(recipe: Recipe, **options: Any) -> PreTrainedModel:
     """
     source = model_source(recipe)
     try:
+        if options["device_map"] == {"": "cuda"}:
+            config = AutoConfig.from_pretrained(source, **hub_options(source))
+            why = why_no_room(config, options["dtype"], recipe.quantization == "nf4")
+            if why is not None:
+                raise _too_large(recipe, why)
         return AutoModelForCausalLM.from_pretrained(source, **options, **hub_options(source))
-    except torch.OutOfMemoryError as error:
-        raise BaseTooLargeError(
-            f"model: {recipe.model} does not fit the GPU: {first_line(error)}. Close other programs that use "
-            "the GPU (nvidia-smi lists them), or set CUDA_VISIBLE_DEVICES= to go without it."
-        ) from error
     except ImportError as error:
         raise ModelError(f"model: {recipe.model} could not be loaded here: {first_line(error)}") from error
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
+        full = error if gpu_is_full(error) else error_of_a_conversion(error)
+        if full is not None and gpu_is_full(full):
+            raise _too_large(recipe, first_line(full)) from full
         raise ModelError(not_there(recipe, error)) from error
+
+
+def _too_large(recipe: Recipe, why: str) -> BaseTooLargeError:
+    return BaseTooLargeError(
+        f"model: {recipe.model} does not fit the GPU: {why}. Close other programs that use the GPU (nvidia-smi lists "
+        "them), or set CUDA_VISIBLE_DEVICES= to go without it."
+    )
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokenizer alone, with the template of `train.chat_template_path` if it is set; no weights are read.
+
+    A template that asks for today's date is told that of the recipe (`template.date`).
 
     Raises:
         ModelError: as `load_base`; TemplateError: no such template file.
@@ -102,6 +119,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     template_path = recipe.train.get("chat_template_path")
     if template_path is not None:
         tokenizer.chat_template = _template_of(recipe, template_path)
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = dated(tokenizer.chat_template, recipe.template.date)
     return tokenizer
 
 

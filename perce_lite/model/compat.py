@@ -19,6 +19,7 @@ Behaviour of other libraries that has no name to import, and that tests hold:
 
 import importlib.metadata
 import inspect
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+from transformers.utils.loading_report import LoadStateDictInfo
 from trl.kernels import ChunkedLogProbFunction
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE, _use_triton
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, FusedCausalLMOutput, add_fused_lm_head
@@ -127,6 +129,23 @@ def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     replaced for cores, slots and exports. IF CHANGED: loud (AttributeError).
     """
     return {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+# transformers: loading
+
+
+def error_of_a_conversion(error: BaseException) -> RuntimeError | None:
+    """What the conversion of a weight met, of an error by which `from_pretrained` ends without saying so.
+
+    WHY: transformers catches every error of a conversion, a full GPU's too, and keeps its text in `loading_info` alone,
+    a local variable. IF CHANGED: a full GPU would be told as a model that is none; tested.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        info = frame.f_locals.get("loading_info")
+        if isinstance(info, LoadStateDictInfo) and info.conversion_errors:
+            text = next(iter(info.conversion_errors.values())).partition("\nError")[0]
+            return RuntimeError(text.strip().splitlines()[-1])
+    return None
 
 
 # transformers: attention

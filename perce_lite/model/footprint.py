@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PretrainedConfig
 
 from perce_lite import export_targets as targets
 from perce_lite.errors import ModelError, RecipeError
@@ -11,6 +10,7 @@ from perce_lite.hub import hub_options
 from perce_lite.model.base import model_source, not_there, with_adapter
 from perce_lite.model.compat import is_lora_weight, lora_layers
 from perce_lite.model.fingerprint import sampled_hash
+from perce_lite.model.full_gpu import on_meta as on_meta
 from perce_lite.recipe import Recipe, lora_config
 
 
@@ -25,12 +25,6 @@ def config_of(recipe: Recipe) -> PretrainedConfig:
         return AutoConfig.from_pretrained(source, **hub_options(source))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(not_there(recipe, error)) from error
-
-
-def on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a configuration on the meta device: shapes only, no memory for weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def source_fingerprint(recipe: Recipe) -> str:

@@ -6,7 +6,7 @@ projects every position, and with a long profile most of that is thrown away.
 
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +53,20 @@ def scoring_forward(model: torch.nn.Module) -> Callable[..., Tensor]:
 def training_forward(model: torch.nn.Module) -> Callable[..., Tensor]:
     """As `scoring_forward`, with the head in the dtype that TRL trains in: for a training loop that is not TRL's."""
     return _log_probs_of(base_of(model), cast_lm_head_to_fp32=False)
+
+
+def without_needless_mask(base: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """`inputs` of a forward of rows padded on the right, without their `attention_mask` where nothing needs it.
+
+    Causal attention never looks at what stands behind a token, so the mask changes no value of a real one, and with it
+    torch leaves its flash attention. A router's loss counts tokens by it, and attention both ways looks at padding.
+    """
+    config = vars(base.config.get_text_config())
+    routed = inputs.get("output_router_logits", config.get("output_router_logits"))
+    others = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if routed or others or config.get("use_bidirectional_attention"):
+        return dict(inputs)
+    return {name: value for name, value in inputs.items() if name != "attention_mask"}
 
 
 def _log_probs_of(base: PreTrainedModel, cast_lm_head_to_fp32: bool) -> Callable[..., Tensor]:

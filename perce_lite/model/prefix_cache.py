@@ -18,6 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from perce_lite.data.pairs import Tokens
 from perce_lite.errors import ConfigError
+from perce_lite.model import repeated_heads
 from perce_lite.model.compat import (
     attention_function,
     attention_implementation,
@@ -222,7 +223,7 @@ class PrefixAttention:
     """
 
     def __init__(self, implementation: str) -> None:
-        """implementation: of transformers' own attention functions, "sdpa" or "eager" """
+        """implementation: "sdpa" or "eager", transformers' own, or "sdpa" with repeated heads"""
         self.implementation = implementation
         self.name = f"perce_lite_{implementation}"
         register_attention(self.name, implementation, self)
@@ -275,14 +276,17 @@ class _Recomputed(torch.autograd.Function):
         return *torch.autograd.grad(out, leaves, gradients[0]), None
 
 
-_ATTENTIONS = {implementation: PrefixAttention(implementation) for implementation in ("sdpa", "eager")}
+_ATTENTIONS = {
+    implementation: PrefixAttention(implementation) for implementation in ("sdpa", "eager", repeated_heads.NAME)
+}
 
 
 def plain_implementation(base: PreTrainedModel) -> str:
     """The attention implementation that `base` was loaded with, prefix attention or not."""
     names = {attention.name: attention.implementation for attention in _ATTENTIONS.values()}
     name = attention_implementation(base)
-    return names.get(name, name)
+    name = names.get(name, name)
+    return "sdpa" if name == repeated_heads.NAME else name
 
 
 def enable_prefix_attention(base: PreTrainedModel, prefixes: PrefixCache) -> None:
@@ -292,7 +296,7 @@ def enable_prefix_attention(base: PreTrainedModel, prefixes: PrefixCache) -> Non
         ConfigError: every reason why the model's attention cannot.
     """
     implementation = attention_implementation(base)
-    if implementation != plain_implementation(base):
+    if any(attention.name == implementation for attention in _ATTENTIONS.values()):
         return
     faults = _attention_faults(base, implementation)
     if faults:

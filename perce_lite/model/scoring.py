@@ -17,14 +17,17 @@ from transformers import DynamicCache
 
 from perce_lite.console import progress_bar
 from perce_lite.data.pairs import IGNORED, Tokens
+from perce_lite.errors import NonFiniteLossError
 from perce_lite.files import digest
 from perce_lite.model.compat import split_cache
 from perce_lite.model.fingerprint import adapter_fingerprint, fingerprint
-from perce_lite.model.fused_head import base_of, scoring_forward
+from perce_lite.model.float16 import advice
+from perce_lite.model.full_gpu import gpu_is_full
+from perce_lite.model.fused_head import base_of, scoring_forward, without_needless_mask
 from perce_lite.model.logprob_store import Store, entry_key
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention, plain_implementation
 
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 """Part of a store's key; raise it when the arithmetic in this room changes."""
 
 _GPU_TOKENS = 8192  # of a padded batch; the head is tiled, so the hidden states decide what fits
@@ -174,7 +177,8 @@ def compute_log_probs(
         prefixes = prefix_cache_of(model, autocast)
 
     def score(rows: Sequence[Tokens]) -> Tensor:
-        return batch_log_probs(forward, model_inputs(rows, 0, device, prefixes), autocast)
+        inputs = without_needless_mask(base_of(model), model_inputs(rows, 0, device, prefixes))
+        return batch_log_probs(forward, inputs, autocast)
 
     with no_grad_eval(model, adapters):
         batches = list(_batches(sequences, alone=device.type == "cpu"))
@@ -194,8 +198,8 @@ def _score_if_it_fits(score: Callable[[Sequence[Tokens]], Tensor], rows: Sequenc
     """`score(rows)` on the CPU; None if several rows and their prefixes do not fit the GPU's memory together."""
     try:
         return score(rows).cpu()
-    except torch.OutOfMemoryError:
-        if len(rows) == 1:
+    except RuntimeError as error:
+        if len(rows) == 1 or not gpu_is_full(error):
             raise
         return None
 
@@ -276,6 +280,9 @@ def cached_log_probs(
     store: that of `store_key(model, autocast, adapters)`
     what: label of the progress bar
     prefixes: as in `compute_log_probs`
+
+    Raises:
+        NonFiniteLossError: a log-prob of the base is not finite; nothing of that row is stored.
     """
     # Without adapters the length of a prefix changes nothing.
     keys = [entry_key(job.tokens.ids, job.tokens.labels, job.tokens.prefix_length if adapters else 0) for job in jobs]
@@ -293,12 +300,25 @@ def cached_log_probs(
             index = missing[position]
             log_probs[index] = values
             bar.advance(task)
-            unwritten.add(jobs[index].user, keys[index], values)
+            if bool(values.isfinite().all()):
+                unwritten.add(jobs[index].user, keys[index], values)
+            elif not adapters:
+                raise _base_not_finite(jobs[index].user, autocast)
 
         if missing:
             sequences = [jobs[index].tokens for index in missing]
             compute_log_probs(model, sequences, adapters, autocast, done, prefixes)
     return Scored([log_probs[index] for index in range(len(jobs))], hits)
+
+
+def _base_not_finite(user: str, autocast: torch.dtype | None) -> NonFiniteLossError:
+    mend = (
+        advice(autocast) or "Look at the row with `perce-lite check`, and at whether the model's files arrived whole."
+    )
+    return NonFiniteLossError(
+        f"A log-prob of the frozen base is not finite, in a row of user {user}, so nothing can be weighted by it. "
+        f"Nothing of the row was stored. {mend}"
+    )
 
 
 class _Unwritten:

@@ -17,18 +17,12 @@ COMMON_SIZES = (6, 8, 12, 16, 24)
 class Gpu:
     """A GPU. `bytes` is what a program sees of its memory, a little less than what the box says.
 
-    bf16: whether it computes in bf16; older GPUs (T4) take fp16
-    flash: whether torch's attention never builds the scores of all pairs of tokens on it; taken to be so from the
-        generation on that has bf16
+    bf16: whether it computes in bf16, as those from compute capability 8.0 on do; older ones (T4) take fp16
     """
 
     name: str
     bytes: int
     bf16: bool = True
-
-    @property
-    def flash(self) -> bool:
-        return self.bf16
 
 
 _SEEN = 0.975

@@ -11,6 +11,7 @@ import torch
 
 from perce_lite.data.rows import Row
 from perce_lite.errors import BaseTooLargeError, DataError, GpuOutOfMemoryError, ModelError, PlanError, TemplateError
+from perce_lite.model.full_gpu import gpu_is_full
 from perce_lite.planning.gpus import GIB, Gpu, of_size, present
 from perce_lite.planning.plan import CONTEXT, Plan
 from perce_lite.planning.row_lengths import Rows, longest_of
@@ -71,13 +72,15 @@ def free_gpu_memory() -> None:
 def _told(rest: Callable[[], str]) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not gpu_is_full(error):
+            raise
         raise GpuOutOfMemoryError(f"{_what_is_full(error)} {rest()}") from error
     except BaseTooLargeError as error:
-        raise GpuOutOfMemoryError(f"{_what_is_full(error.__cause__)} {rest()}") from error
+        raise GpuOutOfMemoryError(f"{_what_is_full(error.__cause__ or error)} {rest()}") from error
 
 
-def _what_is_full(error: BaseException | None) -> str:
+def _what_is_full(error: BaseException) -> str:
     first = (str(error).strip().splitlines() or ["out of memory"])[0]
     return f"GPU out of memory: {first.split('. ')[0].rstrip('.')}."
 

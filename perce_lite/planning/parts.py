@@ -24,6 +24,9 @@ from perce_lite.recipe import Recipe, lora_config
 FLOAT32 = 4
 """Bytes of a float32."""
 
+_STASH = 5
+"""Tensors that TRL's activation offloading leaves on the GPU while they are on their way to the host."""
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -67,8 +70,8 @@ class Step(NamedTuple):
     length: tokens of a row, those of its prefix among them
     prefix: tokens of each row that the bare base reads ahead (`profile_pass: frozen`); 0: the ordinary way
     itemsize: bytes of the compute dtype
-    padded: whether rows of unlike length share the batch, so that attention takes a mask
-    flash: whether torch's attention never builds the scores of all pairs of tokens
+    packed: whether rows lie end to end, so that attention takes a mask
+    shared: whether attention takes keys and values that several heads share; else they are repeated for every head
     users: whose rows these are, in slots; each has an adapter of their own
     """
 
@@ -77,8 +80,8 @@ class Step(NamedTuple):
     scored: int
     prefix: int = 0
     itemsize: int = 2
-    padded: bool = False
-    flash: bool = True
+    packed: bool = False
+    shared: bool = True
     users: int = 1
 
 
@@ -209,6 +212,26 @@ def saved_by_layer(shape: Shape, weights: Weights, step: Step, index: int) -> in
     return norms + (inputs + mlp) * step.itemsize * tokens + _saved_by_attention(shape, step, index)
 
 
+def kept_by_offloading(shape: Shape, weights: Weights, step: Step, checkpointing: bool) -> int:
+    """What TRL's activation offloading leaves on the GPU: tensors on their way to the host, and what is saved twice.
+
+    It keeps a tensor that a second operation saves as well: the input of a norm, the input that several projections
+    with LoRA share, the result of attention in front of one.
+    """
+    tokens = step.rows * (step.length - step.prefix)
+    width = shape.hidden if checkpointing else shape.intermediate
+    moving = _STASH * width * step.itemsize * tokens
+    if checkpointing:
+        return moving
+    norms = FLOAT32 * (shape.norms * shape.hidden + shape.head_norms * (shape.heads + shape.kv_heads) * shape.head_dim)
+    twice = shape.layers * norms
+    for ranks in weights.adapters:
+        shared = [len({*group} & {*ranks}) > 1 for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))]
+        result = shape.heads * shape.head_dim if "o_proj" in ranks else 0
+        twice += step.itemsize * (shape.hidden * sum(shared) + result)
+    return moving + twice * tokens
+
+
 def _lora_inputs(shape: Shape, ranks: dict[str, int], dropout: bool, result: bool) -> int:
     """Elements a token that LoRA keeps in a layer: its inputs, once for projections that share one, and its ranks.
 
@@ -234,15 +257,12 @@ def _saved_by_attention(shape: Shape, step: Step, index: int) -> int:
         return (queries + 2 * shape.kv_heads * shape.head_dim) * step.itemsize * tokens
     pairs = tokens * step.length
     window = shape.windows[index]
-    masked = step.padded or (window is not None and step.length > window)
-    expanded = masked or shape.eager or not step.flash  # keys and values are then repeated for every head
-    keys_and_values = 2 * (shape.heads if expanded else shape.kv_heads) * shape.head_dim
+    masked = step.packed or (window is not None and step.length > window)
+    repeated = masked or shape.eager or not step.shared
+    keys_and_values = 2 * (shape.heads if repeated else shape.kv_heads) * shape.head_dim
     if shape.eager:  # tanh, softmax in float32 and its copy in the compute dtype
         scores = shape.heads * pairs * (FLOAT32 + step.itemsize + (0 if step.itemsize == FLOAT32 else step.itemsize))
         return (queries + keys_and_values) * step.itemsize * tokens + scores
-    if not step.flash:  # torch's plain attention, in float32
-        scores = shape.heads * pairs * FLOAT32
-        return ((queries + keys_and_values) * FLOAT32 + queries * step.itemsize) * tokens + scores
     mask = pairs * step.itemsize if masked else 0
     return (2 * queries + keys_and_values) * step.itemsize * tokens + FLOAT32 * shape.heads * tokens + mask
 
@@ -268,8 +288,6 @@ def _joined(shape: Shape, step: Step) -> int:
     if not step.prefix:
         return 0
     repeated = 2 * shape.heads if shape.heads > shape.kv_heads else shape.heads
-    if not (step.flash or shape.eager):  # torch's plain attention has them in float32 once more
-        repeated += shape.heads * FLOAT32 // step.itemsize
     width = 2 * shape.head_dim * step.itemsize * step.rows * step.length
     return (shape.kv_heads + repeated) * width + step.rows * (step.length - step.prefix) * step.length * step.itemsize
 
@@ -291,7 +309,7 @@ def layer_at_work(shape: Shape, weights: Weights, step: Step, checkpointing: boo
     stream = 2 * shape.hidden * step.itemsize * tokens
     gone = 4 * wide + (shape.norms // 2) * FLOAT32 * shape.hidden * tokens
     queries = 4 * shape.heads * shape.head_dim * step.itemsize * tokens
-    scores = 2 * FLOAT32 * shape.heads * tokens * step.length if shape.eager or not step.flash else 0
+    scores = 2 * FLOAT32 * shape.heads * tokens * step.length if shape.eager else 0
     mlp = max(2 * wide, wide + weight)
     attention = queries + scores + _joined(shape, step) - gone
     return again + max(mlp, attention) + stream + _masks(shape, step)
@@ -306,7 +324,7 @@ def _masks(shape: Shape, step: Step) -> int:
         own = shape.layers * step.itemsize if shape.eager else 0
         return (len(set(shape.windows)) + own) * step.rows * (step.length - step.prefix) * step.length
     windows = {
-        window for window in shape.windows if step.padded or shape.eager or (window or step.length) < step.length
+        window for window in shape.windows if step.packed or shape.eager or (window or step.length) < step.length
     }
     return len(windows) * step.rows * step.length**2 * (step.itemsize if shape.eager else 1)
 
@@ -340,6 +358,6 @@ def reading(shape: Shape, weights: Weights, step: Step) -> int:
 def _layer_without_gradients(shape: Shape, weights: Weights, step: Step, length: int, rows: int = 1) -> int:
     """The wide tensors of one MLP over rows of `length` tokens, and a weight that is whole for a moment."""
     wide = (4 * shape.intermediate + 3 * shape.hidden) * step.itemsize * length
-    if shape.eager or not step.flash:
+    if shape.eager:
         wide += 2 * FLOAT32 * shape.heads * length**2
     return rows * wide + weights.largest * step.itemsize

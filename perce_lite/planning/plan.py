@@ -6,12 +6,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from perce_lite.config import PerCEConfig
 from perce_lite.data.pairs import most_that_fit
+from perce_lite.model.float16 import overflow_of
 from perce_lite.model.host_embedding import tied
 from perce_lite.model.prefix_cache import MAX_CACHED_BYTES
+from perce_lite.model.repeated_heads import fused_attention_shares_heads
 from perce_lite.planning import parts as memory
 from perce_lite.planning.gpus import GIB, Gpu
 from perce_lite.planning.row_lengths import Rows, packed, rows_of
@@ -26,9 +29,6 @@ SPILL = 0.06
 
 MOST_USERS = 16
 """Users at once that `fleet.slots: auto` takes at the most."""
-
-_STASH = 5
-"""Tensors that TRL's activation offloading leaves on the GPU while they are on their way to the host."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Plan:
     """
 
     def __init__(self, recipe: Recipe, rows: Rows | None = None, on_cpu: bool = False) -> None:
-        self.recipe = recipe
+        self.recipe, self.on_cpu = recipe, on_cpu
         self.config, self.at_hand = model_config(recipe)
         self.shape = shape_of(self.config)
         if recipe.embedding_on_host and _is_tied(self.config):
@@ -101,8 +101,7 @@ class Plan:
         kept = {name: memory.saved(self.shape, weights, step, name) for name in (True, False)}
         saved = kept[choice.checkpointing]
         if choice.offload:
-            width = self.shape.hidden if choice.checkpointing else self.shape.intermediate
-            saved = min(saved, _STASH * width * step.itemsize * step.rows * (step.length - step.prefix))
+            saved = min(saved, memory.kept_by_offloading(self.shape, weights, step, choice.checkpointing))
         found = {
             "base": weights.base,
             "unquantized": weights.unquantized - (weights.table if choice.embedding_on_host else 0),
@@ -215,7 +214,7 @@ class Plan:
         if not (scoring or self.choice.checkpointing):
             todo.append(({"checkpointing": True}, ["train.gradient_checkpointing=true"]))
         if not scoring and self.choice.optim not in memory.EIGHT_BIT:
-            todo.append(({"optim": "paged_adamw_8bit"}, ["train.optim=paged_adamw_8bit"]))
+            todo.append(({"optim": "adamw_8bit"}, ["train.optim=adamw_8bit"]))
         if self._weights(None, self.choice.quantization).table and not self.choice.embedding_on_host:
             todo.append(({"embedding_on_host": True}, ["embedding_on_host=true"]))
         if self.choice.quantization != "nf4":
@@ -254,7 +253,7 @@ class Plan:
         return self._train.get(name, PerCEConfig.__dataclass_fields__[name].default)
 
     def _step(self, choice: Choice, gpu: Gpu) -> memory.Step:
-        """The batch of a choice; packed rows lie end to end in one, and attention takes a mask as for unlike rows.
+        """The batch of a choice; packed rows lie end to end in one, and attention takes a mask to keep them apart.
 
         Where the profile is read ahead, the longest prefix meets the longest rest.
         """
@@ -264,9 +263,10 @@ class Plan:
         scored = min(awake, -(-choice.length * self.rows.scored // whole))
         if self.packs:
             rows, many = 1, choice.batch
-        padded = rows > 1 or self.packs
         sizes = rows, many * (prefix + awake), many * scored, many * prefix
-        return memory.Step(*sizes, self.itemsize, padded, gpu.flash, choice.users)
+        dtype = torch.float32 if self.itemsize == memory.FLOAT32 else torch.float16
+        shared = self.on_cpu or fused_attention_shares_heads(gpu.bf16, dtype)
+        return memory.Step(*sizes, self.itemsize, self.packs, shared, choice.users)
 
     def _read(self, length: int) -> int:
         """Tokens of the longest scored row where the longest trained one has `length`."""
@@ -325,10 +325,12 @@ def _on(plan: Plan, gpu: Gpu) -> dict[str, Any]:
     parts = plan.parts(plan.choice, gpu)
     fits = parts["total"] <= gpu.bytes
     change = None if fits else plan.smallest_change(gpu)
+    dtype = plan.recipe.dtype if plan.recipe.dtype != "auto" else "bfloat16" if gpu.bf16 else "float16"
     return {
         "card": gpu.name,
         "bytes": gpu.bytes,
-        "dtype": "float32" if plan.itemsize == memory.FLOAT32 else "bfloat16" if gpu.bf16 else "float16",
+        "dtype": dtype,
+        "overflow": overflow_of(plan.config.model_type, dtype),
         "fits": fits,
         "parts": parts,
         "longest_row": plan.longest_row(plan.choice, gpu),

@@ -21,15 +21,26 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer, pack_dataset
 
 from perce_lite.config import PerCEConfig
-from perce_lite.console import say
+from perce_lite.console import say, warn
+from perce_lite.data.chat_template import Chat
 from perce_lite.data.collator import LOG_PROB_COLUMNS, PairCollator
 from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, require
-from perce_lite.data.rows import Row, from_columns
+from perce_lite.data.rows import DIALOGUES, Row, from_columns, shape_of
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.files import disk_full_is_clear
+from perce_lite.model.adapters import all_finite
 from perce_lite.model.compat import keep_base_constant, require_trainer_hooks
-from perce_lite.model.fused_head import base_of, head_adapter_faults, project_scored_positions_only, scoring_forward
+from perce_lite.model.end_of_turn import warn_of_untrained_end
+from perce_lite.model.float16 import advice
+from perce_lite.model.fused_head import (
+    base_of,
+    head_adapter_faults,
+    project_scored_positions_only,
+    scoring_forward,
+    without_needless_mask,
+)
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
+from perce_lite.model.repeated_heads import repeat_heads_where_needed
 from perce_lite.model.scoring import batch_log_probs, encode_prefixes, no_grad_eval, with_prefix
 from perce_lite.recipe import Template
 from perce_lite.training.loss import Weighting, weight_statistics, weighted_nll
@@ -108,7 +119,9 @@ class PerCETrainer(SFTTrainer):
             if parameter.requires_grad:
                 parameter.data = initial.get(name, parameter.data).to(parameter.device, torch.float32)
         keep_base_constant(self.model)
+        warn_of_untrained_end(self.model, Chat(self._tokenizer, template))
         self.autocast = args.autocast
+        repeat_heads_where_needed(base_of(self.model), self.autocast)
         project_scored_positions_only(self.model)
         if args.profile_pass == "frozen":
             enable_prefix_attention(base_of(self.model), self._prefixes)
@@ -143,7 +156,13 @@ class PerCETrainer(SFTTrainer):
         if "input_ids" in dataset.column_names:
             return dataset
         rows = [from_columns(record, f"{dataset_name} row {number}") for number, record in enumerate(dataset)]
-        return self._tokenized(rows, processing_class, args, dataset_name)
+        tokenized = self._tokenized(rows, processing_class, args, dataset_name)
+        audit = self.audits[dataset_name]
+        if audit.dropped:  # rows of our own commands are told of by these
+            warn(f"{audit.dropped.total()} of {audit.read} {dataset_name} rows are left out: {audit.reasons()}")
+        if audit.thoughts_left_out:
+            warn(f"{audit.thoughts_left_out} thoughts of the {dataset_name} rows are not shown by the chat template")
+        return tokenized
 
     def _tokenized_rows(
         self,
@@ -240,12 +259,14 @@ class PerCETrainer(SFTTrainer):
             rows = [
                 self.pairs["train"][index].row for index in row_numbers.unique().tolist() if index >= 0
             ]  # -1: padding
-            raise non_finite_error(f"The loss is {loss.item()}", self.state.global_step + 1, rows)
+            raise non_finite_error(f"The loss is {loss.item()}", self.state.global_step + 1, rows, self.autocast)
         return result
 
     def _with_prefix(self, inputs: dict[str, Any], numbers: Tensor | None) -> dict[str, Any]:
         """`inputs` of a forward (B, T) with the KV prefixes that `numbers` (B, T) name, if there are any."""
-        return inputs if numbers is None else with_prefix(inputs, numbers, self._prefixes)
+        if numbers is None:
+            return without_needless_mask(base_of(self.model), inputs)
+        return with_prefix(inputs, numbers, self._prefixes)
 
     def _without_profile(self, twin: dict[str, Any], labels: Tensor) -> Tensor:
         """Log-probs of the same adapter without the profile, at the places of the training forward's (B, T-1)."""
@@ -284,7 +305,8 @@ class PerCETrainer(SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As TRL's, without a draw from training's random state, so that a resumed run draws the same numbers."""
-        with torch.random.fork_rng():
+        device = self.args.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             return super().evaluate(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -299,7 +321,7 @@ class PerCETrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         advice = "Free some space and run the same command again: it resumes from the last whole checkpoint."
-        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+        if not all_finite(parameter for parameter in self.model.parameters() if parameter.requires_grad):
             raise NonFiniteLossError(
                 f"The adapter's weights are not finite after step {self.state.global_step}: a gradient was not. "
                 "Nothing of it was saved. Lower train.learning_rate."
@@ -313,15 +335,19 @@ def _eval_name(name: str) -> str:
     return "eval train" if name == "train" else name
 
 
-def non_finite_error(what: str, step: int, rows: Sequence[Row]) -> NonFiniteLossError:
+def non_finite_error(
+    what: str, step: int, rows: Sequence[Row], autocast: torch.dtype | None = None
+) -> NonFiniteLossError:
     """The error that names the rows of a step whose loss or gradient is not finite.
 
     what: "The loss is nan"
+    autocast: the dtype that the step ran in
     """
     named = "; ".join(f"{row.where} (user {row.user})" for row in rows)
     return NonFiniteLossError(
-        f"{what} at step {step}, in these rows: {named}. Nothing of this step was kept. Lower train.learning_rate, or "
-        "look at the rows with `perce-lite check`."
+        f"{what} at step {step}, in these rows: {named}. Nothing of this step was kept. {advice(autocast)}"
+        f"{' Else lower' if advice(autocast) else 'Lower'} train.learning_rate, or look at the rows with "
+        "`perce-lite check`."
     )
 
 
@@ -392,7 +418,7 @@ def _column_faults(names: Sequence[str]) -> list[str]:
         return ["train_dataset: it is tokenised already (input_ids), so there is no profile to drop; give texts"]
     if "profile" not in has:
         return [f"train_dataset: no profile column among {', '.join(names)}"]
-    if "messages" not in has and not {"prompt", "completion"} <= has:
+    if shape_of(has) != "alpaca" and not has & set(DIALOGUES) and not {"prompt", "completion"} <= has:
         return [
             f"train_dataset: prompt and completion, or messages, are needed beside profile; it has {', '.join(names)}"
         ]

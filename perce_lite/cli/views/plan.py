@@ -70,6 +70,8 @@ def show_plan(figures: dict[str, Any], recipe: str, overrides: Sequence[str] = (
         console.print(Text(sentence))
     console.print(_gpus(figures["cards"], figures["fleet"]))
     for one in figures["cards"]:
+        if one["overflow"] is not None:
+            console.print(Text(f"{one['card']}: {one['overflow']}"), style="red", soft_wrap=True)
         console.print(Text(_advice(one, recipe, figures["fleet"], overrides)), soft_wrap=True)
 
 

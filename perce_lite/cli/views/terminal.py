@@ -36,8 +36,8 @@ def show_training(figures: dict[str, Any]) -> None:
     weights = figures["weights"]
     if "weight_mean" in weights:
         console.print(
-            f"Weights: {weights['share_above_min']:.0%} of tokens above the lowest weight, {weights['share_at_max']:.1%} "
-            f"at the highest, mean {weights['weight_mean']:.2f}, "
+            f"Weights: {weights['share_above_min']:.0%} of tokens above the lowest weight, "
+            f"{weights['share_at_max']:.1%} at the highest, mean {weights['weight_mean']:.2f}, "
             f"effective tokens {weights['effective_tokens']:.0%}."
         )
     sample = figures["sample"]
@@ -133,6 +133,9 @@ def show_check(figures: dict[str, Any]) -> None:
         console.print(
             f"{broken} places in user text spelled a control token of the template; a space was put into each."
         )
+    hidden = sum(split["thoughts_left_out"] for split in figures["splits"].values())
+    if hidden:
+        console.print(f"{hidden} thoughts are not trained on: the chat template does not show them.")
     example = figures["example"]
     console.print(
         Text.assemble("The model sees: ", *(pair for kind, style in _STYLES.items() for pair in ((kind, style), " ")))

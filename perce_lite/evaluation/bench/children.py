@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-import torch
-
 from perce_lite.console import quiet
 from perce_lite.errors import BenchError, PerceLiteError
 from perce_lite.files import read_json, write_json
+from perce_lite.model.full_gpu import gpu_is_full
 
 
 class Placed(Protocol):
@@ -114,7 +113,7 @@ def carry_out(job: Kind, measure: Callable[[Kind], dict[str, Any]]) -> None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether `error`, or what it came from, says that there is no memory left."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError) or gpu_is_full(error):
         return True
     words = ("can't allocate memory", "not enough memory")  # of torch's allocator on a CPU, a plain RuntimeError
     told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -221,7 +221,7 @@ def numerics(place: Place, config: PretrainedConfig, device: torch.device, lengt
     text.num_hidden_layers, text.vocab_size = min(4, text.num_hidden_layers), min(32768, text.vocab_size)
     base = random_base(cut, torch.float32, device)
     model = with_adapter(base.model, place.recipe)
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -41,7 +41,7 @@ PARTS = {
     "unquantized": "embeddings, norms and head",
     "adapter": "adapter, float32",
     "gradients": "gradients, all of them",
-    "optimizer": "optimizer, paged on a GPU",
+    "optimizer": "optimizer",
     "working": "the rest of a step's peak: activations, gradients so far, a layer, the head",
     "scoring": "scoring, beside what is held",
     "total": "peak",

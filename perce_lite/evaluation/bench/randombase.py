@@ -71,7 +71,7 @@ def random_base(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     quantizer = Bnb4BitHfQuantizer(quantization, pre_quantized=False)
     quantizer.preprocess_model(model, device_map={"": device.type})
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
         for module in model.modules():
             if isinstance(module, bnb.nn.Linear4bit):

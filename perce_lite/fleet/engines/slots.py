@@ -13,7 +13,7 @@ from perce_lite.data.pairs import Audit, PairMaker, require
 from perce_lite.data.rows import Row, of_split
 from perce_lite.errors import ConfigError, NonFiniteLossError, PerceLiteError
 from perce_lite.files import bytes_of, digest
-from perce_lite.fleet.capacity import users_at_once
+from perce_lite.fleet.capacity import optimizer_of, users_at_once
 from perce_lite.fleet.engines.sequential import (
     FATAL_ERRORS,
     Engine,
@@ -42,11 +42,13 @@ class SlotsEngine(SequentialEngine):
 
     Tasks of one recipe share the slots. Interrupted users resume from the last checkpoint of all slots.
     may_fall_back: train one after another, with a message, where slots do not support the recipe
+    optimizer: `optim` where the recipe leaves it open; None: the default
     """
 
-    def __init__(self, recipe: Recipe, slots: int, may_fall_back: bool = False) -> None:
+    def __init__(self, recipe: Recipe, slots: int, may_fall_back: bool = False, optimizer: str | None = None) -> None:
         super().__init__(recipe, slots)
         self._may_fall_back = may_fall_back
+        self._options = {} if optimizer is None else {"optim": optimizer}
 
     def run(self, tasks: Iterator[Task], on_done: OnDone, on_progress: OnProgress) -> None:
         for (kind, recipe), group in itertools.groupby(tasks, lambda task: (task.key[0], task.recipe)):
@@ -57,7 +59,7 @@ class SlotsEngine(SequentialEngine):
 
     def _train_in_slots(self, recipe: Recipe, tasks: Iterator[Task], on_done: OnDone, on_progress: OnProgress) -> None:
         """Trains tasks that share a recipe; evaluates and saves each when it ends."""
-        base, args = self._base(), training_config(recipe)
+        base, args = self._base(), training_config(recipe, **self._options)
         kept = Unfinished(Path(args.output_dir) / KEPT)
         # Users who resume come first, in the order in which they shared a batch, those who failed included.
         order = {user: place for place, user in enumerate(kept.users)}
@@ -80,7 +82,8 @@ class SlotsEngine(SequentialEngine):
                 say(f"One user after another: slots cannot do what the recipe asks for. {error}")
                 super().run(itertools.chain(first, tasks), on_done, on_progress)
                 return
-            say(f"{count} users at once (fleet.slots)")
+            named = "".join(f", {optimizer}" for optimizer in self._options.values())
+            say(f"{count} users at once (fleet.slots){named}")
             try:
                 with no_bars():
                     maker = PairMaker.of(recipe, base.tokenizer, args.max_length)
@@ -118,7 +121,9 @@ class _Users:
             except PerceLiteError as error:
                 self._on_done(task, error)
                 continue
-            job = UserJob(task.key[1], pairs, adapter=start, begun=digest([task.begun, base]))
+            job = UserJob(
+                task.key[1], pairs, adapter=start, begun=digest([task.begun, base, str(self._engine.args.optim)])
+            )
             self._at_work[job.user] = task, job
             yield job
 
@@ -166,4 +171,4 @@ def engine_for(recipe: Recipe) -> Engine:
     count = users_at_once(recipe)
     if count == 1:
         return SequentialEngine(recipe)
-    return SlotsEngine(recipe, count, may_fall_back=recipe.fleet.slots == "auto")
+    return SlotsEngine(recipe, count, recipe.fleet.slots == "auto", optimizer_of(recipe, count))

@@ -1,0 +1,47 @@
+"""A GPU whose memory is full: by which errors that shows, and whether a base has room before it is loaded."""
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+_GIB = 2**30
+
+_WORDS = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "cudaErrorMemoryAllocation")
+"""What torch, cuBLAS and cuDNN say in errors that are no `torch.OutOfMemoryError`; pinned host memory too."""
+
+
+def gpu_is_full(error: BaseException) -> bool:
+    """Whether `error` says that a GPU, or host memory pinned for it, has no room left."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+
+
+def why_no_room(config: PretrainedConfig, dtype: torch.dtype, in_4_bit: bool) -> str | None:
+    """Why the base of this configuration cannot be loaded to the current GPU, by its free memory; None: it may be.
+
+    dtype: of what is not quantised
+    """
+    need = _at_least(config, dtype, in_4_bit)
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    if need <= free:
+        return None
+    return f"its weights alone take {need / _GIB:.2f} GiB, and {free / _GIB:.2f} GiB of the GPU are free"
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a configuration on the meta device: shapes only, no memory for weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _at_least(config: PretrainedConfig, dtype: torch.dtype, in_4_bit: bool) -> int:
+    """Bytes of the weights on the GPU, quantisation constants left out; none is made."""
+    model = on_meta(config)
+    head = model.get_output_embeddings()
+    linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    quantised = {id(weight) for weight in linears} if in_4_bit else set()
+    return sum(
+        parameter.numel() // 2 if id(parameter) in quantised else parameter.numel() * dtype.itemsize
+        for parameter in model.parameters()
+    )
