@@ -32,7 +32,9 @@ def fleet_folder(tmp_path_factory, toy) -> Path:
     folder = tmp_path_factory.mktemp("fleet")
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, fleet_rows())), encoding="utf-8")
     head = f"model: {toy}\nquantization: none\ndtype: float32\ndevice: cpu\ndata: {{path: rows.jsonl}}\n"
-    text = TEXT.replace("output_dir: out", f"output_dir: {folder / 'out'}").replace("store: store", "store: null")
+    text = TEXT.replace("output_dir: out", f"output_dir: {folder / 'out'}").replace(
+        "store: store", "store: null, weighting: clip"
+    )
     (folder / "mine.yaml").write_text(head + text)
     fleet(load_recipe(folder / "mine.yaml"), SequentialEngine)
     return folder / "out"
