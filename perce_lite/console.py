@@ -25,6 +25,9 @@ errors = Console(stderr=True, highlight=False)
 """Progress, warnings and errors: standard output stays clean for what was asked for."""
 
 
+PIR_BOUNDS = (-4.0, -2.0, -1.0, -0.4, -0.1, 0.1, 0.4, 1.0, 2.0, 4.0)
+"""Nats between the 11 colours of a page's diverging map of PIR; the middle one is no colour."""
+
 _silent = ContextVar("silent", default=False)
 
 

@@ -11,6 +11,7 @@ PerceLiteError              the command line prints it as one clean line and exi
 |- RunError                 an output folder that belongs to another run
 |- FleetError               a fleet folder that cannot be used, or a user it does not know
 |- ExportError              an export that cannot be made, or whose proof fails
+|- ServeError               a server that cannot be started as it was asked for
 |- BenchError               a measurement that failed, or that there is nothing to measure for
 |- NotebookError            a command in a notebook that ended badly
 |- PlanError                a GPU that is not known, or a model whose memory cannot be told beforehand
@@ -51,6 +52,17 @@ class TemplateError(PerceLiteError):
     """A chat template that is missing, refuses the messages or hides the profile."""
 
 
+class RowRefusedError(TemplateError):
+    """A row whose messages a chat template does not take, or does not show.
+
+    reason: why, without the row, so that rows refused for the same reason are counted together
+    """
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}")
+        self.reason = reason
+
+
 class ModelError(PerceLiteError):
     """A base model that is not there, or did not arrive whole."""
 
@@ -73,6 +85,10 @@ class FleetError(PerceLiteError):
 
 class ExportError(PerceLiteError):
     """An export that its target cannot take, that has no place to go, or whose proof fails."""
+
+
+class ServeError(PerceLiteError):
+    """A server that cannot be started as it was asked for."""
 
 
 class BenchError(PerceLiteError):

@@ -52,6 +52,23 @@ def faults(
     return found
 
 
+def base_faults(target: str, config: Mapping[str, Any], loaded: str) -> list[str]:
+    """Why `target` cannot take any adapter of a base, one reason each.
+
+    config: of the base's own files; loaded: the class that training loads it as
+    """
+    found = []
+    if target in ("merged", "gguf-lora", "gguf", "ollama") and config.get("quantization_config"):
+        found.append("the base's own files are quantised, so there are no original weights to merge into")
+    named = (config.get("architectures") or [loaded])[0]
+    if target == "vllm" and named != loaded:
+        found.append(
+            f"vLLM builds the base as {named}, and training loads it as {loaded}, whose layers have other names: vLLM "
+            "would not find them"
+        )
+    return found
+
+
 def _gguf_lora_faults(lora: Mapping[str, Any]) -> list[str]:
     """Why llama.cpp cannot take an adapter beside its base."""
     found = []

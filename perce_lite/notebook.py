@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,33 @@ def page(path: str | os.PathLike[str], at: str = "", height: int = 640) -> Any:
         f'<iframe srcdoc="{html.escape(text + _scroll(at))}" style="width:100%;height:{height}px;border:0"></iframe>'
     )
     return HTML(f"<div>{frame}</div>")
+
+
+_serving = ExitStack()
+
+
+def serve(
+    adapter: str | os.PathLike[str] | None = None, fleet: str | os.PathLike[str] | None = None, height: int = 800
+) -> Any:
+    """The page of `perce-lite serve` in the notebook; an earlier one is ended. Needs the extra `serve`.
+
+    adapter: the folder of an adapter, or fleet: of a fleet
+    height: pixels
+
+    Raises:
+        NotebookError: not exactly one of the two; and what `serve.server.make_server` raises.
+    """
+    from IPython.display import IFrame
+
+    from perce_lite.serve.server import Settings, make_server, running
+
+    if (adapter is None) == (fleet is None):
+        raise NotebookError("Give an adapter's folder, or fleet=FOLDER.")
+    _serving.close()
+    _free_gpu_memory()
+    one, many = (None if folder is None else Path(folder) for folder in (adapter, fleet))
+    server = _serving.enter_context(running(make_server(one, many, Settings(port=0, framed=True))))
+    return IFrame(server.url, "100%", height)
 
 
 def _scroll(heading: str) -> str:

@@ -4,6 +4,7 @@
 imported only when those two are checked.
 """
 
+import datetime
 import re
 import typing
 from pathlib import Path
@@ -29,7 +30,9 @@ class Data(Section):
     path: str | None = Field(None, description="JSONL or parquet file, or a folder of LaMP files; from the recipe on")
     hub: str | None = Field(None, description="a data set of the Hub, instead of path")
     hub_config: str | None = Field(None, description="its configuration, such as abstract_generation_user")
-    format: Literal["auto", "rows", "documents", "lamp", "longlamp"] = Field("auto", description="shape of a record")
+    format: Literal["auto", "rows", "alpaca", "documents", "lamp", "longlamp"] = Field(
+        "auto", description="shape of a record"
+    )
     columns: dict[str, str] = Field({}, description="our column name: the name it has in your file")
     users: list[str] | None = Field(None, description="keep these users only")
     max_rows: int | None = Field(
@@ -60,9 +63,19 @@ class Template(Section):
     profile: str = Field("Texts by this user:\n\n{profile}", description="what stands around the profile")
     item: str = Field("{title}\n{text}", description="one item of a profile that is a list")
     separator: str = Field("\n\n", description="between items, and between profile and what follows")
+    date: str = Field(
+        "2024-07-26",
+        description="what a chat template that asks for today's date is told, on every day of a run and after it; "
+        "the default is the one that Llama's template takes where it is told none",
+    )
     chat_template_kwargs: dict[str, Any] = Field(
         {"enable_thinking": False}, description="passed to the tokenizer's own chat template"
     )
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _a_day(cls, value: Any) -> str:
+        return datetime.date.fromisoformat(str(value)).isoformat()  # YAML reads a day as a date
 
 
 class Split(Section):

@@ -14,7 +14,9 @@ import toys
 
 from perce_lite.cli import app as cli
 from perce_lite.evaluation.bench import children
+from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.files import read_json
+from perce_lite.recipe import load_recipe
 
 TRAIN = "train: {max_steps: 1, output_dir: out}\nevaluation: {max_rows: 4, max_new_tokens: 2}\n"
 
@@ -22,6 +24,17 @@ TRAIN = "train: {max_steps: 1, output_dir: out}\nevaluation: {max_rows: 4, max_n
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> Path:
     return toys.toy_folder(tmp_path_factory.mktemp("models") / "toy")
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory, toy):
+    """The folder of a toy adapter that was trained for some steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, toys.toy_rows())))
+    steps = f"{{max_steps: 3, learning_rate: 0.05, output_dir: {folder / 'out'}, store: null}}"
+    head = f"model: {toy}\nquantization: none\ndtype: float32\ndevice: cpu\ndata: {{path: rows.jsonl}}\n"
+    (folder / "mine.yaml").write_text(f"{head}train: {steps}\nevaluation: {{max_rows: 4, max_new_tokens: 2}}\n")
+    return Path(train_and_measure(load_recipe(folder / "mine.yaml"))["adapter"])
 
 
 @pytest.fixture

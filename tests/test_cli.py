@@ -227,6 +227,7 @@ STOPPED = {
         "Nothing was written",
     ),
     "chat": ("perce_lite.model.adapters.read_metadata", ["x"], "Nothing was written"),
+    "serve": ("perce_lite.serve.server.make_server", ["x"], "Nothing was written"),
     "eval": ("perce_lite.evaluation.evaluate.evaluate", ["--adapter", "x"], "What was scored and answered is kept"),
     "compare": ("perce_lite.evaluation.compare.compare", [], "Finished trainings are kept"),
     "fleet": ("perce_lite.fleet.fleet.fleet", [], "Adapters that the registry has as trained stay so"),
@@ -253,7 +254,10 @@ def test_every_command_says_what_is_true_after_ctrl_c():
 def test_ctrl_c_says_how_to_go_on(recipe, run, monkeypatch, command):
     called, words, told = STOPPED[command]
     monkeypatch.setattr(called, lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
-    words = [*([] if command.split()[0] in ("store", "generate", "chat", "export", "import") else [recipe()]), *words]
+    words = [
+        *([] if command.split()[0] in ("store", "generate", "chat", "serve", "export", "import") else [recipe()]),
+        *words,
+    ]
     code, out, err = run(*command.split(), *words)
     lines = [line for line in err.splitlines() if not line.startswith("Device: ")]  # a training's first
     assert (code, out, len(lines)) == (130, "", 1)

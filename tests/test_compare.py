@@ -1,6 +1,7 @@
 """`perce-lite compare`: one budget for all, rates by validation alone, paired differences, nothing trained twice."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,32 @@ def test_rates_come_from_validation_and_differences_are_paired(path, figures, tr
             assert one["all"]["value"] == pytest.approx(sum(each) / 2, abs=1e-4)
             assert one["all"]["low"] <= one["all"]["value"] <= one["all"]["high"]
     assert Path("out/compare.html").is_file()
+
+
+def test_equal_loss_is_the_nearest_step_of_plain_sft(recipe, figures):
+    path = recipe(toys.toy_rows(users=6, per_user=6), TEXT.replace("max_steps: 3", "max_steps: 6"))
+    told = figures("compare", path, "--arms", "uniform,base", "--rates", "0.02,0.05", "--seeds", "2")
+    uniform, base = told["arms"]
+    assert uniform["equal_loss"] is None
+    rows = read_rows(load_recipe(path))
+    plain = Training(arms_of(load_recipe(path), "uniform")[0], uniform["rate"], 3)
+    steps = {step: replace(plain, step=step).folder(rows) for step in range(1, 7)}
+    assert {int(folder.name) for folder in steps[1].parent.iterdir()} == set(steps)
+    losses = {step: float(loss_by_hand(path, folder, "validation", "own").sum()) for step, folder in steps.items()}
+    assert len({round(value, 4) for value in losses.values()}) == 6, "the adapters on the way differ"
+    end = float(loss_by_hand(path, plain.folder(rows), "validation", "own").sum())
+    assert losses[6] == pytest.approx(end, abs=1e-4), "the last step is the end"
+    tokens = end / uniform["validation"][f"{uniform['rate']:g}"]
+    mine = base["validation"][f"{base['rate']:g}"] * tokens
+    nearest = min(losses, key=lambda step: abs(losses[step] - mine))
+    assert base["equal_loss"]["step"] == nearest
+    assert base["equal_loss"]["validation"] * tokens == pytest.approx(losses[nearest], abs=1e-3)
+    [one] = told["splits"]["test"]["equal_loss"]
+    folder = Training(arms_of(load_recipe(path), "base")[0], base["rate"], 3).folder(rows)
+    apart = [loss_by_hand(path, where, "test", "own").sum() for where in (folder, steps[nearest])]
+    by_hand = float(apart[0] - apart[1]) / told["splits"]["test"]["tokens"]["all"]
+    assert one["all"]["value"] == pytest.approx(by_hand, abs=1e-4)
+    assert "at equal loss" in Path("out/compare.html").read_text("utf-8")
 
 
 def test_finished_arms_are_not_trained_again(path, figures, trained):

@@ -1,43 +1,29 @@
 """Talking to an adapter: scripted lines, a toy model; what is said equals what `generate` says."""
 
 import io
-import json
 import os
 import pty
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import toys
 from transformers.cache_utils import DynamicCache
 
-from perce_lite.cli.conversation import Conversation, Kept, Stop, chat, talk, typed
-from perce_lite.evaluation.summary import train_and_measure
+from perce_lite.cli.conversation import Conversation, chat, talk, typed
 from perce_lite.model import adapters
+from perce_lite.model.answering import Answerer, Kept, Stop
 from perce_lite.model.generate import generate, load_adapter
-from perce_lite.recipe import load_recipe
 
 pytest_plugins = ["cli_fixtures"]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, toy):
-    """The folder of a toy adapter that was trained for some steps."""
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, toys.toy_rows())))
-    steps = f"{{max_steps: 3, learning_rate: 0.05, output_dir: {folder / 'out'}, store: null}}"
-    head = f"model: {toy}\nquantization: none\ndtype: float32\ndevice: cpu\ndata: {{path: rows.jsonl}}\n"
-    (folder / "mine.yaml").write_text(f"{head}train: {steps}\nevaluation: {{max_rows: 4, max_new_tokens: 2}}\n")
-    return Path(train_and_measure(load_recipe(folder / "mine.yaml"))["adapter"])
-
-
 @pytest.fixture
-def its(trained):
+def its(adapter_folder):
     """That adapter, loaded."""
-    return load_adapter(adapters.read_metadata(trained))
+    return load_adapter(adapters.read_metadata(adapter_folder))
 
 
 def said(its, messages, profile="", use_adapter=True, tokens=8):
@@ -49,7 +35,7 @@ def said(its, messages, profile="", use_adapter=True, tokens=8):
 def talked(its, lines, capfd, tokens=8, **options):
     """Answers on standard output, and what was told beside them."""
     told: list[str] = []
-    conversation = Conversation(its, tokens, told.append, **options)
+    conversation = Conversation(Answerer(its), tokens, told.append, **options)
     capfd.readouterr()
     talk(conversation, lines)
     return capfd.readouterr().out, told, conversation
@@ -129,10 +115,10 @@ def test_profiles(its, capfd, tmp_path):
     assert (conversation.profile, conversation.user) == ("", None)
 
 
-def test_a_user_gets_the_profile_that_generate_would_choose(its, capfd, figures, trained):
+def test_a_user_gets_the_profile_that_generate_would_choose(its, capfd, figures, adapter_folder):
     question = "write a small note about the garden"
     _, _, conversation = talked(its, ["/profile user user1", question], capfd, tokens=4)
-    words = ["--adapter", trained, "--prompt", question, "--user", "user1", "--max-new-tokens", "4"]
+    words = ["--adapter", adapter_folder, "--prompt", question, "--user", "user1", "--max-new-tokens", "4"]
     found = figures("generate", *words)
     assert conversation.turns == [(question, found["answer"])]
     assert conversation.profile_shown().endswith(found["profile"])
@@ -192,12 +178,12 @@ def test_it_says_whether_a_profile_is_needed(its, capfd, monkeypatch, train_on, 
     assert said in capfd.readouterr().err
 
 
-def test_a_pipe_gives_answers_alone_and_no_colours(trained, run):
+def test_a_pipe_gives_answers_alone_and_no_colours(adapter_folder, run):
     words = ["--max-new-tokens", "4", "--profile", "An otter."]
-    command = [sys.executable, "-c", "from perce_lite.cli.app import main; main()", "chat", trained, *words]
+    command = [sys.executable, "-c", "from perce_lite.cli.app import main; main()", "chat", adapter_folder, *words]
     done = subprocess.run(command, input="/base\nWho are you?\n", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    _, base, _ = run("generate", "--adapter", trained, *words, "--base", "--prompt", "Who are you?")
+    _, base, _ = run("generate", "--adapter", adapter_folder, *words, "--base", "--prompt", "Who are you?")
     assert done.stdout == base
     assert "\x1b" not in done.stdout + done.stderr
 

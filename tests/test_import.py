@@ -217,9 +217,15 @@ def test_nothing_to_import(refused, tmp_path):
     told = refused(book__docx=b"PK", short__txt="Hi.")
     assert "no writing was found in it. What is read: .txt, .md" in told
     assert "fewer than 5 words (1, such as short.txt)" in told
-    assert "it takes two or more" in refused(one__txt=prose(1))
     assert "end the name with .jsonl" in refused("--out", "texts.csv")
     assert "a name that is not empty" in refused("--user", " ")
+
+
+def test_one_text_is_written_to_be_added_to_and_said_to_be_too_few(run, put):  # noqa: F811
+    code, _, err = run("import", put(one__txt=prose(1)), "--user", "ann", "--yes")
+    assert (code, len(rows())) == (0, 1)
+    assert "it takes two or more to train" in err
+    assert "--append" in err
 
 
 def test_who_wrote_it_must_be_known(refused):
@@ -232,6 +238,12 @@ def test_who_wrote_it_must_be_known(refused):
     Path("in/c.json").unlink()
     assert "in them, with their messages: nobody" in refused("--me", "Ann", **notes(3)), "no chat was found to be one"
     assert "senders, with their mails: none" in refused("--from", "a@x.org")
+
+
+def test_mails_of_one_sender_are_the_users_only_where_the_name_says_so(refused, run):  # noqa: F811
+    told = refused(a__mbox=mbox(mail("Bob <b@x.org>", "S", prose(1)), mail("b@x.org", "S", prose(2))))
+    assert "these mails are all from b@x.org, and it is not clear that this is ann" in told
+    assert run("import", "in", "--user", "ann", "--from", "b@x.org", "--yes")[0] == 0
 
 
 def test_a_table_without_texts_names_its_columns(refused):

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from writing_fixtures import prose, read
 
 from perce_lite.data.importers.archives import files_of
-from perce_lite.data.importers.chats import answers, chats_in, whatsapp
+from perce_lite.data.importers.chat_exports import chats_in
+from perce_lite.data.importers.chat_texts import chat_of_text
+from perce_lite.data.importers.chats import answers
 from perce_lite.data.importers.reading import Reader
 from perce_lite.data.importers.writings import Notes
 
@@ -96,7 +98,7 @@ def test_whatsapp_in_the_dates_of_many_countries(dates, form, first):
         + "\nand a second: line\n"
         + form.format(date=dates[2], who="Ann", text="<Media omitted>")
     )
-    chat = whatsapp(text, "c")
+    chat = chat_of_text(text, "c").chat
     assert chat is not None
     assert [(one.author, one.text) for one in chat.messages] == [
         ("Bob", prose(0)),
@@ -107,8 +109,8 @@ def test_whatsapp_in_the_dates_of_many_countries(dates, form, first):
 
 
 def test_a_diary_with_dates_is_no_chat():
-    assert whatsapp("31.12.2020, 10:15 - Snow: all day.\nNothing else happened.", "d") is None
-    assert whatsapp(prose(1), "d") is None
+    assert chat_of_text("31.12.2020, 10:15 - Snow: all day.\nNothing else happened.", "d").chat is None
+    assert chat_of_text(prose(1), "d").chat is None
 
 
 FIELDS = ["from", "text", "messages", "mapping", "role", "content", "date", "parent", "message", "author"]

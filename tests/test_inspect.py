@@ -14,9 +14,10 @@ from torch.nn.functional import log_softmax
 
 from perce_lite.cli.views.page import write_inspection
 from perce_lite.data.pairs import IGNORED, PairMaker
+from perce_lite.data.text_units import text_units
 from perce_lite.errors import DataError
 from perce_lite.evaluation import inspect as inspection
-from perce_lite.evaluation.inspect import inspect, text_units
+from perce_lite.evaluation.inspect import inspect
 from perce_lite.model.logprob_store import Store
 from perce_lite.recipe import Recipe, load_recipe
 
@@ -91,8 +92,8 @@ def test_figures_equal_full_logits_and_the_store_keeps_them(tmp_path):
     every = torch.cat(pirs)
     assert figures["own"]["tokens"] == every.numel()
     assert figures["own"]["pir_mean"] == pytest.approx(float(every.mean()), abs=2e-5)
-    assert figures["own"]["share_above_min"] == pytest.approx(float((every > 0.2).double().mean()))
-    assert figures["own"]["weight_mean"] == pytest.approx(float(every.clamp(0.2, 2.0).mean()), abs=2e-5)
+    assert figures["own"]["share_above_min"] == pytest.approx(float((every > 0).double().mean()))
+    assert figures["own"]["weight_mean"] == pytest.approx(float((1 + 0.5 * every.clamp(0, 2.0)).mean()), abs=2e-5)
     assert sum(figures["histogram"]["own"]) == every.numel()
     assert len(figures["words"]) == 5
     kept = sum(

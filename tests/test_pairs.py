@@ -112,12 +112,12 @@ def test_every_turn_of_a_dialogue_is_scored_in_the_rendering_of_the_whole(family
     assert scored(pair.factual) == scored(pair.counterfactual)
 
 
-def test_a_single_turn_stands_behind_the_generation_prompt_though_the_template_writes_history_otherwise():
+def test_what_the_template_writes_behind_its_generation_prompt_belongs_to_the_response():
     pair_maker = maker("qwen3", chat_template_kwargs={})
     pair, tokenizer = make(pair_maker, row()), pair_maker.tokenizer
     for tokens in (pair.factual, pair.counterfactual):
         assert tokenizer.decode(context(tokens)).endswith("<|im_start|>assistant\n")  # without <think></think>
-        assert tokenizer.decode(scored(tokens)) == "the saffron lantern<|im_end|>"
+        assert tokenizer.decode(scored(tokens)) == "<think>\n\n</think>\n\nthe saffron lantern<|im_end|>"
 
 
 def test_assistant_turns_of_the_prompt_are_context_and_a_trailing_user_turn_is_not_kept():

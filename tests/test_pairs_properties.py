@@ -87,19 +87,24 @@ def control_count(family, ids):
 
 
 def expected_controls(family, record):
-    """Control tokens of a benign dialogue of the same shape, up to its last end of turn."""
+    """Control tokens of a benign dialogue of the same shape, up to the end of the last turn that says something."""
     messages = [say(one["role"], "x") for one in (*record["prompt"], *record["completion"])]
+    behind = next(
+        n for n, one in enumerate(record["completion"][::-1]) if one["role"] == "assistant" and one["content"].strip()
+    )
     if family != "gemma" and messages[0]["role"] != "system":
         messages = [say("system", SYSTEM), *messages]
     ids = encode(TOKENIZERS[family], messages)
     end = TOKENIZERS[family].convert_tokens_to_ids(END[family])
-    return control_count(family, ids[: len(ids) - ids[::-1].index(end)])
+    ends = [index for index, token in enumerate(ids) if token == end]
+    return control_count(family, ids[: ends[-1 - behind] + 1])
 
 
 def check(family, record, pair, max_length, max_profile_tokens):
     tokenizer = TOKENIZERS[family]
     end = tokenizer.convert_tokens_to_ids(END[family])
     said = [broken(family, one["content"]).strip() for one in record["completion"] if one["role"] == "assistant"]
+    said = [text for text in said if text]  # an empty turn carries no loss
     assert scored(pair.factual) == scored(pair.counterfactual)
     for tokens in (pair.factual, pair.counterfactual):
         turns = [run for _, run in turns_of(tokens)]

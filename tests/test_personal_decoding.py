@@ -12,6 +12,7 @@ from perce_lite.errors import DataError
 from perce_lite.evaluation.bench import generating
 from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.model import adapters
+from perce_lite.model.answering import Answerer
 from perce_lite.model.generate import LoadedAdapter, Personal, generate, generate_several, load_adapter
 from perce_lite.model.personal_decoding import PersonalContrast
 from perce_lite.recipe import load_recipe
@@ -118,7 +119,7 @@ def test_without_a_profile_it_is_one_error(its, folder, run):
 
 def test_a_chat_sets_it_and_keeps_it(its, capfd):
     told: list[str] = []
-    conversation = Conversation(its, 12, told.append, profile=PROFILE)
+    conversation = Conversation(Answerer(its), 12, told.append, profile=PROFILE)
     talk(conversation, ["/personal", "/personal 3", "Write a note about the garden.", "/personal much", "/personal"])
     assert conversation.turns[0][1] == by_hand(its, 3.0, True, 12)
     assert [line.split()[-1].strip(".") for line in told] == ["0", "3", "0.5", "3"]

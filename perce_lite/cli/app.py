@@ -56,6 +56,12 @@ COMMANDS = {
         _USE,
         _START_OVER,
     ),
+    "serve": Command(
+        "serve:serve",
+        "Serve an adapter or a fleet: an OpenAI endpoint whose models are your users, and a page to look at.",
+        _USE,
+        "Nothing was written; who waited for an answer was sent away.",
+    ),
     "export": Command(
         "export:export",
         "Take an adapter to other programs; it is loaded again and shown to do what it did in training.",

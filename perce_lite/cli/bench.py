@@ -1,5 +1,6 @@
 """The command that measures: one recipe beside plain SFT, many users, or what a GPU does with an 8B model."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from perce_lite.recipe import load_recipe
 benchmark = Lazy("perce_lite.evaluation.bench.bench")
 fleet_benchmark = Lazy("perce_lite.evaluation.bench.fleetbench")
 fleet_scales = Lazy("perce_lite.evaluation.bench.fleetscale")
+serve_benchmark = Lazy("perce_lite.serve.bench")
 generating = Lazy("perce_lite.evaluation.bench.generating")
 gpu_reports = Lazy("perce_lite.evaluation.bench.gpureport")
 
@@ -49,40 +51,42 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(dir_okay=False, help="With --gpu-report: its table, else runs/gpu-report.md.")
     ] = None,
+    serve: Annotated[
+        Path | None, typer.Option(help="No recipe: the adapter here, served beside `generate`; takes --repeats.")
+    ] = None,
     set_: Set = None,
     json: Json = None,
 ) -> None:
     """Measure time, memory and disk beside plain SFT here; or many users, answers, or what a GPU does with an 8B."""
     given = {"RECIPE": recipe, "--arms": arms, "--slots": slots, "--lengths": lengths, "--set": set_, "--shape": shape}
     given |= {"--out": out, "--users": users}
-    _only(
-        given, {"--fleet": fleet, "--gpu-report": gpu_report, "--fleet-scale": fleet_scale, "--generation": generation}
-    )
+    kinds = {"--fleet": fleet, "--gpu-report": gpu_report, "--fleet-scale": fleet_scale, "--serve": serve is not None}
+    _only(given, {**kinds, "--generation": generation})
+    if serve is not None:
+        return _show(serve_benchmark.serve_bench(serve, repeats or 3), terminal.show_serve_bench, json)
     if fleet_scale:
-        scale = fleet_scales.fleet_scale(_numbers(users) or fleet_scales.USERS)
-        write(json, scale.figures())
-        terminal.show_fleet_scale(scale)
-        return
+        counts = _numbers(users) or fleet_scales.USERS
+        return _show(fleet_scales.fleet_scale(counts), terminal.show_fleet_scale, json)
     if gpu_report:
-        _report(shape, lengths, (steps or 3, warmup, repeats or 2, epochs), out or Path("runs/gpu-report.md"), json)
-        return
+        pace = (steps or 3, warmup, repeats or 2, epochs)
+        return _report(shape, lengths, pace, out or Path("runs/gpu-report.md"), json)
     assert recipe is not None
     loaded = load_recipe(recipe, set_ or [])
-    pace = (steps or 6, warmup, repeats or 3)
     if generation:
-        cost = generating.generation_cost(loaded, repeats=repeats or 3)
-        write(json, cost.figures())
-        terminal.show_generation_cost(cost)
-        return
+        return _show(generating.generation_cost(loaded, repeats=repeats or 3), terminal.show_generation_cost, json)
+    steps, repeats = steps or 6, repeats or 3
     if fleet:
         sizes = fleet_benchmark.lengths_of(lengths), fleet_benchmark.slots_of(slots)
-        figures = fleet_benchmark.fleet_bench(loaded, *sizes, *pace)
-        write(json, figures)
-        terminal.show_fleet_bench(figures)
-        return
-    figures = benchmark.bench(loaded, benchmark.arms_of(arms), *pace, epochs)
-    write(json, figures)
-    terminal.show_bench(figures)
+        measured = fleet_benchmark.fleet_bench(loaded, *sizes, steps, warmup, repeats)
+        return _show(measured, terminal.show_fleet_bench, json)
+    measured = benchmark.bench(loaded, benchmark.arms_of(arms), steps, warmup, repeats, epochs)
+    return _show(measured, terminal.show_bench, json)
+
+
+def _show(measured: Any, show: Callable[[Any], None], json: Path | None) -> None:
+    """Shows what was measured; writes its figures where `--json` asks for them."""
+    write(json, measured if isinstance(measured, dict) else measured.figures())
+    show(measured)
 
 
 def _numbers(text: str | None) -> list[int]:
@@ -107,6 +111,7 @@ def _only(given: dict[str, Any], chosen: dict[str, bool]) -> None:
         "--fleet": ("RECIPE", "--set", "--lengths", "--slots"),
         "--gpu-report": ("--lengths", "--shape", "--out"),
         "--fleet-scale": ("--users",),
+        "--serve": (),
         "--generation": ("RECIPE", "--set"),
     }
     for name, value in given.items():

@@ -13,11 +13,11 @@ from perce_lite.cli.options import (
     Temperature,
     TopP,
     UserName,
-    sampling,
     text_or_file,
 )
 
 adapters = Lazy("perce_lite.model.adapters")
+answering = Lazy("perce_lite.model.answering")
 conversation = Lazy("perce_lite.cli.conversation")
 generation = Lazy("perce_lite.model.generate")
 transformers = Lazy("transformers")
@@ -39,4 +39,4 @@ def chat(
     text = text_or_file(profile)
     opened = generation.load_adapter(adapters.read_metadata(adapter))
     transformers.set_seed(seed)
-    conversation.chat(opened, text, user, max_new_tokens, personal, **sampling(temperature, top_p))
+    conversation.chat(opened, text, user, max_new_tokens, personal, **answering.sampling(temperature, top_p))

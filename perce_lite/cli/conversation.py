@@ -3,24 +3,19 @@
 import importlib.util
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
-
 from perce_lite.console import errors
 from perce_lite.data.readers import UserTexts, user_texts
 from perce_lite.data.rows import Message, Profiled
 from perce_lite.errors import DataError, PerceLiteError
-from perce_lite.model.compat import keeps_every_position
-from perce_lite.model.fused_head import base_of
-from perce_lite.model.generate import LoadedAdapter, generate
+from perce_lite.model.answering import Answerer, Stop
+from perce_lite.model.generate import LoadedAdapter
 from perce_lite.recipe_checks import nearest
 
 HELP = {
@@ -35,38 +30,6 @@ HELP = {
 """What a line may start with that is no question."""
 
 
-class Stop(StoppingCriteria):
-    """Ends an answer after the token at which `asked` was set."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return torch.full((input_ids.shape[0],), self.asked, device=input_ids.device)
-
-
-@dataclass
-class Kept:
-    """Keys and values of the last prompt (T ids), adapter on or off: the next prompt mostly starts as it did."""
-
-    use_adapter: bool
-    ids: list[int]
-    cache: DynamicCache
-
-    def start_of(self, ids: Sequence[int], prefix: int, use_adapter: bool) -> DynamicCache | None:
-        """The cache cut to what `ids` has in common with its own prompt; None where nothing of it can be used.
-
-        A sliding window forgets, so it cannot be cut. The last id stays out: a forward needs something to read. A
-        prefix that the adapter sleeps through is there whole or not at all.
-        """
-        pairs = zip(self.ids, ids[:-1], strict=False)
-        shared = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(self.ids), len(ids) - 1))
-        if use_adapter != self.use_adapter or not keeps_every_position(self.cache) or shared < max(1, prefix):
-            return None
-        self.cache.crop(shared - self.cache.get_seq_length())
-        return self.cache
-
-
 @dataclass
 class Conversation:
     """The turns with one adapter, and all that an answer depends on.
@@ -77,7 +40,7 @@ class Conversation:
     told: takes each line that is said about the conversation and is no answer
     """
 
-    opened: LoadedAdapter
+    answerer: Answerer
     max_new_tokens: int
     told: Callable[[str], None]
     options: dict[str, Any] = field(default_factory=dict)
@@ -88,12 +51,10 @@ class Conversation:
     turns: list[tuple[str, str]] = field(default_factory=list)
     _last: tuple[list[Message], Profiled] | None = None
     _texts: UserTexts | None = None
-    _kept: Kept | None = None
 
     @property
-    def context(self) -> int:
-        """Tokens that the model can look at, the answer included."""
-        return int(base_of(self.opened.model).config.get_text_config().max_position_embeddings)
+    def opened(self) -> LoadedAdapter:
+        return self.answerer.opened
 
     def ask(self, question: str, stop: Stop) -> str:
         """The answer to `question`, written to standard output while it comes; both become a turn.
@@ -138,7 +99,7 @@ class Conversation:
             self.profile, self.user = "", name
             return
         text = read_text(given[1:]) if given.startswith("@") else "" if given == "none" else given
-        self.profile, self.user = text, None
+        self.profile, self.user, self._texts = text, None, None
 
     def set_personal(self, given: str) -> None:
         """Takes `given` as the strength of the contrast.
@@ -162,53 +123,40 @@ class Conversation:
         return owner + (text or "There is no profile in the prompt.")
 
     def _profile_for(self, question: str) -> Profiled:
-        profile: Profiled = self.profile
-        if self.user is not None and self._texts is not None:
-            profile = self._texts.profile_for(question, self.opened.recipe.profile)
-        return self.opened.maker.fitting([{"role": "user", "content": question}], profile)
+        return self.answerer.profile_for(question, self.profile if self._texts is None else self._texts)
 
     def _prompt(self, question: str, profile: Profiled) -> list[Message]:
         """The turns and the question, without the oldest turns where they do not fit beside an answer; says so."""
+        context = self.answerer.context
         for left_out in range(len(self.turns) + 1):
             said = [pair for turn in self.turns[left_out:] for pair in zip(("user", "assistant"), turn, strict=True)]
             messages = [{"role": role, "content": text} for role, text in [*said, ("user", question)]]
             length = len(self.opened.maker.prompt_ids(messages, profile))
-            if length + self.max_new_tokens <= self.context:
+            if length + self.max_new_tokens <= context:
                 break
         else:
             raise DataError(
                 f"The question, its profile and an answer of {self.max_new_tokens} tokens take "
-                f"{length + self.max_new_tokens} tokens, and the model looks at {self.context}: ask a shorter one, "
+                f"{length + self.max_new_tokens} tokens, and the model looks at {context}: ask a shorter one, "
                 "set a shorter profile, or start with a smaller --max-new-tokens."
             )
         del self.turns[:left_out]
         if left_out:
             turns = "The oldest turn is" if left_out == 1 else f"The {left_out} oldest turns are"
-            self.told(f"{turns} left out: the model looks at {self.context} tokens, and the conversation is longer.")
+            self.told(f"{turns} left out: the model looks at {context} tokens, and the conversation is longer.")
         return messages
 
     def _answer(self, prompt: list[Message], profile: Profiled, use_adapter: bool, stop: Stop) -> str:
-        its = self.opened
-        ids, _, prefix = its.maker.prompt(prompt, profile)
-        cache = self._kept.start_of(ids, prefix, use_adapter) if self._kept is not None else None
-        if cache is None:
-            cache = DynamicCache(config=base_of(its.model).config)
-        self._kept = None  # an answer that fails halfway leaves keys that nobody knows
-        more: dict[str, Any] = {"stopping_criteria": StoppingCriteriaList([stop]), "past_key_values": cache}
-        answer = generate(
-            its.model,
-            its.maker,
+        return self.answerer.answer(
             prompt,
             profile,
-            self.max_new_tokens,
             use_adapter,
-            its.autocast,
+            self.max_new_tokens,
+            stop,
             stream=True,
-            personal=its.personal(self.personal),
-            **{**self.options, **more},
+            personal=self.personal,
+            **self.options,
         )
-        self._kept = Kept(use_adapter, ids, cache)
-        return answer
 
 
 def read_text(path: str) -> str:
@@ -334,7 +282,7 @@ def chat(
     Raises:
         DataError: a user whom the data does not know.
     """
-    conversation = Conversation(opened, max_new_tokens, tell, options, profile or "", personal=personal)
+    conversation = Conversation(Answerer(opened), max_new_tokens, tell, options, profile or "", personal=personal)
     if user is not None:
         conversation.set_profile(f"user {user}")
     tell(greeting(opened, bool(profile) or user is not None))

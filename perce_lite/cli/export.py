@@ -30,6 +30,10 @@ def export(
     ] = None,
     quant: Annotated[str | None, typer.Option(help="gguf, ollama: F32, F16, BF16, Q8_0 ...; else F16.")] = None,
     evaluation: Annotated[Path | None, typer.Option(help="What eval --json wrote, for the model card.")] = None,
+    user: Annotated[
+        str | None,
+        typer.Option(help="A user of the data: texts of theirs go into the export as its profile."),
+    ] = None,
     push_to_hub: Annotated[str | None, typer.Option(help="peft, merged: a repository to upload it to.")] = None,
     public: Annotated[bool, typer.Option("--public", help="--push-to-hub: for everybody to read.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="--push-to-hub: do not ask.")] = False,
@@ -38,12 +42,14 @@ def export(
     """Take an adapter to other programs; it is loaded again and shown to do what it did in training."""
     if [adapter is not None, verify is not None, all_].count(True) != 1 or (verify is None) != (to is not None):
         raise typer.BadParameter("give an adapter and --to TARGET, --all and --to TARGET, or --verify FOLDER alone")
-    if verify is not None and (out is not None or force or push_to_hub or quant or evaluation):
+    if verify is not None and (out is not None or force or push_to_hub or quant or evaluation or user):
         raise typer.BadParameter("--verify writes nothing, so it goes with --base-gguf and --json alone")
-    if all_ and (evaluation or push_to_hub):
-        raise typer.BadParameter("--evaluation and --push-to-hub are for one adapter, not for --all")
+    if all_ and (evaluation or push_to_hub or user):
+        raise typer.BadParameter("--evaluation, --user and --push-to-hub are for one adapter, not for --all")
     if fleet is not None and not all_:
         raise typer.BadParameter("--fleet goes with --all")
+    if user is not None and push_to_hub is not None:
+        raise typer.BadParameter("--user puts a user's own texts into the export, and --push-to-hub would upload them")
     if (public or yes) and push_to_hub is None:
         raise typer.BadParameter("--public and --yes go with --push-to-hub")
     figures: dict[str, Any]
@@ -52,7 +58,7 @@ def export(
     elif to is not None and adapter is not None:
         if push_to_hub is not None:
             _ask(push_to_hub, to, public, yes)
-        figures = exports.export(adapter, to, out, force, base_gguf, quant, evaluation)
+        figures = exports.export(adapter, to, out, force, base_gguf, quant, evaluation, user)
         if push_to_hub is not None:
             figures["pushed"] = hub.push(Path(figures["folder"]), push_to_hub, public)
     elif to is not None:

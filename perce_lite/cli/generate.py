@@ -14,11 +14,11 @@ from perce_lite.cli.options import (
     Temperature,
     TopP,
     UserName,
-    sampling,
     text_or_file,
     write,
 )
 
+answering = Lazy("perce_lite.model.answering")
 generation = Lazy("perce_lite.model.generate")
 transformers = Lazy("transformers")
 
@@ -42,7 +42,7 @@ def generate(
         raise typer.BadParameter("give one of --profile, --no-profile and --user")
     text = "" if no_profile else text_or_file(profile)
     transformers.set_seed(seed)
-    options = sampling(temperature, top_p)
+    options = answering.sampling(temperature, top_p)
     figures = generation.generate_from_folder(
         adapter, prompt, text, user, max_new_tokens, not base, stream=True, strength=personal, **options
     )

@@ -70,6 +70,11 @@ def _show(found: Imported) -> None:
     count = sum(record["user"] == found.user for record in found.records)
     if not found.new:
         say(f"Nothing is new: {found.out} holds these {count} texts already.")
+    elif count == 1:
+        warn(
+            f"one text of {found.user}, and it takes two or more to train: a profile is made of the earlier ones. "
+            f"Add more with --append."
+        )
     elif count < FEW:
         warn(f"{count} texts of {found.user} are few: expect little, and hardly any to hold out")
 

@@ -40,11 +40,6 @@ def write(path: Path | None, figures: dict[str, Any]) -> None:
         write_text(path, json_text(figures))
 
 
-def sampling(temperature: float, top_p: float) -> dict[str, Any]:
-    """Options of transformers' `generate`; greedy at 0."""
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
-
-
 def text_or_file(given: str | None) -> str | None:
     """`given`, or with @FILE what the file holds.
 

@@ -7,16 +7,16 @@ both prompts, so that both passes score identical ids by construction, end-of-tu
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from perce_lite.data.chat_template import Chat, Span
+from perce_lite.data.chat_template import Chat, Span, Turns
 from perce_lite.data.pair_cache import PairCache, tokenizer_fingerprint
-from perce_lite.data.rows import Message, Profiled, Row
-from perce_lite.errors import DataError, TemplateError
+from perce_lite.data.rows import Message, Profiled, Row, says_something
+from perce_lite.errors import DataError, RowRefusedError, TemplateError
 from perce_lite.files import digest
 from perce_lite.recipe import Recipe, Template
 
@@ -52,6 +52,7 @@ class Pair:
     profile: text of the profile in the factual prompt
     items_left_out: profile items (of a text profile: words) left out to fit
     broken_tokens: places where user text spelled one of the template's control tokens
+    thoughts_left_out: thoughts of the response that the template does not show, as of turns that are not the last
     """
 
     row: Row
@@ -60,6 +61,7 @@ class Pair:
     profile: str
     items_left_out: int
     broken_tokens: int
+    thoughts_left_out: int = 0
 
 
 @dataclass
@@ -71,10 +73,19 @@ class Audit:
     examples: dict[tuple[str, str], str] = field(default_factory=dict)
     items_left_out: int = 0
     broken_tokens: int = 0
+    thoughts_left_out: int = 0
 
     def drop(self, row: Row, reason: str) -> None:
         self.dropped[row.user, reason] += 1
         self.examples.setdefault((row.user, reason), row.where)
+
+    def reasons(self) -> str:
+        """The reasons for which rows were dropped, with counts and a row each; "" where none was."""
+        counts: Counter[str] = Counter()
+        for (_, reason), count in self.dropped.items():
+            counts[reason] += count
+        examples = {reason: where for (_, reason), where in self.examples.items()}
+        return "; ".join(f"{count} x {reason} (such as {examples[reason]})" for reason, count in counts.items())
 
     def summary(self) -> dict[str, Any]:
         """For `--json`."""
@@ -87,6 +98,7 @@ class Audit:
             ],
             "profile_items_left_out": self.items_left_out,
             "control_tokens_broken": self.broken_tokens,
+            "thoughts_left_out": self.thoughts_left_out,
         }
 
 
@@ -134,18 +146,27 @@ class PairMaker(Chat):
         """The pairs of `rows`, in order; `audit` counts dropped rows by user and reason.
 
         Raises:
-            TemplateError: the template refuses a row, or its profile leaves no trace in the prompt.
+            RowRefusedError: the template refuses every row, and there is no `audit` to say so.
+            TemplateError: a profile leaves no trace in the prompt.
         """
+        counted, refusals = audit is not None, 0
         audit = audit if audit is not None else Audit()
         pairs = []
         for row in rows:
             audit.read += 1
-            pair = self._cached_pair(row)
+            try:
+                pair = self._cached_pair(row)
+            except RowRefusedError as error:
+                refusals += 1
+                if refusals == len(rows) and not counted:
+                    raise
+                pair = error.reason
             if isinstance(pair, str):
                 audit.drop(row, pair)
                 continue
             audit.items_left_out += pair.items_left_out
             audit.broken_tokens += pair.broken_tokens
+            audit.thoughts_left_out += pair.thoughts_left_out
             pairs.append(pair)
         return pairs
 
@@ -164,11 +185,11 @@ class PairMaker(Chat):
     def spans(self, pair: Pair, with_profile: bool) -> list[Span]:
         """One pass of `pair`, decoded from its ids, as spans of text with their kind."""
         tokens = pair.factual if with_profile else pair.counterfactual
-        prompt, completion, _ = self._cleaned(pair.row)
-        contexts = self.segments(prompt, completion, pair.profile if with_profile else "", pair.row.where)
-        responses = [
-            (message["content"].strip(), "response") for message in completion if message["role"] == "assistant"
-        ]
+        prompt, completion, options, _ = self._cleaned(pair.row)
+        profile = pair.profile if with_profile else ""
+        contexts = self.segments(prompt, completion, profile, pair.row.where, options)
+        turns = self.turns(prompt, completion, profile, pair.row.where, options)
+        responses = [(text, "response") for text in turns.responses]
         rendered = contexts[0] + [
             span for response, after in zip(responses, contexts[1:], strict=True) for span in (response, *after)
         ]
@@ -187,9 +208,6 @@ class PairMaker(Chat):
             at += len(seen)
         return spans
 
-    def _decoded(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
     # One row
 
     def _cached_pair(self, row: Row) -> Pair | str:
@@ -205,7 +223,8 @@ class PairMaker(Chat):
             else:
                 passes = (pair.factual, pair.counterfactual)
                 prefixes = [tokens.prefix_length for tokens in passes]
-                beside = (prefixes, pair.profile, pair.items_left_out, pair.broken_tokens)
+                counts = pair.items_left_out, pair.broken_tokens, pair.thoughts_left_out
+                beside = (prefixes, pair.profile, *counts)
                 _CACHE.put(key, [sequence for tokens in passes for sequence in (tokens.ids, tokens.labels)], beside)
             return pair
         sequences, beside = cached
@@ -217,17 +236,20 @@ class PairMaker(Chat):
 
     def _pair(self, row: Row) -> Pair | str:
         """The pair, or the reason why there is none."""
-        responses_as_text = [message["content"] for message in row.completion if message["role"] == "assistant"]
-        if not any(text.strip() for text in responses_as_text):
+        if not any(says_something(message) for message in row.completion if message["role"] == "assistant"):
             return NO_RESPONSE
         if not row.profile or not self.profile_text(row.profile).strip():
             return NO_PROFILE
-        prompt, completion, broken = self._cleaned(row)
-        responses = [self.ids(message["content"].strip()) for message in completion if message["role"] == "assistant"]
-        counterfactual = self._tokens(prompt, completion, "", responses, row.where)
+        prompt, completion, options, broken = self._cleaned(row)
+        turns = self.turns(prompt, completion, "", row.where, options)
+        responses = turns.responses, list(map(self.ids, turns.responses))
+        counterfactual = self._tokens(turns, responses, row.where)
         if self.max_length is not None and len(counterfactual.ids) > self.max_length:
             return TOO_LONG
         units = len(row.profile.split()) if isinstance(row.profile, str) else len(row.profile)
+
+        def with_profile(text: str) -> Tokens:
+            return self._tokens(self.turns(prompt, completion, text, row.where, options), responses, row.where)
 
         def fits(profile: Profiled) -> bool:
             text, _ = self.safe_profile(profile)
@@ -237,7 +259,7 @@ class PairMaker(Chat):
                 return False
             if self.max_length is None:
                 return True
-            return len(self._tokens(prompt, completion, text, responses, row.where).ids) <= self.max_length
+            return len(with_profile(text).ids) <= self.max_length
 
         taken = most_that_fit(units, lambda count: fits(_first(row.profile, count)))
         chosen = _first(row.profile, taken)
@@ -250,59 +272,69 @@ class PairMaker(Chat):
             text, broken_in_profile = self.safe_profile(chosen)
         if not text.strip():
             return PROFILE_TOO_LONG
-        factual = self._tokens(prompt, completion, text, responses, row.where)
+        factual = with_profile(text)
         if factual.ids == counterfactual.ids:
             raise TemplateError(
                 f"{row.where}: the profile leaves no trace in the prompt: with and without it the template renders "
                 "the same text. Try template.position: user, or another template."
             )
-        factual = self._with_prefix_length(factual, prompt, completion, text, row.where)
-        counterfactual = self._with_prefix_length(counterfactual, prompt, completion, "", row.where)
-        return Pair(row, factual, counterfactual, text, units - taken, broken + broken_in_profile)
+        factual = self._with_prefix_length(factual, prompt, completion, text, row.where, options)
+        counterfactual = self._with_prefix_length(counterfactual, prompt, completion, "", row.where, options)
+        counts = units - taken, broken + broken_in_profile, turns.thoughts_left_out
+        return Pair(row, factual, counterfactual, text, *counts)
 
-    def _cleaned(self, row: Row) -> tuple[list[Message], list[Message], int]:
-        """Prompt and completion with control tokens in user text broken, and the number of those."""
-        cleaned, count = [], 0
-        for message in (*row.prompt, *row.completion):
-            content, broken = self.safe(message["content"])
-            cleaned.append({"role": self.safe(message["role"])[0], "content": content})
-            count += broken
-        return cleaned[: len(row.prompt)], cleaned[len(row.prompt) :], count
+    def _cleaned(self, row: Row) -> tuple[list[Message], list[Message], dict[str, Any], int]:
+        """Prompt, completion and template options with control tokens in user text broken, and the number of those."""
+        cleaned = [self.safe_message(message) for message in (*row.prompt, *row.completion)]
+        options, count = self._safe_value(row.template_options)
+        messages = [message for message, _ in cleaned]
+        broken = count + sum(count for _, count in cleaned)
+        return messages[: len(row.prompt)], messages[len(row.prompt) :], options, broken
 
-    def _tokens(
-        self, prompt: list[Message], completion: list[Message], profile: str, responses: list[list[int]], where: str
-    ) -> Tokens:
-        """Ids and labels of one pass; an empty `profile` gives the counterfactual one."""
-        contexts = self.contexts(prompt, completion, profile, where)
-        ids = self.ids(contexts[0])
+    def _tokens(self, turns: Turns, responses: tuple[list[str], list[list[int]]], where: str) -> Tokens:
+        """Ids and labels of one pass.
+
+        responses: the texts of the turns and their ids, the same in both passes
+        """
+        texts, ids_of_responses = responses
+        if turns.responses != texts:
+            raise RowRefusedError(where, "the chat template writes a response otherwise with the profile than without")
+        ids = self.ids(turns.contexts[0])
         labels = [IGNORED] * len(ids)
-        afters = [self.ids(text) for text in contexts[1:]]
+        afters = [self.ids(text) for text in turns.contexts[1:]]
         # A control token after inner turns only opens the next turn; it ends none.
-        ends_turns = self.end_of_turn(afters[-1]) > 0
-        for response, after in zip(responses, afters, strict=True):
-            end = after[: self.end_of_turn(after)] if ends_turns else []
+        ends_turns = not turns.ends[-1] or self.end_of_turn(afters[-1]) > 0
+        each = zip(ids_of_responses, afters, turns.ends, turns.scored, strict=True)
+        for response, after, ends_behind, scored in each:
+            end = after[: self.end_of_turn(after)] if ends_turns and ends_behind else []
             ids += response + after
-            labels += response + end + [IGNORED] * (len(after) - len(end))
+            labels += response + end if scored else [IGNORED] * len(response + end)
+            labels += [IGNORED] * (len(after) - len(end))
         return _without_tail(ids, labels)
 
     def prompt(self, prompt: Sequence[Message], profile: Profiled) -> Tokens:
         """Ids of a prompt for generation, with `prefix_length`; nothing is scored."""
         ids = self.prompt_ids(prompt, profile)
-        messages = [
-            {"role": self.safe(message["role"])[0], "content": self.safe(message["content"])[0]} for message in prompt
-        ]
+        messages = [self.safe_message(message)[0] for message in prompt]
         answer: list[Message] = [{"role": "assistant", "content": "."}]
         tokens = Tokens(ids, [IGNORED] * len(ids))
         return self._with_prefix_length(tokens, messages, answer, self.profile_text(profile), "the prompt")
 
     def _with_prefix_length(
-        self, tokens: Tokens, prompt: list[Message], completion: list[Message], profile: str, where: str
+        self,
+        tokens: Tokens,
+        prompt: list[Message],
+        completion: list[Message],
+        profile: str,
+        where: str,
+        options: Mapping[str, Any] | None = None,
     ) -> Tokens:
         """`tokens` with their `prefix_length`, if `profile_pass` is "frozen"."""
         if not self.frozen_profile:
             return tokens
-        context = self.contexts(prompt, completion, profile, where)[0]
-        return tokens._replace(prefix_length=self._prefix_length(context, prompt, completion, profile, where))
+        context = self.turns(prompt, completion, profile, where, options).contexts[0]
+        end = self.activation_offset(context, prompt, completion, profile, where, options)
+        return tokens._replace(prefix_length=self._prefix_length(context, end))
 
     def invocation_ids(self) -> list[int]:
         """Invocation tokens of an activated LoRA: the ids from which on the adapter is on.
@@ -316,11 +348,11 @@ class PairMaker(Chat):
             shared.pop()
         return shared if prompts[0].prefix_length and len(shared) > 1 and shared[1] in self._control_ids else []
 
-    def _prefix_length(
-        self, context: str, prompt: list[Message], completion: list[Message], profile: str, where: str
-    ) -> int:
-        """Number of tokens of `context` (all text before the first response) that end before the adapter is on."""
-        end = self.activation_offset(context, prompt, completion, profile, where)
+    def _prefix_length(self, context: str, end: int) -> int:
+        """Number of tokens of `context` (all text before the first response) that end before the adapter is on.
+
+        end: offset in characters from which on it is on
+        """
         read = self.tokenizer(context, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         starts = [start for start, _ in read["offset_mapping"]]
         # A token that spans the boundary carries some of the profile, so it belongs to the prefix.
@@ -334,13 +366,9 @@ def require(pairs: Sequence[Pair], audit: Audit, what: str) -> None:
     """Raises DataError with every reason if `pairs` is empty."""
     if pairs:
         return
-    reasons: Counter[str] = Counter()
-    examples = {reason: where for (_, reason), where in audit.examples.items()}
-    for (_, reason), count in audit.dropped.items():
-        reasons[reason] += count
-    listed = "; ".join(f"{count} x {reason} (such as {examples[reason]})" for reason, count in reasons.items())
+    reasons = {reason for _, reason in audit.dropped}
     mend = " Raise train.max_length." if TOO_LONG in reasons or PROFILE_TOO_LONG in reasons else ""
-    raise DataError(f"No {what} rows are left of {audit.read}: {listed or 'there were none'}.{mend}")
+    raise DataError(f"No {what} rows are left of {audit.read}: {audit.reasons() or 'there were none'}.{mend}")
 
 
 def _first(profile: Profiled, count: int) -> Profiled:

@@ -21,6 +21,7 @@ from perce_lite.data.rows import (
     from_record,
     items_of,
     of_split,
+    shape_of,
     split_name,
     split_rows,
     spread_over_users,
@@ -58,7 +59,7 @@ def read_rows(recipe: Recipe) -> list[Row]:
 
 
 def _shape_of(recipe: Recipe, first: Record | None) -> str:
-    """rows, documents, lamp or longlamp; raises DataError where there is no record or the split does not go with it."""
+    """As `rows.shape_of`; raises DataError where there is no record or the split does not go with documents."""
     data = recipe.data
     if first is None:
         raise DataError(f"{data.path or data.hub}: holds no records")
@@ -274,8 +275,23 @@ def user_texts(recipe: Recipe, user: str) -> UserTexts:
         items = list(dict.fromkeys(item for profile in profiles for item in profile if isinstance(item, Item)))
         if texts or items:
             return UserTexts(texts[-1] if texts else None, items)
-    users = sorted({user_name(record.get("user")) for _, _, record in records})
+    users = _users_of(records, recipe)
     raise DataError(f"user {user}: the data knows no such user; it has {', '.join(users[:20])}")
+
+
+def known_users(recipe: Recipe) -> list[str]:
+    """Every user of the recipe's data, by name.
+
+    Raises:
+        DataError: the data cannot be read.
+    """
+    return _users_of(list(_records(recipe)), recipe)
+
+
+def _users_of(records: Sequence[Record], recipe: Recipe) -> list[str]:
+    shape = _shape_of(recipe, records[0] if records else None)
+    names = {user_of(record, shape) for _, _, record in records}
+    return sorted(names if recipe.data.users is None else names & set(recipe.data.users))
 
 
 def library(recipe: Recipe) -> dict[str, list[Item]]:
@@ -443,16 +459,14 @@ def _list_of(value: Any, *names: str) -> TypeGuard[list[Mapping[str, Any]]]:
 
 
 def _shape(first: Record) -> str:
-    """rows, documents, lamp or longlamp, by the fields of the first record."""
+    """rows, alpaca, documents, lamp or longlamp, by the fields of the first record."""
     where, _, record = first
     names = set(record)
-    if "completion" in names or "messages" in names:
-        return "rows"
-    if {"input", "output"} <= names:
-        return "lamp" if "id" in names else "longlamp"
-    if "text" in names:
-        return "documents"
+    shape = shape_of(names)
+    if shape is not None:
+        return shape
     raise DataError(
         f"{where}: the fields {', '.join(sorted(names))} fit no known shape. Rows have user, profile, prompt and "
-        "completion (or messages); documents have user, query, text; rename with data.columns: {completion: answer}"
+        "completion (or messages, conversations, or instruction, input and output); "
+        "documents have user, query, text; rename with data.columns: {completion: answer}"
     )

@@ -2,10 +2,11 @@
 
 import functools
 import itertools
+import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from perce_lite.data.retrieval import History, Item
@@ -13,7 +14,24 @@ from perce_lite.errors import DataError
 from perce_lite.files import digest
 from perce_lite.recipe import Profile, Split
 
-Message = dict[str, str]
+Message = dict[str, Any]
+"""`role` and `content`, and what a chat template reads beside them: `MESSAGE_FIELDS`."""
+
+MESSAGE_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
+"""Fields of a message that go to the chat template."""
+
+SCORED_FIELDS = ("content", "tool_calls", "reasoning_content", "thinking")
+"""Fields by which an assistant turn says something."""
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+}
+"""Names of the speakers in `conversations` of {from, value}."""
+
 Profiled = str | tuple[Item, ...]
 
 SPLIT_NAMES = ("train", "validation", "test", "unseen")
@@ -74,6 +92,7 @@ class Row:
     completion: the response as messages; every assistant turn in it is scored
     split: train, validation, test, unseen (of a user whom training never meets), or None where the data does not say
     unseen_user: the data holds this user out of training
+    template_options: what goes to the chat template beside the messages: `tools`, and the row's own keyword arguments
     """
 
     where: str
@@ -84,18 +103,31 @@ class Row:
     split: str | None = None
     cohort: str | None = None
     unseen_user: bool = False
+    template_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def query(self) -> str:
         """The last user message ahead of the first scored turn."""
-        queries = [message["content"] for message in self.prompt if message["role"] == "user"]
+        queries = [content_of(message) for message in self.prompt if message["role"] == "user"]
         if queries:
             return queries[-1]
-        return next((message["content"] for message in self.completion if message["role"] == "user"), "")
+        return next((content_of(message) for message in self.completion if message["role"] == "user"), "")
 
     def fingerprint(self) -> str:
         """Equal for rows of equal content."""
-        return digest([self.user, self.profile, self.prompt, self.completion, self.split, self.cohort])
+        content = [self.user, self.profile, self.prompt, self.completion, self.split, self.cohort]
+        return digest([*content, self.template_options] if self.template_options else content)
+
+
+def content_of(message: Message) -> str:
+    """A message's text; "" where it has tool calls alone."""
+    return message.get("content") or ""
+
+
+def says_something(message: Message) -> bool:
+    """Whether an assistant turn holds a text, a thought or a tool call; one that does not carries no loss."""
+    values = (message.get(name) for name in SCORED_FIELDS)
+    return any(value.strip() if isinstance(value, str) else value for value in values)
 
 
 def items_of(profile: Profiled) -> tuple[Item, ...]:
@@ -223,10 +255,13 @@ def swap_profiles(rows: Sequence[Row], seed: int = 0, pool: Sequence[Row] | None
 def from_columns(record: Mapping[str, Any], where: str) -> Row:
     """A row of a TRL data set: `profile`, and `prompt` with `completion`, or `messages`; `user` where there is one.
 
+    `conversations` and Alpaca's columns are read as in files; `tools` and `chat_template_kwargs` go to the template.
+
     Raises:
         DataError: a column that is missing or of the wrong shape; `where` is named.
     """
-    return from_record(record, str(record.get("where") or where), None, "rows", None)
+    shape = "alpaca" if shape_of(record) == "alpaca" else "rows"
+    return from_record(record, str(record.get("where") or where), None, shape, None)
 
 
 def to_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -242,25 +277,52 @@ def to_records(rows: Sequence[Row]) -> list[dict[str, Any]]:
             "profile": plain(row.profile),
             "prompt": list(row.prompt),
             "completion": list(row.completion),
+            **_option_columns(row.template_options),
         }
         for row in rows
     ]
 
 
+def _option_columns(options: Mapping[str, Any]) -> dict[str, Any]:
+    kwargs = {name: value for name, value in options.items() if name != "tools"}
+    columns = {"tools": options.get("tools"), "chat_template_kwargs": kwargs}
+    return {name: value for name, value in columns.items() if value}
+
+
 # Rows from records
+
+DIALOGUES = ("messages", "conversations", "conversation")
+"""Columns that hold a whole dialogue."""
+
+_ALPACA_RESPONSES, _ALPACA_INPUTS = ("output", "response"), ("input", "context")
+
+
+def shape_of(names: Collection[str]) -> str | None:
+    """rows, alpaca, documents, lamp or longlamp, by the fields of a record; None where they fit none."""
+    if "completion" in names or any(name in names for name in DIALOGUES):
+        return "rows"
+    if "instruction" in names and any(name in names for name in _ALPACA_RESPONSES):
+        return "alpaca"
+    if "input" in names and "output" in names:
+        return "lamp" if "id" in names else "longlamp"
+    return "documents" if "text" in names else None
 
 
 def from_record(record: Mapping[str, Any], where: str, split: str | None, shape: str, rule: Profile | None) -> Row:
     """The row of a record.
 
-    shape: rows, lamp or longlamp
+    shape: rows, alpaca, lamp or longlamp
     rule: chooses among the profile items; None: all are kept
 
     Raises:
         DataError: a column that is missing or of the wrong shape; `where` is named.
     """
     if shape in ("lamp", "longlamp"):
+        if record.get("instruction"):
+            raise DataError(f"{where}: has an instruction, which {shape} would lose; set data.format: alpaca")
         record = {**record, "prompt": record.get("input"), "completion": record.get("output")}
+    elif shape == "alpaca":
+        record = {**record, **_of_alpaca(record, where)}
     prompt, completion = _conversation(record, where)
     row = Row(
         where=where,
@@ -271,6 +333,7 @@ def from_record(record: Mapping[str, Any], where: str, split: str | None, shape:
         split=split_name(record.get("split"), where) or split,
         cohort=cohort_name(record),
         unseen_user=is_held_out(record),
+        template_options=_template_options(record, where),
     )
     if rule is None or isinstance(row.profile, str):
         return row
@@ -279,8 +342,9 @@ def from_record(record: Mapping[str, Any], where: str, split: str | None, shape:
 
 def _conversation(record: Mapping[str, Any], where: str) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     """Prompt and completion as messages; a dialogue is cut ahead of its first assistant turn."""
-    if record.get("messages") is not None:
-        messages = _messages(record["messages"], "messages", "user", where)
+    dialogue = next((name for name in DIALOGUES if record.get(name) is not None), None)
+    if dialogue is not None:
+        messages = _messages(record[dialogue], dialogue, "user", where)
         first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
         prompt, completion = messages[:first], messages[first:]
     else:
@@ -291,30 +355,103 @@ def _conversation(record: Mapping[str, Any], where: str) -> tuple[tuple[Message,
     return prompt, completion
 
 
+def _of_alpaca(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Prompt and completion of {instruction, input, output}, the input below the instruction."""
+    response = next(record[name] for name in _ALPACA_RESPONSES if name in record)
+    said = [str(record[name]).strip() for name in ("instruction", *_ALPACA_INPUTS) if record.get(name)]
+    if not said:
+        raise DataError(f"{where}: neither instruction nor input: nothing is said ahead of the response")
+    return {"prompt": "\n\n".join(said), "completion": response}
+
+
+def _template_options(record: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The columns `tools` (a list, or JSON of one) and `chat_template_kwargs`, as TRL documents them."""
+    options: dict[str, Any] = {}
+    for name, kind in (("chat_template_kwargs", Mapping), ("tools", Sequence)):
+        value = record.get(name)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise DataError(f"{where}: {name} is no JSON: {error}") from error
+        if value is None or value == []:
+            continue
+        if not isinstance(value, kind):
+            form = "a list of tools" if name == "tools" else "an object"
+            raise DataError(f"{where}: {name} is {form}, or JSON of one; this is {str(value)[:60]!r}")
+        options.update({"tools": _present(value)} if name == "tools" else _present(value))
+    return options
+
+
+def _present(value: Any) -> Any:
+    """`value` without fields that are None: Arrow gives every record the fields of all."""
+    if isinstance(value, Mapping):
+        return {str(name): _present(inner) for name, inner in value.items() if inner is not None}
+    return [_present(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def _messages(value: Any, column: str, role: str, where: str) -> tuple[Message, ...]:
     if value is None:
         raise DataError(f"{where}: no {column}; rename yours with data.columns.{column}=YOUR_COLUMN")
     if isinstance(value, str):
         return ({"role": role, "content": value},)
-    if isinstance(value, Sequence) and all(
-        isinstance(message, Mapping) and "role" in message and isinstance(message.get("content"), str)
-        for message in value
-    ):
-        return tuple({"role": str(message["role"]), "content": message["content"]} for message in value)
-    raise DataError(
+    if isinstance(value, Sequence) and all(isinstance(message, Mapping) for message in value):
+        return tuple(_message(message, column, where) for message in value)
+    raise _no_messages(value, column, where)
+
+
+def _no_messages(value: Any, column: str, where: str) -> DataError:
+    return DataError(
         f"{where}: {column} is a text, or a list of messages such as {{role: user, content: a text}}; "
         f"this is {str(value)[:60]!r}"
     )
+
+
+def _message(given: Mapping[str, Any], column: str, where: str) -> Message:
+    """A message as chat templates take it, of {role, content, ...} or ShareGPT's {from, value}.
+
+    Raises:
+        DataError: a field that no chat template is given, content that is not text; named.
+    """
+    message = {name: value for name, value in given.items() if value is not None}
+    if "role" not in message and {"from", "value"} <= set(message):
+        speaker = str(message.pop("from"))
+        message = {"role": SHAREGPT_ROLES.get(speaker, speaker), "content": message.pop("value"), **message}
+    if "role" not in message or not ("content" in message or message.get("tool_calls")):
+        raise _no_messages([dict(given)], column, where)
+    unknown = [name for name in message if name not in MESSAGE_FIELDS]
+    if unknown:
+        raise DataError(
+            f"{where}: {column} has a message with {', '.join(map(repr, unknown))}, which would not be trained on. "
+            f"Fields of a message are {', '.join(MESSAGE_FIELDS)}; rename or remove the others."
+        )
+    content = message.get("content")
+    if isinstance(content, list):
+        content = _text_of_parts(content, column, where)
+    texts = [("content", content), *((name, message.get(name)) for name in ("reasoning_content", "thinking", "name"))]
+    for name, text in texts:
+        if text is not None and not isinstance(text, str):
+            raise DataError(f"{where}: {column} has a message whose {name} is not a text: {str(text)[:60]!r}")
+    return {**_present(message), "role": str(message["role"]), **({} if content is None else {"content": content})}
+
+
+def _text_of_parts(parts: Sequence[Any], column: str, where: str) -> str:
+    """The text of content in parts ({type: text, text: ...})."""
+    texts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in parts]
+    if any(not isinstance(text, str) for text in texts):
+        kinds = {str(part.get("type")) if isinstance(part, Mapping) else type(part).__name__ for part in parts} - {
+            "text"
+        }
+        raise DataError(
+            f"{where}: {column} has content of the kind {', '.join(sorted(kinds))}; text alone is trained on"
+        )
+    return "".join(str(text) for text in texts)
 
 
 @functools.lru_cache(maxsize=32)
 def _history(items: tuple[Item, ...]) -> History:
     """Rows of one user often carry the same profile items: their index is built once."""
     return History(items)
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and "role" in value and isinstance(value.get("content"), str)
 
 
 _TEXTS = ("text", "abstract", "reviewText", "content", "description", "output")

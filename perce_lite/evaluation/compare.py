@@ -1,8 +1,10 @@
 """Arms against arms: one budget, seeds, data order and grid of rates; rates chosen on validation, judged on test."""
 
+import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from perce_lite.console import say, warn
@@ -14,13 +16,13 @@ from perce_lite.evaluation.authorship import UserWords, training_texts
 from perce_lite.evaluation.conditions import MATCH, OTHER, Case, Topics, is_candidate, score_cases
 from perce_lite.evaluation.evaluate import chosen_tokens, held_out
 from perce_lite.evaluation.judging import ArmSums, Judge, chance
-from perce_lite.files import safe_name
+from perce_lite.files import folder_written_aside, safe_name
 from perce_lite.model import adapters
 from perce_lite.model.base import load_base, load_tokenizer
 from perce_lite.model.scoring import store_of
 from perce_lite.planning.oom_advice import explain_out_of_memory, free_gpu_memory
 from perce_lite.recipe import Recipe, refuse_cores, training_config, with_train
-from perce_lite.training.run import Run, newest_checkpoint, run_of
+from perce_lite.training.run import Run, checkpoints_in, newest_checkpoint, run_of
 from perce_lite.training.train import train
 
 ARMS = "uniform,shuffled,base,mixed,bootstrap"
@@ -36,6 +38,11 @@ PRIMARY = (
 
 Cases = dict[str, list[Case]]
 """By split."""
+
+_STEPS = "steps"
+
+_KEPT_STEPS = 6
+"""Adapters that are kept on the way of a plain-SFT training, at equal distances, its end among them."""
 
 AGAINST = ("uniform", "shuffled")
 """Estimators that all others are compared with: plain SFT, and the same weights on the wrong tokens."""
@@ -60,17 +67,38 @@ class Arm:
 
 @dataclass(frozen=True)
 class Training:
-    """One training of an arm."""
+    """One training of an arm.
+
+    step: an optimizer step on its way, whose adapter was kept; None: its end
+    """
 
     arm: Arm
     rate: float
     seed: int
+    step: int | None = None
+
+    def folder(self, rows: Sequence[Row]) -> Path:
+        """Where its adapter lies."""
+        run = self.run(rows)[1]
+        return run.adapter if self.step is None else run.folder / _STEPS / str(self.step)
+
+    @property
+    def told(self) -> str:
+        """How progress and errors name it."""
+        return f"{self.arm.name}, rate {self.rate:g}, seed {self.seed}" + (f", step {self.step}" if self.step else "")
 
     def run(self, rows: Sequence[Row]) -> tuple[Recipe, Run]:
         """Its recipe, and its run in a folder of its own under `<output_dir>/compare`."""
         recipe = self.arm.recipe
         folder = recipe.output_dir / "compare" / safe_name(self.arm.name) / f"rate-{self.rate:g}-seed-{self.seed}"
-        mine = {"learning_rate": self.rate, "seed": self.seed, "output_dir": str(folder), "save_total_limit": 1}
+        mine: dict[str, Any] = {
+            "learning_rate": self.rate,
+            "seed": self.seed,
+            "output_dir": str(folder),
+            "save_total_limit": 1,
+        }
+        if self.arm.estimator == "uniform":  # its way is kept: see `_equal_loss`
+            mine |= {"save_strategy": "steps", "save_steps": 1 / _KEPT_STEPS, "save_total_limit": None}
         mine_only = recipe.model_copy(update={"train": {**recipe.train, **mine}})
         return mine_only, run_of(mine_only, rows)
 
@@ -130,32 +158,15 @@ def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: 
     total = len(arms) * (len(rates) + seeds - 1)
     first = [Training(arm, rate, seed) for arm in arms for rate in rates]
     failed = _train(first, rows, 0, total)
-    tuning: dict[Training, float] = {}
-    if len(rates) > 1:
-        only = {name: {"validation": cases.pop("validation")} for name, cases in found.items()}
-        judge, sums = _score(recipe, [one for one in first if one not in failed], rows, only, True)["validation"]
-        tokens = judge.tokens["all"].sum()
-        tuning = {
-            one: float(scored.losses[one.arm.judged]["all"].sum() / tokens) for one, scored in sums.items() if one
-        }
+    only = {name: {"validation": cases.pop("validation")} for name, cases in found.items()} if len(rates) > 1 else {}
+    tuning = _validation_losses(recipe, [one for one in first if one not in failed], rows, only) if only else {}
     chosen = {arm.name: _best([one for one in first if one.arm == arm], tuning, failed) for arm in arms}
     usable = [one for one in chosen.values() if one is not None]
     rest = [Training(one.arm, one.rate, seed + more) for more in range(1, seeds) for one in usable]
     failed |= _train(rest, rows, len(first), total)
     done = [one for one in [*usable, *rest] if one not in failed]
-    told = []
-    for arm in arms:
-        best = chosen[arm.name]
-        told.append(
-            {
-                "arm": arm.name,
-                "profile": arm.judged,
-                "rate": None if best is None else best.rate,
-                "at_edge": best is not None and len(rates) > 2 and best.rate in (min(rates), max(rates)),
-                "validation": {f"{one.rate:g}": tuning.get(one) for one in first if one.arm == arm},
-                "failed": [f"rate {one.rate:g}, seed {one.seed}" for one in failed if one.arm == arm],
-            }
-        )
+    equal = _equal_loss(recipe, [chosen[arm.name] for arm in arms], rows, only, tuning) if tuning else {}
+    scored = _score(recipe, [*done, *dict.fromkeys(equal.values())], rows, found, False)
     return {
         "model": recipe.model,
         "train_rows": sum(row.split == "train" for row in rows),
@@ -163,11 +174,47 @@ def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: 
         "seeds": [seed + more for more in range(seeds)],
         "clip_min": training_config(recipe).clip_min,
         "primary": PRIMARY,
-        "arms": told,
+        "arms": [_arm_figures(arm, chosen[arm.name], first, tuning, failed, equal) for arm in arms],
         "splits": {
-            name: {**judge.told(trained), **_figures(arms, judge, sums)}
-            for name, (judge, sums) in _score(recipe, done, rows, found, False).items()
+            name: {
+                **judge.told(trained),
+                **_figures(arms, judge, sums),
+                "equal_loss": _at_equal_loss(judge, sums, equal),
+            }
+            for name, (judge, sums) in scored.items()
         },
+    }
+
+
+def _validation_losses(
+    recipe: Recipe, trainings: Sequence[Training], rows: Sequence[Row], cases: dict[str, Cases]
+) -> dict[Training, float]:
+    """Loss a token of each training on the validation rows, nats, with the profile that its arm is used with."""
+    judge, sums = _score(recipe, trainings, rows, cases, True)["validation"]
+    tokens = judge.tokens["all"].sum()
+    return {training: float(sums[training].losses[training.arm.judged]["all"].sum() / tokens) for training in trainings}
+
+
+def _arm_figures(
+    arm: Arm,
+    best: Training | None,
+    first: Sequence[Training],
+    tuning: dict[Training, float],
+    failed: set[Training],
+    equal: dict[Training, Training],
+) -> dict[str, Any]:
+    """How an arm's rate was chosen, and which of its trainings came to no loss."""
+    mine = [training for training in first if training.arm == arm]
+    rates = [training.rate for training in mine]
+    step = None if best is None else equal.get(best)
+    return {
+        "arm": arm.name,
+        "profile": arm.judged,
+        "rate": None if best is None else best.rate,
+        "at_edge": best is not None and len(rates) > 2 and best.rate in (min(rates), max(rates)),
+        "validation": {f"{training.rate:g}": tuning.get(training) for training in mine},
+        "equal_loss": None if step is None else {"step": step.step, "validation": tuning[step]},
+        "failed": [f"rate {training.rate:g}, seed {training.seed}" for training in failed if training.arm == arm],
     }
 
 
@@ -196,7 +243,7 @@ def _train(trainings: Sequence[Training], rows: Sequence[Row], before: int, tota
     failed = set()
     for number, training in enumerate(trainings, before + 1):
         recipe, run = training.run(rows)
-        told = f"{number} of {total}: {training.arm.name}, rate {training.rate:g}, seed {training.seed}"
+        told = f"{number} of {total}: {training.told}"
         with run.locked():
             if run.trained():
                 say(f"{told}: trained before")
@@ -204,12 +251,58 @@ def _train(trainings: Sequence[Training], rows: Sequence[Row], before: int, tota
             try:
                 with explain_out_of_memory(training.arm.recipe, partial(newest_checkpoint, run.folder)):
                     train(recipe, load_base(recipe), rows, run, told)
+                if training.arm.estimator == "uniform":
+                    _keep_steps(run)
                 run.drop_checkpoints()
             except NonFiniteLossError as error:
                 warn(f"{told}: left out. {error}")
                 failed.add(training)
         free_gpu_memory()
     return failed
+
+
+def _keep_steps(run: Run) -> None:
+    """Makes an adapter of ours of each checkpoint, so that it can be loaded when the training is over."""
+    for checkpoint in checkpoints_in(run.folder):
+        with folder_written_aside(run.folder / _STEPS / checkpoint.name.rpartition("-")[2]) as aside:
+            for file in ("adapter_model.safetensors", "adapter_config.json"):
+                shutil.copy2(checkpoint / file, aside / file)
+            shutil.copy2(run.adapter / adapters.METADATA, aside / adapters.METADATA)
+
+
+def _equal_loss(
+    recipe: Recipe,
+    chosen: Sequence[Training | None],
+    rows: Sequence[Row],
+    cases: dict[str, Cases],
+    tuning: dict[Training, float],
+) -> dict[Training, Training]:
+    """By training: the step of plain SFT, of all that were kept, whose validation loss is nearest to its own.
+
+    So that nobody can say that an arm merely learned less. `tuning` gains the validation loss of each step.
+    """
+    plain = [one for one in chosen if one is not None and one.arm.estimator == "uniform" and one.arm.judged == "own"]
+    steps = [
+        replace(one, step=int(folder.name))
+        for one in plain
+        for folder in sorted((one.run(rows)[1].folder / _STEPS).glob("*"), key=lambda folder: int(folder.name))
+    ]
+    if not steps:
+        return {}
+    tuning |= _validation_losses(recipe, steps, rows, cases)
+    others = [one for one in chosen if one is not None and one not in plain and one.arm.judged == "own"]
+    return {one: min(steps, key=lambda step: abs(tuning[step] - tuning[one])) for one in others}
+
+
+def _at_equal_loss(
+    judge: Judge, sums: dict[Training | None, ArmSums], equal: dict[Training, Training]
+) -> list[dict[str, Any]]:
+    """What separates each arm, first seed, from the step of plain SFT that has its validation loss."""
+    return [
+        {"arm": mine.arm.name, "step": step.step, **_difference(judge, [(sums[mine], sums[step])], "own")}
+        for mine, step in equal.items()
+        if mine in sums
+    ]
 
 
 def _score(
@@ -227,8 +320,8 @@ def _score(
     base = load_base(recipe)
     judged: dict[str, tuple[Judge, dict[Training | None, ArmSums]]] = {}
     for training in (None, *trainings):
-        folder = None if training is None else training.run(rows)[1].adapter
-        what = UNTRAINED if training is None else f"{training.arm.name}, rate {training.rate:g}, seed {training.seed}"
+        folder = None if training is None else training.folder(rows)
+        what = UNTRAINED if training is None else training.told
         with adapters.attached(base.model, folder) as model:
             store = store_of(config.store, model, config.autocast, folder is not None)
             mine = next(iter(found)) if training is None else training.arm.recipe.profile_pass
@@ -256,7 +349,8 @@ def _figures(arms: Sequence[Arm], judge: Judge, sums: dict[Training | None, ArmS
 
     An arm with options is set against its estimator without them as well.
     """
-    by_arm = {arm.name: [one for one in sums if one is not None and one.arm == arm] for arm in arms}
+    ends = [one for one in sums if one is not None and one.step is None]
+    by_arm = {arm.name: [one for one in ends if one.arm == arm] for arm in arms}
     means = {name: ArmSums.mean([sums[one] for one in some]) for name, some in by_arm.items() if some}
     every = {UNTRAINED: sums[None], **means}
     differences = []

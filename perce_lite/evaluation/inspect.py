@@ -17,7 +17,6 @@ from perce_lite.config import PerCEConfig
 from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, Tokens, require
 from perce_lite.data.readers import read_rows
 from perce_lite.data.rows import Row, of_split, spread_over_users, swap_profiles
-from perce_lite.data.text_units import text_units
 from perce_lite.errors import DataError
 from perce_lite.evaluation.conditions import id_of
 from perce_lite.evaluation.metrics import FEW_USERS, Bootstrap
@@ -26,6 +25,7 @@ from perce_lite.model.base import load_base
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.training import loss
+from perce_lite.training.leaning import leaning_units
 
 EDGES = [-6.0, *np.arange(-5.0, 8.25, 0.25).tolist(), 9.0]
 """Bounds of the PIR histogram, nats; the outer bins take what lies beyond."""
@@ -196,19 +196,10 @@ def _histogram(pir: Tensor) -> list[int]:
 def _row(one: Seen, tokenizer: PreTrainedTokenizerBase, weighting: loss.Weighting) -> dict[str, Any]:
     ids = [label for label in one.pair.factual.labels if label != IGNORED]
     weight = weighting.weights(one.pir)
-    units = []
-    for start, end, text in text_units(tokenizer, ids):
-        units.append(
-            {
-                "text": text,
-                "end_of_turn": ids[start] in tokenizer.all_special_ids,
-                "pir": float(one.pir[start:end].sum()),
-                "weight": float(weight[start:end].mean()),
-                "factual": float(one.factual[start:end].sum()),
-                "counterfactual": float(one.counterfactual[start:end].sum()),
-                "token_pirs": one.pir[start:end].tolist(),
-            }
-        )
+    units = [
+        {**unit, "weight": float(weight[tokens].mean())}
+        for tokens, unit in leaning_units(tokenizer, ids, one.factual, one.counterfactual)
+    ]
     row = one.pair.row
     known = {"row": row.where, "user": row.user, "query": row.query, "profile": one.pair.profile}
     means = {"pir_mean": float(one.pir.mean()), "mean_absolute_pir": float(one.pir.abs().mean())}

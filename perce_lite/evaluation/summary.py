@@ -5,7 +5,7 @@ from typing import Any
 
 from perce_lite.console import say
 from perce_lite.data.pairs import PairMaker
-from perce_lite.data.rows import Row, of_split, spread_over_users
+from perce_lite.data.rows import Row, content_of, of_split, spread_over_users
 from perce_lite.evaluation.conditions import cases
 from perce_lite.evaluation.judging import before_and_after
 from perce_lite.files import write_json
@@ -64,7 +64,7 @@ def _sample(recipe: Recipe, trainer: PerCETrainer, maker: PairMaker, held_out: S
     return {
         "user": pair.row.user,
         "query": pair.row.query,
-        "written": next(message["content"] for message in pair.row.completion if message["role"] == "assistant"),
+        "written": next(content_of(message) for message in pair.row.completion if message["role"] == "assistant"),
         "base": generate(trainer.model, *options, use_adapter=False, autocast=trainer.autocast),
         "adapter": generate(trainer.model, *options, use_adapter=True, autocast=trainer.autocast),
     }

@@ -8,8 +8,9 @@ from typing import Any
 from perce_lite.console import say
 from perce_lite.data.chat_template import Chat
 from perce_lite.data.pairs import PairMaker
-from perce_lite.errors import ExportError
-from perce_lite.export import llamacpp, modelfile
+from perce_lite.data.readers import user_texts
+from perce_lite.errors import DataError, ExportError
+from perce_lite.export import llamacpp, modelfile, usage
 from perce_lite.export.folder_proof import verify_merged, verify_peft
 from perce_lite.export.gguf import lora as gguf_lora
 from perce_lite.export.gguf import model as gguf_model
@@ -21,7 +22,8 @@ from perce_lite.export_targets import QUANTS, TARGETS, faults
 from perce_lite.files import folder_written_aside, read_json
 from perce_lite.model import adapters
 from perce_lite.model.base import load_tokenizer
-from perce_lite.model.footprint import config_of
+from perce_lite.model.footprint import base_faults, config_of
+from perce_lite.model.generate import recipe_of
 
 QUANT = "F16"
 """What the weights of a GGUF are written as unless `--quant` says otherwise."""
@@ -35,6 +37,7 @@ def export(
     base_gguf: Path | None = None,
     quant: str | None = None,
     evaluation: Path | None = None,
+    user: str | None = None,
 ) -> dict[str, Any]:
     """Exports the adapter in `folder`; gives what `--json` writes. What lies at `out` in the end was proven.
 
@@ -43,8 +46,10 @@ def export(
     base_gguf: for gguf-lora, the base as a GGUF file, for a llama.cpp to run the adapter on
     quant: for gguf and ollama, what the weights are written as; None: F16
     evaluation: what `perce-lite eval --json` wrote, for the model card
+    user: a user of the adapter's data, whose texts the export carries as its profile; None: it carries none
 
     Raises:
+        DataError: no such user.
         ExportError: no such target, one that cannot take this adapter, a folder in the way, or a proof that fails.
         AdapterError: no adapter, or one of another base; DiskFullError: no space left, and nothing was written.
     """
@@ -55,7 +60,10 @@ def export(
     place = out or source.with_name(f"{source.name}-{target}")
     evaluated = () if evaluation is None else _evaluated(evaluation, source)
     _check_free(place, force)
-    job = Job(target, metadata, source, place, quant or QUANT, evaluated)
+    profile = "" if user is None else carried_profile(metadata, user)
+    if user is None and (lacks := usage.without_profile(metadata)):
+        say(lacks)
+    job = Job(target, metadata, source, place, quant or QUANT, evaluated, profile)
     with folder_written_aside(place) as aside:
         say(f"Writing {target} ...")
         figures = write(job, aside)
@@ -65,7 +73,7 @@ def export(
         except ExportError as error:
             told = str(error).replace(str(aside), str(place))
             raise ExportError(f"The proof failed, so nothing was kept. {told}") from error
-    return {"target": target, "adapter": str(source), "folder": str(place), **figures}
+    return {"target": target, "adapter": str(source), "folder": str(place), "profile": profile, **figures}
 
 
 def verify(folder: Path, base_gguf: Path | None = None) -> dict[str, Any]:
@@ -124,7 +132,8 @@ def preflight(metadata: Metadata, target: str) -> None:
         raise ExportError(f"{metadata['folder']}: its adapter_config.json cannot be read")
     shape = metadata["base"]["shape"]
     recipe = on_cpu(metadata, quantised=False)
-    if found := faults(target, config, shape[0], bool(shape[-1]), recipe.profile_pass):
+    adapters_own = faults(target, config, shape[0], bool(shape[-1]), recipe.profile_pass)
+    if found := [*adapters_own, *base_faults(recipe, target)]:
         raise ExportError(f"{metadata['folder']}: {target} cannot take this adapter: {'; '.join(found)}.")
     if target not in ("gguf", "ollama") and recipe.profile_pass == "full":
         return
@@ -138,6 +147,35 @@ def preflight(metadata: Metadata, target: str) -> None:
     if target == "ollama":
         chat = Chat(tokenizer, recipe.template)
         modelfile.retold(chat, chat.composed([{"role": "user", "content": QUESTION}], ""))
+
+
+def carried_profile(metadata: Metadata, user: str) -> str:
+    """The profile of `user` for an export: those of their texts that are nearest to all of them, as many as fit.
+
+    They fit where `profile.max_tokens` and `max_length` say so, as in training; without the former there are
+    `profile.top_k`. Held-out texts are left out.
+
+    Raises:
+        DataError: no such user, or none of their texts fits; ExportError: the adapter needs no profile.
+    """
+    if metadata["train_on"] == "counterfactual":
+        raise ExportError(
+            f"--user {user}: this adapter was trained without the profile in the prompt (train_on: counterfactual), so "
+            "it needs none. Export without --user."
+        )
+    recipe = recipe_of(dict(metadata))
+    texts = user_texts(recipe, user)
+    tokenizer = load_tokenizer(recipe)
+    tokenizer.chat_template = metadata["chat_template"]
+    maker = PairMaker.of(recipe, tokenizer, recipe.train.get("max_length", 1024))
+    rule = recipe.profile
+    if rule.max_tokens is not None:
+        rule = rule.model_copy(update={"top_k": max(1, len(texts.history.items))})
+    everything = "\n".join(item.text for item in texts.history.items)
+    chosen = maker.fitting([{"role": "user", "content": QUESTION}], texts.profile_for(everything, rule))
+    if not (profile := maker.profile_text(chosen)):
+        raise DataError(f"--user {user}: none of their texts fits beside a question; raise train.max_length.")
+    return profile
 
 
 def _need_invocation(folder: str, maker: PairMaker) -> None:

@@ -99,8 +99,8 @@ def _holds(source: Path, target: str, place: Path, base_gguf: Path | None, quant
     """Whether an export of this very adapter lies at `place` and is proven once more."""
     try:
         proof = read_proof(place)
-        wanted = (target, source_hash(source), (quant or QUANT) if target in ("gguf", "ollama") else "")
-        if (proof.target, proof.source, proof.quant) != wanted:
+        wanted = (target, source_hash(source), (quant or QUANT) if target in ("gguf", "ollama") else "", "")
+        if (proof.target, proof.source, proof.quant, proof.profile) != wanted:
             return False
         verify(place, base_gguf)
     except ExportError:

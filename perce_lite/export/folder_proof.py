@@ -45,7 +45,7 @@ def check_tokenizer(folder: Path, proof: Proof) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ExportError(f"{folder}: its tokenizer cannot be loaded: {error}. Export again.") from error
-    if not tokenizer.chat_template or fixed_ids(tokenizer, proof.template) != proof.ids:
+    if not tokenizer.chat_template or fixed_ids(tokenizer, proof.template, proof.profile) != proof.ids:
         raise ExportError(
             f"{folder}: a swapped tokenizer: it, or its chat template, makes other ids of a fixed text than training "
             "saw. Export again."

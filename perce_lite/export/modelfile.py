@@ -13,10 +13,12 @@ from perce_lite.data.chat_template import Chat
 from perce_lite.data.rows import Message
 from perce_lite.errors import ExportError, TemplateError
 from perce_lite.export.proof import ANSWER, QUESTION, Proof
+from perce_lite.recipe import Recipe
 
 NAME = "Modelfile"
 
-_LINE = re.compile(r'^(FROM|TEMPLATE|SYSTEM|PARAMETER stop) (?:"""(.*?)"""|"(.*?)"|(.*?))$\n?', re.M | re.S)
+_LINE = re.compile(r'^(FROM|TEMPLATE|SYSTEM|PARAMETER \w+) (?:"""(.*?)"""|"(.*?)"|(.*?))$\n?', re.M | re.S)
+_ANSWER_TOKENS = 200  # beside a row's: what `generate` takes unless it is told otherwise
 _MARKS = ("sysmark7", "askmark7", "saymark7", "askmark8")
 _FOLDED = "\n\n"  # between a system prompt and the first question, where a template has no system role
 _FIRST, _AFTER_SYSTEM = "eq $i 0", "and $.System (eq $i 1)"
@@ -26,12 +28,16 @@ _ROLE = 'eq .Role "{}"'
 
 @dataclass(frozen=True)
 class Modelfile:
-    """What a Modelfile says: the file of weights, Ollama's template, tokens that end an answer, the system prompt."""
+    """What a Modelfile says: the file of weights, Ollama's template, tokens that end an answer, the system prompt.
+
+    parameters: others than `stop`, by name
+    """
 
     weights: str
     template: str
     stops: tuple[str, ...]
     system: str
+    parameters: tuple[tuple[str, str], ...] = ()
 
     def text(self) -> str:
         """The file.
@@ -45,6 +51,7 @@ class Modelfile:
         lines = [f"FROM ./{self.weights}", f'TEMPLATE """{self.template}"""']
         lines += [f'SYSTEM """{self.system}"""'] if self.system else []
         lines += [f'PARAMETER stop "{one}"' for one in self.stops]
+        lines += [f"PARAMETER {name} {value}" for name, value in self.parameters]
         return "\n".join(lines) + "\n"
 
 
@@ -65,7 +72,21 @@ def read(path: Path) -> Modelfile:
     if rest.strip() or [len(said.get(one, [])) for one in ("FROM", "TEMPLATE")] != [1, 1]:
         raise ExportError(f"{path}: damaged: it does not say FROM, TEMPLATE, SYSTEM and stop tokens as it did.")
     stops = tuple(said.get("PARAMETER stop", []))
-    return Modelfile(said["FROM"][0].removeprefix("./"), said["TEMPLATE"][0], stops, "".join(said.get("SYSTEM", [])))
+    others = ((name.split()[-1], values) for name, values in said.items() if name.startswith("PARAMETER"))
+    parameters = tuple((name, value) for name, values in others if name != "stop" for value in values)
+    weights = said["FROM"][0].removeprefix("./")
+    return Modelfile(weights, said["TEMPLATE"][0], stops, "".join(said.get("SYSTEM", [])), parameters)
+
+
+def parameters_of(recipe: Recipe) -> tuple[tuple[str, str], ...]:
+    """Ollama's parameters for an adapter of `recipe`: a context for its rows and an answer, its way of drawing tokens.
+
+    Ollama's own default context may be shorter than a row, and it cuts what is longer without a word.
+    """
+    drawn = recipe.evaluation.generation
+    temperature = drawn.get("temperature", 1.0) if drawn.get("do_sample") else 0
+    context = recipe.train.get("max_length", 1024) + _ANSWER_TOKENS
+    return ("num_ctx", str(context)), ("temperature", f"{temperature:g}")
 
 
 def check(folder: Path, proof: Proof, weights: str) -> None:
@@ -94,8 +115,10 @@ def check(folder: Path, proof: Proof, weights: str) -> None:
 
 
 def system_of(messages: Sequence[Message]) -> str:
-    """The system prompt of `messages`; empty where there is none."""
-    return next((message["content"] for message in messages if message["role"] == "system"), "")
+    """What stands ahead of the fixed question: the system prompt, or the first part of the user's turn, if any."""
+    if messages[0]["role"] == "system":
+        return messages[0]["content"]
+    return messages[0]["content"].removesuffix(QUESTION).removesuffix(_FOLDED)
 
 
 # Asking the chat template

@@ -37,7 +37,7 @@ ANSWER = (
     "The first snow came over night. In the morning the garden was white and quiet, the old lamp at the gate wore a "
     "cap, and nobody wanted to be the first to walk across it."
 )
-"""The fixed text. It is nobody's: an export carries no text of a user beside it."""
+"""The fixed text. It is nobody's: an export carries no text of a user beside it, unless `--user` asks for it."""
 
 TIGHT = 1e-3
 """Nats: float32 against float32, summed in another order."""
@@ -76,6 +76,7 @@ class Proof(BaseModel):
     greedy: the first tokens of the greedy answer, as long as each leads clearly
     rendered, stops: ollama: the prompts that its template has to make of fixed dialogues, and what ends an answer
     source: hash of the weights that were exported
+    profile: text of the profile that the export carries
     prefix: how many of `ids` the adapter sleeps through; invocation: the ids at which it wakes
     """
 
@@ -102,6 +103,7 @@ class Proof(BaseModel):
     rendered: list[str] = []
     stops: list[str] = []
     source: str = ""
+    profile: str = ""
     prefix: int = 0
     invocation: list[int] = []
 
@@ -152,17 +154,26 @@ def base_for(recipe: Recipe) -> Iterator[Base]:
             adapters.strip(base.model)
 
 
-def record(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, target: str, allowed: float) -> Proof:
+def record(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    target: str,
+    allowed: float,
+    profile: str = "",
+) -> Proof:
     """What `model` does to the fixed text with the adapter on and off, through the forward that training scores with.
 
     allowed: nats by which the export may differ, if the adapter changes enough for that
+    profile: what the export carries, in the prompt of the fixed text
 
     Raises:
         ExportError: the adapter changes nothing that can be measured.
     """
-    ids = fixed_ids(tokenizer, recipe.template)
+    ids = fixed_ids(tokenizer, recipe.template, profile)
     maker = PairMaker.of(recipe, tokenizer, None)
-    prefix = maker.prompt([{"role": "user", "content": QUESTION}], "").prefix_length
+    question = [{"role": "user", "content": QUESTION}]
+    prefix = maker.prompt(question, profile).prefix_length
     adapter, base = (expected(model, ids, adapters=on, prefix=prefix) for on in (True, False))
     effect = gap(adapter, base)
     if effect < _MEASURABLE:
@@ -181,6 +192,8 @@ def record(model: PeftModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe,
         base=base,
         tolerance=min(allowed, effect / 4),
         sketch=sketched(model.get_base_model()),
+        profile=profile,
+        messages=maker.composed(question, profile),
         prefix=prefix,
         invocation=maker.invocation_ids() if prefix else [],
     )
@@ -192,10 +205,10 @@ def sketched(model: PreTrainedModel) -> Sketch:
     return Sketch(shape=tuple(found["shape"]), embedding=found["embedding"])
 
 
-def fixed_ids(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[int]:
-    """Ids (T,) of the fixed text: the question in the chat template, and the beginning of the answer."""
+def fixed_ids(tokenizer: PreTrainedTokenizerBase, template: Template, profile: str) -> list[int]:
+    """Ids (T,) of the fixed text: profile and question in the chat template, and the beginning of the answer."""
     chat = Chat(tokenizer, template)
-    return chat.prompt_ids([{"role": "user", "content": QUESTION}], "") + chat.ids(ANSWER)[:_SCORED]
+    return chat.prompt_ids([{"role": "user", "content": QUESTION}], profile) + chat.ids(ANSWER)[:_SCORED]
 
 
 def clear_answer(model: nn.Module, prompt: Sequence[int], tokenizer: PreTrainedTokenizerBase, lead: float) -> list[int]:

@@ -1,7 +1,5 @@
 """What each target of an export consists of: written into a folder aside, with the proof that it will be held to."""
 
-import json
-import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,11 +8,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from perce_lite.data.chat_template import Chat
 from perce_lite.errors import ExportError
-from perce_lite.export import modelfile
+from perce_lite.export import modelfile, usage
 from perce_lite.export.gguf import lora as gguf_lora
 from perce_lite.export.gguf import model as gguf_model
 from perce_lite.export.gguf import proof as gguf_proof
@@ -37,10 +35,9 @@ from perce_lite.export.proof import (
 )
 from perce_lite.export_targets import max_rank, merge_drift
 from perce_lite.files import bytes_of, digest, read_json, write_json, write_text
-from perce_lite.hub import hub_options
 from perce_lite.model import adapters
-from perce_lite.model.base import load_base, model_source
-from perce_lite.model.builtin import BUILT_IN
+from perce_lite.model.base import load_base
+from perce_lite.model.footprint import config_of
 from perce_lite.model.model_card import licence_of, model_card, write_licence
 from perce_lite.recipe import Recipe
 
@@ -56,6 +53,7 @@ class Job:
     place: the folder that the finished export gets
     quant: for GGUF, the type that the matrices are written as
     evaluated: sentences of an evaluation, for the model card
+    profile: text of a profile that the export carries; empty: none
     """
 
     target: str
@@ -64,6 +62,7 @@ class Job:
     place: Path
     quant: str
     evaluated: tuple[str, ...] = ()
+    profile: str = ""
 
 
 def write(job: Job, aside: Path) -> dict[str, Any]:
@@ -77,7 +76,7 @@ def _write_adapter(job: Job, aside: Path) -> dict[str, Any]:
     recipe = on_cpu(job.metadata, quantised=True)
     with base_for(recipe) as base:
         model, tokenizer = _on(base.model, base.tokenizer, job)
-        proof = record(model, tokenizer, recipe, job.target, TIGHT)
+        proof = record(model, tokenizer, recipe, job.target, TIGHT, job.profile)
         tokenizer.save_pretrained(aside)
     for name in ("adapter_model.safetensors", "adapter_config.json", adapters.METADATA):
         shutil.copyfile(job.source / name, aside / name)
@@ -86,38 +85,9 @@ def _write_adapter(job: Job, aside: Path) -> dict[str, Any]:
         write_json(aside / "adapter_config.json", {**config, "alora_invocation_tokens": proof.invocation})
     proof.fingerprints = {name: fingerprint(tensor) for name, tensor in tensors_of(aside)}
     rank = max(tensor.shape[0] for name, tensor in tensors_of(aside) if "lora_A" in name or "embedding_A" in name)
-    _finish(job, recipe, aside, proof, _vllm_use(job, recipe, rank) if job.target == "vllm" else "")
+    use = usage.vllm(job.place, job.metadata, recipe, rank) if job.target == "vllm" else ""
+    _finish(job, recipe, aside, proof, use)
     return {"max_lora_rank": max_rank(rank)} if job.target == "vllm" else {}
-
-
-def _vllm_use(job: Job, recipe: Recipe, rank: int) -> str:
-    """How vLLM and LoRAX are given the adapter."""
-    base = model_source(recipe) if recipe.model in BUILT_IN else recipe.model
-    place = job.place.absolute()
-    named, path = shlex.quote(f"personal={place}"), json.dumps(str(place), ensure_ascii=False)
-    model, template = json.dumps(str(base), ensure_ascii=False), shlex.quote(str(place / "chat_template.jinja"))
-    return "\n".join(
-        [
-            "## Use",
-            "",
-            f"vLLM; the adapter's rank is {rank}, so it needs a max_lora_rank of {max_rank(rank)} or more:",
-            "",
-            f"    vllm serve {shlex.quote(str(base))} --enable-lora --max-lora-rank {max_rank(rank)} \\",
-            f"        --lora-modules {named} --chat-template {template}",
-            "",
-            "    from vllm import LLM",
-            "    from vllm.lora.request import LoRARequest",
-            "",
-            f"    llm = LLM(model={model}, enable_lora=True, max_lora_rank={max_rank(rank)})",
-            f'    lora_request = LoRARequest("personal", 1, {path})',
-            "    llm.chat(messages, lora_request=lora_request)",
-            "",
-            "LoRAX:",
-            "",
-            f'    client.generate(prompt, adapter_id={path}, adapter_source="local")',
-            "",
-        ]
-    )
 
 
 def _write_merged(job: Job, aside: Path) -> dict[str, Any]:
@@ -143,15 +113,16 @@ def _write_gguf_lora(job: Job, aside: Path) -> dict[str, Any]:
     recipe = on_cpu(job.metadata, quantised=False)
     with base_for(recipe) as base:
         model, tokenizer = _on(base.model, base.tokenizer, job)
-        proof = record(model, tokenizer, recipe, job.target, OTHER_PROGRAM)
+        proof = record(model, tokenizer, recipe, job.target, OTHER_PROGRAM, job.profile)
         proof.fingerprints, proof.heads = gguf_lora.write(aside / gguf_lora.FILE, model, proof.invocation)
-    _finish(job, recipe, aside, proof, f"## Use\n\n    llama-server --model BASE.gguf --lora {gguf_lora.FILE}\n")
+    use = usage.llama_cpp(f"BASE.gguf --lora {gguf_lora.FILE}", job.metadata, recipe, job.profile)
+    _finish(job, recipe, aside, proof, use)
     return {}
 
 
 def _write_gguf(job: Job, aside: Path) -> dict[str, Any]:
     proof, recipe, _ = _write_model(job, aside)
-    _finish(job, recipe, aside, proof, f"## Use\n\n    llama-server --model {gguf_model.FILE}\n")
+    _finish(job, recipe, aside, proof, usage.llama_cpp(gguf_model.FILE, job.metadata, recipe, job.profile))
     return {"quant": job.quant}
 
 
@@ -159,8 +130,15 @@ def _write_ollama(job: Job, aside: Path) -> dict[str, Any]:
     proof, recipe, chat = _write_model(job, aside)
     proof.rendered = modelfile.prompts(chat, proof.messages)
     proof.stops = chat.tokenizer.convert_ids_to_tokens(chat.stop_ids())
-    system = modelfile.system_of(proof.messages)
-    file = modelfile.Modelfile(gguf_model.FILE, modelfile.retold(chat, proof.messages), tuple(proof.stops), system)
+    template, system = modelfile.retold(chat, proof.messages), modelfile.system_of(proof.messages)
+    asked = [{"role": "system", "content": system}] if system else []
+    if modelfile.render(template, [*asked, {"role": "user", "content": QUESTION}]) != proof.rendered[0]:
+        raise ExportError(
+            "ollama: as a SYSTEM prompt the profile would stand elsewhere in the prompt than in training, because of "
+            "template.separator. Export without --user, and give the profile with each question."
+        )
+    parameters = modelfile.parameters_of(recipe)
+    file = modelfile.Modelfile(gguf_model.FILE, template, tuple(proof.stops), system, parameters)
     write_text(aside / modelfile.NAME, file.text())
     _finish(job, recipe, aside, proof, "## Use\n\n    ollama create mine -f Modelfile && ollama run mine\n")
     return {"quant": job.quant}
@@ -169,11 +147,9 @@ def _write_ollama(job: Job, aside: Path) -> dict[str, Any]:
 def _write_model(job: Job, aside: Path) -> tuple[Proof, Recipe, Chat]:
     """The merged model as GGUF, and what its proof holds."""
     recipe = on_cpu(job.metadata, quantised=False)
-    _kept_dtype(recipe)
     merged, tokenizer, proof = _merge(job, recipe, gguf_proof.TOLERANCES.get(job.quant, ROUNDED))
     chat = Chat(tokenizer, recipe.template)
     proof.quant, proof.sketch = job.quant, sketched(merged)
-    proof.messages = chat.composed([{"role": "user", "content": QUESTION}], "")
     prompt = proof.ids[: len(proof.ids) - len(proof.adapter)]
     proof.greedy = clear_answer(merged, prompt, tokenizer, lead=2 * proof.tolerance)
     proof.fingerprints, proof.heads = gguf_model.write(aside / gguf_model.FILE, merged, tokenizer, job.quant)
@@ -184,7 +160,7 @@ def _merge(job: Job, recipe: Recipe, allowed: float) -> tuple[PreTrainedModel, P
     """The adapter merged into a base of its own, in float32."""
     base = load_base(recipe)
     model, tokenizer = _on(base.model, base.tokenizer, job)
-    proof = record(model, tokenizer, recipe, job.target, allowed)
+    proof = record(model, tokenizer, recipe, job.target, allowed, job.profile)
     return model.merge_and_unload(safe_merge=True), tokenizer, proof
 
 
@@ -203,9 +179,12 @@ def _finish(job: Job, recipe: Recipe, aside: Path, proof: Proof, more: str) -> N
     write_json(aside / PROOF, proof.model_dump(mode="json"))
     whole = job.target in ("merged", "gguf", "ollama")
     kinds = ("*.gguf", "*.safetensors")
+    if job.profile and job.target != "ollama":
+        write_text(aside / usage.SYSTEM, modelfile.system_of(proof.messages))
     size = sum(bytes_of(path) for kind in kinds for path in aside.glob(kind)) if whole else bytes_of(weights)
     text = model_card(job.metadata, whole, size, job.evaluated, licence_of(recipe))
-    write_text(aside / "README.md", f"{text}\n{more}" if more else text)
+    parts = [text, more, usage.as_trained(job.target, job.metadata, recipe, job.profile)]
+    write_text(aside / "README.md", "\n".join(part for part in parts if part))
     write_licence(recipe, aside)
 
 
@@ -216,18 +195,8 @@ def source_hash(folder: Path) -> str:
 
 
 def _kept_dtype(recipe: Recipe) -> torch.dtype:
-    """The dtype that the base's own files are in.
-
-    Raises:
-        ExportError: they are quantised, so there are no original weights to merge into.
-    """
-    source = model_source(recipe)
-    config = AutoConfig.from_pretrained(source, **hub_options(source))
-    if "quantization_config" in config.to_dict():
-        raise ExportError(
-            f"{recipe.model}: its own files are quantised, so there are no original weights to merge into."
-        )
-    return config.dtype or torch.float32
+    """The dtype that the base's own files are in."""
+    return config_of(recipe).dtype or torch.float32
 
 
 def _measured_drift(job: Job, proof: Proof) -> dict[str, Any]:

@@ -100,14 +100,20 @@ def who(registry: Registry, user: str) -> Serving:
         adapter = registry.get(*key)
         if adapter is None:
             continue
-        folder = registry.folder / adapter.folder / "adapter"
-        if adapter.verdict == "in service" and _is_of(folder, adapter):
+        folder = folder_in_service(registry, adapter)
+        if folder is not None:
             reasons.append(adapter.why if not adapter.due else f"in service until trained anew: {adapter.why}")
             return Serving(user, key, str(folder), "; ".join(reasons))
         state = adapter.verdict if adapter.verdict == "held back" else adapter.state
         reasons.append(f"{_called(adapter)} is {state}: {adapter.why}")
     reasons.append("so the base serves them")
     return Serving(user, None, None, "; ".join(reasons))
+
+
+def folder_in_service(registry: Registry, adapter: Adapter) -> Path | None:
+    """The folder of an adapter's files; None where it is not in service, or they are of another training."""
+    folder = registry.folder / adapter.folder / "adapter"
+    return folder if adapter.verdict == "in service" and _is_of(folder, adapter) else None
 
 
 def _known(registry: Registry, user: str) -> tuple[str | None, int, bool]:

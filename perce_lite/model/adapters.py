@@ -98,12 +98,32 @@ def _check(metadata: dict[str, Any], folder: Path) -> None:
     )
 
 
-def load(base: PreTrainedModel, folder: Path) -> PeftModel:
+def weights_bytes(folder: Path) -> int:
+    """Bytes that the weights of the adapter in `folder`, the folder of its files, take in memory."""
+    return (folder / _WEIGHTS).stat().st_size
+
+
+def load(base: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
     """`base` with the adapter of `folder` on it, frozen, float32, in eval mode.
+
+    name: what peft calls the adapter
 
     Raises:
         AdapterError: the folder holds no adapter, or an adapter that was trained on another base.
     """
+    model: PeftModel = PeftModel.from_pretrained(base, _files_for(base, folder), adapter_name=name)
+    return _frozen(model)
+
+
+def load_beside(model: PeftModel, folder: Path, name: str) -> PeftModel:
+    """`model` with the adapter of `folder` beside those that it has, as `name`, and active. Raises as `load`."""
+    model.load_adapter(_files_for(model.get_base_model(), folder), name)
+    model.set_adapter(name, inference_mode=True)
+    return _frozen(model)
+
+
+def _files_for(base: PreTrainedModel, folder: Path) -> str:
+    """The folder of the files of the adapter in `folder`; raises AdapterError where `base` is not the one it is for."""
     metadata = read_metadata(folder)
     trained_on, loaded = metadata["base"], sketch(base)
     if not same_base(trained_on, loaded):
@@ -111,7 +131,11 @@ def load(base: PreTrainedModel, folder: Path) -> PeftModel:
             f"{folder}: this adapter was trained on {metadata['recipe']['model']} ({_shape(trained_on)}), not on the "
             f"base that is loaded ({_shape(loaded)}). Load that base, or train an adapter for this one."
         )
-    model: PeftModel = PeftModel.from_pretrained(base, metadata["folder"])
+    return str(metadata["folder"])
+
+
+def _frozen(model: PeftModel) -> PeftModel:
+    """`model` in eval mode, its LoRA weights float32."""
     for name, parameter in model.named_parameters():
         if is_lora_weight(name):
             parameter.data = parameter.data.to(torch.float32)

@@ -1,5 +1,6 @@
 """The frozen base: loaded in 4 bit or unquantised, in the dtype that suits its device, with its tokenizer."""
 
+import re
 import shlex
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import (
 )
 
 from perce_lite.config import chosen_dtype, pick_device
+from perce_lite.data.chat_template import dated
 from perce_lite.errors import BaseTooLargeError, ModelError, RecipeError, TemplateError, first_line
 from perce_lite.hub import hub_options
 from perce_lite.model.builtin import BUILT_IN, built_in_folder
@@ -104,6 +106,8 @@ def _too_large(recipe: Recipe, why: str) -> BaseTooLargeError:
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The tokenizer alone, with the template of `train.chat_template_path` if it is set; no weights are read.
 
+    A template that asks for today's date is told that of the recipe (`template.date`).
+
     Raises:
         ModelError: as `load_base`; TemplateError: no such template file.
     """
@@ -115,6 +119,8 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     template_path = recipe.train.get("chat_template_path")
     if template_path is not None:
         tokenizer.chat_template = _template_of(recipe, template_path)
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = dated(tokenizer.chat_template, recipe.template.date)
     return tokenizer
 
 
@@ -138,10 +144,31 @@ def with_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     Raises:
         RecipeError: a `lora` section that does not go with the model.
     """
+    config = lora_config(recipe)
     try:
-        return get_peft_model(model, lora_config(recipe))
+        if beside := modules_beside_text(model):
+            config.exclude_modules = _excluded(config.exclude_modules, beside)
+        return get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise RecipeError(recipe.source, [f"lora: does not go with {recipe.model}: {error}"]) from error
+
+
+def modules_beside_text(model: PreTrainedModel) -> list[str]:
+    """Paths of the modules of a multimodal model that read no text, such as a vision tower's layers; else none.
+
+    They never get LoRA: training is on text, and neither llama.cpp nor vLLM takes an adapter on them.
+    """
+    if model.config is model.config.get_text_config():
+        return []
+    of_text = {*model.get_decoder().modules(), model.get_output_embeddings()}
+    return [path for path, module in model.named_modules() if not list(module.children()) and module not in of_text]
+
+
+def _excluded(own: list[str] | str | None, paths: list[str]) -> list[str] | str:
+    """`exclude_modules` of `peft.LoraConfig`: the recipe's `own` and `paths`."""
+    if isinstance(own, str):  # a regular expression
+        return "|".join([own, *map(re.escape, paths)])
+    return [*(own or ()), *paths]
 
 
 def model_source(recipe: Recipe) -> str:

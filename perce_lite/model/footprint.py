@@ -50,10 +50,23 @@ def refuse_exports(recipe: Recipe) -> None:
     faults = [
         f"export.to: {target} cannot take this adapter: {fault}"
         for target in recipe.export.to
-        for fault in targets.faults(target, lora, config.model_type, config.tie_word_embeddings, recipe.profile_pass)
+        for fault in [
+            *targets.faults(target, lora, config.model_type, config.tie_word_embeddings, recipe.profile_pass),
+            *base_faults(recipe, target),
+        ]
     ]
     if faults:
         raise RecipeError(recipe.source, faults)
+
+
+def base_faults(recipe: Recipe, target: str) -> list[str]:
+    """Why `target` cannot take any adapter of the recipe's base (`export_targets.base_faults`); reads no weights.
+
+    Raises:
+        ModelError: as `load_base`.
+    """
+    config = config_of(recipe)
+    return targets.base_faults(target, config.to_dict(), type(on_meta(config)).__name__ if target == "vllm" else "")
 
 
 def adapter_bytes(recipe: Recipe) -> int:

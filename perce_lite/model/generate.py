@@ -1,13 +1,14 @@
 """Generation with base or adapter, with a profile or without, from the prompt that training would make."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import LogitsProcessorList, PreTrainedTokenizerBase, TextStreamer
+from transformers.generation import BaseStreamer
 
 from perce_lite.config import chosen_dtype, pick_device
 from perce_lite.data.pairs import PairMaker
@@ -43,13 +44,13 @@ def generate(
     max_new_tokens: int,
     use_adapter: bool = True,
     autocast: torch.dtype | None = None,
-    stream: bool = False,
+    stream: bool | BaseStreamer = False,
     personal: Personal | None = None,
     **options: Any,
 ) -> str:
     """The answer to `prompt`; greedy unless `options`, of transformers' `generate`, change that.
 
-    stream: write it to standard output as well, token by token
+    stream: write it to standard output as well, token by token; or what takes each token instead
     personal: how much more like the user than the model alone would; None: not at all
 
     Raises:
@@ -70,7 +71,7 @@ def generate_several(
     count: int,
     use_adapter: bool = True,
     autocast: torch.dtype | None = None,
-    stream: bool = False,
+    stream: bool | BaseStreamer = False,
     personal: Personal | None = None,
     **options: Any,
 ) -> list[str]:
@@ -93,7 +94,7 @@ def generate_several(
     if personal is not None and personal.strength:
         contrast = _contrast(model, maker, prompt, profile, personal, use_adapter, options)
         options["logits_processor"] = LogitsProcessorList([contrast])
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream is True else stream or None
     with no_grad_eval(model, adapters=use_adapter), autocast_to(device, autocast):
         out = base_of(model).generate(
             input_ids=ids,
@@ -134,7 +135,7 @@ class LoadedAdapter:
 
     metadata: dict[str, Any]
     recipe: Recipe
-    model: PeftModel
+    model: torch.nn.Module
     maker: PairMaker
     autocast: torch.dtype | None
 
@@ -149,14 +150,28 @@ def load_adapter(metadata: dict[str, Any]) -> LoadedAdapter:
     Raises:
         ModelError, DeviceError: its base cannot be loaded; AdapterError: the base has changed since.
     """
-    recipe = Recipe.model_validate(metadata["recipe"])
-    recipe.train.pop("chat_template_path", None)  # the metadata hold the text of that file
-    base = load_base(recipe)
-    model = adapters.load(base.model, Path(metadata["folder"]))
-    base.tokenizer.chat_template = metadata["chat_template"]
-    maker = PairMaker.of(recipe, base.tokenizer, recipe.train.get("max_length", 1024))
+    base = load_base(recipe_of(metadata))
+    return loaded_on(adapters.load(base.model, Path(metadata["folder"])), base.tokenizer, metadata)
+
+
+def loaded_on(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, metadata: dict[str, Any]) -> LoadedAdapter:
+    """The adapter with this metadata, which is on `model` already, with the prompts of its training.
+
+    tokenizer: of the base; a copy of it gets the chat template of training
+    """
+    recipe = recipe_of(metadata)
+    own = copy.copy(tokenizer)
+    own.chat_template = metadata["chat_template"]
+    maker = PairMaker.of(recipe, own, recipe.train.get("max_length", 1024))
     dtype = chosen_dtype(recipe.dtype, pick_device(recipe.device))
     return LoadedAdapter(metadata, recipe, model, maker, None if dtype == torch.float32 else dtype)
+
+
+def recipe_of(metadata: dict[str, Any]) -> Recipe:
+    """The recipe that an adapter was trained with; the metadata hold the text of its chat template file."""
+    recipe = Recipe.model_validate(metadata["recipe"])
+    recipe.train.pop("chat_template_path", None)
+    return recipe
 
 
 def generate_from_folder(

@@ -21,14 +21,16 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTTrainer, pack_dataset
 
 from perce_lite.config import PerCEConfig
-from perce_lite.console import say
+from perce_lite.console import say, warn
+from perce_lite.data.chat_template import Chat
 from perce_lite.data.collator import LOG_PROB_COLUMNS, PairCollator
 from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, require
-from perce_lite.data.rows import Row, from_columns
+from perce_lite.data.rows import DIALOGUES, Row, from_columns, shape_of
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.files import disk_full_is_clear
 from perce_lite.model.adapters import all_finite
 from perce_lite.model.compat import keep_base_constant, require_trainer_hooks
+from perce_lite.model.end_of_turn import warn_of_untrained_end
 from perce_lite.model.float16 import advice
 from perce_lite.model.fused_head import (
     base_of,
@@ -117,6 +119,7 @@ class PerCETrainer(SFTTrainer):
             if parameter.requires_grad:
                 parameter.data = initial.get(name, parameter.data).to(parameter.device, torch.float32)
         keep_base_constant(self.model)
+        warn_of_untrained_end(self.model, Chat(self._tokenizer, template))
         self.autocast = args.autocast
         repeat_heads_where_needed(base_of(self.model), self.autocast)
         project_scored_positions_only(self.model)
@@ -153,7 +156,13 @@ class PerCETrainer(SFTTrainer):
         if "input_ids" in dataset.column_names:
             return dataset
         rows = [from_columns(record, f"{dataset_name} row {number}") for number, record in enumerate(dataset)]
-        return self._tokenized(rows, processing_class, args, dataset_name)
+        tokenized = self._tokenized(rows, processing_class, args, dataset_name)
+        audit = self.audits[dataset_name]
+        if audit.dropped:  # rows of our own commands are told of by these
+            warn(f"{audit.dropped.total()} of {audit.read} {dataset_name} rows are left out: {audit.reasons()}")
+        if audit.thoughts_left_out:
+            warn(f"{audit.thoughts_left_out} thoughts of the {dataset_name} rows are not shown by the chat template")
+        return tokenized
 
     def _tokenized_rows(
         self,
@@ -409,7 +418,7 @@ def _column_faults(names: Sequence[str]) -> list[str]:
         return ["train_dataset: it is tokenised already (input_ids), so there is no profile to drop; give texts"]
     if "profile" not in has:
         return [f"train_dataset: no profile column among {', '.join(names)}"]
-    if "messages" not in has and not {"prompt", "completion"} <= has:
+    if shape_of(has) != "alpaca" and not has & set(DIALOGUES) and not {"prompt", "completion"} <= has:
         return [
             f"train_dataset: prompt and completion, or messages, are needed beside profile; it has {', '.join(names)}"
         ]

@@ -42,6 +42,7 @@ def comparison(figures: Mapping[str, Any]) -> list[Section]:
         made.append(_compared(name, f"{note}of them personal", split["losses"]))
         made += [_differences(name, *each) for each in by_against.items()]
         made += [_chosen(name, split, *each) for each in by_against.items()]
+        made += _equal_loss(name, split["equal_loss"])
         made += _who(name, split)
     return made
 
@@ -144,6 +145,30 @@ def _chosen(name: str, split: Mapping[str, Any], against: str, mine: Sequence[Ma
         ("arm", *(CHOSEN[part] for part in parts)),
         [(named(one["arm"]), *(signed(one[part]) for part in parts)) for one in mine],
     )
+
+
+def _equal_loss(name: str, equal: Sequence[Mapping[str, Any]]) -> list[Section]:
+    if not equal:
+        return []
+    over = list(equal[0]["worth"])
+    return [
+        Section(
+            f"{name}: at equal loss",
+            "Each arm's first seed against the step on the way of plain SFT whose all-token validation loss is nearest "
+            "to its own: what is left is not that the arm learned less. Nats a token.",
+            ("arm", "plain SFT's step", "all tokens", "personal", *(f"worth over {profile}" for profile in over)),
+            [
+                (
+                    named(one["arm"]),
+                    str(one["step"]),
+                    signed(one["all"]),
+                    signed(one["personal"]),
+                    *(signed(one["worth"][profile]["all"]) for profile in over),
+                )
+                for one in equal
+            ],
+        )
+    ]
 
 
 def _who(name: str, split: Mapping[str, Any]) -> list[Section]:

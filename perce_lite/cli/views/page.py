@@ -9,10 +9,8 @@ from markupsafe import Markup
 
 from perce_lite.cli.views.charts import forest
 from perce_lite.cli.views.sections import Section
+from perce_lite.console import PIR_BOUNDS
 from perce_lite.files import write_text
-
-PIR_BOUNDS = (-4.0, -2.0, -1.0, -0.4, -0.1, 0.1, 0.4, 1.0, 2.0, 4.0)
-"""Nats between the 11 colours of the diverging map; the middle one is no colour."""
 
 _WIDTH, _HEIGHT = 640, 180
 

@@ -36,8 +36,8 @@ def show_training(figures: dict[str, Any]) -> None:
     weights = figures["weights"]
     if "weight_mean" in weights:
         console.print(
-            f"Weights: {weights['share_above_min']:.0%} of tokens above the lowest weight, {weights['share_at_max']:.1%} "
-            f"at the highest, mean {weights['weight_mean']:.2f}, "
+            f"Weights: {weights['share_above_min']:.0%} of tokens above the lowest weight, "
+            f"{weights['share_at_max']:.1%} at the highest, mean {weights['weight_mean']:.2f}, "
             f"effective tokens {weights['effective_tokens']:.0%}."
         )
     sample = figures["sample"]
@@ -133,6 +133,9 @@ def show_check(figures: dict[str, Any]) -> None:
         console.print(
             f"{broken} places in user text spelled a control token of the template; a space was put into each."
         )
+    hidden = sum(split["thoughts_left_out"] for split in figures["splits"].values())
+    if hidden:
+        console.print(f"{hidden} thoughts are not trained on: the chat template does not show them.")
     example = figures["example"]
     console.print(
         Text.assemble("The model sees: ", *(pair for kind, style in _STYLES.items() for pair in ((kind, style), " ")))
@@ -294,6 +297,17 @@ def show_fleet_scale(scale: "FleetScale") -> None:
         word, style = ("met", "green") if bar.met else ("not met", "red")
         limit = f"  10,000 users, {bar.name}, at most {bar.limit:g} {bar.unit}: {bar.measured:.2f} {bar.unit}"
         console.print(Text.assemble((f"{word:10}", style), limit))
+
+
+def show_serve_bench(figures: dict[str, Any]) -> None:
+    """`perce-lite bench --serve`: a line a way to be asked."""
+    title = f"One question, medians of {figures['repeats']}, threads: {figures['threads']}"
+    table = Table(title=Text(title), title_justify="left", box=None)
+    for name in ("", "first token, s", "then tokens a second"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, way in figures["ways"].items():
+        table.add_row(name, f"{way['first_token_s']:.2f}", f"{way['tokens_per_s']:.1f}")
+    console.print(table)
 
 
 def show_generation_cost(cost: "GenerationCost") -> None:

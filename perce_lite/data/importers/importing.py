@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from perce_lite.data.importers.archives import files_of
+from perce_lite.data.importers.mails import Mail
 from perce_lite.data.importers.reading import KINDS, Reader
 from perce_lite.data.importers.writings import Notes, Writing, count_words, first_words, pieces
 from perce_lite.data.readers import json_lines
@@ -105,6 +106,7 @@ def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: boo
     notes = Notes()
     reader = Reader(notes, wanted.text_column, alone=len(files) == 1)
     reader.read(files)
+    _require_sender(reader.mails, wanted)
     texts = list(_prepared(reader.of(wanted.senders, wanted.me), wanted, notes))
     if not texts:
         raise DataError(_nothing(path, notes))
@@ -114,9 +116,21 @@ def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: boo
             notes.skip(f"in {out.name} already", one.source)
     new = _in_order([_record(wanted.user, text) for text in texts if text.text not in said])
     records = _merged(before, new, wanted.user)
-    if sum(record["user"] == wanted.user for record in records) < 2:
-        raise DataError(f"{path}: one text is left, and it takes two or more: a profile is made of the earlier ones")
     return Imported(out, wanted.user, new, records, notes)
+
+
+def _require_sender(mails: Sequence[Mail], wanted: Wanted) -> None:
+    """Raises DataError where all mails are from one person, who is not called as the user is: they may be received."""
+    senders = {(address, name) for address, name, _ in mails}
+    if wanted.senders or len({address for address, _ in senders}) != 1:
+        return
+    user = re.sub(r"\W+", "", wanted.user).casefold()
+    if not any(user in re.sub(r"\W+", "", text).casefold() for sender in senders for text in sender):
+        address = next(iter(senders))[0]
+        raise DataError(
+            f"these mails are all from {address}, and it is not clear that this is {wanted.user}: say so with "
+            f"--from {address}, or leave them out"
+        )
 
 
 def _kept(out: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 from perce_lite.data.importers.charsets import decoded
-from perce_lite.data.importers.quotes import own_words
+from perce_lite.data.importers.quotes import RULE, own_words
 from perce_lite.data.importers.writings import Notes, Writing, date_of, tidy
 from perce_lite.errors import DataError
 
@@ -152,6 +152,13 @@ class _Plain(HTMLParser):
     """Collects the text that a reader sees, less what is quoted."""
 
     _UNSEEN = ("script", "style", "title", "blockquote")
+    _QUOTES = re.compile(
+        r"(?i)gmail_quote|yahoo_quoted|protonmail_quote|tutanota_quote|zmail_extra|moz-cite-prefix|moz-forward-container|"
+        r"moz-signature|gmail_signature|reply-intro|mail-editor-reference-message-container|__QUOTED_TEXT__|__HEADERS__|"
+        r"^quote$|mail-quote-collapse|ms-outlook-mobile-reference-message|AppleMailSignature|ydp\w+yahoo_quoted"
+    )
+    _ENDS = re.compile(r"divRplyFwdMsg|appendonsend|^zwchr$|OutlookMessageHeader|stopSpelling")
+    _VOID = ("br", "hr", "img", "input", "meta", "link")
     _BLOCKS = ("p", "div", "br", "li", "tr", "h1", "h2", "h3", "h4", "ul", "ol", "table", "hr")
 
     def __init__(self) -> None:
@@ -160,7 +167,10 @@ class _Plain(HTMLParser):
         self.open: list[str] = []  # elements that are not shown, the outermost first
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        quoted = "gmail_quote" in (dict(attrs).get("class") or "")
+        marks = [value for name, value in attrs if value and name in ("class", "id", "name", "data-marker")]
+        quoted = any(map(self._QUOTES.search, marks)) and tag not in self._VOID
+        if not self.open and any(map(self._ENDS.search, marks)):
+            self.text.append(f"\n{RULE}\n")  # what follows is the mail that is answered
         if (self.open and tag == self.open[0]) or (not self.open and (tag in self._UNSEEN or quoted)):
             self.open.append(tag)
         elif tag in self._BLOCKS and not self.open:

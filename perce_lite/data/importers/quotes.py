@@ -5,8 +5,10 @@ colons. Those are looked for; words are where a language's own are needed. (mail
 Portuguese, Russian, Turkish, Arabic, Hebrew and Hindi, and cuts own text that follows "Do:" or "Thanks,".)
 """
 
+import itertools
 import re
 
+from perce_lite.data.importers.chat_marks import INVISIBLE
 from perce_lite.data.importers.writings import tidy
 
 _FROM = (
@@ -80,15 +82,18 @@ _SENT_FROM = re.compile(
     r"나의 \S+에서 보냄|내 \S+에서 보냄|skickat från min |sendt fra min |wysłano z |odesláno z )"
 )
 
+RULE = "-----Original Message-----"
+"""A line below which nothing is the writer's own."""
+
 
 def own_words(body: str) -> str:
     """A mail's text without what is quoted, the line that says who is quoted, the signature and mails below it."""
-    lines = body.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = INVISIBLE.sub("", body.replace("\r\n", "\n").replace("\r", "\n")).split("\n")
     lines = lines[: _end(lines)]
     kept: list[str] = []
     quoting = False
     for line in lines:
-        quoted = line.lstrip().startswith(">")
+        quoted = re.match(r"\s*(?:>|\|[ \t][^|\n]*$)", line) is not None
         if quoted and not quoting:
             _drop_attribution(kept)
         elif not quoted:
@@ -102,6 +107,8 @@ def _end(lines: list[str]) -> int:
     for number, line in enumerate(lines):
         if re.fullmatch(r"--\s?", line) or _RULE.match(line) or _BEGIN.match(line) or _SENT_FROM.match(line):
             return number
+        if _is_ruled_head(lines, number):
+            return number
         if _is_head(lines, number):
             return _without_rule(lines, number)
         if _attribution_at(lines, number) is not None and not _quoted_below(lines, number):
@@ -109,20 +116,32 @@ def _end(lines: list[str]) -> int:
     return len(lines)
 
 
+def is_mail(text: str) -> bool:
+    """Whether a text begins with the head of a mail."""
+    lines = text.strip().split("\n")
+    return _is_head(lines, 0)
+
+
 def _is_head(lines: list[str], start: int) -> bool:
-    """Whether the head of another mail starts there: its sender, and two more labels, or one and an address."""
-    if not _FROM_LABEL.match(lines[start][:200]):
+    """Whether the head of another mail starts there: three labels, a sender's among them, or two and an address.
+
+    Some programs put an empty line between any two.
+    """
+    if not _LABEL.match(lines[start][:400]):
         return False
-    block: list[str] = []
-    for line in lines[start : start + 8]:
-        if not line.strip() and block:
-            if len(block) > 1:
-                break
-            continue  # some programs put an empty line between any two
-        block.append(line[:400])
-    labels = [_LABEL.match(line) for line in block]
-    count = next((number for number, label in enumerate(labels) if label is None), len(labels))
-    return count >= 3 or (count == 2 and _DATED.search("\n".join(block[:2])) is not None)
+    block = [line[:400] for line in lines[start : start + 12] if line.strip()]
+    block = list(itertools.takewhile(_LABEL.match, block))
+    if not any(_FROM_LABEL.match(line) for line in block):
+        return False
+    return len(block) >= 3 or (len(block) == 2 and _DATED.search("\n".join(block)) is not None)
+
+
+def _is_ruled_head(lines: list[str], start: int) -> bool:
+    """Whether words between two rules stand above a mail's label, in any language: --- Mail original ---."""
+    if not re.fullmatch(r"\s*[-_=—–*]{4,}\s*[^\W\d_][^\n]{0,40}?\s*[-_=—–*]{4,}\s*", lines[start][:200]):
+        return False
+    below = next((line for line in lines[start + 1 : start + 4] if line.strip()), "")
+    return _LABEL.match(below[:400]) is not None
 
 
 def _without_rule(lines: list[str], number: int) -> int:
@@ -142,13 +161,19 @@ def _attribution_at(lines: list[str], start: int) -> int | None:
         text = " ".join(line.strip() for line in lines[start : last + 1])
         if len(text) > 300 or not lines[last].strip():
             return None
-        colon = text.endswith((":", "："))
-        wrote = _ATTRIBUTION.search(text[-120:])
-        if colon and wrote and _DATED.search(text) and _opens(text):
-            return last
-        if colon and re.search(_ADDRESS, text) and re.search(_TIME, text):
-            return last
+        if _is_attribution(text):
+            own = last > start and _is_attribution(lines[last].strip()) and not _opens(first)
+            return None if own else last
     return None
+
+
+def _is_attribution(text: str) -> bool:
+    if not re.search(r"[:：]$|[-—]{2,}$", text):
+        return False
+    wrote = _ATTRIBUTION.search(re.sub(r"\s*[-—]+$", "", text)[-120:])
+    if wrote and _DATED.search(text) and _opens(text.lstrip("-—_ ")):
+        return True
+    return bool(re.search(_ADDRESS, text) and re.search(_TIME, text))
 
 
 def _opens(text: str) -> bool:

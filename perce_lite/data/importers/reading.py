@@ -1,19 +1,36 @@
 """Files of every kind that people's writing comes in: each by its ending, its content where the ending says nothing."""
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
 
 from perce_lite.console import progress_bar
 from perce_lite.data.importers.archives import LARGEST_FILE, Found
 from perce_lite.data.importers.charsets import decoded
-from perce_lite.data.importers.chats import Chat, answers, chats_in, whatsapp
+from perce_lite.data.importers.chat_exports import chats_in, people_in, renamed, without_mojibake
+from perce_lite.data.importers.chat_texts import chat_of_text
+from perce_lite.data.importers.chats import Chat, answers
+from perce_lite.data.importers.large_json import TornJsonError, read_large
 from perce_lite.data.importers.mails import Mail, read_mail, split_mbox, written_by
+from perce_lite.data.importers.own_posts import SIDE_FILE, is_side_file, posts_in
+from perce_lite.data.importers.quotes import is_mail
 from perce_lite.data.importers.texts import from_markdown, from_records, from_text, table
 from perce_lite.data.importers.writings import Notes, Writing
 from perce_lite.errors import DataError
 
 KINDS = ".txt, .md, .csv, .tsv, .json, .jsonl, .mbox, .eml"
+
+_UNCLEAR = "it looks like a chat or a log, and whose words it holds is not clear"
+
+
+class _Table(NamedTuple):
+    """Records that name no author; whether they are texts of the person's depends on what lies beside them."""
+
+    records: Sequence[Mapping[str, Any]]
+    source: str
+    of_json: bool
 
 
 class Reader:
@@ -26,8 +43,12 @@ class Reader:
     def __init__(self, notes: Notes, text_column: str | None = None, alone: bool = False) -> None:
         self.notes, self.text_column, self.alone = notes, text_column, alone
         self.texts: list[Writing] = []
+        self._pending: list[Writing | _Table] = []
         self.mails: list[Mail] = []
         self.chats: list[Chat] = []
+        self.dialogues: list[Chat] = []
+        self.people: dict[str, tuple[str, ...]] = {}
+        self.of_export = False
         self._of_ending: dict[str, Callable[[str, str], None]] = {
             ".txt": self._text,
             **dict.fromkeys((".md", ".markdown"), self._markdown),
@@ -49,6 +70,9 @@ class Reader:
                 except OSError as error:  # rights, a broken disk; in a ZIP a password or torn bytes
                     self.notes.skip("cannot be read", f"{file.name} ({error})")
                 bar.advance(task)
+        for text in self._pending:
+            self.texts += self._settle(text) if isinstance(text, _Table) else [text]
+        self._pending.clear()
 
     def of(self, senders: Sequence[str], me: Sequence[str]) -> list[Writing]:
         """All that a person wrote: every text and post, the mails of `senders`, the answers of `me` in chats.
@@ -57,11 +81,26 @@ class Reader:
             DataError: it is not clear who that is, or nobody of that name wrote anything.
         """
         mails = written_by(self.mails, senders, self.notes)
-        return [*self.texts, *mails, *answers(self.chats, me, self.notes)]
+        chats = renamed([*self.chats, *self._dialogues_of(me)], self.people)
+        return [*self.texts, *mails, *answers(chats, me, self.notes, self.people)]
+
+    def _dialogues_of(self, me: Sequence[str]) -> list[Chat]:
+        """The dialogues in which the person speaks; whose words the others are is not known."""
+        wanted = {name.strip().casefold() for name in me}
+        mine = []
+        for chat in self.dialogues:
+            if any(message.author.casefold() in wanted for message in chat.messages):
+                self.notes.read["chats"] += 1
+                mine.append(chat)
+            else:
+                self.notes.skip("a dialogue; say who is to be learned in it with --me NAME", chat.source)
+        return mine
 
     def _read(self, file: Found) -> None:
         if file.hidden:
             self.notes.skip("hidden file", file.name)
+        elif PurePosixPath(file.name).name.lower() == "no-data.txt":
+            self.notes.skip(SIDE_FILE, file.name)
         elif file.ending == ".mbox" or (file.ending not in {*self._of_ending, ".eml"} and self._starts_as_mbox(file)):
             self._mbox(file)
         elif file.ending == ".eml" or file.ending in self._of_ending:
@@ -89,7 +128,9 @@ class Reader:
 
     def _whole(self, file: Found) -> None:
         content = file.content()
-        if content is None:
+        if content is None and self._of_ending.get(file.ending) == self._json:
+            self._large_json(file)
+        elif content is None:
             self.notes.skip(f"larger than {LARGEST_FILE / 2**20:.0f} MiB", file.name)
         elif file.ending == ".eml":
             self._mail(content, file.name)
@@ -101,49 +142,106 @@ class Reader:
                 self._of_ending[file.ending](text, file.name)
 
     def _text(self, text: str, source: str) -> None:
-        chat = whatsapp(text, source)
-        if chat is not None:
-            self._chats([chat])
-        else:
-            self.notes.read["texts"] += 1
-            self.texts.append(from_text(text, source))
+        self._prose(text, source, from_text)
 
     def _markdown(self, text: str, source: str) -> None:
-        self.notes.read["texts"] += 1
-        self.texts.append(from_markdown(text, source))
+        self._prose(text, source, from_markdown)
+
+    def _prose(self, text: str, source: str, read: Callable[[str, str], Writing]) -> None:
+        """A text file: a mail, a chat, a dialogue that may be one, or a text of the person's."""
+        if is_mail(text):
+            self._saved_mail(text, source)
+            return
+        found = chat_of_text(text, source)
+        if found.unclear:
+            self.notes.skip(_UNCLEAR, source)
+        elif found.chat is not None and found.sure:
+            self._chats([found.chat])
+        elif found.chat is not None:
+            self.dialogues.append(found.chat)
+        else:
+            self.notes.read["texts"] += 1
+            self._pending.append(read(text, source))
+
+    def _saved_mail(self, text: str, source: str) -> None:
+        """A mail that was saved or copied as text; its sender is read where its head is in English."""
+        if re.match(r"\s*(?:[A-Za-z-]+:.*\n)*From:", text):
+            self._mail(text.lstrip().encode(), source)
+        else:
+            self.notes.skip("a mail as text, whose sender is not surely read", source)
 
     def _table(self, text: str, source: str) -> None:
         try:
-            self._records(table(text, source), source)
+            records = table(text, source)
         except DataError as error:
             self._not_texts(error, source)
-
-    def _json(self, text: str, source: str) -> None:
-        try:
-            value = _whole_or_lines(text, source, self.notes)
-            chats = [] if self.text_column else list(chats_in(value, source))
-            if chats:
-                self._chats(chats)
-            else:
-                self._records(_records_in(value), source)
-        except RecursionError:
-            self.notes.skip("JSON that is nested too deeply", source)
-        except DataError as error:
-            self._not_texts(error, source)
-
-    def _records(self, records: Sequence[Mapping[str, Any]], source: str) -> None:
+            return
         chats = [] if self.text_column else list(chats_in(records, source))
         if chats:
             self._chats(chats)
-        elif records:
-            self.texts += from_records(records, source, self.text_column, self.notes)
-            self.notes.read["rows of tables"] += len(records)
         else:
-            self.notes.skip("no records in it", source)
+            self._pending.append(_Table(records, source, of_json=False))
+
+    def _json(self, text: str, source: str) -> None:
+        try:
+            self._value(_whole_or_lines(text, source, self.notes), source)
+        except RecursionError:
+            self.notes.skip("JSON that is nested too deeply", source)
+
+    def _large_json(self, file: Found) -> None:
+        """One larger than LARGEST_FILE, piece by piece."""
+        try:
+            with file.open() as content:
+                value = read_large(content)
+        except TornJsonError as error:
+            self.notes.skip("JSON that is torn; what stands ahead of that is read", f"{file.name} ({error})"[:200])
+            value = error.values
+        self._value(value, file.name)
+
+    def _value(self, value: Any, source: str) -> None:
+        """What a JSON file holds: people, chats, posts, or a table."""
+        value = without_mojibake(value)
+        people = {} if self.text_column else people_in(value)
+        chats = [] if self.text_column or people else list(chats_in(value, source))
+        posts = [] if self.text_column or people or chats else posts_in(value, source, self.notes)
+        if people:
+            self.people |= people
+            self.notes.skip(SIDE_FILE, source)
+        elif chats:
+            self.of_export = True
+            self._chats(chats)
+        elif posts:
+            self.of_export = True
+            self.notes.read["posts and notes"] += len(posts)
+            self._pending += posts
+        elif is_side_file(PurePosixPath(source).name) and not self.text_column:
+            self.notes.skip(SIDE_FILE, source)
+        else:
+            self._pending.append(_Table(_records_in(value), source, of_json=True))
+
+    def _settle(self, tables: _Table) -> list[Writing]:
+        """The texts of a table, now that it is known what it lies beside."""
+        if not tables.records:
+            self.notes.skip("no records in it", tables.source)
+            return []
+        if tables.of_json and self.of_export and not self.text_column:
+            self.notes.skip(SIDE_FILE, tables.source)
+            return []
+        guess = self.alone or not (tables.of_json or self.chats)
+        try:
+            texts = list(from_records(tables.records, tables.source, self.text_column, self.notes, guess))
+        except DataError as error:
+            self._not_texts(error, tables.source)
+            return []
+        self.notes.read["rows of tables"] += len(tables.records)
+        return texts
 
     def _chats(self, chats: Sequence[Chat]) -> None:
         self.notes.read["chats"] += len(chats)
-        self.chats += chats
+        for chat in chats:
+            for reason in chat.left_out:
+                self.notes.skip(reason, chat.source)
+        self.chats += [chat for chat in chats if chat.messages]
 
     def _not_texts(self, error: DataError, source: str) -> None:
         if self.alone:

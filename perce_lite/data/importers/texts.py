@@ -11,7 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from perce_lite.data.importers.chats import DATES, TEXTS, flat
+from perce_lite.data.importers.chat_exports import DATES, TEXTS, flat
 from perce_lite.data.importers.writings import Notes, Writing, count_words, date_of, tidy
 from perce_lite.errors import DataError
 
@@ -70,23 +70,28 @@ def table(text: str, source: str) -> list[dict[str, Any]]:
     except csv.Error as error:
         raise DataError(f"{source}: not a CSV that can be read: {error}") from error
     names = [name for name in (rows[0] if rows else {}) if name]
-    if rows and (not names or any(count_words(name) > 8 for name in names)):
+    if rows and (not names or any(count_words(name) > 8 or _is_value(name) for name in names)):
         raise DataError(f"{source}: the first line of a CSV names its columns; this one is {first[:60]!r}")
     return [{name: value for name, value in row.items() if name and isinstance(value, str)} for row in rows]
 
 
+def _is_value(name: str) -> bool:
+    """Whether a column's name is a date, a time or a number: then the first line is a row like the others."""
+    return re.fullmatch(r"[\d\s.,:/+-]*\d[\d\s.,:/+-]*", name) is not None or date_of(name) is not None
+
+
 def from_records(
-    records: Sequence[Mapping[str, Any]], source: str, text_column: str | None, notes: Notes
+    records: Sequence[Mapping[str, Any]], source: str, text_column: str | None, notes: Notes, guess: bool = True
 ) -> Iterator[Writing]:
     """One piece of writing a record; query, title and date from columns that are called so.
 
-    text_column: the one with the texts; else it is known by its name, or by having the longest cells
+    text_column: the one with the texts; else it is known by its name, or, with `guess`, by having the longest cells
 
     Raises:
         DataError: no such column, or none that holds texts; names those there are.
     """
     names = list(Counter(str(name) for record in records for name in record))
-    text = _text_column(records, names, source, text_column)
+    text = _text_column(records, names, source, text_column, guess)
     rest = [name for name in names if name != text]
     title, query, date = (_called(rest, known) for known in (_TITLES, _QUERIES, _TABLE_DATES))
     for number, record in enumerate(records, 1):
@@ -111,7 +116,9 @@ def _called(names: Sequence[str], known: Sequence[str]) -> str | None:
     return next((of[name] for name in known if name in of), None)
 
 
-def _text_column(records: Sequence[Mapping[str, Any]], names: Sequence[str], source: str, given: str | None) -> str:
+def _text_column(
+    records: Sequence[Mapping[str, Any]], names: Sequence[str], source: str, given: str | None, guess: bool
+) -> str:
     told = f"{source}: its columns are {', '.join(names[:20]) or 'none'}"
     if given is not None:
         if given not in names:
@@ -119,7 +126,8 @@ def _text_column(records: Sequence[Mapping[str, Any]], names: Sequence[str], sou
         return given
     named = _called(names, _TABLE_TEXTS)
     words = {name: sum(count_words(flat(record.get(name))) for record in records) / len(records) for name in names}
-    longest = max(names, key=lambda name: words[name], default=None)
+    untitled = [name for name in names if guess and name.strip().lower() not in (*_TITLES, *_QUERIES)]
+    longest = max(untitled, key=lambda name: words[name], default=None)
     if named is not None and words[named] >= _PROSE:
         return named
     if longest is None or words[longest] < _PROSE:

@@ -57,7 +57,7 @@ class Arm:
 
 _TRL = {"logging_nan_inf_filter": True}  # TRL's default, which PerCEConfig turns
 
-_HAND_WRITTEN = {**_TRL, "estimator": "bootstrap", "weighting": "clip", "remove_unused_columns": False}
+_HAND_WRITTEN = {**_TRL, "estimator": "bootstrap", "weighting": "additive", "remove_unused_columns": False}
 
 ARMS: dict[str, Arm] = {
     "sft": Arm("trl", _TRL),
@@ -147,7 +147,7 @@ class HandWrittenTrainer(SFTTrainer):
         factual = _full_log_probs(model, inputs)
         with torch.no_grad():
             counterfactual = _full_log_probs(model, inputs["counterfactual"])
-        weights = (factual.detach() - counterfactual).clamp(self.args.clip_min, self.args.clip_max)
+        weights = 1 + self.args.strength * (factual.detach() - counterfactual).clamp(0, self.args.clip_max)
         return -(weights * factual).sum() / num_items_in_batch
 
 

@@ -1,0 +1,67 @@
+"""What exports hold that is the person's own and names no author: posts of Facebook and Instagram, notes of Keep."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from perce_lite.data.importers.writings import Notes, Writing, date_of, tidy
+
+SIDE_FILES = {
+    "ChatGPT": "shared_conversations message_feedback model_comparisons user user_settings sora shopping",
+    "Claude": "users projects memories",
+    "Slack": "channels groups dms mpims integration_logs canvases org_users huddle_transcripts",
+    "Discord": "index channel audit-log guild",
+    "Google": "myactivity group_info user_info watch-history search-history settings records "
+    "timeline browserhistory labels",
+    "Meta": "profile_information personal_information autofill_information friends your_friends followers following "
+    "followers_1 notifications account_activity your_search_history liked_posts liked_comments saved_posts "
+    "ads_interests",
+}
+"""Files of exports that hold nothing that a person wrote, by their names without .json."""
+
+SIDE_FILE = "a side file of an export, which holds no texts of one's own"
+_OF_NAME = {name for names in SIDE_FILES.values() for name in names.split()}
+
+
+def is_side_file(name: str) -> bool:
+    """Whether a file of this name (without folders) is known to hold nobody's texts."""
+    stem, _, ending = name.lower().rpartition(".")
+    return (ending in ("json", "jsonl") and stem in _OF_NAME) or name.lower() == "no-data.txt"
+
+
+def posts_in(value: Any, source: str, notes: Notes) -> list[Writing]:
+    """The posts and notes in a JSON file of Meta's or of Keep; empty where it is none."""
+    if isinstance(value, Mapping) and isinstance(value.get("textContent"), str) and "isTrashed" in value:
+        return list(_note(value, source, notes))
+    records = (
+        value if isinstance(value, list) else next(iter(value.values()), None) if isinstance(value, Mapping) else None
+    )
+    records = records if isinstance(records, list) else [value]
+    return [post for number, record in enumerate(records, 1) for post in _post(record, f"{source}, post {number}")]
+
+
+def _note(note: Mapping[str, Any], source: str, notes: Notes) -> Iterator[Writing]:
+    if note["isTrashed"] is True:
+        notes.skip("a note in the bin", source)
+    elif len(note.get("sharees") or ()) > 1:
+        notes.skip("a note that several people write", source)
+    elif text := tidy(note["textContent"]):
+        micros = note.get("createdTimestampUsec") or note.get("userEditedTimestampUsec")
+        date = date_of(micros / 1e6) if isinstance(micros, int | float) else None
+        yield Writing(text, source, tidy(str(note.get("title") or "")), date=date)
+
+
+def _post(record: Any, source: str) -> Iterator[Writing]:
+    """Facebook's {timestamp, data: [{post}]}; Instagram's {media: [{title, creation_timestamp}]}."""
+    if not isinstance(record, Mapping):
+        return
+    data, media = record.get("data"), record.get("media")
+    posts = (
+        [one["post"] for one in data if isinstance(one, Mapping) and isinstance(one.get("post"), str)]
+        if isinstance(data, list)
+        else []
+    )
+    if isinstance(media, list) and all(isinstance(one, Mapping) and "creation_timestamp" in one for one in media):
+        posts += [text for one in (record, *media) if isinstance(text := one.get("title"), str)][:1]
+        record = {**media[0], **record} if media else record
+    date = date_of(record.get("timestamp") or record.get("creation_timestamp"))
+    yield from (Writing(tidy(text), source, date=date, kind="post") for text in posts if text.strip())

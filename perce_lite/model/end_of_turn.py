@@ -1,0 +1,44 @@
+"""Whether a base has learned the token that ends a turn: one that has not will not stop."""
+
+from weakref import WeakSet
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from perce_lite.console import warn
+from perce_lite.data.chat_template import Chat
+
+UNTRAINED = 0.25
+"""Share of the median row's norm below which a row of the output head is taken for one that training never met."""
+
+_SAMPLE = 4096
+_told: WeakSet[nn.Module] = WeakSet()
+
+
+def norm_share(weight: Tensor, token_id: int) -> float:
+    """The norm of a row of `weight` (V, D) as a share of the median row's, of some thousand rows."""
+    rows = weight.detach()
+    step = max(1, len(rows) // _SAMPLE)
+    median = torch.linalg.vector_norm(rows[::step].float(), dim=1).median()
+    return float(torch.linalg.vector_norm(rows[token_id].float()) / median.clamp(min=1e-12))
+
+
+def warn_of_untrained_end(model: PreTrainedModel | PeftModel, chat: Chat) -> None:
+    """Warns, once a model, where its end-of-turn token was never trained."""
+    head = model.get_output_embeddings()
+    layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    end = chat.end_of_turn_id()
+    if end is None or model in _told or not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():
+        return  # a head in 4 bit shows no rows
+    _told.add(model)
+    share = norm_share(layer.weight, end)
+    if share < UNTRAINED:
+        token = chat.tokenizer.convert_ids_to_tokens(end)
+        warn(
+            f"the base has hardly been trained on {token!r}, which ends a turn in this chat template: its row in the "
+            f"output head has {share:.0%} of the median norm. Answers will not stop. Use an instruct model, or a "
+            "template (train.chat_template_path) that ends turns with a token that the base knows."
+        )
