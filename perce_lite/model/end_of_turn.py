@@ -1,5 +1,6 @@
 """Whether a base has learned the token that ends a turn: one that has not will not stop."""
 
+import math
 from weakref import WeakSet
 
 import torch
@@ -14,14 +15,16 @@ from perce_lite.data.chat_template import Chat
 UNTRAINED = 0.25
 """Share of the median row's norm below which a row of the output head is taken for one that training never met."""
 
-_SAMPLE = 4096
+_SAMPLE = 512
+"""Rows that the median is taken over at the most."""
+
 _told: WeakSet[nn.Module] = WeakSet()
 
 
 def norm_share(weight: Tensor, token_id: int) -> float:
-    """The norm of a row of `weight` (V, D) as a share of the median row's, of some thousand rows."""
+    """The norm of a row of `weight` (V, D) as a share of the median row's, of `_SAMPLE` rows at equal distances."""
     rows = weight.detach()
-    step = max(1, len(rows) // _SAMPLE)
+    step = math.ceil(len(rows) / _SAMPLE)
     median = torch.linalg.vector_norm(rows[::step].float(), dim=1).median()
     return float(torch.linalg.vector_norm(rows[token_id].float()) / median.clamp(min=1e-12))
 
