@@ -252,7 +252,7 @@ def test_page_fits_a_phone(path, run, tmp_path):
     assert text.count("<svg") == 8, "two splits, each against uniform and against base: losses and worth"
     assert "base: clip_min=0.2: normalize_weights=mean" in text
     assert "difference from base" in text
-    assert "than uniform, test: base, " in " ".join(out.split())
+    assert "test, against uniform, loss on all tokens: " in " ".join(out.split())
     assert "Primary figure: what the own profile is worth" in " ".join((out + err).split())
     fits_a_phone(tmp_path, ".wide")
 

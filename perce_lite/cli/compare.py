@@ -37,7 +37,7 @@ def compare(
         figures = comparison.compare(loaded, named, grid, seeds)
     page = out or loaded.output_dir / "compare.html"
     sentences, tables = compare_sections.comparison_sentences(figures), compare_sections.comparison(figures)
-    lead = f"{recipe}, {figures['model']}; {len(figures['arms'])} arms, {seeds} seeds."
+    lead = f"{recipe}, {figures['model']}; {len(figures['arms'])} arms, {seeds} seed{'' if seeds == 1 else 's'}."
     pages.write_figures("Ways of weighting, compared", lead, sentences, tables, page)
     write(json, {**figures, "sentences": sentences})
     terminal.show_sections(sentences, tables, page)

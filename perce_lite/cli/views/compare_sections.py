@@ -1,6 +1,6 @@
 """Figures of `perce-lite compare` as tables and sentences."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from perce_lite.cli.views.eval_sections import side
@@ -190,36 +190,37 @@ def _who(name: str, split: Mapping[str, Any]) -> list[Section]:
     return [Section(f"{name}: who wrote it", note, ("arm", "top-1", "MRR", "relative: top-1", "MRR"), rows)]
 
 
+_DECISIVE: tuple[tuple[str, str, Callable[[Mapping[str, Any]], Mapping[str, Any] | None]], ...] = (
+    ("the own profile's worth over another user's", "higher", lambda one: _worth_of(one, "other user's")),
+    ("its worth over the topical match", "higher", lambda one: _worth_of(one, "topical match")),
+    ("loss on all tokens", "lower", lambda one: one["all"]),
+    ("loss on the user's own words", "lower", lambda one: one.get("by words")),
+)
+"""What a comparison is decided by: how it is called, which side is better, and where a difference has it."""
+
+
+def _worth_of(one: Mapping[str, Any], over: str) -> Mapping[str, Any] | None:
+    return one["worth"][over]["all"] if over in one["worth"] else None
+
+
 def comparison_sentences(figures: Mapping[str, Any]) -> list[str]:
-    """What the first split says, grouped: what got better, what got worse, what cannot be told; then cautions."""
+    """What the first split says, a sentence a figure: which arms are better, worse, not told from chance; cautions."""
     name, split = next(iter(figures["splits"].items()))
-    references = list(dict.fromkeys(one["against"] for one in split["differences"]))
+    against = next((one["against"] for one in split["differences"]), None)
+    differences = [one for one in split["differences"] if one["against"] == against]
     told = []
-    for against in references[:1]:
-        groups: dict[str, list[str]] = {"Better": [], "Worse": [], "Not told from chance": []}
-        for one in split["differences"]:
-            if one["against"] == against:
-                for what, figure, wanted in _decisive(one):
-                    came = side(figure)
-                    group = "Not told from chance" if came == "same" else "Better" if came == wanted else "Worse"
-                    groups[group].append(f"{one['arm']}, {what} ({figure['value']:+.3f})")
-        told += [f"{group} than {against}, {name}: {'; '.join(said)}." for group, said in groups.items() if said]
+    for what, wanted, figure_of in _DECISIVE:
+        groups: dict[str, list[str]] = {"better": [], "worse": [], "not told from chance": []}
+        for one in differences:
+            figure = figure_of(one)
+            if figure is not None:
+                came = side(figure)
+                group = "not told from chance" if came == "same" else "better" if came == wanted else "worse"
+                groups[group].append(f"{named(one['arm'])} ({figure['value']:+.3f})")
+        said = "; ".join(f"{group}: {', '.join(arms)}" for group, arms in groups.items() if arms)
+        if said:
+            told.append(f"{name}, against {against}, {what}: {said}.")
     edges = [arm["arm"] for arm in figures["arms"] if arm["at_edge"]]
     if edges:
         told.append(f"The best rate lies at the edge of the grid for {', '.join(edges)}: widen --rates.")
     return told + caution(figures["splits"])
-
-
-def _decisive(one: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any], str]]:
-    """(what, figure, the side that is better) of one difference."""
-    worth = [
-        (f"the own profile's worth over {profile}", parts["all"], "higher")
-        for profile, parts in one["worth"].items()
-        if profile != "none"
-    ]
-    parts = [
-        (f"loss on {what}", one[part], "lower")
-        for part, what in (("all", "all tokens"), ("by words", "personal tokens by words"))
-        if one.get(part) is not None
-    ]
-    return [*worth, *parts]
