@@ -20,6 +20,8 @@ serve_benchmark = Lazy("perce_lite.serve.bench")
 generating = Lazy("perce_lite.evaluation.bench.generating")
 gpu_reports = Lazy("perce_lite.evaluation.bench.gpureport")
 
+_GPU_REPORT = Path("runs/gpu-report.md")
+
 
 def bench(
     recipe: Annotated[Path | None, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")] = None,
@@ -68,8 +70,7 @@ def bench(
         counts = _numbers(users) or fleet_scales.USERS
         return _show(fleet_scales.fleet_scale(counts), terminal.show_fleet_scale, json)
     if gpu_report:
-        pace = (steps or 3, warmup, repeats or 2, epochs)
-        return _report(shape, lengths, pace, out or Path("runs/gpu-report.md"), json)
+        return _report(shape, lengths, (steps or 3, warmup, repeats or 2, epochs), out or _GPU_REPORT, json)
     assert recipe is not None
     loaded = load_recipe(recipe, set_ or [])
     if generation:
