@@ -183,13 +183,13 @@ def test_adapter_of_another_base_is_refused(toy_trainer, tmp_path):
     [
         (
             "base",
-            "weighted by how much it depends on the user's profile (estimator `base`, weights clipped",
+            "weighted by how much it depends on the user's profile (estimator `base`, weight clip(PIR, 0.8, 5))",
             "",
         ),
-        ("uniform", "plain SFT, all response tokens weigh the same (estimator `uniform`, a control)", "clipped"),
+        ("uniform", "plain SFT, all response tokens weigh the same (estimator `uniform`, a control)", "clip("),
         (
             "shuffled",
-            "weights shuffled inside each response (estimator `shuffled`, a control; weights clipped",
+            "weights shuffled inside each response (estimator `shuffled`, a control; weight clip(PIR, 0.8, 5))",
             "leans",
         ),
     ],

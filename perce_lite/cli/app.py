@@ -83,7 +83,7 @@ COMMANDS = {
     ),
     "bench": Command(
         "bench:bench",
-        "Measure time, memory and disk beside plain SFT on this machine; or many users; or what a GPU does with an 8B.",
+        "Measure time, memory and disk beside plain SFT here; or many users, answers, or what a GPU does with an 8B.",
         _JUDGE,
         "Nothing is kept: measurements are compared within one run; the same command starts over.",
     ),

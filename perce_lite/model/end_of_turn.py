@@ -1,22 +1,23 @@
 """Whether a base has learned the token that ends a turn: one that has not will not stop."""
 
 import math
+import statistics
 from weakref import WeakSet
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from perce_lite.console import warn
 from perce_lite.data.chat_template import Chat
+from perce_lite.model.compat import LoraLayer
 
 UNTRAINED = 0.25
 """Share of the median row's norm below which a row of the output head is taken for one that training never met."""
 
-_SAMPLE = 512
-"""Rows that the median is taken over at the most."""
+_SAMPLE, _AT_ONCE = 4096, 256
+"""Rows that the median is taken over at the most, and rows whose norms are computed at once."""
 
 _told: WeakSet[nn.Module] = WeakSet()
 
@@ -24,15 +25,16 @@ _told: WeakSet[nn.Module] = WeakSet()
 def norm_share(weight: Tensor, token_id: int) -> float:
     """The norm of a row of `weight` (V, D) as a share of the median row's, of `_SAMPLE` rows at equal distances."""
     rows = weight.detach()
-    step = math.ceil(len(rows) / _SAMPLE)
-    median = torch.linalg.vector_norm(rows[::step].float(), dim=1).median()
-    return float(torch.linalg.vector_norm(rows[token_id].float()) / median.clamp(min=1e-12))
+    norms: list[float] = []
+    for some in rows[:: math.ceil(len(rows) / _SAMPLE)].split(_AT_ONCE):
+        norms += torch.linalg.vector_norm(some.float(), dim=1).tolist()
+    return float(torch.linalg.vector_norm(rows[token_id].float())) / max(statistics.median_low(norms), 1e-12)
 
 
 def warn_of_untrained_end(model: PreTrainedModel | PeftModel, chat: Chat) -> None:
     """Warns, once a model, where its end-of-turn token was never trained."""
     head = model.get_output_embeddings()
-    layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    layer = head.get_base_layer() if isinstance(head, LoraLayer) else head
     end = chat.end_of_turn_id()
     if end is None or model in _told or not isinstance(layer, nn.Linear) or not layer.weight.is_floating_point():
         return  # a head in 4 bit shows no rows
