@@ -1,21 +1,16 @@
 """`--personal`: each token is that of the contrast, computed here without caches; what cannot be contrasted is told."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-import toys
 
 from perce_lite.cli.conversation import Conversation, talk
 from perce_lite.errors import DataError
 from perce_lite.evaluation.bench import generating
-from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.model import adapters
 from perce_lite.model.answering import Answerer
 from perce_lite.model.generate import LoadedAdapter, Personal, generate, generate_several, load_adapter
 from perce_lite.model.personal_decoding import PersonalContrast
-from perce_lite.recipe import load_recipe
+from perce_lite.model.scoring import encode_prefix
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -23,20 +18,9 @@ PROMPT = [{"role": "user", "content": "Write a note about the garden."}]
 PROFILE = "An otter swam under the old bridge at noon."
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, toy) -> Path:
-    """Of a toy adapter that was trained for some steps."""
-    place = tmp_path_factory.mktemp("trained")
-    (place / "rows.jsonl").write_text("\n".join(map(json.dumps, toys.toy_rows())))
-    steps = f"{{max_steps: 3, learning_rate: 0.05, output_dir: {place / 'out'}, store: null}}"
-    head = f"model: {toy}\nquantization: none\ndtype: float32\ndevice: cpu\ndata: {{path: rows.jsonl}}\n"
-    (place / "mine.yaml").write_text(f"{head}train: {steps}\nevaluation: {{max_rows: 4, max_new_tokens: 2}}\n")
-    return Path(train_and_measure(load_recipe(place / "mine.yaml"))["adapter"])
-
-
 @pytest.fixture
-def its(folder) -> LoadedAdapter:
-    return load_adapter(adapters.read_metadata(folder))
+def its(adapter_folder) -> LoadedAdapter:
+    return load_adapter(adapters.read_metadata(adapter_folder))
 
 
 @torch.no_grad()
@@ -87,9 +71,25 @@ def test_an_adapter_that_is_off_for_the_profile_is_contrasted_too(its):
 
 
 @torch.no_grad()
+def test_the_same_adapter_is_off_for_the_prefix_in_both_passes(its):
+    """`bootstrap`, `profile_pass: frozen`: without the profile too the base reads what stands ahead of the query."""
+    its.maker.frozen_profile = True
+    model, tokens = its.model.eval(), its.maker.prompt(PROMPT, "")
+    assert 0 < tokens.prefix_length < len(tokens.ids)
+    contrast = PersonalContrast(model, tokens, 1.0, adapters_off=False)
+    cache = encode_prefix(model, tokens.prefix_ids, None)
+    following = torch.tensor([tokens.after_prefix.ids])
+    expected = model(input_ids=following, past_key_values=cache, use_cache=True).logits[:, -1]
+    said = contrast._without_profile(torch.tensor([tokens.ids] * 2))
+    torch.testing.assert_close(said, expected.expand(2, -1), rtol=0, atol=1e-5)
+    awake = model(torch.tensor([tokens.ids])).logits[:, -1]
+    assert (awake - expected).abs().max() > 1e-3, "which way is told apart"
+
+
+@torch.no_grad()
 def test_implausible_tokens_are_never_drawn(its):
     """Whatever the strength, a token needs a tenth of the likeliest one's probability."""
-    contrast = PersonalContrast(its.model.eval(), its.maker.prompt_ids(PROMPT, ""), 50.0, adapters_off=True)
+    contrast = PersonalContrast(its.model.eval(), its.maker.prompt(PROMPT, ""), 50.0, adapters_off=True)
     ids = torch.tensor([its.maker.prompt_ids(PROMPT, PROFILE)] * 2)
     for _ in range(4):
         logits = its.model(ids).logits[:, -1]
@@ -101,19 +101,21 @@ def test_implausible_tokens_are_never_drawn(its):
         ids = torch.cat([ids, drawn.multinomial(1)], dim=1)
 
 
-def test_without_a_profile_it_is_one_error(its, folder, run):
+def test_without_a_profile_it_is_one_error(its, adapter_folder, run):
     with pytest.raises(DataError, match="no profile in the prompt to lean on"):
         generate(its.model, its.maker, PROMPT, "", 3, personal=Personal(0.5))
     with pytest.raises(DataError, match="leave num_beams out"):
         generate(its.model, its.maker, PROMPT, PROFILE, 3, personal=Personal(0.5), num_beams=2)
-    words = ("generate", "--adapter", folder, "--prompt", "Hello?", "--personal", "0.5")
+    words = ("generate", "--adapter", adapter_folder, "--prompt", "Hello?", "--personal", "0.5")
     code, _, err = run(*words, "--no-profile")
     assert code == 2
     assert "Give --profile TEXT" in " ".join(err.split())
     assert run(*words[:-1], "-1", "--profile", PROFILE)[0] == 2
     code, out, err = run(*words, "--profile", PROFILE, "--max-new-tokens", "12")
     assert code == 0, err
-    plain = run("generate", "--adapter", folder, "--prompt", "Hello?", "--profile", PROFILE, "--max-new-tokens", "12")
+    plain = run(
+        "generate", "--adapter", adapter_folder, "--prompt", "Hello?", "--profile", PROFILE, "--max-new-tokens", "12"
+    )
     assert out != plain[1]
 
 

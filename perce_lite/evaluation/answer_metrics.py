@@ -74,11 +74,10 @@ class TrainingText:
         for end in range(1, len(words) + 1):
             while start < end:
                 run = f" {' '.join(words[start:end])} "
-                if run not in asked and any(run in text for text in self.texts):
-                    longest = max(longest, end - start)
+                if any(run in text for text in self.texts):
+                    if run not in asked:  # else a longer run may go beyond the query
+                        longest = max(longest, end - start)
                     break
-                if run in asked and any(run in text for text in self.texts):
-                    break  # a longer run may go beyond the query
                 start += 1
         return longest
 

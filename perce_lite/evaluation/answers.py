@@ -40,7 +40,6 @@ class WrittenTexts:
     """Training texts by user, for what answers are attributed to and what they copy."""
 
     def __init__(self, texts: Mapping[str, Sequence[str]]) -> None:
-        self._texts = texts
         self._known = {user: TrainingText(several) for user, several in texts.items()}
         enough = sum(bool(several) for several in texts.values()) > 1
         self._styles = {masked: Style(texts, masked) for masked in (False, True)} if enough else {}

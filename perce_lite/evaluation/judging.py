@@ -102,7 +102,7 @@ def identify(summed: Mapping[str, Array], base: Mapping[str, Array] | None = Non
     other user's profile.
     """
     others = [name for name in summed if name not in ("own", "none")]
-    if not others:
+    if not others or "own" not in summed:
         return {}
 
     def value(name: str) -> Array:
@@ -138,7 +138,7 @@ class Judge:
         self.bootstrap, self.users = Bootstrap(users), set(users)
         self.masks = masks(base, clip_min, chosen)
         self.tokens = {part: sizes(mask) for part, mask in self.masks.items()}
-        self.base = self.sums(base)
+        self._base = {name: losses(log_probs, self.masks["all"]) for name, log_probs in base.items()}
 
     def told(self, trained: Collection[str]) -> dict[str, Any]:
         """Rows, users, how many of these are in `trained`, and tokens of each part."""
@@ -162,10 +162,8 @@ class Judge:
                 gives[name] = np.array([float(row.clamp(min=0).sum()) for row in gained])
                 costs[name] = np.array([float(row.clamp(max=0).sum()) for row in gained])
         every = {name: by_part["all"] for name, by_part in summed.items()}
-        identified = identify(every) if "own" in every else {}
-        if identified and hasattr(self, "base"):
-            base = {name: by_part["all"] for name, by_part in self.base.losses.items()}
-            identified |= {f"{name} relative": values for name, values in identify(every, base).items()}
+        identified = identify(every)
+        identified |= {f"{name} relative": values for name, values in identify(every, self._base).items()}
         return ArmSums(summed, gives, costs, identified)
 
     def figures(self, sums: Mapping[str, Array], less: Mapping[str, Array] | None = None) -> dict[str, Any]:

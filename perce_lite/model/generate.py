@@ -92,7 +92,7 @@ def generate_several(
             cache.batch_repeat_interleave(count)
         options["past_key_values"] = cache
     if personal is not None and personal.strength:
-        contrast = _contrast(model, maker, prompt, profile, personal, use_adapter, options)
+        contrast = _contrast(model, maker, prompt, profile, personal, use_adapter, autocast, options)
         options["logits_processor"] = LogitsProcessorList([contrast])
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream is True else stream or None
     with no_grad_eval(model, adapters=use_adapter), autocast_to(device, autocast):
@@ -116,6 +116,7 @@ def _contrast(
     profile: Profiled,
     personal: Personal,
     use_adapter: bool,
+    autocast: torch.dtype | None,
     options: dict[str, Any],
 ) -> PersonalContrast:
     if not maker.profile_text(profile).strip():
@@ -126,7 +127,7 @@ def _contrast(
     if options.get("num_beams", 1) > 1:
         raise DataError("personal: beams share no cache with the pass without profile; leave num_beams out")
     off = use_adapter and personal.adapters_off  # without the adapter both passes are the base's anyway
-    return PersonalContrast(model, maker.prompt(prompt, "").ids, personal.strength, off)
+    return PersonalContrast(model, maker.prompt(prompt, ""), personal.strength, off, autocast)
 
 
 @dataclass(frozen=True)
