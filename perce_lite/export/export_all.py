@@ -10,7 +10,7 @@ from perce_lite.export.export import QUANT, check_options, export, verify
 from perce_lite.export.proof import read_proof
 from perce_lite.export.reuse import kept
 from perce_lite.export.writers import source_hash
-from perce_lite.files import safe_name
+from perce_lite.files import named
 from perce_lite.fleet.groups import Key
 from perce_lite.fleet.queries import find, who
 from perce_lite.fleet.registry import Registry, opened
@@ -53,7 +53,7 @@ def export_all(
     with progress_bar() as bar, no_bars(), kept():
         progress = bar.add_task("Exports", total=len(serving), note="")
         for one in serving:
-            place = one.folder.with_name(f"{one.folder.name}-{target}") if out is None else out / _name(one.key)
+            place = one.folder.with_name(f"{one.folder.name}-{target}") if out is None else named(out, _name(one.key))
             done = {"adapter": " ".join(one.key), "users": one.users, "folder": str(place)}
             told.append(done | _export(one, target, place, force, base_gguf, quant))
             bar.update(progress, advance=1, note=done["adapter"])
@@ -75,8 +75,8 @@ def served(registry: Registry) -> tuple[list[Served], list[str]]:
 
 
 def _name(key: Key) -> str:
-    """The folder of an adapter's export under `--out`."""
-    return safe_name(key[1] if key[0] == "user" else " ".join(key))
+    """What the folder of an adapter's export under `--out` is named after."""
+    return key[1] if key[0] == "user" else " ".join(key)
 
 
 def _export(

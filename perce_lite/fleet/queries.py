@@ -10,9 +10,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from perce_lite.errors import FleetError
-from perce_lite.files import METADATA, bytes_of, read_json, safe_name
+from perce_lite.files import METADATA, bytes_of, earlier_name, read_json, safe_name
 from perce_lite.fleet.groups import SHARED, Key, key_of
 from perce_lite.fleet.registry import FILE, KEPT, Adapter, Registry, held
+from perce_lite.model import logprob_store
 
 PERSONAL = (
     KEPT, "fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json",
@@ -220,14 +221,15 @@ def delete(folder: Path, user: str) -> Receipt:
         if not registry.was_deleted(user):
             _known(registry, user)
         receipt = Receipt(user)
-        _remove(folder / "adapters" / "user" / safe_name(user), receipt)
+        for name in (safe_name(user), earlier_name(user)):
+            _remove(folder / "adapters" / "user" / name, receipt)
         for personal in PERSONAL:
             for file in (folder / personal, *folder.glob(f".{personal}.*.tmp")):
                 _remove(file, receipt)
         for store in json.loads(registry.meta("stores") or "[]"):
-            for base in sorted(Path(store).iterdir()) if Path(store).is_dir() else []:
-                for file in base.glob(f"*{safe_name(user)}.safetensors*"):
-                    _remove(file, receipt)
+            for file, size in logprob_store.delete(Path(store), user).items():
+                receipt.bytes += size
+                receipt.removed.append(str(file))
         for key in registry.forget(user):
             called = "the shared adapter" if key == SHARED else f"the adapter of {' '.join(key)}"
             receipt.due.append(called)
@@ -249,12 +251,20 @@ def _exports(registry: Registry, key: Key, called: str) -> list[str]:
     return [f"{place}: {why}" for place in beside]
 
 
+_ATTEMPTS = 20
+
+
 def _remove(path: Path, receipt: Receipt) -> None:
-    if not path.exists():
-        return
-    receipt.bytes += bytes_of(path)
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-    receipt.removed.append(str(path))
+    """Removes a file or a folder, also while an export is still writing into it."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        if not path.exists():
+            return
+        try:
+            size = bytes_of(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError as error:  # what was counted has gone, or something new has come
+            if attempt == _ATTEMPTS:
+                raise FleetError(f"{path} cannot be removed: {error}. Run the same command again.") from error
+            continue
+        receipt.bytes += size
+        receipt.removed.append(str(path))

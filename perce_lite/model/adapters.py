@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from perce_lite.console import say
 from perce_lite.errors import AdapterError, NonFiniteLossError
 from perce_lite.files import METADATA as METADATA
 from perce_lite.files import folder_written_aside, read_json, write_json, write_text
 from perce_lite.model.compat import is_lora_weight, lora_layers
-from perce_lite.model.fingerprint import fingerprint, same_base, sketch
+from perce_lite.model.fingerprint import fingerprint, has_layers, same_base, sketch
 from perce_lite.model.lora_core import plain_state
 from perce_lite.model.model_card import model_card
 from perce_lite.recipe import Recipe
@@ -126,12 +127,21 @@ def _files_for(base: PreTrainedModel, folder: Path) -> str:
     """The folder of the files of the adapter in `folder`; raises AdapterError where `base` is not the one it is for."""
     metadata = read_metadata(folder)
     trained_on, loaded = metadata["base"], sketch(base)
+    _say_of_an_early_sketch(metadata)
     if not same_base(trained_on, loaded):
         raise AdapterError(
             f"{folder}: this adapter was trained on {metadata['recipe']['model']} ({_shape(trained_on)}), not on the "
             f"base that is loaded ({_shape(loaded)}). Load that base, or train an adapter for this one."
         )
     return str(metadata["folder"])
+
+
+def _say_of_an_early_sketch(metadata: dict[str, Any]) -> None:
+    if not has_layers(metadata["base"]):
+        say(
+            f"{metadata['folder']}: was saved by an earlier version, which noted only the embedding of its base: "
+            "whether the layers are those that it was trained on is not known"
+        )
 
 
 def _frozen(model: PeftModel) -> PeftModel:
@@ -150,6 +160,7 @@ def start_from(model: PeftModel, folder: Path) -> None:
     """
     metadata = read_metadata(folder)
     weights = load_file(Path(metadata["folder"]) / _WEIGHTS)
+    _say_of_an_early_sketch(metadata)
     same_layers = set(get_peft_model_state_dict(model)) == set(weights)
     if not same_layers or not same_base(metadata["base"], sketch(model.get_base_model())):
         raise AdapterError(
