@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from trl import SFTConfig
 
+from perce_lite.console import say
 from perce_lite.errors import ConfigError, DeviceError
 
 Estimator = Literal["base", "mixed", "bootstrap", "uniform", "shuffled"]
@@ -26,6 +27,9 @@ CHOICES: dict[str, Any] = {
     "profile_pass": ProfilePass,
 }
 """Fields of `PerCEConfig` that take one of a few words, with the `Literal` of their values."""
+
+
+NO_MPS = "The Apple GPU (MPS) is not used, for nothing here was made for it or tried on it: training is on the CPU."
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -260,7 +264,9 @@ class PerCEConfig(SFTConfig):
             device = torch.device("cpu") if self.use_cpu else pick_device()
             self.bf16 = not self.fp16 and compute_dtype(device) == torch.bfloat16
             self.fp16 = self.fp16 or (not self.bf16 and compute_dtype(device) == torch.float16)
-        if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        if not torch.cuda.is_available():
+            if torch.backends.mps.is_available() and not self.use_cpu:
+                say(NO_MPS)
             self.use_cpu = True
         faults = _own_faults(self) + [
             f"{name}: {getattr(self, name)!r} is refused: {verdict.reason}"

@@ -209,7 +209,7 @@ def settle(path: Path) -> None:
     elif old.is_dir():
         os.replace(old, path)
     for leftover in path.parent.glob(f".{glob.escape(path.name[:40])}*.tmp"):
-        if re.fullmatch(rf"\.({re.escape(path.name[:100])}|{re.escape(path.name[:40])})\.\w{{8}}\.tmp", leftover.name):
+        if re.fullmatch(rf"\.({re.escape(path.name[:100])}|{re.escape(path.name[:40])})\.\w+\.tmp", leftover.name):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-import psutil
 import torch
 
 from perce_lite.errors import PlanError
+from perce_lite.memory import available_memory
 from perce_lite.planning.gpus import Gpu, present
 from perce_lite.planning.plan import CONTEXT, Plan
 from perce_lite.planning.row_lengths import NO_LIMIT, alike
@@ -15,8 +15,8 @@ from perce_lite.recipe import Recipe, training_config
 def users_at_once(recipe: Recipe) -> int:
     """`fleet.slots`; where it is `auto`, as many users with rows of `train.max_length` as fit, 1 to `plan.MOST_USERS`.
 
-    On a GPU all of its free memory counts, on a CPU half of what the system has available. A family whose memory is
-    not known is trained one user after another.
+    On a GPU all of its free memory counts, on a CPU half of what the system, or a container's limit, leaves. A family
+    whose memory is not known is trained one user after another.
 
     Raises:
         ModelError: as `load_base`; RecipeError, DeviceError: as `recipe.training_config`.
@@ -60,6 +60,6 @@ def _planned(recipe: Recipe) -> tuple[Plan, Gpu] | None:
         return None
     here = None if args.use_cpu else present()
     if here is None:
-        return plan, Gpu("this machine", psutil.virtual_memory().available // 2)
+        return plan, Gpu("this machine", available_memory() // 2)
     # Asking has made the context, which the plan counts.
     return plan, replace(here, bytes=torch.cuda.mem_get_info()[0] + CONTEXT)

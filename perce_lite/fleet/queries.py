@@ -13,7 +13,7 @@ from perce_lite.errors import FleetError
 from perce_lite.files import METADATA, bytes_of, earlier_name, read_json, safe_name
 from perce_lite.fleet.groups import SHARED, Key, key_of
 from perce_lite.fleet.registry import FILE, KEPT, Adapter, Registry, held
-from perce_lite.model import logprob_store
+from perce_lite.model import store_files
 
 PERSONAL = (
     KEPT, "fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json",
@@ -227,7 +227,7 @@ def delete(folder: Path, user: str) -> Receipt:
             for file in (folder / personal, *folder.glob(f".{personal}.*.tmp")):
                 _remove(file, receipt)
         for store in json.loads(registry.meta("stores") or "[]"):
-            for file, size in logprob_store.delete(Path(store), user).items():
+            for file, size in store_files.delete(Path(store), user).items():
                 receipt.bytes += size
                 receipt.removed.append(str(file))
         for key in registry.forget(user):

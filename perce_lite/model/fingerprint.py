@@ -189,8 +189,8 @@ def _kind_of(matrix: torch.Tensor) -> str:
     return str(matrix.dtype).removeprefix("torch.") if quantisation_state(matrix) is None else _FOUR_BIT
 
 
-_values: "weakref.WeakKeyDictionary[torch.Tensor, tuple[_State, list[float]]]" = weakref.WeakKeyDictionary()
-"""Of matrices in 4 bit: to read a value, the whole matrix has to be dequantised."""
+_values: dict[int, tuple[_State, list[float]]] = {}
+"""Of matrices in 4 bit, by `id`: to read a value, the whole matrix has to be dequantised."""
 
 
 def _values_of(matrix: torch.Tensor) -> list[float]:
@@ -198,9 +198,12 @@ def _values_of(matrix: torch.Tensor) -> list[float]:
     state = quantisation_state(matrix)
     if state is None:
         return _eight_of(matrix.detach())
-    known = _values.get(matrix)
+    known = _values.get(id(matrix))
     if known is None or not known[0].still(matrix):
-        known = _values[matrix] = _State.of(matrix), _eight_of(bnb.functional.dequantize_4bit(matrix.data, state))
+        for gone in [key for key, (of, _) in _values.items() if of.tensor() is None]:
+            del _values[gone]
+        known = _State.of(matrix), _eight_of(bnb.functional.dequantize_4bit(matrix.data, state))
+        _values[id(matrix)] = known
     return known[1]
 
 

@@ -2,27 +2,21 @@
 
 An entry's key is a hash of ids and labels; the folder's name is a hash of everything else that its value depends on
 (`scoring.store_key`). So a changed value has another key, and a hit is never stale.
-
-Deletions are numbered (`.deleted/`, by a hash of the user): a run writes nothing of a user who was deleted after it
-first opened the store. Every write and every deletion holds the store's lock (`.lock`); both stay.
 """
 
 import hashlib
-import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from perce_lite.console import say, warn
-from perce_lite.files import disk_full_is_clear, earlier_name, hash_of, named, safe_name, write_text, written_aside
+from perce_lite.console import warn
+from perce_lite.files import hash_of, named, safe_name, written_aside
+from perce_lite.model.store_files import SUFFIX, Deletions, locked
 
 
 def entry_key(ids: Sequence[int], labels: Sequence[int], prefix: int = 0) -> str:
@@ -37,11 +31,11 @@ class Store:
 
     def __init__(self, root: Path, base: str) -> None:
         self.folder = root / base
-        self._deletions = _Deletions.of(root)
+        self._deletions = Deletions.of(root)
 
     def path(self, user: str) -> Path:
         """The file of `user`."""
-        return named(self.folder, user, _SUFFIX)
+        return named(self.folder, user, SUFFIX)
 
     def get(self, user: str) -> dict[str, Tensor]:
         """All entries of `user` by key; a broken file counts as empty, with a warning."""
@@ -68,137 +62,15 @@ class Store:
         Raises:
             DiskFullError: no space left; what was there stays.
         """
-        with _locked(self.folder.parent):
+        with locked(self.folder.parent):
             if self._deletions.forbid(hash_of(user)):
                 return
             merged = {**self.get(user), **{key: value.float().contiguous() for key, value in entries.items()}}
-            before, path = self.path(user), self.folder / f"{safe_name(user)}{_SUFFIX}"
+            before, path = self.path(user), self.folder / f"{safe_name(user)}{SUFFIX}"
             with written_aside(path) as aside:
                 save_file(merged, aside, metadata={"digest": _digest(merged)})
             if before != path:  # an earlier version named it
                 before.unlink()
-
-
-@contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Holds the lock of the store in `root`; who holds it now ends its write first."""
-    file = root / ".lock"
-    with disk_full_is_clear(file):
-        root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(file)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-class _Deletions:
-    """The deletions in a store, numbered from 1: in `.deleted/` a file a user, by hash, and one for all users.
-
-    seen: the last deletion before this process opened the store; what was deleted later, it does not write
-    """
-
-    _known: ClassVar[dict[Path, "_Deletions"]] = {}
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._told = folder, False
-        self.seen = self._number("count")
-
-    @classmethod
-    def of(cls, root: Path) -> "_Deletions":
-        """Those of the store in `root`, as they were when this process first asked."""
-        folder = root.absolute() / ".deleted"
-        return cls._known.setdefault(folder, cls(folder))
-
-    def forbid(self, hashed: str) -> bool:
-        """Whether the user of this hash was deleted since, which is said once. Hold the store's lock."""
-        forbidden = max(self._number(hashed), self._number("all")) > self.seen
-        if forbidden and not self._told:
-            say("Users were deleted from the store since this run began: what it scores of them is not kept.")
-            self._told = True
-        return forbidden
-
-    def add(self, name: str) -> None:
-        """Numbers a deletion, of all users ("all") or of the user of this hash. Hold the store's lock.
-
-        What this process scores from now on it may keep.
-        """
-        number = self._number("count") + 1
-        write_text(self._folder / name, str(number))
-        write_text(self._folder / "count", str(number))
-        self.seen, self._told = number, False
-
-    def _number(self, name: str) -> int:
-        try:
-            return int((self._folder / name).read_text())
-        except FileNotFoundError:
-            return 0
-
-
-def usage(root: Path) -> list[dict[str, int | str]]:
-    """Files, entries and bytes of each base in the store."""
-    usages: list[dict[str, int | str]] = []
-    for folder in _bases(root):
-        files = sorted(path for path in folder.iterdir() if _FILE.fullmatch(path.name))
-        entries = size = 0
-        for file in files:
-            try:
-                size += file.stat().st_size
-                with safe_open(file, framework="pt") as tensors:
-                    entries += len(list(tensors.keys()))
-            except (SafetensorError, OSError):
-                warn(f"{file} is broken")
-        usages.append({"base": folder.name, "users": len(files), "entries": entries, "bytes": size})
-    return usages
-
-
-def clear(root: Path) -> int:
-    """Removes every entry, also for runs that are on now, and the leftovers of killed ones; returns the bytes freed."""
-    if not root.is_dir():
-        return 0
-    freed = 0
-    with _locked(root):
-        _Deletions.of(root).add("all")
-        for folder in _bases(root):
-            ours = [path for path in folder.iterdir() if any(kind.fullmatch(path.name) for kind in _OURS)]
-            freed += sum(map(_unlink, ours))
-            if not any(folder.iterdir()):
-                folder.rmdir()
-    return freed
-
-
-def delete(root: Path, user: str) -> dict[Path, int]:
-    """Removes all entries of `user`, also for runs that are on now; returns the bytes of each file that was there."""
-    if not root.is_dir():
-        return {}
-    removed: dict[Path, int] = {}
-    with _locked(root):
-        _Deletions.of(root).add(hash_of(user))
-        for folder in _bases(root):
-            for name in (f"{safe_name(user)}{_SUFFIX}", f"{earlier_name(user)}{_SUFFIX}"):
-                paths = [folder / name, folder / f"{name}.lock", *folder.glob(f".{name}.*.tmp")]
-                removed |= {path: _unlink(path) for path in paths if path.exists()}
-    return removed
-
-
-def _unlink(path: Path) -> int:
-    """Removes a file; the bytes that it had."""
-    size = path.stat().st_size
-    path.unlink()
-    return size
-
-
-_SUFFIX = ".safetensors"
-
-# Names of a store file, of the lock that it had in earlier versions, and of the temporary file of a killed write. The
-# hash had 48 bits in earlier versions and has 96. Other files in the folders are not ours.
-_FILE = re.compile(r"[a-z0-9-]+-[0-9a-f]{12}([0-9a-f]{12})?\.safetensors")
-_OURS = (_FILE, re.compile(rf"{_FILE.pattern}\.lock"), re.compile(rf"\.{_FILE.pattern}\.\w+\.tmp"))
-
-
-def _bases(root: Path) -> list[Path]:
-    return sorted(path for path in root.glob("*") if path.is_dir() and not path.name.startswith("."))
 
 
 def _digest(entries: Mapping[str, Tensor]) -> str:

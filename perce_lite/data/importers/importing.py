@@ -54,7 +54,7 @@ class Imported:
 
     new: the user's records that were not there before, in the order of time
     records: all that goes into `out`, those of other users unchanged
-    before: `out` as it was when its records were read; None: it was not there
+    before: hash of `out` when its records were read; None: it was not there
     """
 
     out: Path
@@ -62,7 +62,7 @@ class Imported:
     new: list[dict[str, Any]]
     records: list[dict[str, Any]]
     notes: Notes
-    before: bytes | None
+    before: bytes | None = None
 
     def write(self) -> None:
         """Writes `out`, whole or not at all.
