@@ -11,7 +11,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from perce_lite.errors import PerceLiteError
-from perce_lite.files import read_json, write_json
+from perce_lite.files import read_json, settle, write_json
 
 
 @contextmanager
@@ -30,6 +30,7 @@ def held_alone(path: Path, refuse: Callable[[str], PerceLiteError]) -> Iterator[
     except Timeout as error:
         raise refuse(_who(holder)) from error
     try:
+        settle(holder)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": now})
         yield

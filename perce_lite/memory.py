@@ -52,6 +52,6 @@ def _room(group: Path) -> int | None:
 
 
 def return_free_memory() -> None:
-    """Returns to the system what was freed. glibc's malloc keeps it, in pieces, for later: gigabytes after a training."""
+    """Returns to the system what was freed. glibc keeps it for later, in pieces: two gigabytes after a training."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
