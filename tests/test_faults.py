@@ -1,6 +1,6 @@
 """Faults at every write, rename and removal of a command: whatever the moment, the next run ends in the same bytes.
 
-A few points of each command here; `pytest -m slow tests/test_faults.py -s` tries every one and prints how many there are.
+A few points of each command here; `pytest -m slow tests/test_faults.py -s` tries every one and counts them.
 """
 
 import json
