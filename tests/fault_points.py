@@ -1,6 +1,6 @@
 """Faults at every write: a command is stopped at its n-th write, rename or removal, then run again, and must end alike.
 
-    python tests/fault_points.py COMMAND KIND [EVERY]
+    python tests/fault_points.py COMMAND KIND [EVERY [FIRST]]
 
 Prints one JSON object: how many points there are, how many were tried, and those after which the next run ended
 otherwise. The points are those of the audit hooks of Python (every `open` for writing, rename, removal, new folder),
@@ -195,7 +195,7 @@ def constant(value: Any) -> Any:
     return [constant(part) for part in value] if isinstance(value, list) else value
 
 
-def main(command: str, kind: str, every: int) -> None:
+def main(command: str, kind: str, every: int = 1, first: int = 1) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     import torch
 
@@ -226,7 +226,7 @@ def main(command: str, kind: str, every: int) -> None:
             sys.exit(f"{command} failed with {code}: {(work.parent / 'said-2').read_text()[-3000:]}")
         points = (work.parent / "points").read_text().splitlines()
         expected = content(work)
-        bad, tried, tracebacks = [], range(1, len(points) + 1, every), []
+        bad, tried, tracebacks = [], range(first, len(points) + 1, every), []
         for at in tried:
             fresh()
             faulty(at)
@@ -236,11 +236,12 @@ def main(command: str, kind: str, every: int) -> None:
             ended = content(work)
             if ended != expected:
                 names = sorted(name for name in {*ended, *expected} if ended.get(name) != expected.get(name))
+                kept = [json.dumps([ended.get(name), expected.get(name)], default=repr)[:4000] for name in names]
                 said = (work.parent / "said-2").read_text(errors="replace").strip().splitlines()[-2:]
-                bad.append([at, points[at - 1], again, names, said])
+                bad.append([at, points[at - 1], again, names, kept, said])
     told = {"command": command, "kind": kind, "points": len(points), "tried": len(tried)}
     print(json.dumps({**told, "bad": bad, "tracebacks": tracebacks}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 1)
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
