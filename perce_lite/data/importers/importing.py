@@ -121,7 +121,7 @@ def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: boo
 
 def _require_sender(mails: Sequence[Mail], wanted: Wanted) -> None:
     """Raises DataError where all mails are from one person, who is not called as the user is: they may be received."""
-    senders = {(address, name) for address, name, _ in mails}
+    senders = {(mail.address, mail.name) for mail in mails}
     if wanted.senders or len({address for address, _ in senders}) != 1:
         return
     user = re.sub(r"\W+", "", wanted.user).casefold()
