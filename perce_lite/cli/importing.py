@@ -19,7 +19,9 @@ _SHOWN_LETTERS = 400
 
 
 def import_(
-    path: Annotated[Path, typer.Argument(help="A folder, a ZIP or a file: .txt .md .csv .json .jsonl .mbox .eml")],
+    path: Annotated[
+        Path, typer.Argument(help="A folder, a ZIP or a file: .txt .md .docx .html .pdf .csv .json .mbox .eml ...")
+    ],
     user: Annotated[str, typer.Option(help="What to call the person.")],
     out: Annotated[Path, typer.Option(dir_okay=False, help="The file of rows to write.")] = Path("texts.jsonl"),
     append: Annotated[bool, typer.Option("--append", help="Add to the rows in that file.")] = False,
@@ -32,6 +34,7 @@ def import_(
     me: Annotated[list[str] | None, typer.Option(help="Chats: the person's name in them; once for each.")] = None,
     min_words: Annotated[int, typer.Option(min=2, help="Shorter texts are left out.")] = 5,
     max_words: Annotated[int, typer.Option(min=20, help="Longer texts are cut, between paragraphs.")] = 100,
+    max_parts: Annotated[int, typer.Option(min=1, help="Of a longer text at most so many parts are taken.")] = 10,
     json: Json = None,
 ) -> None:
     """Make rows of a person's writing; shows the first ones before it writes."""
@@ -39,7 +42,7 @@ def import_(
         raise typer.BadParameter("--append adds and --force replaces; give one of them")
     if not user.strip():
         raise typer.BadParameter("--user: a name that is not empty")
-    wanted = Wanted(user, text_column, from_ or (), me or (), min_words, max_words)
+    wanted = Wanted(user, text_column, from_ or (), me or (), min_words, max_words, max_parts)
     found = look(path, wanted, out, append, force)
     _show(found)
     written = bool(found.new) and (yes or _agreed(found))
@@ -70,10 +73,11 @@ def _show(found: Imported) -> None:
     count = sum(record["user"] == found.user for record in found.records)
     if not found.new:
         say(f"Nothing is new: {found.out} holds these {count} texts already.")
-    elif count == 1:
+    elif found.texts == 1:
+        parts = f" (in {count} parts, none of which stands in the profile of another)" if count > 1 else ""
         warn(
-            f"one text of {found.user}, and it takes two or more to train: a profile is made of the earlier ones. "
-            f"Add more with --append."
+            f"one text of {found.user}{parts}, and it takes two or more to train: a profile is made of the earlier "
+            f"ones. Add more with --append."
         )
     elif count < FEW:
         warn(f"{count} texts of {found.user} are few: expect little, and hardly any to hold out")
@@ -106,7 +110,10 @@ def _row(record: dict[str, str]) -> Table:
 def _show_written(found: Imported) -> None:
     users = sorted({str(record["user"]) for record in found.records})
     told = f", of {len(users)} users" if len(users) > 1 else ""
-    console.print(f"Written: {found.out} ({len(found.records)} rows{told}). Look at them, then train:", markup=False)
+    console.print(
+        f"Written: {found.out} ({len(found.records)} rows{told}). Look at them, train, talk to the adapter:",
+        markup=False,
+    )
     _commands(found.commands())
 
 

@@ -307,7 +307,8 @@ def flat(value: Any, depth: int = 0) -> str:
 
 
 _USED = {
-    *_AUTHORS, *_TEXTS, *_DATES, *_IDS, *_THREADS, *_REPLIES, *_WRAPPERS, *_TELEGRAM_FORWARDS, *_FORWARDS, *_FORWARD_FLAGS, *_FLAGS, *_HIDDEN,
+    *_AUTHORS, *_TEXTS, *_DATES, *_IDS, *_THREADS, *_REPLIES, *_WRAPPERS, *_TELEGRAM_FORWARDS, *_FORWARDS,
+    *_FORWARD_FLAGS, *_FLAGS, *_HIDDEN,
     "type", "subtype", "messagetype", "msgtype", "kind", "metadata",
 }  # fmt: skip
 

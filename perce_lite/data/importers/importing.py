@@ -36,6 +36,7 @@ class Wanted:
     text_column: of tables
     senders, me: their addresses in mailboxes, their names in chats
     min_words, max_words: of a text; a longer one is cut into several
+    max_parts: of a text, taken evenly from all of it, so that a long one does not swamp the rest
     """
 
     user: str
@@ -44,6 +45,7 @@ class Wanted:
     me: Sequence[str] = ()
     min_words: int = 5
     max_words: int = 100
+    max_parts: int = 10
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,27 @@ class Imported:
         """
         write_text(self.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records))
 
+    @property
+    def texts(self) -> int:
+        """Whole texts of the user; parts of one count as one."""
+        mine = [record for record in self.records if record["user"] == self.user]
+        return len({record.get("part_of") or f"row {number}" for number, record in enumerate(mine)})
+
     def commands(self) -> list[str]:
-        """The commands that look at `out` and train on it."""
-        words = [RECIPE, "--set", f"data.path={_yaml(str(self.out.absolute()))}"]
+        """The commands that lead to a chat: look at `out`, train on it, talk to the adapter."""
+        words = [_recipe(), "--set", f"data.path={_yaml(str(self.out.absolute()))}"]
         if not _months_apart(self.records):
             words += ["--set", "profile.earlier_by=document"]
-        folder = ["--set", f"train.output_dir={_yaml(f'runs/{self.out.stem}')}"]
+        run = f"runs/{self.out.stem}"
+        folder = ["--set", f"train.output_dir={_yaml(run)}"]
         several = len({record["user"] for record in self.records}) > 1
         trains = "fleet" if several else "train"  # an adapter for each, or the one
-        return [shlex.join(["perce-lite", "check", *words]), shlex.join(["perce-lite", trains, *words, *folder])]
+        adapter = run if several else f"{run}/adapter"
+        return [
+            shlex.join(["perce-lite", "check", *words]),
+            shlex.join(["perce-lite", trains, *words, *folder]),
+            shlex.join(["perce-lite", "chat", adapter, "--user", self.user]),
+        ]
 
     def figures(self) -> dict[str, Any]:
         """What `--json` holds, less whether it was written."""
@@ -84,6 +98,12 @@ class Imported:
         users = Counter(str(record.get("user")) for record in self.records)
         told = {"read": dict(self.notes.read), "skipped": skipped, "commands": self.commands()}
         return {"out": str(self.out), "user": self.user, "new": len(self.new), "users": dict(users), **told}
+
+
+def _recipe() -> str:
+    """The recipe of documents: as a clone has it, from whatever folder this is."""
+    clone = Path(__file__).parents[3] / RECIPE
+    return str(clone) if clone.is_file() and not Path(RECIPE).is_file() else RECIPE
 
 
 def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: bool = False) -> Imported:
@@ -161,11 +181,25 @@ def _prepared(texts: Sequence[Writing], wanted: Wanted, notes: Notes) -> Iterato
         elif key in seen:
             notes.skip("a duplicate", text.source)
         else:
-            parts = pieces(text.text, wanted.max_words, wanted.min_words)
-            for number, part in enumerate(parts, 1):
-                source = f"{text.source}, part {number} of {len(parts)}" if len(parts) > 1 else text.source
-                yield replace(text, text=part, source=source, query=_query(text, part, number))
+            yield from _parts(text, wanted, notes)
         seen.add(key)
+
+
+def _parts(text: Writing, wanted: Wanted, notes: Notes) -> Iterator[Writing]:
+    """The text cut to size; of a long one at most `max_parts`, evenly from all of it."""
+    parts = pieces(text.text, wanted.max_words, wanted.min_words)
+    if len(parts) == 1:
+        yield replace(text, query=_query(text, text.text, 1))
+        return
+    count = min(len(parts), wanted.max_parts)
+    taken = {place * len(parts) // count for place in range(count)}
+    for place, part in enumerate(parts):
+        source = f"{text.source}, part {place + 1} of {len(parts)}"
+        if place in taken:
+            query = _query(text, part, place + 1)
+            yield replace(text, text=part, source=source, query=query, part_of=digest(text.text))
+        else:
+            notes.skip(f"more than {wanted.max_parts} parts of one text; --max-parts takes more", source)
 
 
 def _query(text: Writing, part: str, number: int) -> str:
@@ -185,7 +219,7 @@ def _query(text: Writing, part: str, number: int) -> str:
 
 def _record(user: str, text: Writing) -> dict[str, Any]:
     record = {"user": user, "date": text.date, "title": text.title, "query": text.query, "text": text.text}
-    return {name: value for name, value in {**record, "source": text.source}.items() if value}
+    return {name: value for name, value in {**record, "part_of": text.part_of, "source": text.source}.items() if value}
 
 
 def _in_order(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
