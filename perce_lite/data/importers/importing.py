@@ -15,6 +15,7 @@ from typing import Any
 
 from perce_lite.data.importers.archives import files_of
 from perce_lite.data.importers.mails import Mail
+from perce_lite.data.importers.masking import Mask, masked_in
 from perce_lite.data.importers.reading import KINDS, Reader
 from perce_lite.data.importers.writings import Notes, Writing, count_words, first_words, pieces
 from perce_lite.data.readers import json_lines
@@ -37,6 +38,7 @@ class Wanted:
     senders, me: their addresses in mailboxes, their names in chats
     min_words, max_words: of a text; a longer one is cut into several
     max_parts: of a text, taken evenly from all of it, so that a long one does not swamp the rest
+    mask: masks what tells who and where people are; None: nothing is masked
     """
 
     user: str
@@ -46,6 +48,7 @@ class Wanted:
     min_words: int = 5
     max_words: int = 100
     max_parts: int = 10
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class Imported:
 
     new: the user's records that were not there before, in the order of time
     records: all that goes into `out`, those of other users unchanged
+    mask: what `new` was masked with; None: it was not
     """
 
     out: Path
@@ -61,6 +65,7 @@ class Imported:
     new: list[dict[str, Any]]
     records: list[dict[str, Any]]
     notes: Notes
+    mask: Mask | None = None
 
     def write(self) -> None:
         """Writes `out`, whole or not at all.
@@ -92,11 +97,17 @@ class Imported:
             shlex.join(["perce-lite", "chat", adapter, "--user", self.user]),
         ]
 
+    def masked(self) -> dict[str, int]:
+        """How often each kind is masked in the new records."""
+        return masked_in(str(value) for record in self.new for name, value in record.items() if name != "user")
+
     def figures(self) -> dict[str, Any]:
         """What `--json` holds, less whether it was written."""
         skipped = {reason: {"count": len(where), "such_as": where[0]} for reason, where in self.notes.skipped.items()}
         users = Counter(str(record.get("user")) for record in self.records)
-        told = {"read": dict(self.notes.read), "skipped": skipped, "commands": self.commands()}
+        told: dict[str, Any] = {"read": dict(self.notes.read), "skipped": skipped, "commands": self.commands()}
+        if self.mask is not None:
+            told["masked"] = self.masked()
         return {"out": str(self.out), "user": self.user, "new": len(self.new), "users": dict(users), **told}
 
 
@@ -127,6 +138,8 @@ def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: boo
     reader = Reader(notes, wanted.text_column, alone=len(files) == 1)
     reader.read(files)
     _require_sender(reader.mails, wanted)
+    if wanted.mask is not None:
+        reader.mask(wanted.mask)
     texts = list(_prepared(reader.of(wanted.senders, wanted.me), wanted, notes))
     if not texts:
         raise DataError(_nothing(path, notes))
@@ -134,9 +147,9 @@ def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: boo
     for one in texts:
         if one.text in said:
             notes.skip(f"in {out.name} already", one.source)
-    new = _in_order([_record(wanted.user, text) for text in texts if text.text not in said])
+    new = _in_order([_record(wanted, text) for text in texts if text.text not in said])
     records = _merged(before, new, wanted.user)
-    return Imported(out, wanted.user, new, records, notes)
+    return Imported(out, wanted.user, new, records, notes, wanted.mask)
 
 
 def _require_sender(mails: Sequence[Mail], wanted: Wanted) -> None:
@@ -217,9 +230,12 @@ def _query(text: Writing, part: str, number: int) -> str:
     return f"Write a {titled}." if number == 1 else f"Write part {number} of a {titled}."
 
 
-def _record(user: str, text: Writing) -> dict[str, Any]:
-    record = {"user": user, "date": text.date, "title": text.title, "query": text.query, "text": text.text}
-    return {name: value for name, value in {**record, "part_of": text.part_of, "source": text.source}.items() if value}
+def _record(wanted: Wanted, text: Writing) -> dict[str, Any]:
+    query, source = text.query, text.source
+    if wanted.mask is not None:  # chats name their speakers in queries, and files are called by names
+        query, source = wanted.mask(query), wanted.mask(source)
+    record = {"user": wanted.user, "date": text.date, "title": text.title, "query": query, "text": text.text}
+    return {name: value for name, value in {**record, "part_of": text.part_of, "source": source}.items() if value}
 
 
 def _in_order(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

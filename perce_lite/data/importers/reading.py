@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -92,6 +93,19 @@ class Reader:
         mails = written_by(self.mails, senders, self.notes)
         chats = renamed([*self.chats, *self._dialogues_of(me)], self.people)
         return [*self.texts, *mails, *answers(chats, me, self.notes, self.people)]
+
+    def mask(self, mask: Callable[[str], str]) -> None:
+        """Masks every text that was read, before any is cut; who wrote it stays known to `of`."""
+
+        def masked(writing: Writing) -> Writing:
+            return replace(writing, text=mask(writing.text), title=mask(writing.title), query=mask(writing.query))
+
+        def masked_chat(chat: Chat) -> Chat:
+            return replace(chat, messages=tuple(replace(one, text=mask(one.text)) for one in chat.messages))
+
+        self.texts = list(map(masked, self.texts))
+        self.mails = [mail._replace(writing=masked(mail.writing), quoted=mask(mail.quoted)) for mail in self.mails]
+        self.chats, self.dialogues = list(map(masked_chat, self.chats)), list(map(masked_chat, self.dialogues))
 
     def _dialogues_of(self, me: Sequence[str]) -> list[Chat]:
         """The dialogues in which the person speaks; whose words the others are is not known."""
