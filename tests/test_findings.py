@@ -54,7 +54,7 @@ def test_short_responses_count_with_their_queries():
         ([row(5, REGEN)], "texts in another language or script (de 1) than most (en, Latin)", ("line 5",)),
         ([row(5, ДОЖДЬ)], "texts in another language or script (Cyrillic 1) than most (en, Latin)", ("line 5",)),
         ([row(5, "The key is AKIAABCDEFGHIJKLMNOP, keep it")], "a secret: what looks like an AWS key", ("line 5",)),
-        ([row(5, f"Yes. {RAIN}", profile="hf_" + "ab" * 17)], "a secret: what looks like a Hugging Face token", ("line 5",)),
+        ([row(5, f"Yes. {RAIN}", profile="hf_" + "ab" * 17)], "a secret: what looks like a Hugging Face token", ("line 5",)),  # noqa: E501
         ([row(5, "-----BEGIN OPENSSH PRIVATE KEY-----\nabc")], "a secret: what looks like a private key", ("line 5",)),
     ],
 )  # fmt: skip
