@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import toys
 
-from imitated_card.card import Card
-from imitated_card.libraries import imitated
 from perce_lite.evaluation.bench.gpumeasuring import Place
 from perce_lite.evaluation.bench.gpureport import recipe_of_report
+from perce_lite.evaluation.bench.imitation.card import Card
+from perce_lite.evaluation.bench.imitation.libraries import imitated
 from perce_lite.evaluation.bench.randombase import random_base, write_shape
 from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.model.host_embedding import keep_on_host

@@ -13,9 +13,9 @@ import torch
 import trl.kernels.chunked_logprob as chunked
 import trl.trainer.utils
 
-from imitated_card import functions
-from imitated_card.card import Card, current, put_in
-from imitated_card.tensors import CUDA, CardTensor, MadeOnCard, is_card
+from perce_lite.evaluation.bench.imitation import functions
+from perce_lite.evaluation.bench.imitation.card import Card, current, put_in
+from perce_lite.evaluation.bench.imitation.tensors import CUDA, CardTensor, MadeOnCard, is_card
 from perce_lite.model import compat
 
 Patch = contextlib.AbstractContextManager[Any]
@@ -104,7 +104,7 @@ class Stream:
 
 _STREAM = Stream()
 
-_RANDOM = {
+_RANDOM: dict[str, Callable[..., Any]] = {
     "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
     "set_rng_state": lambda state, device=None: None,
     "get_rng_state_all": lambda: [torch.zeros(16, dtype=torch.uint8)],
@@ -205,7 +205,10 @@ def _tensor(original: Callable[..., Any]) -> Callable[..., Any]:
 class Params4bit(CardTensor):
     """bitsandbytes' parameter on the card; peft knows it by its class's name."""
 
-    def to(self, *args, **kwargs):
+    bnb_quantized: bool
+    module: Any
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
         device, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if not self.bnb_quantized:
             return self._quantized()
@@ -221,13 +224,13 @@ class Params4bit(CardTensor):
             self.module.quant_state = state
         return made
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
             memo[id(self)] = params_4bit(self.detach().clone(), vars(self))
         return memo[id(self)]
 
 
-def params_4bit(tensor: CardTensor, attributes: dict[str, Any]) -> Params4bit:
+def params_4bit(tensor: Any, attributes: dict[str, Any]) -> Params4bit:
     """A parameter over what `tensor` holds, with bitsandbytes' attributes."""
     made = Params4bit(tensor.inner)
     vars(made).update({name: value for name, value in attributes.items() if name != "inner"})
@@ -267,7 +270,7 @@ def _new_params_4bit(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _of_bitsandbytes(card: Card) -> Iterator[Patch]:
     def paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) -> torch.Tensor:
-        state = torch.zeros(*shape, dtype=dtype)
+        state: Any = torch.zeros(*shape, dtype=dtype)
         state.is_paged, state.page_deviceid = True, device.index
         card.managed += state.nbytes
         return state
