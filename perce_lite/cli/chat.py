@@ -15,6 +15,7 @@ from perce_lite.cli.options import (
     UserName,
     text_or_file,
 )
+from perce_lite.fleet import queries
 
 adapters = Lazy("perce_lite.model.adapters")
 answering = Lazy("perce_lite.model.answering")
@@ -36,6 +37,7 @@ def chat(
     """Talk to an adapter in the terminal; /help lists what else can be said there."""
     if profile is not None and user is not None:
         raise typer.BadParameter("give one of --profile and --user")
+    queries.refuse_deleted(adapter, user)
     text = text_or_file(profile)
     opened = generation.load_adapter(adapters.read_metadata(adapter))
     transformers.set_seed(seed)
