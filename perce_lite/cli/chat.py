@@ -40,6 +40,7 @@ def chat(
     """Talk to an adapter in the terminal; /help lists what else can be said there."""
     if profile is not None and user is not None:
         raise typer.BadParameter("give one of --profile and --user")
+    queries.refuse_deleted(adapter, user)
     text = text_or_file(profile)
     opened = generation.load_adapter(adapters.read_metadata(_serving(adapter, user)))
     transformers.set_seed(seed)

@@ -8,6 +8,7 @@ import typer
 from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import Json, RecipePath, Set, write
 from perce_lite.cli.views import eval_sections, terminal
+from perce_lite.fleet import queries
 from perce_lite.recipe import load_recipe
 
 evaluation = Lazy("perce_lite.evaluation.evaluate")
@@ -24,6 +25,8 @@ def evaluate(
 ) -> None:
     """Judge adapters on held-out rows: own profile, none, another user's, the best topical match."""
     loaded = load_recipe(recipe, set_ or [])
+    for folder in adapter:
+        queries.refuse_deleted(folder)
     with oom_advice.explain_out_of_memory_in_scoring(loaded):
         figures = evaluation.evaluate(loaded, adapter)
     page = out or loaded.output_dir / "eval.html"

@@ -1,16 +1,16 @@
 """The command `perce-lite export`."""
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from perce_lite.cli.lazy import Lazy
-from perce_lite.cli.options import FleetPath, Json, write
+from perce_lite.cli.options import FleetPath, Json, agreed, write
 from perce_lite.cli.views import terminal
 from perce_lite.console import warn
 from perce_lite.errors import ExportError
+from perce_lite.fleet import queries
 
 exports = Lazy("perce_lite.export.export")
 fleet_exports = Lazy("perce_lite.export.export_all")
@@ -52,6 +52,8 @@ def export(
         raise typer.BadParameter("--user puts a user's own texts into the export, and --push-to-hub would upload them")
     if (public or yes) and push_to_hub is None:
         raise typer.BadParameter("--public and --yes go with --push-to-hub")
+    if adapter is not None:
+        queries.refuse_deleted(adapter, user)
     figures: dict[str, Any]
     if verify is not None:
         figures = exports.verify(verify, base_gguf)
@@ -73,11 +75,6 @@ def export(
 def _ask(repo: str, target: str, public: bool, yes: bool) -> None:
     """The warning, and the question; raises ExportError where the answer is no, or nobody can be asked."""
     warn(hub.check(repo, target, public))
-    if yes:
-        return
-    if not sys.stdin.isatty():
-        raise ExportError(
-            f"--push-to-hub {repo}: nobody can be asked here. Nothing was exported. Give --yes if it is meant."
-        )
-    if not typer.confirm(f"Push to {repo}?", err=True):
+    unasked = f"--push-to-hub {repo}: nobody can be asked here. Nothing was exported. Give --yes if it is meant."
+    if not agreed(f"Push to {repo}?", yes, ExportError(unasked)):
         raise ExportError("Nothing was exported or pushed.")

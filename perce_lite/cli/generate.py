@@ -17,6 +17,7 @@ from perce_lite.cli.options import (
     text_or_file,
     write,
 )
+from perce_lite.fleet import queries
 
 answering = Lazy("perce_lite.model.answering")
 generation = Lazy("perce_lite.model.generate")
@@ -40,6 +41,7 @@ def generate(
     """Answer a prompt with an adapter, or with its base."""
     if sum((profile is not None, no_profile, user is not None)) > 1:
         raise typer.BadParameter("give one of --profile, --no-profile and --user")
+    queries.refuse_deleted(adapter, user)
     text = "" if no_profile else text_or_file(profile)
     transformers.set_seed(seed)
     options = answering.sampling(temperature, top_p)

@@ -8,6 +8,7 @@ import typer
 from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import Json, RecipePath, Set, write
 from perce_lite.cli.views import picture, terminal
+from perce_lite.fleet import queries
 from perce_lite.recipe import load_recipe
 
 inspection = Lazy("perce_lite.evaluation.inspect")
@@ -30,6 +31,8 @@ def inspect(
 ) -> None:
     """Look at what PerContrast finds in the data, token by token, before any training."""
     loaded = load_recipe(recipe, set_ or [])
+    for place in (loaded.output_dir, *([adapter] if adapter is not None else [])):
+        queries.refuse_deleted(place, user)
     with oom_advice.explain_out_of_memory_in_scoring(loaded):
         figures = inspection.inspect(loaded, adapter, rows, user, top)
     page = out or loaded.output_dir / "inspect.html"

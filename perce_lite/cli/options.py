@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from perce_lite.errors import PerceLiteError
 from perce_lite.files import json_text, write_text
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as recipes/quickstart.yaml.")]
@@ -38,6 +39,15 @@ def write(path: Path | None, figures: dict[str, Any]) -> None:
         sys.stdout.write(json_text(figures))
     else:
         write_text(path, json_text(figures))
+
+
+def agreed(question: str, yes: bool, unasked: PerceLiteError) -> bool:
+    """Whether to go on: `--yes`, or the answer to `question`. Raises `unasked` where nobody can be asked."""
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise unasked
+    return typer.confirm(question, err=True)
 
 
 def text_or_file(given: str | None) -> str | None:

@@ -79,8 +79,9 @@ def _write_adapter(job: Job, aside: Path) -> dict[str, Any]:
         model, tokenizer = _on(base.model, base.tokenizer, job)
         proof = record(model, tokenizer, recipe, job.target, TIGHT, job.profile)
         tokenizer.save_pretrained(aside)
-    for name in ("adapter_model.safetensors", "adapter_config.json", adapters.METADATA):
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copyfile(job.source / name, aside / name)
+    write_json(aside / adapters.METADATA, adapters.given_away(dict(job.metadata)))
     if proof.invocation:
         config = read_json(aside / "adapter_config.json")
         write_json(aside / "adapter_config.json", {**config, "alora_invocation_tokens": proof.invocation})

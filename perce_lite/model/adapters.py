@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from perce_lite.errors import AdapterError, NonFiniteLossError
 from perce_lite.files import METADATA as METADATA
 from perce_lite.files import folder_written_aside, read_json, write_json, write_text
+from perce_lite.model.builtin import BUILT_IN
 from perce_lite.model.compat import is_lora_weight, lora_layers
 from perce_lite.model.fingerprint import fingerprint, same_base, sketch
 from perce_lite.model.lora_core import plain_state
@@ -64,11 +65,50 @@ def read_metadata(folder: Path) -> dict[str, Any]:
         metadata = read_json(nested / METADATA)
         if isinstance(metadata, dict) and (nested / _WEIGHTS).is_file():
             _check(metadata, nested)
-            return {**metadata, "folder": str(nested)}
+            return {**_with_base_found(metadata, nested), "folder": str(nested)}
     raise AdapterError(
         f"{folder}: no adapter of PerCE Lite: it needs {_WEIGHTS}, adapter_config.json and {METADATA}. "
         "Give the folder that `perce-lite train` named at its end."
     )
+
+
+def given_away(metadata: dict[str, Any]) -> dict[str, Any]:
+    """`metadata` as an export has them: without paths of this machine, names of users and tokens of the Hub.
+
+    A base that is a folder is called by the folder's name.
+    """
+    recipe = metadata["recipe"]
+    public = {name: value if name == "template" else _without_paths(value) for name, value in recipe.items()}
+    public["model"] = base_name(recipe["model"])
+    public["data"] = {name: value for name, value in public["data"].items() if name not in ("path", "users")}
+    return {**{name: value for name, value in metadata.items() if name != "folder"}, "recipe": public}
+
+
+def base_name(model: str) -> str:
+    """What a base is called to others: a built-in name or a Hub id as it is, a folder by its last part."""
+    return Path(model).name if Path(model).is_absolute() else model
+
+
+def _without_paths(value: Any) -> Any:
+    """`value` without what is an absolute path in it, or a token of the Hub."""
+    if isinstance(value, dict):
+        return {name: _without_paths(inner) for name, inner in value.items() if not _is_private(name, inner)}
+    return (
+        [_without_paths(inner) for inner in value if not _is_private("", inner)] if isinstance(value, list) else value
+    )
+
+
+def _is_private(name: str, value: Any) -> bool:
+    return name == "hub_token" or (isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute()))
+
+
+def _with_base_found(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`metadata` with the folder of a base that `given_away` left the name of: peft's own config says where it was."""
+    model, config = metadata["recipe"]["model"], read_json(folder / "adapter_config.json")
+    place = Path((config.get("base_model_name_or_path") or "") if isinstance(config, dict) else "")
+    if model in BUILT_IN or not place.is_absolute() or place.name != model or not place.is_dir():
+        return metadata
+    return {**metadata, "recipe": {**metadata["recipe"], "model": str(place)}}
 
 
 def require_profile_pass(folder: Path, recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ from perce_lite.console import warn
 from perce_lite.data.readers import RowsByUser, known_users
 from perce_lite.errors import DataError, ServeError
 from perce_lite.fleet.groups import SHARED, key_of
-from perce_lite.fleet.queries import folder_in_service, who
+from perce_lite.fleet.queries import deletions, folder_in_service, who
 from perce_lite.fleet.registry import Registry, opened
 from perce_lite.model import adapters
 from perce_lite.model.generate import recipe_of
@@ -53,6 +53,9 @@ class Directory(Protocol):
     def find(self, model: str) -> Entry | None:
         """The entry that a request means; None: there is none."""
 
+    def deleted_on(self, model: str) -> str | None:
+        """The day on which the user was deleted whom a request means; None: no such user was."""
+
     def metadata_of(self, entry: Entry) -> Metadata | None:
         """Metadata of the adapter that serves it, as `adapters.read_metadata`; None: the base serves."""
 
@@ -84,10 +87,14 @@ class OneAdapter:
 
     def entries(self) -> list[Entry]:
         first = [Entry(BASE, "base", BASE), Entry(ADAPTER, "adapter", ADAPTER)]
-        return first + [Entry(user_id(user), "user", user) for user in self._users]
+        gone = deletions(Path(self.reference["folder"]), self._users)
+        return first + [Entry(user_id(user), "user", user) for user in self._users if user not in gone]
 
     def find(self, model: str) -> Entry | None:
         return next((entry for entry in self.entries() if model in (entry.id, f"{_USER}{entry.name}")), None)
+
+    def deleted_on(self, model: str) -> str | None:
+        return deletions(Path(self.reference["folder"]), [_user_of(model)]).get(_user_of(model))
 
     def metadata_of(self, entry: Entry) -> Metadata | None:
         return None if entry.kind == "base" else self.reference
@@ -127,6 +134,10 @@ class Fleet:
                 adapter = registry.get(kind, name)
                 return Entry(model, "adapter", model) if adapter and folder_in_service(registry, adapter) else None
             return _user_entry(registry, _user_of(model))
+
+    def deleted_on(self, model: str) -> str | None:
+        with opened(self.folder) as registry:
+            return registry.deleted_on(_user_of(model))
 
     def metadata_of(self, entry: Entry) -> Metadata | None:
         if entry.kind == "base":
