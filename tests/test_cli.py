@@ -214,6 +214,11 @@ STOPPED = {
         "resumes from the last checkpoint; what was scored is kept",
     ),
     "check": ("perce_lite.evaluation.check.check", [], "Nothing was written; the same command starts over"),
+    "init": (
+        "perce_lite.planning.drafting.choose",
+        ["new.yaml", "--have", "rows", "--data", ".", "--want", "chat", "--gpu", "cpu"],
+        "Nothing was written",
+    ),
     "import": ("perce_lite.cli.importing.look", ["x", "--user", "ann"], "Nothing was written"),
     "inspect": (
         "perce_lite.evaluation.inspect.inspect",
@@ -255,7 +260,11 @@ def test_ctrl_c_says_how_to_go_on(recipe, run, monkeypatch, command):
     called, words, told = STOPPED[command]
     monkeypatch.setattr(called, lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
     words = [
-        *([] if command.split()[0] in ("store", "generate", "chat", "serve", "export", "import") else [recipe()]),
+        *(
+            []
+            if command.split()[0] in ("store", "generate", "chat", "serve", "export", "import", "init")
+            else [recipe()]
+        ),
         *words,
     ]
     code, out, err = run(*command.split(), *words)

@@ -16,6 +16,12 @@ _DATA, _TRAIN, _USE, _JUDGE, _MORE = "Your data", "Train", "Use", "Judge", "Hous
 _START_OVER = "Nothing was written; the same command starts over."
 
 COMMANDS = {
+    "init": Command(
+        "init:init",
+        "Ask what you have and want, and write a commented recipe for it; without a terminal, flags say it.",
+        _DATA,
+        _START_OVER,
+    ),
     "import": Command(
         "importing:import_",
         "Make rows of a person's writing; shows the first ones before it writes.",
