@@ -7,17 +7,19 @@ import typer
 from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import (
     AdapterPath,
+    Data,
+    Model,
     Personal,
     ProfileText,
     Seed,
     Temperature,
+    TemplateFile,
     TopP,
     UserName,
     text_or_file,
 )
 
 adapters = Lazy("perce_lite.model.adapters")
-answering = Lazy("perce_lite.model.answering")
 conversation = Lazy("perce_lite.cli.conversation")
 generation = Lazy("perce_lite.model.generate")
 transformers = Lazy("transformers")
@@ -32,11 +34,14 @@ def chat(
     top_p: TopP = 1.0,
     personal: Personal = 0.0,
     seed: Seed = 0,
+    model: Model = None,
+    data: Data = None,
+    template: TemplateFile = None,
 ) -> None:
     """Talk to an adapter in the terminal; /help lists what else can be said there."""
     if profile is not None and user is not None:
         raise typer.BadParameter("give one of --profile and --user")
     text = text_or_file(profile)
-    opened = generation.load_adapter(adapters.read_metadata(adapter))
+    opened = generation.load_adapter(adapters.read_metadata(adapter, adapters.Said(model, data, template)))
     transformers.set_seed(seed)
-    conversation.chat(opened, text, user, max_new_tokens, personal, **answering.sampling(temperature, top_p))
+    conversation.chat(opened, text, user, max_new_tokens, personal, **generation.sampling(temperature, top_p))
