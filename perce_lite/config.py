@@ -216,6 +216,9 @@ def _spreads_batches(accelerator_config: Any) -> bool:
 class PerCEConfig(SFTConfig):
     """`SFTConfig` with the fields of PerContrast; all of `SFTConfig`'s keep their names and meaning.
 
+    >>> PerCEConfig(output_dir="out", learning_rate=2e-4, estimator="base", clip_max=3.0).weighting
+    'additive'
+
     Mixed precision follows the device unless `bf16` or `fp16` is given: bf16, fp16 on a GPU without it, float32
     on a CPU without bf16 instructions. A loss that is NaN is never filtered from the logs.
 

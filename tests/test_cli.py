@@ -231,6 +231,11 @@ STOPPED = {
         ["--adapter", "x", "--prompt", "x"],
         "Nothing was written",
     ),
+    "weights": (
+        "perce_lite.training.weights.write_weights",
+        [],
+        "scored under the base is kept; the same command scores the rest",
+    ),
     "chat": ("perce_lite.model.adapters.read_metadata", ["x"], "Nothing was written"),
     "serve": ("perce_lite.serve.server.make_server", ["x"], "Nothing was written"),
     "eval": ("perce_lite.evaluation.evaluate.evaluate", ["--adapter", "x"], "What was scored and answered is kept"),

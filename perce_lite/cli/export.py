@@ -6,12 +6,13 @@ from typing import Annotated, Any
 import typer
 
 from perce_lite.cli.lazy import Lazy
-from perce_lite.cli.options import FleetPath, Json, agreed, write
+from perce_lite.cli.options import FleetPath, Json, Model, TemplateFile, agreed, write
 from perce_lite.cli.views import terminal
 from perce_lite.console import warn
 from perce_lite.errors import ExportError
 from perce_lite.fleet import queries
 
+adapters = Lazy("perce_lite.model.adapters")
 exports = Lazy("perce_lite.export.export")
 fleet_exports = Lazy("perce_lite.export.export_all")
 hub = Lazy("perce_lite.export.hub")
@@ -37,15 +38,21 @@ def export(
     push_to_hub: Annotated[str | None, typer.Option(help="peft, merged: a repository to upload it to.")] = None,
     public: Annotated[bool, typer.Option("--public", help="--push-to-hub: for everybody to read.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="--push-to-hub: do not ask.")] = False,
+    model: Model = None,
+    template: TemplateFile = None,
     json: Json = None,
 ) -> None:
     """Take an adapter to other programs; it is loaded again and shown to do what it did in training."""
     if [adapter is not None, verify is not None, all_].count(True) != 1 or (verify is None) != (to is not None):
         raise typer.BadParameter("give an adapter and --to TARGET, --all and --to TARGET, or --verify FOLDER alone")
-    if verify is not None and (out is not None or force or push_to_hub or quant or evaluation or user):
+    if verify is not None and (
+        out is not None or force or push_to_hub or quant or evaluation or user or model or template
+    ):
         raise typer.BadParameter("--verify writes nothing, so it goes with --base-gguf and --json alone")
-    if all_ and (evaluation or push_to_hub or user):
-        raise typer.BadParameter("--evaluation, --user and --push-to-hub are for one adapter, not for --all")
+    if all_ and (evaluation or push_to_hub or user or model or template):
+        raise typer.BadParameter(
+            "--evaluation, --user, --model, --template and --push-to-hub are for one adapter, not for --all"
+        )
     if fleet is not None and not all_:
         raise typer.BadParameter("--fleet goes with --all")
     if user is not None and push_to_hub is not None:
@@ -60,7 +67,9 @@ def export(
     elif to is not None and adapter is not None:
         if push_to_hub is not None:
             _ask(push_to_hub, to, public, yes)
-        figures = exports.export(adapter, to, out, force, base_gguf, quant, evaluation, user)
+        figures = exports.export(
+            adapter, to, out, force, base_gguf, quant, evaluation, user, adapters.Said(model, None, template)
+        )
         if push_to_hub is not None:
             figures["pushed"] = hub.push(Path(figures["folder"]), push_to_hub, public)
     elif to is not None:

@@ -23,6 +23,21 @@ ProfileText = Annotated[str | None, typer.Option("--profile", help="The profile'
 UserName = Annotated[
     str | None, typer.Option("--user", help="A user of the adapter's data: their texts become the profile.")
 ]
+Model = Annotated[
+    str | None, typer.Option("--model", help="The adapter's base, where its files name none that is here.")
+]
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", dir_okay=False, help="Rows or documents for --user, of an adapter that a script trained."),
+]
+TemplateFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--template",
+        dir_okay=False,
+        help="Another trainer's adapter: its chat template (.jinja), or template: (.yaml).",
+    ),
+]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: greedy.")]
 TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus, with a temperature.")]
 Personal = Annotated[

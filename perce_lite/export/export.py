@@ -38,6 +38,7 @@ def export(
     quant: str | None = None,
     evaluation: Path | None = None,
     user: str | None = None,
+    said: adapters.Said | None = None,
 ) -> dict[str, Any]:
     """Exports the adapter in `folder`; gives what `--json` writes. What lies at `out` in the end was proven.
 
@@ -47,6 +48,7 @@ def export(
     quant: for gguf and ollama, what the weights are written as; None: F16
     evaluation: what `perce-lite eval --json` wrote, for the model card
     user: a user of the adapter's data, whose texts the export carries as its profile; None: it carries none
+    said: of the adapter, where its files do not say it
 
     Raises:
         DataError: no such user.
@@ -54,7 +56,7 @@ def export(
         AdapterError: no adapter, or one of another base; DiskFullError: no space left, and nothing was written.
     """
     check_options(target, base_gguf, quant)
-    metadata = adapters.read_metadata(folder)
+    metadata = adapters.read_metadata(folder, said)
     source = Path(metadata["folder"])
     preflight(metadata, target)
     place = out or source.with_name(f"{source.name}-{target}")

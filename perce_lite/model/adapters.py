@@ -3,22 +3,25 @@
 import importlib.metadata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from perce_lite.errors import AdapterError, NonFiniteLossError
+from perce_lite.errors import AdapterError, NonFiniteLossError, first_line
 from perce_lite.files import METADATA as METADATA
 from perce_lite.files import folder_written_aside, read_json, write_json, write_text
 from perce_lite.model.builtin import BUILT_IN
 from perce_lite.model.compat import is_lora_weight, lora_layers
 from perce_lite.model.fingerprint import fingerprint, same_base, sketch
+from perce_lite.model.foreign import FOREIGN, foreign_metadata
 from perce_lite.model.lora_core import plain_state
 from perce_lite.model.model_card import model_card
 from perce_lite.recipe import Recipe
@@ -37,12 +40,17 @@ def save(model: PeftModel, folder: Path, metadata: dict[str, Any]) -> None:
     """
     if not all_finite(parameter for name, parameter in model.named_parameters() if is_lora_weight(name)):
         raise NonFiniteLossError(f"The adapter's weights are not finite, so {folder} was not written. Lower the rate.")
-    base: PreTrainedModel = model.get_base_model()
-    origin = {"base": {**sketch(base), "fingerprint": fingerprint(model)}, "versions": versions()}
+    origin = origin_of(model)
     with folder_written_aside(folder) as aside:
         model.save_pretrained(aside, state_dict=plain_state(model))
         write_json(aside / METADATA, {**metadata, **origin})
         write_text(aside / "README.md", model_card(metadata))
+
+
+def origin_of(model: PeftModel) -> dict[str, Any]:
+    """What metadata say of `model`'s base, whose weights are hashed, and of the packages."""
+    base: PreTrainedModel = model.get_base_model()
+    return {"base": {**sketch(base), "fingerprint": fingerprint(model)}, "versions": versions()}
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -51,24 +59,51 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return not finite or bool(torch.stack(finite).all())
 
 
-def read_metadata(folder: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Said:
+    """What the caller says of an adapter, where its own files do not, or no longer.
+
+    model: its base, a folder or a Hub id; data: a file of rows or documents, for the texts of its users
+    template: for an adapter of another trainer, a chat template (.jinja, .j2), or how profile and query become messages
+        (.yaml: the keys of a recipe's `template:`)
+    """
+
+    model: str | None = None
+    data: Path | None = None
+    template: Path | None = None
+
+
+def read_metadata(folder: Path, said: Said | None = None) -> dict[str, Any]:
     """The metadata of the adapter in `folder` or in `folder/adapter`, with `folder`, the folder of its files, added.
 
+    An adapter of another trainer (a LoRA of peft's without our metadata) has those that its base and `said` give.
+
     Raises:
-        AdapterError: the folder is not there, holds no adapter of PerCE Lite, or one of an incompatible version.
+        AdapterError: the folder is not there, holds no adapter, or one of an incompatible version.
+        TemplateError: an adapter of another trainer, and no chat template anywhere.
     """
+    said = said or Said()
     if not folder.is_dir():
         raise AdapterError(
             f"{folder}: there is no such folder. An adapter lies in <output_dir>/adapter after training."
         )
     for nested in (folder, folder / "adapter"):
-        metadata = read_json(nested / METADATA)
-        if isinstance(metadata, dict) and (nested / _WEIGHTS).is_file():
+        metadata, config = read_json(nested / METADATA), read_json(nested / "adapter_config.json")
+        if not (nested / _WEIGHTS).is_file():
+            continue
+        if isinstance(metadata, dict):
+            if said.template is not None and FOREIGN not in metadata:
+                raise AdapterError(f"{folder}: --template is for adapters of other trainers; this one has its own")
             _check(metadata, nested)
-            return {**_with_base_found(metadata, nested), "folder": str(nested)}
+            if not (said.model or metadata["recipe"]["model"]):
+                raise AdapterError(f"{folder}: its {METADATA} names no base: give --model FOLDER")
+            found = _with_base_found(metadata, nested)
+            return {**found, "recipe": _as_said(found["recipe"], said), "folder": str(nested)}
+        if isinstance(config, dict) and not (nested / METADATA).exists():
+            return foreign_metadata(nested, config, said.model, said.data, said.template)
     raise AdapterError(
-        f"{folder}: no adapter of PerCE Lite: it needs {_WEIGHTS}, adapter_config.json and {METADATA}. "
-        "Give the folder that `perce-lite train` named at its end."
+        f"{folder}: no adapter of PerCE Lite, nor another trainer's: it needs {_WEIGHTS} and adapter_config.json. "
+        "Give the folder that `perce-lite train` named at its end, or that a trainer saved."
     )
 
 
@@ -111,6 +146,12 @@ def _with_base_found(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {**metadata, "recipe": {**metadata["recipe"], "model": str(place)}}
 
 
+def _as_said(recipe: dict[str, Any], said: Said) -> dict[str, Any]:
+    """An adapter's recipe with another model or other data."""
+    data = recipe["data"] if said.data is None else {**recipe["data"], "path": str(said.data.absolute()), "hub": None}
+    return {**recipe, "model": said.model or recipe["model"], "data": data}
+
+
 def require_profile_pass(folder: Path, recipe: Recipe) -> None:
     """Raises AdapterError if the adapter in `folder` was not trained with the `profile_pass` of `recipe`."""
     theirs, ours = Recipe.model_validate(read_metadata(folder)["recipe"]).profile_pass, recipe.profile_pass
@@ -143,29 +184,36 @@ def weights_bytes(folder: Path) -> int:
     return (folder / _WEIGHTS).stat().st_size
 
 
-def load(base: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
+def load(
+    base: PreTrainedModel, folder: Path, name: str = "default", metadata: dict[str, Any] | None = None
+) -> PeftModel:
     """`base` with the adapter of `folder` on it, frozen, float32, in eval mode.
 
     name: what peft calls the adapter
+    metadata: of the adapter, where they were read already
 
     Raises:
         AdapterError: the folder holds no adapter, or an adapter that was trained on another base.
     """
-    model: PeftModel = PeftModel.from_pretrained(base, _files_for(base, folder), adapter_name=name)
+    files = _files_for(base, folder, metadata or read_metadata(folder))
+    try:
+        model: PeftModel = PeftModel.from_pretrained(base, files, adapter_name=name)
+    except (ValueError, RuntimeError, SafetensorError) as error:  # what peft makes of an adapter of other layers
+        raise AdapterError(f"{folder}: this adapter does not go on its base: {first_line(error)}") from error
     return _frozen(model)
 
 
 def load_beside(model: PeftModel, folder: Path, name: str) -> PeftModel:
     """`model` with the adapter of `folder` beside those that it has, as `name`, and active. Raises as `load`."""
-    model.load_adapter(_files_for(model.get_base_model(), folder), name)
+    model.load_adapter(_files_for(model.get_base_model(), folder, read_metadata(folder)), name)
     model.set_adapter(name, inference_mode=True)
     return _frozen(model)
 
 
-def _files_for(base: PreTrainedModel, folder: Path) -> str:
+def _files_for(base: PreTrainedModel, folder: Path, metadata: dict[str, Any]) -> str:
     """The folder of the files of the adapter in `folder`; raises AdapterError where `base` is not the one it is for."""
-    metadata = read_metadata(folder)
-    trained_on, loaded = metadata["base"], sketch(base)
+    loaded = sketch(base)
+    trained_on = {"embedding": loaded["embedding"], **metadata["base"]}  # of another trainer's only the shape is known
     if not same_base(trained_on, loaded):
         raise AdapterError(
             f"{folder}: this adapter was trained on {metadata['recipe']['model']} ({_shape(trained_on)}), not on the "

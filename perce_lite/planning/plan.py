@@ -76,7 +76,9 @@ class Plan:
         self, recipe: Recipe, rows: Rows | None = None, on_cpu: bool = False, triton: bool | None = None
     ) -> None:
         self.recipe, self.on_cpu = recipe, on_cpu
-        self.triton = not torch.cuda.is_available() or head_projects_scored_positions_only(CUDA) if triton is None else triton
+        self.triton = (
+            not torch.cuda.is_available() or head_projects_scored_positions_only(CUDA) if triton is None else triton
+        )
         self.config, self.at_hand = model_config(recipe)
         self.shape = shape_of(self.config)
         if recipe.embedding_on_host and _is_tied(self.config):

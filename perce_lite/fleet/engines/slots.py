@@ -34,7 +34,7 @@ from perce_lite.model.fingerprint import fingerprint
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
 from perce_lite.planning.oom_advice import explain_out_of_memory_in_fleet
 from perce_lite.recipe import Recipe, lora_config, training_config
-from perce_lite.training.train import run_metadata
+from perce_lite.training.metadata import run_metadata
 
 
 class SlotsEngine(SequentialEngine):
