@@ -226,7 +226,7 @@ STOPPED = {
         ["--adapter", "x", "--prompt", "x"],
         "Nothing was written",
     ),
-    "chat": ("perce_lite.model.adapters.read_metadata", ["x"], "Nothing was written"),
+    "chat": ("perce_lite.model.adapter_files.read_metadata", ["x"], "Nothing was written"),
     "serve": ("perce_lite.serve.server.make_server", ["x"], "Nothing was written"),
     "eval": ("perce_lite.evaluation.evaluate.evaluate", ["--adapter", "x"], "What was scored and answered is kept"),
     "compare": ("perce_lite.evaluation.compare.compare", [], "Finished trainings are kept"),

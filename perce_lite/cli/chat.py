@@ -13,11 +13,12 @@ from perce_lite.cli.options import (
     Temperature,
     TopP,
     UserName,
+    require_user,
     text_or_file,
 )
 from perce_lite.fleet import queries
+from perce_lite.model.adapter_files import read_metadata
 
-adapters = Lazy("perce_lite.model.adapters")
 answering = Lazy("perce_lite.model.answering")
 conversation = Lazy("perce_lite.cli.conversation")
 generation = Lazy("perce_lite.model.generate")
@@ -38,7 +39,9 @@ def chat(
     if profile is not None and user is not None:
         raise typer.BadParameter("give one of --profile and --user")
     queries.refuse_deleted(adapter, user)
+    metadata = read_metadata(adapter)
+    require_user(metadata, user)
     text = text_or_file(profile)
-    opened = generation.load_adapter(adapters.read_metadata(adapter))
+    opened = generation.load_adapter(metadata)
     transformers.set_seed(seed)
     conversation.chat(opened, text, user, max_new_tokens, personal, **answering.sampling(temperature, top_p))

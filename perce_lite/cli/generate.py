@@ -14,10 +14,12 @@ from perce_lite.cli.options import (
     Temperature,
     TopP,
     UserName,
+    require_user,
     text_or_file,
     write,
 )
 from perce_lite.fleet import queries
+from perce_lite.model.adapter_files import read_metadata
 
 answering = Lazy("perce_lite.model.answering")
 generation = Lazy("perce_lite.model.generate")
@@ -42,6 +44,7 @@ def generate(
     if sum((profile is not None, no_profile, user is not None)) > 1:
         raise typer.BadParameter("give one of --profile, --no-profile and --user")
     queries.refuse_deleted(adapter, user)
+    require_user(read_metadata(adapter), user)
     text = "" if no_profile else text_or_file(profile)
     transformers.set_seed(seed)
     options = answering.sampling(temperature, top_p)

@@ -15,7 +15,8 @@ from perce_lite.data.pairs import PairMaker
 from perce_lite.data.readers import user_texts
 from perce_lite.data.rows import Message, Profiled
 from perce_lite.errors import AdapterError, DataError
-from perce_lite.model import adapters
+from perce_lite.model import adapter_files, adapters
+from perce_lite.model.adapter_files import recipe_of
 from perce_lite.model.base import load_base
 from perce_lite.model.fused_head import base_of
 from perce_lite.model.personal_decoding import PersonalContrast
@@ -146,7 +147,7 @@ class LoadedAdapter:
 
 
 def load_adapter(metadata: dict[str, Any]) -> LoadedAdapter:
-    """The adapter with this metadata (`adapters.read_metadata`) on its base, in eval mode.
+    """The adapter with this metadata (`adapter_files.read_metadata`) on its base, in eval mode.
 
     Raises:
         ModelError, DeviceError: its base cannot be loaded; AdapterError: the base has changed since.
@@ -166,13 +167,6 @@ def loaded_on(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, metada
     maker = PairMaker.of(recipe, own, recipe.train.get("max_length", 1024))
     dtype = chosen_dtype(recipe.dtype, pick_device(recipe.device))
     return LoadedAdapter(metadata, recipe, model, maker, None if dtype == torch.float32 else dtype)
-
-
-def recipe_of(metadata: dict[str, Any]) -> Recipe:
-    """The recipe that an adapter was trained with; the metadata hold the text of its chat template file."""
-    recipe = Recipe.model_validate(metadata["recipe"])
-    recipe.train.pop("chat_template_path", None)
-    return recipe
 
 
 def generate_from_folder(
@@ -196,7 +190,7 @@ def generate_from_folder(
         AdapterError: no adapter there, or the profile is missing that the adapter was trained with.
         DataError: `strength` without a profile.
     """
-    metadata = adapters.read_metadata(folder)
+    metadata = adapter_files.read_metadata(folder)
     wanted = _wanted_profile(metadata, prompt, profile, user)
     loaded = load_adapter(metadata)
     messages = [{"role": "user", "content": prompt}]
