@@ -64,7 +64,7 @@ def load(
     Raises:
         AdapterError: no adapter there, or one of another base; ModelError: its base cannot be loaded.
     """
-    from perce_lite.model.adapters import Said, read_metadata
+    from perce_lite.model.adapter_files import Said, read_metadata
     from perce_lite.model.generate import load_adapter
 
     said = Said(model, None if data is None else Path(data), None if template is None else Path(template))
@@ -150,7 +150,7 @@ def _export(
         ExportError: no such target, one that cannot take this adapter, a folder in the way, or a proof that fails.
     """
     from perce_lite.export.export import export as export_adapter
-    from perce_lite.model.adapters import Said
+    from perce_lite.model.adapter_files import Said
 
     folder, place, gguf, file = (None if path is None else Path(path) for path in (adapter, out, base_gguf, template))
     assert folder is not None

@@ -202,6 +202,11 @@ class Recipe(Section):
         places = self._places(self.model) if self.model else ()  # a script's model may have no name
         return next((place for place in places if place.is_dir()), None)
 
+    def model_is_there(self) -> bool:
+        """Whether `model` is something; only a name that is spelt like a path can be told to be nothing."""
+        as_path = self.model.startswith(("/", "./", "../", "~")) or self.model.endswith(".gguf")
+        return not as_path or any(place.exists() for place in self._places(self.model))
+
     @property
     def chat_template_file(self) -> Path | None:
         """The file that `train.chat_template_path` names, looked for as `model_folder` is; None where it names none."""

@@ -145,7 +145,7 @@ def refuse_deleted(place: Path, user: str | None = None) -> None:
 
 
 def deletions(place: Path, users: Iterable[str]) -> dict[str, str]:
-    """Those of `users` who were deleted from the fleet that `place` lies in, with the days; empty outside of a fleet."""
+    """Those of `users` who were deleted from the fleet that `place` lies in, with the days."""
     folder = _fleet_around(place)
     if folder is None:
         return {}

@@ -244,7 +244,8 @@ class Registry:
     def forget(self, user: str) -> list[tuple[str, str]]:
         """Removes every row of `user`, marks the adapters that saw their texts as due, and returns their (kind, name).
 
-        Hashes of the name and its folder stay with the day, so that later runs leave the user out. One transaction; then the file is vacuumed.
+        Hashes of the name and its folder stay with the day, so that later runs leave the user out. One transaction;
+        then the file is vacuumed.
         """
         with self._db:
             rows = self._db.execute("SELECT kind, name FROM seen WHERE user = ? AND kind != 'user'", (user,))

@@ -3,13 +3,11 @@
 import importlib.metadata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -17,16 +15,13 @@ from transformers import PreTrainedModel
 
 from perce_lite.errors import AdapterError, NonFiniteLossError, first_line
 from perce_lite.files import METADATA as METADATA
-from perce_lite.files import folder_written_aside, read_json, write_json, write_text
-from perce_lite.model.builtin import BUILT_IN
+from perce_lite.files import folder_written_aside, write_json, write_text
+from perce_lite.model.adapter_files import WEIGHTS, read_metadata
 from perce_lite.model.compat import is_lora_weight, lora_layers
 from perce_lite.model.fingerprint import fingerprint, same_base, sketch
-from perce_lite.model.foreign import FOREIGN, foreign_metadata
 from perce_lite.model.lora_core import plain_state
 from perce_lite.model.model_card import model_card
-from perce_lite.recipe import Recipe
 
-_WEIGHTS = "adapter_model.safetensors"
 _PACKAGES = ("perce-lite", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
@@ -57,131 +52,6 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether all numbers of these tensors, of one device, are finite; the host waits once, not once a tensor."""
     finite = [torch.isfinite(tensor).all() for tensor in tensors]
     return not finite or bool(torch.stack(finite).all())
-
-
-@dataclass(frozen=True)
-class Said:
-    """What the caller says of an adapter, where its own files do not, or no longer.
-
-    model: its base, a folder or a Hub id; data: a file of rows or documents, for the texts of its users
-    template: for an adapter of another trainer, a chat template (.jinja, .j2), or how profile and query become messages
-        (.yaml: the keys of a recipe's `template:`)
-    """
-
-    model: str | None = None
-    data: Path | None = None
-    template: Path | None = None
-
-
-def read_metadata(folder: Path, said: Said | None = None) -> dict[str, Any]:
-    """The metadata of the adapter in `folder` or in `folder/adapter`, with `folder`, the folder of its files, added.
-
-    An adapter of another trainer (a LoRA of peft's without our metadata) has those that its base and `said` give.
-
-    Raises:
-        AdapterError: the folder is not there, holds no adapter, or one of an incompatible version.
-        TemplateError: an adapter of another trainer, and no chat template anywhere.
-    """
-    said = said or Said()
-    if not folder.is_dir():
-        raise AdapterError(
-            f"{folder}: there is no such folder. An adapter lies in <output_dir>/adapter after training."
-        )
-    for nested in (folder, folder / "adapter"):
-        metadata, config = read_json(nested / METADATA), read_json(nested / "adapter_config.json")
-        if not (nested / _WEIGHTS).is_file():
-            continue
-        if isinstance(metadata, dict):
-            if said.template is not None and FOREIGN not in metadata:
-                raise AdapterError(f"{folder}: --template is for adapters of other trainers; this one has its own")
-            _check(metadata, nested)
-            if not (said.model or metadata["recipe"]["model"]):
-                raise AdapterError(f"{folder}: its {METADATA} names no base: give --model FOLDER")
-            found = _with_base_found(metadata, nested)
-            return {**found, "recipe": _as_said(found["recipe"], said), "folder": str(nested)}
-        if isinstance(config, dict) and not (nested / METADATA).exists():
-            return foreign_metadata(nested, config, said.model, said.data, said.template)
-    raise AdapterError(
-        f"{folder}: no adapter of PerCE Lite, nor another trainer's: it needs {_WEIGHTS} and adapter_config.json. "
-        "Give the folder that `perce-lite train` named at its end, or that a trainer saved."
-    )
-
-
-def given_away(metadata: dict[str, Any]) -> dict[str, Any]:
-    """`metadata` as an export has them: without paths of this machine, names of users and tokens of the Hub.
-
-    A base that is a folder is called by the folder's name.
-    """
-    recipe = metadata["recipe"]
-    public = {name: value if name == "template" else _without_paths(value) for name, value in recipe.items()}
-    public["model"] = base_name(recipe["model"])
-    public["data"] = {name: value for name, value in public["data"].items() if name not in ("path", "users")}
-    return {**{name: value for name, value in metadata.items() if name != "folder"}, "recipe": public}
-
-
-def base_name(model: str) -> str:
-    """What a base is called to others: a built-in name or a Hub id as it is, a folder by its last part."""
-    return Path(model).name if Path(model).is_absolute() else model
-
-
-def _without_paths(value: Any) -> Any:
-    """`value` without what is an absolute path in it, or a token of the Hub."""
-    if isinstance(value, dict):
-        return {name: _without_paths(inner) for name, inner in value.items() if not _is_private(name, inner)}
-    return (
-        [_without_paths(inner) for inner in value if not _is_private("", inner)] if isinstance(value, list) else value
-    )
-
-
-def _is_private(name: str, value: Any) -> bool:
-    return name == "hub_token" or (isinstance(value, str) and (value.startswith("~") or Path(value).is_absolute()))
-
-
-def _with_base_found(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`metadata` with the folder of a base that `given_away` left the name of: peft's own config says where it was."""
-    model, config = metadata["recipe"]["model"], read_json(folder / "adapter_config.json")
-    place = Path((config.get("base_model_name_or_path") or "") if isinstance(config, dict) else "")
-    if model in BUILT_IN or not place.is_absolute() or place.name != model or not place.is_dir():
-        return metadata
-    return {**metadata, "recipe": {**metadata["recipe"], "model": str(place)}}
-
-
-def _as_said(recipe: dict[str, Any], said: Said) -> dict[str, Any]:
-    """An adapter's recipe with another model or other data."""
-    data = recipe["data"] if said.data is None else {**recipe["data"], "path": str(said.data.absolute()), "hub": None}
-    return {**recipe, "model": said.model or recipe["model"], "data": data}
-
-
-def require_profile_pass(folder: Path, recipe: Recipe) -> None:
-    """Raises AdapterError if the adapter in `folder` was not trained with the `profile_pass` of `recipe`."""
-    theirs, ours = Recipe.model_validate(read_metadata(folder)["recipe"]).profile_pass, recipe.profile_pass
-    if theirs != ours:
-        raise AdapterError(
-            f"{folder}: this adapter was trained with profile_pass: {theirs} and would be used with {ours}, which is "
-            f"not what it learned. Add --set train.profile_pass={theirs}."
-        )
-
-
-def _check(metadata: dict[str, Any], folder: Path) -> None:
-    """Raises AdapterError if `metadata` lack what this version needs."""
-    unfit = [key for key in ("recipe", "base", "train_on", "chat_template", "run") if key not in metadata]
-    try:
-        if not unfit:
-            Recipe.model_validate(metadata["recipe"])
-            return
-    except ValidationError as error:
-        unfit = [".".join(map(str, fault["loc"])) for fault in error.errors()]
-    writer, here = metadata.get("versions", {}).get("perce-lite", "unknown"), importlib.metadata.version("perce-lite")
-    version = "an earlier state of this version" if writer == here else f"another version, {writer}; this is {here}"
-    raise AdapterError(
-        f"{folder}: its {METADATA} was written by PerCE Lite in {version}. It does not fit in: {', '.join(unfit)}. "
-        "Train it anew, install what wrote it, or load the folder with peft."
-    )
-
-
-def weights_bytes(folder: Path) -> int:
-    """Bytes that the weights of the adapter in `folder`, the folder of its files, take in memory."""
-    return (folder / _WEIGHTS).stat().st_size
 
 
 def load(
@@ -237,7 +107,7 @@ def start_from(model: PeftModel, folder: Path) -> None:
         AdapterError: no adapter there, or its shape or base is another.
     """
     metadata = read_metadata(folder)
-    weights = load_file(Path(metadata["folder"]) / _WEIGHTS)
+    weights = load_file(Path(metadata["folder"]) / WEIGHTS)
     same_layers = set(get_peft_model_state_dict(model)) == set(weights)
     if not same_layers or not same_base(metadata["base"], sketch(model.get_base_model())):
         raise AdapterError(
