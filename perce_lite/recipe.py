@@ -163,7 +163,7 @@ class Export(Section):
 class Recipe(Section):
     """All that a run depends on."""
 
-    model: str = Field("smollm2-135m", description="smollm2-135m (built in), a Hub id or a folder")
+    model: str = Field("smollm2-135m", description="smollm2-135m (built in), a Hub id, a folder or a GGUF file")
     quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4 bit with double quantisation")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="compute dtype")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
@@ -206,6 +206,16 @@ class Recipe(Section):
         """Whether `model` is something; only a name that is spelt like a path can be told to be nothing."""
         as_path = self.model.startswith(("/", "./", "../", "~")) or self.model.endswith(".gguf")
         return not as_path or any(place.exists() for place in self._places(self.model))
+
+    @property
+    def model_file(self) -> Path | None:
+        """The GGUF file that `model` names, looked for as `model_folder` is; None where it names none."""
+        return next((place for place in self._places(self.model) if place.is_file()), None)
+
+    @property
+    def model_path(self) -> Path | None:
+        """The folder or the GGUF file that `model` names; None of a built-in model and a Hub id."""
+        return self.model_folder or self.model_file
 
     @property
     def chat_template_file(self) -> Path | None:

@@ -47,8 +47,8 @@ def run_metadata(
     recorded = recipe.model_dump(mode="json")
     if recipe.data.path:  # the adapter does not lie beside the recipe
         recorded["data"]["path"] = str(recipe.data_path)
-    if recipe.model_folder is not None:
-        recorded["model"] = str(recipe.model_folder)
+    if recipe.model_path is not None:
+        recorded["model"] = str(recipe.model_path)
     return {
         "run": run,
         "recipe": recorded,
