@@ -199,7 +199,13 @@ class Recipe(Section):
     @property
     def model_folder(self) -> Path | None:
         """The folder that `model` names, from the recipe's own on or as it stands; None where it names none."""
-        return next((place for place in self._places(self.model) if place.is_dir()), None)
+        places = self._places(self.model) if self.model else ()  # a script's model may have no name
+        return next((place for place in places if place.is_dir()), None)
+
+    def model_is_there(self) -> bool:
+        """Whether `model` is something; only a name that is spelt like a path can be told to be nothing."""
+        as_path = self.model.startswith(("/", "./", "../", "~")) or self.model.endswith(".gguf")
+        return not as_path or any(place.exists() for place in self._places(self.model))
 
     @property
     def model_file(self) -> Path | None:
@@ -250,7 +256,7 @@ class Recipe(Section):
     def fingerprint(self) -> str:
         """Equal for recipes that train the same adapter: where it goes, what is logged and how it fits do not count."""
         plain = self.model_dump(mode="json")
-        plain["train"] = {name: value for name, value in plain["train"].items() if not _NOT_TRAINED_BY.match(name)}
+        plain["train"] = {name: value for name, value in plain["train"].items() if trains(name)}
         template = self.chat_template_file
         if template is not None:  # what it says counts, not where it lies
             plain["train"]["chat_template_path"] = digest(template.read_bytes().hex())
@@ -273,6 +279,12 @@ _NOT_TRAINED_BY = re.compile(
     r"skip_memory_metrics|gradient_checkpointing|activation_offloading)$"
 )
 """Fields of `train:` that change places, logs or memory, not what is trained."""
+
+
+def trains(name: str) -> bool:
+    """Whether the field `name` of `train:` changes what is trained, not only where it goes or how it fits."""
+    return not _NOT_TRAINED_BY.match(name)
+
 
 _LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
