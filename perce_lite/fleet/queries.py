@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from perce_lite.errors import FleetError
 from perce_lite.files import METADATA, bytes_of, read_json, safe_name
 from perce_lite.fleet.groups import SHARED, Key, key_of
-from perce_lite.fleet.registry import FILE, KEPT, Adapter, Registry, held
+from perce_lite.fleet.registry import FILE, KEPT, PACKS, Adapter, Registry, held
 
 PERSONAL = (
-    KEPT, "fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json",
+    KEPT, PACKS, "fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json",
 )  # fmt: skip
 """Files in a fleet's folder, written by other commands, that quote users' texts or are trained on them."""
 
