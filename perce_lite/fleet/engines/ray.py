@@ -28,6 +28,7 @@ from perce_lite.fleet.engines.ray_worker import (
     Item,
     Loaded,
     PackWorker,
+    Place,
     Progress,
     Trainer,
     trainer,
@@ -54,21 +55,20 @@ class RayOptions:
 
     workers: how many; None: one for each GPU, or for each `cores` cores where the cluster has no GPU
     cores: of a worker on a CPU, and threads of every worker
+    trainer: makes the engine that each worker trains its packs with
     """
 
     address: str | None = None
     workers: int | None = None
     cores: int | None = None
+    trainer: Trainer = trainer
 
 
 @contextmanager
-def ray_engines(options: RayOptions, make: Trainer = trainer) -> Iterator[Callable[[Recipe], Engine]]:
-    """Yields what makes the engine of a recipe; the cluster is left, and its workers end, with the block.
-
-    make: makes the engine that each worker trains its packs with
-    """
+def ray_engines(options: RayOptions) -> Iterator[Callable[[Recipe], Engine]]:
+    """Yields what makes the engine of a recipe; the cluster is left, and its workers end, with the block."""
     with ExitStack() as stack:
-        yield lambda recipe: stack.enter_context(RayEngine(recipe, options, make))
+        yield lambda recipe: stack.enter_context(RayEngine(recipe, options))
 
 
 @dataclass
@@ -97,12 +97,13 @@ class RayEngine:
             the fleet's folder, has other versions or another base; DeviceError: no GPU where the recipe wants one.
     """
 
-    def __init__(self, recipe: Recipe, options: RayOptions, make: Trainer = trainer) -> None:
-        self._recipe, self._options, self._make = recipe, options, make
+    def __init__(self, recipe: Recipe, options: RayOptions) -> None:
+        self._recipe, self._options = recipe, options
         self._kept = KeptPacks(recipe.output_dir / PACKS)
         self._workers: list[_Worker] = []
         self._adapters: int | None = None
         self._deaths = 0  # workers lost since a user ended
+        self._last_news = time.monotonic()
         self._said: set[str] = set()
         self._mark = recipe.output_dir / f".ray-{secrets.token_hex(8)}" / "driver"
         self._expected = versions()
@@ -127,16 +128,10 @@ class RayEngine:
     def base(self) -> dict[str, Any]:
         """Starts the workers, and waits until each has loaded the base."""
         self._start()
-        started = time.monotonic()
         while not all(worker.loaded for worker in self._workers):
             self._wait(None, _nobody)
-            if time.monotonic() - started > START_SECONDS and not all(worker.introduced for worker in self._workers):
-                waiting = sum(not worker.introduced for worker in self._workers)
-                raise FleetError(
-                    f"--engine ray: {waiting} of {len(self._workers)} workers have not started within "
-                    f"{START_SECONDS} s: others use the cluster. Nothing was trained; ask for fewer --workers."
-                )
         ready = [worker.loaded for worker in self._workers if worker.loaded]
+        self._users = min(loaded.users for loaded in ready)  # of a pack: every worker has room for it
         hosts = ", ".join(sorted({worker.host for worker in self._workers}))
         devices = ", ".join(sorted({loaded.device for loaded in ready}))
         say(f"Ray: {len(ready)} workers on {hosts} ({devices}), {self._users} users at once in each")
@@ -169,11 +164,6 @@ class RayEngine:
 
     # Workers
 
-    @property
-    def _users(self) -> int:
-        """Users of a pack: as many as every worker has room for."""
-        return min(worker.loaded.users for worker in self._workers if worker.loaded)
-
     def _start(self) -> None:
         """Starts as many workers as were asked for, and fit, and have something to do."""
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
@@ -194,7 +184,8 @@ class RayEngine:
             say(f"{count} workers instead of {wanted}: no more adapters are due")
         self._mark.parent.mkdir(parents=True)
         self._mark.touch()
-        self._source = source_fingerprint(self._recipe)
+        sharers = min(count, max(int(node.get("CPU", 0) // self._cores) for node in nodes))  # its own GPU each, if any
+        self._place = Place(self._gpu, self._cores, sharers, source_fingerprint(self._recipe))
         for number in range(1, count + 1):
             self._workers.append(self._new(number))
 
@@ -202,7 +193,7 @@ class RayEngine:
         """An actor that was asked who it is."""
         resources = {"num_gpus": 1, "num_cpus": 0} if self._gpu else {"num_cpus": self._cores}
         actor_class = self._ray.remote(scheduling_strategy="SPREAD", **resources)(PackWorker)
-        actor = actor_class.remote(self._recipe, os.getcwd(), self._cores, self._make)
+        actor = actor_class.remote(self._recipe, os.getcwd(), self._options.trainer)
         mark = self._mark.with_name(f"worker-{secrets.token_hex(8)}")
         return _Worker(number, actor, actor.introduce.remote(self._mark, mark.name), mark)
 
@@ -219,6 +210,14 @@ class RayEngine:
         ready, _ = self._ray.wait(calls, num_returns=len(calls), timeout=0)
         if not ready:
             ready, _ = self._ray.wait(calls, num_returns=1, timeout=1)
+        self._last_news = time.monotonic() if ready else self._last_news
+        if time.monotonic() - self._last_news > START_SECONDS and not any(
+            worker.introduced for worker in by_call.values()
+        ):
+            raise FleetError(
+                f"--engine ray: {len(calls)} of {len(self._workers)} workers have not started within {START_SECONDS} "
+                "s; the cluster has lost machines, or others use it. What is trained stays; ask for fewer --workers."
+            )
         for worker in [worker for worker in by_call.values() if any(worker.call is call for call in ready)]:
             try:
                 self._take(worker, on_done)
@@ -270,13 +269,7 @@ class RayEngine:
         if other:
             unlike = ", ".join(f"{name} {version} instead of {self._expected[name]}" for name, version in other.items())
             raise FleetError(f"{worker} has {unlike}. Nothing was trained; install the same on all machines.")
-        worker.call = worker.actor.load.remote(self._gpu, self._source, self._sharers)
-
-    @property
-    def _sharers(self) -> int:
-        """Workers on one machine, at the most."""
-        machines = sum(1 for node in self._ray.nodes() if node["Alive"])
-        return -(-len(self._workers) // machines)
+        worker.call = worker.actor.load.remote(self._place)
 
     def _check_base(self, worker: _Worker, news: Loaded | Failure) -> None:
         """Refuses a worker over another base."""
@@ -337,18 +330,21 @@ def _connect(ray: ModuleType, address: str | None) -> bool:
     Raises:
         FleetError: it cannot be reached.
     """
-    if ray.is_initialized():
-        return False
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    wanted = address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
-    if address == "local":
+    if wanted == "local":
         options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
     else:
-        _reach(address)
+        _reach(wanted)
+    if ray.is_initialized():
+        joined = ray.get_runtime_context().gcs_address
+        if address not in (None, "auto", joined):
+            raise FleetError(f"--address {address}: this process has joined the cluster at {joined}; leave it first.")
+        return False
     try:
-        ray.init(address=address, **options)
+        ray.init(address=wanted, **options)
     except Exception as error:  # Ray raises many kinds
-        raise FleetError(f"--address {address}: no Ray cluster could be joined: {first_line(error)}") from error
+        raise FleetError(f"--address {wanted}: no Ray cluster could be joined: {first_line(error)}") from error
     return True
 
 

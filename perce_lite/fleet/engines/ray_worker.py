@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from perce_lite import __version__, console
-from perce_lite.errors import PerceLiteError
+from perce_lite.errors import DeviceError, FleetError, PerceLiteError
 from perce_lite.files import digest
-from perce_lite.fleet.engines.protocol import FATAL_ERRORS, Engine, Outcome, Task
+from perce_lite.fleet.engines.protocol import Engine, Outcome, Task
 from perce_lite.fleet.groups import Key
 from perce_lite.fleet.stream import stream
 from perce_lite.recipe import Recipe
@@ -38,28 +38,53 @@ class PackEngine(Engine, Protocol):
         """Hash of the base as loaded; it depends on device and dtype."""
 
 
-Trainer = Callable[[Recipe, int], PackEngine]
-"""Makes a worker's engine, of a recipe and the number of workers that share the worker's machine."""
+@dataclass(frozen=True)
+class Place:
+    """Where a worker trains.
+
+    gpu: Ray has given it a GPU; threads: of torch; sharers: workers on one machine, at the most
+    base: the driver's `source_fingerprint` of the recipe's base
+    """
+
+    gpu: bool
+    threads: int
+    sharers: int
+    base: str
 
 
-def trainer(recipe: Recipe, sharers: int) -> PackEngine:
-    """The engine that trains on one machine without Ray, too."""
+Trainer = Callable[[Recipe, Place], PackEngine]
+"""Makes a worker's engine; raises a PerceLiteError where it cannot train what the others train."""
+
+
+def trainer(recipe: Recipe, place: Place) -> PackEngine:
+    """The engine that trains on one machine without Ray, too.
+
+    Raises:
+        DeviceError: no GPU that torch could use; FleetError: another base.
+    """
+    import torch
+
     from perce_lite.fleet.engines.slots import engine_for
+    from perce_lite.model.footprint import source_fingerprint
 
-    return engine_for(recipe, sharers)
+    torch.set_num_threads(place.threads)
+    if place.gpu and not torch.cuda.is_available():
+        raise DeviceError("the cluster says that it has a GPU here, but torch sees none. Nothing was trained.")
+    if source_fingerprint(recipe) != place.base:
+        raise FleetError(f"{recipe.model} has other files here than where the command runs. Nothing was trained.")
+    return engine_for(recipe, place.sharers)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An error that crosses from a worker to the driver: its type's name, its text, whether the fleet has to stop."""
+    """An error that crosses from a worker to the driver: its type's name and its text."""
 
     kind: str
     message: str
-    fatal: bool
 
     @classmethod
     def of(cls, error: PerceLiteError) -> "Failure":
-        return cls(type(error).__name__, str(error), isinstance(error, FATAL_ERRORS))
+        return cls(type(error).__name__, str(error))
 
 
 @dataclass(frozen=True)
@@ -120,10 +145,10 @@ def versions() -> dict[str, str]:
 
 
 class PackWorker:
-    """An actor. threads: of torch; folder: the driver's working folder, which relative paths start from."""
+    """An actor. folder: the driver's working folder, which relative paths start from; make: makes its engine."""
 
-    def __init__(self, recipe: Recipe, folder: str, threads: int, make: Trainer) -> None:
-        self._recipe, self._threads, self._make = recipe, threads, make
+    def __init__(self, recipe: Recipe, folder: str, make: Trainer) -> None:
+        self._recipe, self._make = recipe, make
         self._engine: PackEngine | None = None
         if Path(folder).is_dir():
             os.chdir(folder)
@@ -138,25 +163,12 @@ class PackWorker:
             fault = f"{type(error).__name__}: {error}"
         return Introduction(socket.gethostname(), versions(), fault)
 
-    def load(self, gpu: bool, source: str, sharers: int) -> Loaded | Failure:
-        """Loads the base.
-
-        gpu: Ray has given this worker a GPU; source: the driver's `source_fingerprint`
-        sharers: workers on this machine, at the most
-        """
-        import torch
-
+    def load(self, place: Place) -> Loaded | Failure:
+        """Loads the base."""
         console.quiet()
-        torch.set_num_threads(self._threads)
-        if gpu and not torch.cuda.is_available():
-            return _refused("the cluster says that it has a GPU here, but torch sees none")
         try:
-            engine = self._make(self._recipe, sharers)
-            from perce_lite.model.footprint import source_fingerprint
-
-            if source_fingerprint(self._recipe) != source:
-                return _refused(f"{self._recipe.model} has other files here than where the command runs")
-            loaded = Loaded(engine.users, engine.base(), engine.fingerprint(), _device(gpu))
+            engine = self._make(self._recipe, place)
+            loaded = Loaded(engine.users, engine.base(), engine.fingerprint(), _device(place.gpu))
         except PerceLiteError as error:
             return Failure.of(error)
         self._engine = engine
@@ -204,11 +216,9 @@ class _Lines(io.StringIO):
         return len(text)
 
 
-def _refused(why: str) -> Failure:
-    return Failure("FleetError", why, fatal=True)
-
-
 def _device(gpu: bool) -> str:
+    if not gpu:
+        return "CPU"
     import torch
 
-    return torch.cuda.get_device_name() if gpu else "CPU"
+    return torch.cuda.get_device_name()
