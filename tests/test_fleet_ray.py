@@ -169,7 +169,7 @@ def test_a_driver_that_is_killed_or_stopped_is_resumed(recipe, cluster):
             assert driver.poll() is None, driver.stderr.read()
             time.sleep(0.1)
         driver.send_signal(stop)
-        assert driver.wait() == expected
+        assert driver.wait() == expected, driver.stderr.read()
         said = driver.stderr.read()
         assert "Traceback" not in said
     assert logged("end") == users[:4]

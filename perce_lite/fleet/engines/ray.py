@@ -127,9 +127,10 @@ class RayEngine:
 
     def base(self) -> dict[str, Any]:
         """Starts the workers, and waits until each has loaded the base."""
-        self._start()
-        while not all(worker.loaded for worker in self._workers):
-            self._wait(None, _nobody)
+        with _interruptible():
+            self._start()
+            while not all(worker.loaded for worker in self._workers):
+                self._wait(None, _nobody)
         ready = [worker.loaded for worker in self._workers if worker.loaded]
         self._users = min(loaded.users for loaded in ready)  # of a pack: every worker has room for it
         hosts = ", ".join(sorted({worker.host for worker in self._workers}))
@@ -160,7 +161,8 @@ class RayEngine:
             losses = [progress.loss for progress in busy if progress.loss is not None]
             loss = sum(losses) / len(losses) if losses else None
             on_progress(loss, sum(progress.share for progress in busy))
-            self._wait(queue, on_done)
+            with _interruptible():
+                self._wait(queue, on_done)
 
     # Workers
 
@@ -314,6 +316,17 @@ def _nobody(task: Task, outcome: Any) -> None:
     raise AssertionError("nothing is trained while workers start")
 
 
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raises what a signal's handler raised: Ray passes on a KeyboardInterrupt, and makes SystemError of others."""
+    try:
+        yield
+    except SystemError as error:
+        if error.__cause__ is None:
+            raise
+        raise error.__cause__ from None
+
+
 def _import_ray() -> ModuleType:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
     try:
@@ -342,7 +355,8 @@ def _connect(ray: ModuleType, address: str | None) -> bool:
             raise FleetError(f"--address {address}: this process has joined the cluster at {joined}; leave it first.")
         return False
     try:
-        ray.init(address=wanted, **options)
+        with _interruptible():
+            ray.init(address=wanted, **options)
     except Exception as error:  # Ray raises many kinds
         raise FleetError(f"--address {wanted}: no Ray cluster could be joined: {first_line(error)}") from error
     return True
