@@ -37,13 +37,23 @@ def cluster(tmp_path_factory):
     nodes.shutdown()
 
 
+@pytest.fixture
+def occupied(cluster):
+    """All cores of the two nodes are taken by others, so that a worker goes to a node that is added."""
+    others = [ray.remote(num_cpus=1)(Light).remote() for _ in range(2)]
+    ray.get([other.base.remote() for other in others])
+    yield
+    for other in others:
+        ray.kill(other)
+
+
 class Light:
     """Writes what it does into `log.txt`, a line a start and an end; a small file stands for an adapter."""
 
     kept = None
 
-    def __init__(self, recipe, place) -> None:
-        self.users = recipe.fleet.slots
+    def __init__(self, recipe=None, place=None) -> None:
+        self.users = 1 if recipe is None else recipe.fleet.slots
 
     def base(self):
         return {"shape": ["toy", 1, 1, 1, True], "embedding": [1.0]}
@@ -100,4 +110,4 @@ def plan(**faults) -> None:
     Path("plan.json").write_text(json.dumps(faults))
 
 
-__all__ = ["Light", "PerceLiteError", "cluster", "light", "logged", "plan"]
+__all__ = ["Light", "PerceLiteError", "cluster", "light", "logged", "occupied", "plan"]

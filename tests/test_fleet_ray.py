@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fleet_fixtures import rows_of
-from ray_fixtures import cluster, light, logged, plan, ray
+from ray_fixtures import cluster, light, logged, occupied, plan, ray
 from safetensors.torch import load_file
 
 from perce_lite.errors import DeviceError, DiskFullError, FleetError
@@ -25,7 +25,7 @@ from perce_lite.recipe import load_recipe
 
 pytest_plugins = ["cli_fixtures"]
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("cluster")]
-__all__ = ["cluster"]
+__all__ = ["cluster", "occupied"]
 
 TEXT = """
 train: {max_steps: 6, learning_rate: 0.05, output_dir: out, store: store, save_steps: 2}
@@ -220,14 +220,14 @@ def test_refusals_before_anything_is_trained(recipe, run, monkeypatch):
     assert not list(Path("out").glob("adapters"))
 
 
-def test_a_worker_with_another_version_is_refused(recipe, cluster, tmp_path):
+def test_a_worker_with_another_version_is_refused(recipe, cluster, occupied, tmp_path):
     shutil.copytree(Path(ray_worker.__file__).parents[2], tmp_path / "other/perce_lite")
     init = tmp_path / "other/perce_lite/__init__.py"
     init.write_text(init.read_text().replace('__version__ = "', '__version__ = "9.'))
     (tmp_path / "other/sitecustomize.py").write_text("import perce_lite")  # ahead of the driver's own paths
     node = cluster.add_node(num_cpus=1, env_vars={"PYTHONPATH": str(tmp_path / "other")})
     try:
-        with pytest.raises(FleetError, match=r"has perce-lite 9\.\S+ instead of .* install the same"), light(3) as make:
+        with pytest.raises(FleetError, match=r"has perce-lite 9\.\S+ instead of .* install the same"), light(1) as make:
             fleet(load_recipe(recipe(rows_of(3), TEXT)), make)
     finally:
         cluster.remove_node(node)
@@ -253,7 +253,7 @@ def test_a_gpu_that_no_node_has_is_refused(recipe):
 
 
 @pytest.fixture
-def elsewhere(cluster, tmp_path):
+def elsewhere(cluster, occupied):
     """Starts a node in a mount namespace of its own, in which `mount` was run."""
     started = []
 
@@ -280,7 +280,7 @@ def test_a_folder_that_a_worker_does_not_see_is_refused(recipe, elsewhere):
     path = recipe(rows_of(3), TEXT)
     Path("out").mkdir()
     elsewhere(f"mount -t tmpfs none {Path('out').absolute()}")
-    with pytest.raises(FleetError, match=r"does not see \S+/out as .* does"), light(3) as make:
+    with pytest.raises(FleetError, match=r"does not see \S+/out as .* does"), light(1) as make:
         fleet(load_recipe(path), make)
     assert logged("start") == []
 
@@ -294,6 +294,6 @@ def test_a_worker_with_another_base_is_refused(recipe, elsewhere, toy, tmp_path)
     elsewhere(f"mount --bind {tmp_path / 'changed'} {toy}")
     loaded = load_recipe(recipe(rows_of(3), TEXT))
     refused = pytest.raises(FleetError, match=r"worker \d on .* has other files here than where the command runs")
-    with refused, ray_engines(RayOptions(workers=3)) as make:
+    with refused, ray_engines(RayOptions(workers=1)) as make:
         fleet(loaded, make)
     assert not (Path("out") / "adapters").exists()

@@ -64,12 +64,12 @@ def trainer(recipe: Recipe, place: Place) -> PackEngine:
     """
     import torch
 
+    if place.gpu and not torch.cuda.is_available():
+        raise DeviceError("the cluster says that it has a GPU here, but torch sees none. Nothing was trained.")
+    torch.set_num_threads(place.threads)
     from perce_lite.fleet.engines.slots import engine_for
     from perce_lite.model.footprint import source_fingerprint
 
-    torch.set_num_threads(place.threads)
-    if place.gpu and not torch.cuda.is_available():
-        raise DeviceError("the cluster says that it has a GPU here, but torch sees none. Nothing was trained.")
     if source_fingerprint(recipe) != place.base:
         raise FleetError(f"{recipe.model} has other files here than where the command runs. Nothing was trained.")
     return engine_for(recipe, place.sharers)
