@@ -97,9 +97,13 @@ class Evaluation(Section):
 
     max_rows: int = Field(24, ge=1, description="held-out rows of a split at the most, spread over users")
     max_new_tokens: int = Field(60, ge=1, description="tokens of a generated answer")
-    generated_rows: int = Field(8, ge=0, description="eval: rows whose answers are generated and scored; 0: none")
+    generated_rows: int = Field(
+        8, ge=0, description="eval, compare: rows whose answers are generated and scored; 0: none"
+    )
     samples: int = Field(
-        3, ge=0, description="eval: answers drawn at temperature 0.7 beside the greedy one, with the own profile"
+        3,
+        ge=0,
+        description="eval, compare: answers drawn at temperature 0.7 beside the greedy one, with the own profile",
     )
     personal: list[Annotated[float, Field(ge=0)]] = Field(
         [0.25, 0.5, 1.0], description="eval: strengths of --personal whose answers are judged too, beside plain ones"
@@ -111,7 +115,7 @@ class Evaluation(Section):
         3, ge=0, description="eval, compare: further users whose profiles a text's writer is told from"
     )
     generation: dict[str, Any] = Field(
-        {}, description="eval: options of transformers' generate, such as {do_sample: true, temperature: 0.7}"
+        {}, description="eval, compare: options of transformers' generate, such as {do_sample: true, temperature: 0.7}"
     )
     general: str | None = Field(
         None, description="eval: JSONL of prompt and completion that has nothing to do with the users; null: built in"

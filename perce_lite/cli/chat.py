@@ -1,5 +1,6 @@
 """The command `perce-lite chat`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,11 +16,14 @@ from perce_lite.cli.options import (
     UserName,
     text_or_file,
 )
+from perce_lite.errors import FleetError
 
 adapters = Lazy("perce_lite.model.adapters")
 answering = Lazy("perce_lite.model.answering")
 conversation = Lazy("perce_lite.cli.conversation")
 generation = Lazy("perce_lite.model.generate")
+queries = Lazy("perce_lite.fleet.queries")
+registry = Lazy("perce_lite.fleet.registry")
 transformers = Lazy("transformers")
 
 
@@ -37,6 +41,21 @@ def chat(
     if profile is not None and user is not None:
         raise typer.BadParameter("give one of --profile and --user")
     text = text_or_file(profile)
-    opened = generation.load_adapter(adapters.read_metadata(adapter))
+    opened = generation.load_adapter(adapters.read_metadata(_serving(adapter, user)))
     transformers.set_seed(seed)
     conversation.chat(opened, text, user, max_new_tokens, personal, **answering.sampling(temperature, top_p))
+
+
+def _serving(folder: Path, user: str | None) -> Path:
+    """`folder`; where it is a fleet's, the folder of the adapter that serves `user`.
+
+    Raises:
+        FleetError: no such user, or one whom no adapter serves.
+    """
+    if user is None or not (folder / registry.FILE).is_file():
+        return folder
+    with registry.opened(folder) as known:
+        serving = queries.who(known, user)
+    if serving.folder is None:
+        raise FleetError(f"user {user}: no adapter of the fleet serves them: {serving.why}")
+    return Path(serving.folder)

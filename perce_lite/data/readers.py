@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from perce_lite.console import warn
-from perce_lite.data.documents import Record, age, from_documents, item_of, trained_documents
+from perce_lite.data.documents import Record, age, from_documents, item_of, trained_documents, whole_of
 from perce_lite.data.retrieval import History, Item
 from perce_lite.data.rows import (
     SPLIT_NAMES,
@@ -97,6 +97,7 @@ class _Outline:
     split: str | None
     unseen_user: bool
     content: str
+    part_of: str | None
 
     def fingerprint(self) -> str:
         return self.content
@@ -205,7 +206,7 @@ class RowsByUser:
             cohorts[user] = tuple(named.items())
             for place, row in enumerate(rows):
                 content = "" if self._shape == "documents" else row.fingerprint()
-                outlines.append(_Outline(user, place, row.split, row.unseen_user, content))
+                outlines.append(_Outline(user, place, row.split, row.unseen_user, content, row.part_of))
         if not has_profiles:
             raise _nothing_to_contrast(self._recipe, self._shape, len(outlines))
         data, default = self._recipe.data, "time" if self._shape == "documents" else "row"
@@ -222,6 +223,7 @@ class UserTexts:
     history: else the documents, or the profile items of the rows, oldest first
     prompts: of each document what it answers, its query and its title
     trained: whether each document is of the training split
+    wholes: of each document the text that it is a part of, or None
     """
 
     def __init__(
@@ -230,20 +232,24 @@ class UserTexts:
         items: Sequence[Item] = (),
         prompts: Sequence[tuple[Any, ...]] = (),
         trained: Sequence[bool] = (),
+        wholes: Sequence[str | None] = (),
     ) -> None:
         self.text, self.history = text, History(items)
-        self._prompts, self._trained = prompts, trained
+        self._prompts, self._trained, self._wholes = prompts, trained, wholes
 
     def profile_for(self, prompt: str, rule: Profile) -> Profiled:
         """The profile for `prompt`, chosen by `rule`.
 
-        Held-out documents are left out, unless the user has no other; the document that answers `prompt` always is: an
-        answer must not stand in the profile that it is asked with.
+        Held-out documents are left out, unless the user has no other; the document that answers `prompt` always is, and
+        so are the other parts of its text: an answer must not stand in the profile that it is asked with.
         """
         if self.text is not None:
             return self.text
         places = range(len(self.history.items))
-        allowed = [place for place in places if not self._prompts or prompt not in self._prompts[place]]
+        answering = {place for place in places if self._prompts and prompt in self._prompts[place]}
+        answered = {self._wholes[place] for place in answering if self._wholes} - {None}
+        beside = {place for place in places if self._wholes and self._wholes[place] in answered}
+        allowed = [place for place in places if place not in answering | beside]
         if self._trained:
             allowed = [place for place in allowed if self._trained[place]] or allowed
         return tuple(self.history.choose(prompt, rule.select, rule.top_k, allowed))
@@ -267,6 +273,7 @@ def user_texts(recipe: Recipe, user: str) -> UserTexts:
                 [item_of(record) for _, _, record in documents],
                 [(record.get("query"), record.get("title")) for _, _, record in documents],
                 [where in trained for where, _, _ in documents],
+                [whole_of(record) for _, _, record in documents],
             )
     else:
         rows = [from_record(record, where, split, shape, None) for where, split, record in records]

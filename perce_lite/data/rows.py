@@ -93,6 +93,7 @@ class Row:
     split: train, validation, test, unseen (of a user whom training never meets), or None where the data does not say
     unseen_user: the data holds this user out of training
     template_options: what goes to the chat template beside the messages: `tools`, and the row's own keyword arguments
+    part_of: the text of which this is a part, for a document that was cut into several; else None
     """
 
     where: str
@@ -104,6 +105,7 @@ class Row:
     cohort: str | None = None
     unseen_user: bool = False
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    part_of: str | None = None
 
     @property
     def query(self) -> str:
@@ -167,6 +169,8 @@ class Splittable(Protocol):
     def split(self) -> str | None: ...
     @property
     def unseen_user(self) -> bool: ...
+    @property
+    def part_of(self) -> str | None: ...
     def fingerprint(self) -> str: ...
 
 
@@ -178,7 +182,8 @@ def split_rows(rows: Sequence[AnyRow], split: Split, source: str = "the data", o
 
     By row, a row's split depends on that row alone. Rows of users whom training must not meet become `unseen`:
     all of them, or by time the test rows alone. `otherwise` is what `by: auto` means where the data has none; "time"
-    holds out the last rows of each user, so that no held-out text stands in a profile that was trained on.
+    holds out the last rows of each user, so that no held-out text stands in a profile that was trained on; the parts of
+    one text stay together, and count as one.
     """
     has_split = any(row.split for row in rows)
     by = split.by if split.by != "auto" else "given" if has_split else otherwise
@@ -194,7 +199,7 @@ def split_rows(rows: Sequence[AnyRow], split: Split, source: str = "the data", o
     if by == "row":
         return _hold_out_users(_each_by_its_own(rows, split), split, tests_alone=False)
     if by == "time":
-        groups = [[[index] for index in reversed(indices)] for indices in by_user.values()]
+        groups = [_whole_texts(rows, indices) for indices in by_user.values()]
     else:
         users = [by_user[user] for user in sorted(by_user)]
         random.Random(split.seed).shuffle(users)
@@ -207,6 +212,15 @@ def split_rows(rows: Sequence[AnyRow], split: Split, source: str = "the data", o
             name_of.update(dict.fromkeys(unit, name))
     named = [replace(row, split=name_of[index]) for index, row in enumerate(rows)]
     return _hold_out_users(named, split, tests_alone=by == "time")
+
+
+def _whole_texts(rows: Sequence[AnyRow], indices: Sequence[int]) -> list[list[int]]:
+    """A user's rows, the last first, with the parts of one text as one unit."""
+    units: dict[tuple[str, str | int], list[int]] = defaultdict(list)
+    for index in reversed(indices):
+        whole = rows[index].part_of
+        units[("row", index) if whole is None else ("parts of", whole)].append(index)
+    return list(units.values())
 
 
 def _each_by_its_own(rows: Sequence[AnyRow], split: Split) -> list[AnyRow]:

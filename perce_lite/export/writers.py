@@ -33,6 +33,7 @@ from perce_lite.export.proof import (
     sketched,
     tensors_of,
 )
+from perce_lite.export.transformers4 import make_readable
 from perce_lite.export_targets import max_rank, merge_drift
 from perce_lite.files import bytes_of, digest, read_json, write_json, write_text
 from perce_lite.model import adapters
@@ -186,6 +187,7 @@ def _finish(job: Job, recipe: Recipe, aside: Path, proof: Proof, more: str) -> N
     parts = [text, more, usage.as_trained(job.target, job.metadata, recipe, job.profile)]
     write_text(aside / "README.md", "\n".join(part for part in parts if part))
     write_licence(recipe, aside)
+    make_readable(aside)
 
 
 def source_hash(folder: Path) -> str:

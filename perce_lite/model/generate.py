@@ -80,10 +80,7 @@ def generate_several(
     Raises:
         DataError: `personal` without a profile to contrast, or with beams.
     """
-    tokenizer: PreTrainedTokenizerBase = maker.tokenizer
-    device = next(model.parameters()).device
     tokens = maker.prompt(prompt, profile)
-    ids = torch.tensor([tokens.ids], device=device)
     cache = options.get("past_key_values")
     cached_length = 0 if cache is None else cache.get_seq_length()
     if use_adapter and tokens.prefix_length > cached_length:
@@ -94,19 +91,75 @@ def generate_several(
     if personal is not None and personal.strength:
         contrast = _contrast(model, maker, prompt, profile, personal, use_adapter, autocast, options)
         options["logits_processor"] = LogitsProcessorList([contrast])
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream is True else stream or None
+    tokenizer: PreTrainedTokenizerBase = maker.tokenizer
+    options["streamer"] = (
+        TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream is True else stream or None
+    )
+    [answers] = _decoded(model, maker, [tokens.ids], max_new_tokens, count, use_adapter, autocast, options)
+    return answers
+
+
+def generate_batch(
+    model: torch.nn.Module,
+    maker: PairMaker,
+    asked: Sequence[tuple[Sequence[Message], Profiled]],
+    max_new_tokens: int,
+    count: int = 1,
+    use_adapter: bool = True,
+    autocast: torch.dtype | None = None,
+    personal: Personal | None = None,
+    **options: Any,
+) -> list[list[str]]:
+    """`count` answers to each of several prompts with their profiles; all in one batch, padded on the left.
+
+    One prompt after another where a batch cannot be had: with `personal`, or where the adapter is on only behind the
+    profile (`profile_pass: frozen`).
+
+    Raises:
+        DataError: `personal` without a profile to contrast, or with beams.
+    """
+    prompts = [maker.prompt(prompt, profile) for prompt, profile in asked]
+    alone = (use_adapter and any(tokens.prefix_length for tokens in prompts)) or (personal and personal.strength)
+    if len(asked) > 1 and not alone:
+        ids = [tokens.ids for tokens in prompts]
+        return _decoded(model, maker, ids, max_new_tokens, count, use_adapter, autocast, options)
+    return [
+        generate_several(
+            model, maker, prompt, profile, max_new_tokens, count, use_adapter, autocast, personal=personal, **options
+        )
+        for prompt, profile in asked
+    ]
+
+
+def _decoded(
+    model: torch.nn.Module,
+    maker: PairMaker,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    count: int,
+    use_adapter: bool,
+    autocast: torch.dtype | None,
+    options: dict[str, Any],
+) -> list[list[str]]:
+    """`count` answers to each of `prompts`, ids of any length, in one batch."""
+    tokenizer: PreTrainedTokenizerBase = maker.tokenizer
+    device = next(model.parameters()).device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    read = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     with no_grad_eval(model, adapters=use_adapter), autocast_to(device, autocast):
         out = base_of(model).generate(
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=read,
             max_new_tokens=max_new_tokens,
             eos_token_id=maker.stop_ids(),
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            streamer=streamer,
+            pad_token_id=pad,
             num_return_sequences=count,
             **{"do_sample": False, **options},
         )
-    return [str(text).strip() for text in tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)]
+    texts = [str(text).strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+    return [texts[start : start + count] for start in range(0, len(texts), count)]
 
 
 def _contrast(

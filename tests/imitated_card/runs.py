@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import toys
 
-from imitated_card.card import Card
-from imitated_card.libraries import imitated
 from perce_lite.evaluation.bench.gpumeasuring import Place
 from perce_lite.evaluation.bench.gpureport import recipe_of_report
+from perce_lite.evaluation.bench.imitation.card import Card
+from perce_lite.evaluation.bench.imitation.libraries import imitated
 from perce_lite.evaluation.bench.randombase import random_base, write_shape
 from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.model.host_embedding import keep_on_host
@@ -58,22 +58,20 @@ class Step:
     """The second step of a training whose tensors have shapes alone.
 
     peak, scoring: most live bytes in the step, and while the rows were scored; planned: the parts of `plan`
+    planned_scoring: the most that `plan` says of rows that are scored in one batch
     counts, places: of the step alone, as those of `Card`
     """
 
     peak: int
     scoring: int
     planned: dict[str, int]
+    planned_scoring: int
     counts: Counter[str]
     places: Counter[str]
 
     @property
     def planned_peak(self) -> int:
         return held(self.planned) + peak_of_a_step(self.planned)
-
-    @property
-    def planned_scoring(self) -> int:
-        return sum(self.planned[part] for part in ("base", "unquantized", "adapter", "scoring"))
 
 
 def step_of_shape(
@@ -140,5 +138,5 @@ def _planned(recipe: Recipe, trainer: PerCETrainer, card: Card) -> dict[str, int
     scored = max(sum(label != -100 for label in pair.factual.labels) for pair in pairs)
     prefix = max(pair.factual.prefix_length for pair in pairs)
     rows = Rows(longest, scored, longest, "as trained", prefix, longest - prefix)
-    plan = Plan(recipe, None if trainer.args.packing else rows)
+    plan = Plan(recipe, None if trainer.args.packing else rows, triton=card.triton)
     return plan.parts(plan.choice, Gpu(card.name, card.memory, card.capability[0] >= 8))

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from imitated_card import imitated
 from imitated_card.runs import step_of_shape
+from perce_lite.evaluation.bench.imitation.libraries import imitated
 from perce_lite.model.adapters import all_finite
 
 T4 = {"capability": (7, 5)}
