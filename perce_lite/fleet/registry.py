@@ -25,6 +25,9 @@ KEPT = "slots.pt"
 PACKS = "packs"
 """Folder beside the registry with the training state of users who were interrupted on a cluster, by pack."""
 
+SERVED = "vllm"
+"""Folder beside the registry with the adapters as `perce-lite export --all --to vllm` lays them out, by user."""
+
 STATES = ("due", "in service", "held back", "failed")
 """due: to be trained; held back: trained, but worse than what it would replace; failed: training raised an error."""
 

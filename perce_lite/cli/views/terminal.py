@@ -393,3 +393,6 @@ def show_exports(figures: dict[str, Any]) -> None:
         console.print(
             f"{len(figures['served_by_base'])} users are served by the base alone: there is nothing to export."
         )
+    if "serve" in figures:
+        console.print("Serve them (SGLang, LoRAX: README.md there), and ask for a user's model, users.json:")
+        console.print(figures["serve"], markup=False, soft_wrap=True)
