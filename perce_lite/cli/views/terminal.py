@@ -17,6 +17,7 @@ from perce_lite.export_targets import merge_drift
 from perce_lite.fleet.result import FleetResult
 
 if TYPE_CHECKING:  # importing them would import torch
+    from perce_lite.evaluation.bench.fleetengine import EngineCost
     from perce_lite.evaluation.bench.fleetscale import FleetScale
     from perce_lite.evaluation.bench.generating import GenerationCost
 
@@ -297,6 +298,20 @@ def show_fleet_scale(scale: "FleetScale") -> None:
         word, style = ("met", "green") if bar.met else ("not met", "red")
         limit = f"  10,000 users, {bar.name}, at most {bar.limit:g} {bar.unit}: {bar.measured:.2f} {bar.unit}"
         console.print(Text.assemble((f"{word:10}", style), limit))
+
+
+def show_engine_cost(cost: "EngineCost") -> None:
+    """`perce-lite bench --fleet-engine`: what a user costs beside the training, and the bars."""
+    console.print(f"{cost.users} users who train nothing, over {cost.workers} workers: {cost.seconds:.1f} s")
+    bars = (
+        (cost.cheap, f"a user, at most 5 % of a second: {cost.ms:.1f} ms"),
+        (
+            cost.flat,
+            f"the driver's memory stays: {cost.mib_early:.0f} MiB after a tenth, {cost.mib_late:.0f} at the end",
+        ),
+    )
+    for met, text in bars:
+        console.print(Text.assemble(("met" if met else "not met", "green" if met else "red"), f"  {text}"))
 
 
 def show_serve_bench(figures: dict[str, Any]) -> None:
