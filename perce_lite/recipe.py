@@ -163,7 +163,7 @@ class Export(Section):
 class Recipe(Section):
     """All that a run depends on."""
 
-    model: str = Field("smollm2-135m", description="smollm2-135m (built in), a Hub id or a folder")
+    model: str = Field("smollm2-135m", description="smollm2-135m (built in), a Hub id, a folder or a GGUF file")
     quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4 bit with double quantisation")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="compute dtype")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
@@ -199,7 +199,23 @@ class Recipe(Section):
     @property
     def model_folder(self) -> Path | None:
         """The folder that `model` names, from the recipe's own on or as it stands; None where it names none."""
-        return next((place for place in self._places(self.model) if place.is_dir()), None)
+        places = self._places(self.model) if self.model else ()  # a script's model may have no name
+        return next((place for place in places if place.is_dir()), None)
+
+    def model_is_there(self) -> bool:
+        """Whether `model` is something; only a name that is spelt like a path can be told to be nothing."""
+        as_path = self.model.startswith(("/", "./", "../", "~")) or self.model.endswith(".gguf")
+        return not as_path or any(place.exists() for place in self._places(self.model))
+
+    @property
+    def model_file(self) -> Path | None:
+        """The GGUF file that `model` names, looked for as `model_folder` is; None where it names none."""
+        return next((place for place in self._places(self.model) if place.is_file()), None)
+
+    @property
+    def model_path(self) -> Path | None:
+        """The folder or the GGUF file that `model` names; None of a built-in model and a Hub id."""
+        return self.model_folder or self.model_file
 
     @property
     def chat_template_file(self) -> Path | None:
@@ -240,7 +256,7 @@ class Recipe(Section):
     def fingerprint(self) -> str:
         """Equal for recipes that train the same adapter: where it goes, what is logged and how it fits do not count."""
         plain = self.model_dump(mode="json")
-        plain["train"] = {name: value for name, value in plain["train"].items() if not _NOT_TRAINED_BY.match(name)}
+        plain["train"] = {name: value for name, value in plain["train"].items() if trains(name)}
         template = self.chat_template_file
         if template is not None:  # what it says counts, not where it lies
             plain["train"]["chat_template_path"] = digest(template.read_bytes().hex())
@@ -263,6 +279,12 @@ _NOT_TRAINED_BY = re.compile(
     r"skip_memory_metrics|gradient_checkpointing|activation_offloading)$"
 )
 """Fields of `train:` that change places, logs or memory, not what is trained."""
+
+
+def trains(name: str) -> bool:
+    """Whether the field `name` of `train:` changes what is trained, not only where it goes or how it fits."""
+    return not _NOT_TRAINED_BY.match(name)
+
 
 _LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 

@@ -75,7 +75,7 @@ def test_a_failing_user_is_left_out_and_the_fleet_goes_on(run, recipe, figures, 
 def test_a_chat_with_a_fleets_folder_is_with_the_adapter_that_serves_the_user(recipe, run, figures, monkeypatch):
     asked = []
     monkeypatch.setattr("perce_lite.fleet.engines.slots.engine_for", Clock(fails=("user1",)))
-    monkeypatch.setattr("perce_lite.model.adapters.read_metadata", lambda folder: asked.append(folder) or 1 / 0)
+    monkeypatch.setattr("perce_lite.cli.chat.read_metadata", lambda folder, said: asked.append(folder) or 1 / 0)
     run("fleet", recipe(rows_of(3), TEXT))
     for user in ("user0", "user1"):
         with pytest.raises(ZeroDivisionError):

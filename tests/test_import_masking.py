@@ -32,7 +32,7 @@ IBAN, CARD = "DE89 3704 0044 0532 0130 00", "4111 1111 1111 1111"
         ("Au 12 bis, rue de la Paix.", "Au [street number], rue de la Paix."),
         ("En la Calle Mayor, 12 llueve.", "En la Calle Mayor, [street number] llueve."),
         ("Key sk-proj-abcdefghijklmnopqrstuv12 here", "Key [secret] here"),
-        ("In 2024 it rained on 31 days, 12.5 mm, 3 of 100 saw it.", "In 2024 it rained on 31 days, 12.5 mm, 3 of 100 saw it."),
+        ("In 2024 it rained on 31 days, 12.5 mm.", "In 2024 it rained on 31 days, 12.5 mm."),
         ("On 2024-05-31 10:15:00 we left at 7 in the street.", "On 2024-05-31 10:15:00 we left at 7 in the street."),
         ("Bob and bob's Robert met BOB BELL.", "[name] and [name]'s Robert met [name]."),
     ],
@@ -77,7 +77,7 @@ def test_import_masks_rows_queries_titles_and_sources(figures, run, tmp_path, mo
     assert told["masked"] == {"mail": 1, "iban": 1, "card": 1, "phone": 3, "name": 5}
     assert "bob@example.org" not in json.dumps(told)
     out = run(*words, "--mask-names", "names.txt", "--force")[1]
-    assert [line.split() for line in out.splitlines() if "[iban]" in line][0][1:4] == ["[iban]", "│", "1"]
+    assert ["[iban]", "│", "1"] in [line.split()[1:4] for line in out.splitlines()]
     assert IBAN in out, "a sample of what is masked, before anything is written"
 
 

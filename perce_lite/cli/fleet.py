@@ -6,9 +6,8 @@ from typing import Annotated
 import typer
 
 from perce_lite.cli.lazy import Lazy
-from perce_lite.cli.options import Json, RecipePath, Set, write
+from perce_lite.cli.options import Json, RecipePath, Set, open_recipe, write
 from perce_lite.cli.views import sections, terminal
-from perce_lite.recipe import load_recipe
 
 device = Lazy("perce_lite.device")
 clusters = Lazy("perce_lite.fleet.engines.ray")
@@ -51,7 +50,7 @@ def fleet(
     for name, given in {"--address": address, "--workers": workers, "--cores": cores}.items():
         if given is not None and engine is EngineName.LOCAL:
             raise typer.BadParameter(f"{name} goes with --engine ray")
-    loaded = load_recipe(recipe, set_ or [])
+    loaded = open_recipe(recipe, set_, trains=True)
     if engine is EngineName.LOCAL:
         device.say_device(loaded)
     with fleet_results.engines(engine.value, clusters.RayOptions(address, workers, cores)) as make:

@@ -6,7 +6,7 @@ import pickle
 import tempfile
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -261,29 +261,51 @@ def user_texts(recipe: Recipe, user: str) -> UserTexts:
     Raises:
         DataError: no such user, or the data cannot be read.
     """
+    return texts_of_users(recipe, [user])[user]
+
+
+def texts_of_users(recipe: Recipe, users: Collection[str]) -> dict[str, UserTexts]:
+    """The texts of each of `users`; the data are read once. Raises as `user_texts`."""
     records = list(_records(recipe))
     shape = recipe.data.format if recipe.data.format != "auto" else _shape(records[0])
-    if shape == "documents":
-        trained = trained_documents(records, recipe)
-        documents = [record for record in records if user_name(record[2].get("user")) == user]
-        documents.sort(key=age(documents))
-        if documents:
-            return UserTexts(
-                None,
-                [item_of(record) for _, _, record in documents],
-                [(record.get("query"), record.get("title")) for _, _, record in documents],
-                [where in trained for where, _, _ in documents],
-                [whole_of(record) for _, _, record in documents],
-            )
-    else:
-        rows = [from_record(record, where, split, shape, None) for where, split, record in records]
+    by_document = shape == "documents"
+    texts = (_of_documents if by_document else _of_profiles)(records, recipe, shape, set(users))
+    for user in users:
+        if user not in texts:
+            known = _users_of(records, recipe)
+            raise DataError(f"user {user}: the data knows no such user; it has {', '.join(known[:20])}")
+    return texts
+
+
+def _of_documents(records: list[Record], recipe: Recipe, shape: str, users: Set[str]) -> dict[str, UserTexts]:
+    trained = trained_documents(records, recipe)
+    documents: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if (user := user_name(record[2].get("user"))) in users:
+            documents[user].append(record)
+    texts = {}
+    for user, theirs in documents.items():
+        theirs.sort(key=age(theirs))
+        texts[user] = UserTexts(
+            None,
+            [item_of(record) for _, _, record in theirs],
+            [(record.get("query"), record.get("title")) for _, _, record in theirs],
+            [where in trained for where, _, _ in theirs],
+            [whole_of(record) for _, _, record in theirs],
+        )
+    return texts
+
+
+def _of_profiles(records: list[Record], recipe: Recipe, shape: str, users: Set[str]) -> dict[str, UserTexts]:
+    rows = [from_record(record, where, split, shape, None) for where, split, record in records]
+    texts = {}
+    for user in users:
         profiles = [row.profile for row in rows if row.user == user]
-        texts = [profile for profile in profiles if isinstance(profile, str)]
+        plain = [profile for profile in profiles if isinstance(profile, str)]
         items = list(dict.fromkeys(item for profile in profiles for item in profile if isinstance(item, Item)))
-        if texts or items:
-            return UserTexts(texts[-1] if texts else None, items)
-    users = _users_of(records, recipe)
-    raise DataError(f"user {user}: the data knows no such user; it has {', '.join(users[:20])}")
+        if plain or items:
+            texts[user] = UserTexts(plain[-1] if plain else None, items)
+    return texts
 
 
 def known_users(recipe: Recipe) -> list[str]:
@@ -330,7 +352,17 @@ def plain_rows(path: Path) -> list[Row]:
 
 
 def _records(recipe: Recipe) -> Iterator[Record]:
+    if recipe.data.path is None and recipe.data.hub is None:
+        raise DataError(
+            "The data are not known: a script or another trainer made this adapter, or it is an export, which does not "
+            "say where they lie. Give --data FILE (in Python: data=...), or a profile instead of a user"
+        )
     path, renamed = recipe.data_path, {theirs: ours for ours, theirs in recipe.data.columns.items()}
+    if path is None and recipe.data.hub is None:
+        raise DataError(
+            "This adapter names no data: an export does not say where they lie. Give --profile, or the adapter in the "
+            "folder that it was trained in."
+        )
     records = _from_hub(recipe) if path is None else _from_path(path)
     for where, split, record in _objects(records):
         taken = {ours: record[theirs] for theirs, ours in renamed.items() if theirs in record}
@@ -371,14 +403,20 @@ def _from_hub(recipe: Recipe) -> Iterator[Record]:
             yield f"{name}, {split} row {number}", split_name(split, name), record
 
 
+def require_data(recipe: Recipe) -> None:
+    """Raises DataError where the file that `data.path` names is not there or its first record cannot be read."""
+    if recipe.data_path is not None:
+        next(_records(recipe), None)
+
+
 def _from_path(path: Path) -> Iterator[Record]:
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file; data.path is taken from the recipe's own folder on")
     if path.is_dir():
         questions = sorted(path.glob("*questions.json"))
         if not questions:
             raise DataError(f"{path}: this folder has no *_questions.json of LaMP; name a JSONL or parquet file in it")
         return itertools.chain.from_iterable(map(_lamp, questions))
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file; data.path is taken from the recipe's own folder on")
     if path.suffix == ".parquet":
         return _parquet(path)
     if path.name.endswith("questions.json"):

@@ -348,7 +348,7 @@ def from_record(record: Mapping[str, Any], where: str, split: str | None, shape:
     row = Row(
         where=where,
         user=user_of(record, shape),
-        profile=_profile(record.get("profile"), where),
+        profile=profile_of(record.get("profile"), where),
         prompt=prompt,
         completion=completion,
         split=split_name(record.get("split"), where) or split,
@@ -365,12 +365,12 @@ def _conversation(record: Mapping[str, Any], where: str) -> tuple[tuple[Message,
     """Prompt and completion as messages; a dialogue is cut ahead of its first assistant turn."""
     dialogue = next((name for name in DIALOGUES if record.get(name) is not None), None)
     if dialogue is not None:
-        messages = _messages(record[dialogue], dialogue, "user", where)
+        messages = messages_of(record[dialogue], dialogue, "user", where)
         first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
         prompt, completion = messages[:first], messages[first:]
     else:
-        prompt = _messages(record.get("prompt"), "prompt", "user", where)
-        completion = _messages(record.get("completion"), "completion", "assistant", where)
+        prompt = messages_of(record.get("prompt"), "prompt", "user", where)
+        completion = messages_of(record.get("completion"), "completion", "assistant", where)
     if not prompt:
         raise DataError(f"{where}: no prompt: nothing is said ahead of the response")
     return prompt, completion
@@ -411,7 +411,8 @@ def _present(value: Any) -> Any:
     return [_present(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _messages(value: Any, column: str, role: str, where: str) -> tuple[Message, ...]:
+def messages_of(value: Any, column: str, role: str, where: str) -> tuple[Message, ...]:
+    """Messages of a text, which `role` says, or of a list of messages; raises DataError, which names `column`."""
     if value is None:
         raise DataError(f"{where}: no {column}; rename yours with data.columns.{column}=YOUR_COLUMN")
     if isinstance(value, str):
@@ -480,7 +481,7 @@ _TITLES = ("title", "summary", "input")
 _MARKS = ("tag", "score", "overall", "category", "rating")
 
 
-def _profile(value: Any, where: str) -> Profiled:
+def profile_of(value: Any, where: str) -> Profiled:
     """A profile as a text or as items, in the field names of rows, LaMP and LongLaMP."""
     if value is None:
         return ""

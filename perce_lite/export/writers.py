@@ -36,7 +36,7 @@ from perce_lite.export.proof import (
 from perce_lite.export.transformers4 import make_readable
 from perce_lite.export_targets import max_rank, merge_drift
 from perce_lite.files import bytes_of, digest, read_json, write_json, write_text
-from perce_lite.model import adapters
+from perce_lite.model import adapter_files, adapters
 from perce_lite.model.base import load_base
 from perce_lite.model.footprint import config_of
 from perce_lite.model.model_card import licence_of, model_card, write_licence
@@ -79,8 +79,9 @@ def _write_adapter(job: Job, aside: Path) -> dict[str, Any]:
         model, tokenizer = _on(base.model, base.tokenizer, job)
         proof = record(model, tokenizer, recipe, job.target, TIGHT, job.profile)
         tokenizer.save_pretrained(aside)
-    for name in ("adapter_model.safetensors", "adapter_config.json", adapters.METADATA):
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
         shutil.copyfile(job.source / name, aside / name)
+    write_json(aside / adapters.METADATA, adapter_files.given_away(dict(job.metadata)))
     if proof.invocation:
         config = read_json(aside / "adapter_config.json")
         write_json(aside / "adapter_config.json", {**config, "alora_invocation_tokens": proof.invocation})

@@ -13,6 +13,7 @@ from perce_lite.data.readers import RowsByUser
 from perce_lite.errors import FleetError, PerceLiteError
 from perce_lite.fleet.engines.protocol import Engine, OrderingEngine, Outcome, Task
 from perce_lite.fleet.groups import Group, Key, Plan, key_of, plan, run_fingerprint
+from perce_lite.fleet.queries import refuse_deleted
 from perce_lite.fleet.registry import KEPT, KINDS, PACKS, Adapter, Registry, held, imagined
 from perce_lite.fleet.result import AdapterResult, FleetResult, gains
 from perce_lite.model.fingerprint import same_base
@@ -58,6 +59,8 @@ def fleet(
     with RowsByUser(recipe) as data, _registry(recipe, dry_run) as registry:
         for name in retrain:
             registry.readmit(name)
+        for name in only:
+            refuse_deleted(recipe.output_dir, name)
         gone = {user for user in data.users if registry.was_deleted(user)}
         if gone:
             say(f"{len(gone)} users who were deleted are left out, though the data has them; --retrain takes one in")

@@ -8,21 +8,20 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from perce_lite.errors import AdapterError, NonFiniteLossError
+from perce_lite.errors import AdapterError, NonFiniteLossError, first_line
 from perce_lite.files import METADATA as METADATA
-from perce_lite.files import folder_written_aside, read_json, write_json, write_text
+from perce_lite.files import folder_written_aside, write_json, write_text
+from perce_lite.model.adapter_files import WEIGHTS, read_metadata
 from perce_lite.model.compat import is_lora_weight, lora_layers
 from perce_lite.model.fingerprint import fingerprint, same_base, sketch
 from perce_lite.model.lora_core import plain_state
 from perce_lite.model.model_card import model_card
-from perce_lite.recipe import Recipe
 
-_WEIGHTS = "adapter_model.safetensors"
 _PACKAGES = ("perce-lite", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
 
@@ -36,12 +35,17 @@ def save(model: PeftModel, folder: Path, metadata: dict[str, Any]) -> None:
     """
     if not all_finite(parameter for name, parameter in model.named_parameters() if is_lora_weight(name)):
         raise NonFiniteLossError(f"The adapter's weights are not finite, so {folder} was not written. Lower the rate.")
-    base: PreTrainedModel = model.get_base_model()
-    origin = {"base": {**sketch(base), "fingerprint": fingerprint(model)}, "versions": versions()}
+    origin = origin_of(model)
     with folder_written_aside(folder) as aside:
         model.save_pretrained(aside, state_dict=plain_state(model))
         write_json(aside / METADATA, {**metadata, **origin})
         write_text(aside / "README.md", model_card(metadata))
+
+
+def origin_of(model: PeftModel) -> dict[str, Any]:
+    """What metadata say of `model`'s base, whose weights are hashed, and of the packages."""
+    base: PreTrainedModel = model.get_base_model()
+    return {"base": {**sketch(base), "fingerprint": fingerprint(model)}, "versions": versions()}
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
@@ -50,82 +54,36 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return not finite or bool(torch.stack(finite).all())
 
 
-def read_metadata(folder: Path) -> dict[str, Any]:
-    """The metadata of the adapter in `folder` or in `folder/adapter`, with `folder`, the folder of its files, added.
-
-    Raises:
-        AdapterError: the folder is not there, holds no adapter of PerCE Lite, or one of an incompatible version.
-    """
-    if not folder.is_dir():
-        raise AdapterError(
-            f"{folder}: there is no such folder. An adapter lies in <output_dir>/adapter after training."
-        )
-    for nested in (folder, folder / "adapter"):
-        metadata = read_json(nested / METADATA)
-        if isinstance(metadata, dict) and (nested / _WEIGHTS).is_file():
-            _check(metadata, nested)
-            return {**metadata, "folder": str(nested)}
-    raise AdapterError(
-        f"{folder}: no adapter of PerCE Lite: it needs {_WEIGHTS}, adapter_config.json and {METADATA}. "
-        "Give the folder that `perce-lite train` named at its end."
-    )
-
-
-def require_profile_pass(folder: Path, recipe: Recipe) -> None:
-    """Raises AdapterError if the adapter in `folder` was not trained with the `profile_pass` of `recipe`."""
-    theirs, ours = Recipe.model_validate(read_metadata(folder)["recipe"]).profile_pass, recipe.profile_pass
-    if theirs != ours:
-        raise AdapterError(
-            f"{folder}: this adapter was trained with profile_pass: {theirs} and would be used with {ours}, which is "
-            f"not what it learned. Add --set train.profile_pass={theirs}."
-        )
-
-
-def _check(metadata: dict[str, Any], folder: Path) -> None:
-    """Raises AdapterError if `metadata` lack what this version needs."""
-    unfit = [key for key in ("recipe", "base", "train_on", "chat_template", "run") if key not in metadata]
-    try:
-        if not unfit:
-            Recipe.model_validate(metadata["recipe"])
-            return
-    except ValidationError as error:
-        unfit = [".".join(map(str, fault["loc"])) for fault in error.errors()]
-    writer, here = metadata.get("versions", {}).get("perce-lite", "unknown"), importlib.metadata.version("perce-lite")
-    version = "an earlier state of this version" if writer == here else f"another version, {writer}; this is {here}"
-    raise AdapterError(
-        f"{folder}: its {METADATA} was written by PerCE Lite in {version}. It does not fit in: {', '.join(unfit)}. "
-        "Train it anew, install what wrote it, or load the folder with peft."
-    )
-
-
-def weights_bytes(folder: Path) -> int:
-    """Bytes that the weights of the adapter in `folder`, the folder of its files, take in memory."""
-    return (folder / _WEIGHTS).stat().st_size
-
-
-def load(base: PreTrainedModel, folder: Path, name: str = "default") -> PeftModel:
+def load(
+    base: PreTrainedModel, folder: Path, name: str = "default", metadata: dict[str, Any] | None = None
+) -> PeftModel:
     """`base` with the adapter of `folder` on it, frozen, float32, in eval mode.
 
     name: what peft calls the adapter
+    metadata: of the adapter, where they were read already
 
     Raises:
         AdapterError: the folder holds no adapter, or an adapter that was trained on another base.
     """
-    model: PeftModel = PeftModel.from_pretrained(base, _files_for(base, folder), adapter_name=name)
+    files = _files_for(base, folder, metadata or read_metadata(folder))
+    try:
+        model: PeftModel = PeftModel.from_pretrained(base, files, adapter_name=name)
+    except (ValueError, RuntimeError, SafetensorError) as error:  # what peft makes of an adapter of other layers
+        raise AdapterError(f"{folder}: this adapter does not go on its base: {first_line(error)}") from error
     return _frozen(model)
 
 
 def load_beside(model: PeftModel, folder: Path, name: str) -> PeftModel:
     """`model` with the adapter of `folder` beside those that it has, as `name`, and active. Raises as `load`."""
-    model.load_adapter(_files_for(model.get_base_model(), folder), name)
+    model.load_adapter(_files_for(model.get_base_model(), folder, read_metadata(folder)), name)
     model.set_adapter(name, inference_mode=True)
     return _frozen(model)
 
 
-def _files_for(base: PreTrainedModel, folder: Path) -> str:
+def _files_for(base: PreTrainedModel, folder: Path, metadata: dict[str, Any]) -> str:
     """The folder of the files of the adapter in `folder`; raises AdapterError where `base` is not the one it is for."""
-    metadata = read_metadata(folder)
-    trained_on, loaded = metadata["base"], sketch(base)
+    loaded = sketch(base)
+    trained_on = {"embedding": loaded["embedding"], **metadata["base"]}  # of another trainer's only the shape is known
     if not same_base(trained_on, loaded):
         raise AdapterError(
             f"{folder}: this adapter was trained on {metadata['recipe']['model']} ({_shape(trained_on)}), not on the "
@@ -149,7 +107,7 @@ def start_from(model: PeftModel, folder: Path) -> None:
         AdapterError: no adapter there, or its shape or base is another.
     """
     metadata = read_metadata(folder)
-    weights = load_file(Path(metadata["folder"]) / _WEIGHTS)
+    weights = load_file(Path(metadata["folder"]) / WEIGHTS)
     same_layers = set(get_peft_model_state_dict(model)) == set(weights)
     if not same_layers or not same_base(metadata["base"], sketch(model.get_base_model())):
         raise AdapterError(

@@ -1,7 +1,7 @@
 """Generation with base or adapter, with a profile or without, from the prompt that training would make."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from transformers.generation import BaseStreamer
 
 from perce_lite.config import chosen_dtype, pick_device
 from perce_lite.data.pairs import PairMaker
-from perce_lite.data.readers import user_texts
 from perce_lite.data.rows import Message, Profiled
-from perce_lite.errors import AdapterError, DataError
-from perce_lite.model import adapters
+from perce_lite.errors import DataError
+from perce_lite.model import adapter_files, adapters
+from perce_lite.model.adapter_files import recipe_of
 from perce_lite.model.base import load_base
 from perce_lite.model.fused_head import base_of
 from perce_lite.model.personal_decoding import PersonalContrast
+from perce_lite.model.questions import Asked, Question, question_of, wanted_profiles
 from perce_lite.model.scoring import autocast_to, encode_prefix, no_grad_eval
 from perce_lite.recipe import Recipe
 
@@ -197,15 +198,107 @@ class LoadedAdapter:
         """The contrast at `strength`, against what this adapter was trained to be contrasted with."""
         return Personal(strength, self.metadata["estimator"] != "bootstrap")
 
+    def generate(
+        self,
+        prompts: Asked | Sequence[Asked],
+        *,
+        profile: str | Sequence[Any] | None = None,
+        user: str | None = None,
+        max_new_tokens: int = 200,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        personal: float = 0.0,
+        use_adapter: bool = True,
+        seed: int = 0,
+        batch_size: int = 8,
+    ) -> Any:
+        """The answer to a prompt, or the answers to a list of prompts, in order.
+
+        >>> writer = perce_lite.load("out/adapter", data="rows.jsonl")
+        >>> writer.generate("Write a note about the snow.", profile="Short sentences. No adjectives.", max_new_tokens=8)
+        '...'
+        >>> prompts = ["Write a title.", {"prompt": "Write a note.", "user": "user0"}]
+        >>> writer.generate(prompts, profile="", temperature=0.7, seed=1, max_new_tokens=8)
+        ['...', '...']
+
+        prompts: a text, messages, or a record {prompt, profile, user}; or several of these, in batches of `batch_size`
+        profile: of prompts that name none: a text, or a list of texts or {title, text}; "": without one
+        user: instead, a user of the adapter's data; their texts nearest to each prompt become its profile
+        temperature: 0 is greedy; answers are drawn by `seed` otherwise, whatever was drawn before
+        personal: how much more like the user than the model alone would write, see `Personal`
+
+        Raises:
+            AdapterError: no profile, and the adapter was trained with them; DataError: a prompt that is none, no such
+                user, `personal` without a profile.
+        """
+        several = not isinstance(prompts, str | Mapping) and not _is_dialogue(prompts)
+        asked: Sequence[Any] = prompts if several else [prompts]  # type: ignore[assignment]
+        questions = [question_of(one, f"prompt {number}", profile, user) for number, one in enumerate(asked, 1)]
+        wanted = wanted_profiles(self.metadata, questions)
+        options = sampling(temperature, top_p)
+        answered = self.answers(questions, wanted, max_new_tokens, use_adapter, personal, seed, batch_size, **options)
+        answers = [figures["answer"] for figures in answered]
+        return answers if several else answers[0]
+
+    def answers(
+        self,
+        questions: Sequence[Question],
+        wanted: Sequence[Profiled],
+        max_new_tokens: int,
+        use_adapter: bool = True,
+        personal: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 8,
+        **options: Any,
+    ) -> Iterator[dict[str, Any]]:
+        """Each question's record with the profile that was in the prompt, who answered, and the answer; as they come.
+
+        wanted: `wanted_profiles` of the questions
+        options: of transformers' `generate`
+        """
+        device = next(self.model.parameters()).device
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
+            fitting = [
+                (one.prompt, self.maker.fitting(one.prompt, profile))
+                for one, profile in zip(batch, wanted[start : start + batch_size], strict=True)
+            ]
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(seed + start)
+                texts = generate_batch(
+                    self.model,
+                    self.maker,
+                    fitting,
+                    max_new_tokens,
+                    use_adapter=use_adapter,
+                    autocast=self.autocast,
+                    personal=self.personal(personal),
+                    **options,
+                )
+            for question, (_, profile), [answer] in zip(batch, fitting, texts, strict=True):
+                said = {"profile": self.maker.profile_text(profile), "model": "adapter" if use_adapter else "base"}
+                named = {} if question.user is None else {"user": question.user}
+                yield {**question.record, **named, **said, "answer": answer}
+
+
+def _is_dialogue(prompts: Any) -> bool:
+    """Whether `prompts` is one prompt in messages, not several prompts."""
+    return bool(prompts) and all(isinstance(one, Mapping) and "role" in one for one in prompts)
+
+
+def sampling(temperature: float, top_p: float) -> dict[str, Any]:
+    """Options of transformers' `generate`; greedy at 0."""
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+
 
 def load_adapter(metadata: dict[str, Any]) -> LoadedAdapter:
-    """The adapter with this metadata (`adapters.read_metadata`) on its base, in eval mode.
+    """The adapter with this metadata (`adapter_files.read_metadata`) on its base, in eval mode.
 
     Raises:
         ModelError, DeviceError: its base cannot be loaded; AdapterError: the base has changed since.
     """
     base = load_base(recipe_of(metadata))
-    return loaded_on(adapters.load(base.model, Path(metadata["folder"])), base.tokenizer, metadata)
+    return loaded_on(adapters.load(base.model, Path(metadata["folder"]), metadata=metadata), base.tokenizer, metadata)
 
 
 def loaded_on(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, metadata: dict[str, Any]) -> LoadedAdapter:
@@ -221,13 +314,6 @@ def loaded_on(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, metada
     return LoadedAdapter(metadata, recipe, model, maker, None if dtype == torch.float32 else dtype)
 
 
-def recipe_of(metadata: dict[str, Any]) -> Recipe:
-    """The recipe that an adapter was trained with; the metadata hold the text of its chat template file."""
-    recipe = Recipe.model_validate(metadata["recipe"])
-    recipe.train.pop("chat_template_path", None)
-    return recipe
-
-
 def generate_from_folder(
     folder: Path,
     prompt: str,
@@ -237,6 +323,7 @@ def generate_from_folder(
     use_adapter: bool = True,
     stream: bool = False,
     strength: float = 0.0,
+    said: adapter_files.Said | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """The answer to `prompt` of the adapter in `folder`, or of its base; with the profile that was in the prompt.
@@ -244,15 +331,17 @@ def generate_from_folder(
     profile: the profile's text; "": without one
     user: instead of a profile, a user of the adapter's data; the texts nearest to the prompt become the profile
     strength: see `Personal`
+    said: of the adapter, where its files do not say it
 
     Raises:
         AdapterError: no adapter there, or the profile is missing that the adapter was trained with.
         DataError: `strength` without a profile.
     """
-    metadata = adapters.read_metadata(folder)
-    wanted = _wanted_profile(metadata, prompt, profile, user)
+    metadata = adapter_files.read_metadata(folder, said)
+    question = question_of(prompt, "--prompt", None if user is not None else profile, user)
+    [wanted] = wanted_profiles(metadata, [question])
     loaded = load_adapter(metadata)
-    messages = [{"role": "user", "content": prompt}]
+    messages = question.prompt
     fitting = loaded.maker.fitting(messages, wanted)
     answer = generate(
         loaded.model,
@@ -272,22 +361,3 @@ def generate_from_folder(
         "model": "adapter" if use_adapter else "base",
         "answer": answer,
     }
-
-
-def _wanted_profile(metadata: dict[str, Any], prompt: str, profile: str | None, user: str | None) -> Profiled:
-    """The profile to answer with, before it is cut to what fits; arguments as in `generate_from_folder`.
-
-    Raises:
-        AdapterError: neither a profile nor a user is named, and the adapter was trained with profiles.
-    """
-    if user is not None:
-        recipe = Recipe.model_validate(metadata["recipe"])
-        return user_texts(recipe, user).profile_for(prompt, recipe.profile)
-    if profile is not None:
-        return profile
-    if metadata["train_on"] == "factual":
-        raise AdapterError(
-            "This adapter was trained with the user's profile in the prompt. Give --profile TEXT (or --profile @FILE), "
-            "--user NAME for a user of its data, or --no-profile to go without."
-        )
-    return ""

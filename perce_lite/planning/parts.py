@@ -302,7 +302,7 @@ def layer_at_work(shape: Shape, weights: Weights, step: Step, checkpointing: boo
 
     A checkpointed layer is computed again first, so all that it saves is there. Its MLP goes first: the gradients of
     the product's two factors are there at once, or one of them beside the largest 4-bit weight, whole. When attention's
-    turn comes, what the MLP and its norms had saved is gone. What was saved behind the layers is gone from the first on.
+    turn comes, what the MLP and its norms had saved is gone. What was saved behind the layers is gone from the start.
     The layer's own gradients are there; see `gradients_ahead` for those of the others.
     """
     tokens = step.rows * (step.length - step.prefix)

@@ -19,7 +19,7 @@ from perce_lite.model.repeated_heads import fused_attention_shares_heads
 from perce_lite.model.scoring import GPU_TOKENS
 from perce_lite.planning import parts as memory
 from perce_lite.planning.gpus import GIB, Gpu
-from perce_lite.planning.row_lengths import Rows, packed, rows_of
+from perce_lite.planning.row_lengths import NO_LIMIT, Rows, packed, rows_of
 from perce_lite.planning.shapes import KNOWN, model_config, shape_of
 from perce_lite.recipe import Recipe, train_defaults
 
@@ -76,17 +76,19 @@ class Plan:
         self, recipe: Recipe, rows: Rows | None = None, on_cpu: bool = False, triton: bool | None = None
     ) -> None:
         self.recipe, self.on_cpu = recipe, on_cpu
-        self.triton = not torch.cuda.is_available() or head_projects_scored_positions_only(CUDA) if triton is None else triton
+        self.triton = (
+            not torch.cuda.is_available() or head_projects_scored_positions_only(CUDA) if triton is None else triton
+        )
         self.config, self.at_hand = model_config(recipe)
         self.shape = shape_of(self.config)
         if recipe.embedding_on_host and _is_tied(self.config):
             raise tied(self.config.model_type)
         self._train = {**train_defaults(on_cpu), **recipe.train}
         self.positions: int = self.config.get_text_config().max_position_embeddings
-        limit = self._option("max_length")
+        self.limit: int | None = self._option("max_length")
         self.packs = bool(self._option("packing"))
-        full = packed(limit) if self.packs else None
-        self.rows = rows or full or rows_of(recipe, limit, self.positions, self.at_hand)
+        full = packed(self.limit or NO_LIMIT) if self.packs else None
+        self.rows = rows or full or rows_of(recipe, self.limit, self.positions, self.at_hand)
         self.itemsize = memory.FLOAT32 if on_cpu or recipe.dtype == "float32" else 2
         self.context = 0 if on_cpu else CONTEXT
         self.choice = Choice(

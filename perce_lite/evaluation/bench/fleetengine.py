@@ -25,7 +25,7 @@ from perce_lite.recipe import Recipe, load_recipe
 USERS = 10_000
 
 SECOND, SHARE, GROWTH = 1000.0, 0.05, 1.05
-"""A user who trains for a second, ms; the share of it that the rest may take; memory at the end over that at a tenth."""
+"""A user who trains for a second, ms; the share of it that the rest may take; memory at the end over that at 10 %."""
 
 _RECIPE = """
 model: smollm2-135m

@@ -22,9 +22,10 @@ from perce_lite.model.fingerprint import fingerprint, sketch
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
 from perce_lite.planning.oom_advice import explain_out_of_memory_in_fleet, free_gpu_memory
 from perce_lite.recipe import Recipe
+from perce_lite.training.metadata import mean_statistics
 from perce_lite.training.reference_logprobs import trained_tokens
 from perce_lite.training.run import Run
-from perce_lite.training.train import make_trainer, mean_statistics, train_to_end
+from perce_lite.training.train import make_trainer, train_to_end
 from perce_lite.training.trainer import PerCETrainer
 
 
@@ -76,7 +77,7 @@ class SequentialEngine:
             before = _losses(trainer, recipe, task.rows, ("base", "start"))
             train_to_end(trainer, recipe, task.rows, run)
             after = _losses(trainer, recipe, task.rows, ("own",))
-            weights = mean_statistics(trainer)
+            weights = mean_statistics(trainer.state.log_history, trainer.store_hits)
             trained_parameters = sum(
                 parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad
             )
