@@ -136,7 +136,7 @@ def _fleet(
     >>> done = perce_lite.fleet("recipe.yaml", only=["user0"])
     >>> [adapter.name for adapter in done.adapters if adapter.verdict == "in service"]
     [...]
-    >>> for result in perce_lite.fleet("recipe.yaml", engine="local", retrain=["user0"]):
+    >>> for result in perce_lite.fleet("recipe.yaml", engine="local", only=["user0"], retrain=["user0"]):
     ...     print(result.user, result.state, result.error)
     user0 in service None
 

@@ -76,7 +76,7 @@ def test_who_is_not_served_any_more_is_taken_out(fleet, figures, run):
     assert f"{safe_name('user2')}: removed, for it serves nobody any more" in err
     assert not (fleet / "vllm" / safe_name("user2")).exists()
     assert json.loads((fleet / "vllm/users.json").read_text())["user2"] == safe_name("all all")
-    code, out, _ = run("adapters", "delete", "user0", "--fleet", fleet)
+    code, out, _ = run("adapters", "delete", "user0", "--fleet", fleet, "--yes")
     assert code == 0
     assert not (fleet / "vllm" / safe_name("user0")).exists()
     assert not (fleet / "vllm/users.json").exists(), "it names the user"
