@@ -139,6 +139,9 @@ class Fleet(Section):
     max_examples: int | None = Field(
         None, ge=1, description="training rows of a user that are trained on at the most, the last ones; null: all"
     )
+    adapter_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what adapters are stored as from now on; training computes in float32 in any case"
+    )
 
     @field_validator("slots", mode="before")
     @classmethod

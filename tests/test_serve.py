@@ -22,6 +22,7 @@ from torch.nn.functional import log_softmax
 from perce_lite import notebook
 from perce_lite.errors import NotebookError
 from perce_lite.model import adapters
+from perce_lite.model.adapter_files import memory_bytes
 from perce_lite.model.answering import Stop
 from perce_lite.model.generate import generate, generate_from_folder, load_adapter
 from perce_lite.serve.answers import AnswerStream
@@ -324,7 +325,7 @@ def test_one_adapter_serves_the_users_of_its_data(adapter_folder):
 def test_adapters_are_dropped_by_least_use_and_come_back_the_same(fleet_folder):
     folders = [folder_of(fleet_folder, *key) for key in (("user", "ann"), ("user", EVIL), ("all", "all"))]
     ann, evil, shared = map(adapters.read_metadata, folders)
-    size = adapters.weights_bytes(folders[0])
+    size = memory_bytes(folders[0])
     pool = Pool(shared, limit=2 * size)
 
     def says(metadata, on=True):

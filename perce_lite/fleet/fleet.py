@@ -11,13 +11,14 @@ from typing import Any
 from perce_lite.console import progress_bar, say, warn
 from perce_lite.data.readers import RowsByUser
 from perce_lite.errors import FleetError, PerceLiteError
+from perce_lite.fleet.disk import DiskSize
 from perce_lite.fleet.engines.sequential import Engine, Outcome, Task
-from perce_lite.fleet.groups import Group, Key, Plan, key_of, plan, run_fingerprint
+from perce_lite.fleet.groups import PARENTS, Group, Key, Plan, key_of, plan, run_fingerprint
 from perce_lite.fleet.registry import KEPT, KINDS, Adapter, Registry, held, imagined
 from perce_lite.fleet.result import FleetResult, gains
+from perce_lite.model.adapter_files import drop_unused_parents
 from perce_lite.model.fingerprint import same_base
-from perce_lite.model.footprint import adapter_bytes, refuse_exports, source_fingerprint, trained_bytes
-from perce_lite.planning.plan import MOST_USERS
+from perce_lite.model.footprint import refuse_exports, source_fingerprint
 from perce_lite.recipe import Recipe, training_config
 
 PAGE = "fleet.html"
@@ -69,7 +70,8 @@ def fleet(
         _apply_new_gate(registry, recipe)
         _store_settings(registry, recipe)
         due = {kind: sum(1 for _ in registry.due(kind, work.wanted(kind))) for kind in KINDS}
-        bytes_needed = _disk(recipe, sum(due.values()))
+        parents = sum(group.key[0] != "user" for group in planned.groups)
+        bytes_needed = _disk(recipe, parents, due)
         tally = Tally()
         if sum(due.values()) and not dry_run:
             trainer = engine(recipe)
@@ -77,6 +79,7 @@ def fleet(
             _train(registry, work, trainer, sum(due.values()), tally)
             if next(registry.due("user"), None) is None:  # its users were trained without slots since
                 (recipe.output_dir / KEPT).unlink(missing_ok=True)
+            _drop_unused_parents(registry)
         adapters = tuple(registry.all())
         return FleetResult(
             folder=str(recipe.output_dir),
@@ -203,29 +206,34 @@ def _store_settings(registry: Registry, recipe: Recipe) -> None:
     registry.set_meta("min_examples", str(recipe.fleet.min_examples))
 
 
-def _disk(recipe: Recipe, count: int) -> int:
-    """Bytes that `count` adapters and the checkpoints of one will take.
+def _disk(recipe: Recipe, parents: int, due: Mapping[str, int]) -> int:
+    """Bytes that the adapters which are due, and the checkpoints of those at work, will take.
+
+    parents: how many adapters others start from; due: adapters by kind
 
     Raises:
         FleetError: there is not so much space.
     """
+    count, users = sum(due.values()), due["user"]
     if not count:
         return 0
-    size = adapter_bytes(recipe)
-    at_once = min(count, MOST_USERS if recipe.fleet.slots == "auto" else recipe.fleet.slots)
-    need = size * (count + 6 * at_once)  # two checkpoints of those at work, each with two moments of the optimizer
+    size = DiskSize.of(recipe)
+    need = size.need(parents, count - users, users)
     folder = recipe.output_dir.absolute()
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    kinds = [(count - users, size.whole), (users, size.of_a_user)] if size.core else [(count, size.whole)]
+    sizes = " and ".join(f"{many} adapters of {each / 2**20:.1f} MiB" for many, each in kinds if many)
     say(
-        f"{count} adapters of {size / 2**20:.1f} MiB, with checkpoints in training: {need / 2**30:.2f} GiB of disk at "
-        f"the most, {free / 2**30:.1f} GiB are free"
+        f"{sizes}, with checkpoints in training: {need / 2**30:.2f} GiB of disk at the most, "
+        f"{free / 2**30:.1f} GiB are free"
     )
-    if recipe.core_only:
-        say(f"Users train a core of {trained_bytes(recipe) // 4:,} parameters, of {size // 4:,} in an adapter")
+    if size.core:
+        say(f"Users train a core of {size.trained // 4:,} parameters, of {size.numbers // 4:,} in an adapter")
     if need > free:
         raise FleetError(
             f"{folder}: the fleet needs {need / 2**30:.2f} GiB of disk, {free / 2**30:.2f} GiB are free. Nothing was "
-            "trained. Free some, lower lora.r, or raise fleet.min_examples."
+            "trained. Free some, lower lora.r, take fleet.adapter_dtype: bfloat16 or lora.core_only: true, or raise "
+            "fleet.min_examples."
         )
     return need
 
@@ -279,6 +287,12 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
 
         for kind in reversed(KINDS):
             engine.run(tasks(kind), done, show)
+
+
+def _drop_unused_parents(registry: Registry) -> None:
+    """Removes what cores stood in and none stands in any more, since all were trained anew."""
+    folders = (registry.folder / adapter.folder / "adapter" for adapter in registry.all())
+    drop_unused_parents(registry.folder / "adapters" / PARENTS, folders)
 
 
 def _failed(registry: Registry, adapter: Adapter, why: str, tally: Tally) -> None:

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from perce_lite.errors import FleetError
 from perce_lite.files import METADATA, bytes_of, read_json, safe_name
 from perce_lite.fleet.groups import SHARED, Key, key_of
@@ -170,11 +168,13 @@ def trained(adapter: Adapter) -> str:
         if adapter.parent_kind == "all"
         else f"{adapter.parent_kind} {adapter.parent_name}'s adapter"
     )
-    return f"a core of {count:,} parameters between A and B of {start} (lora.core_only); saved as a whole LoRA"
+    return f"a core of {count:,} parameters between A and B of {start} (lora.core_only)"
 
 
 def verify(registry: Registry) -> list[str]:
     """Faults of trained adapters: files missing or damaged, or of another training than the registry says."""
+    from perce_lite.model import adapter_files  # brings torch, which no other question needs
+
     faults = []
     for adapter in registry.all():
         if adapter.trained_run is None:
@@ -187,11 +187,7 @@ def verify(registry: Registry) -> list[str]:
         elif metadata.get("run") != adapter.trained_run:
             fault = f"{folder} holds an adapter of another training than the registry says"
         else:
-            try:
-                with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-                    fault = None if list(file.keys()) else f"{folder} holds no weights"
-            except (SafetensorError, OSError) as error:
-                fault = f"{folder / 'adapter_model.safetensors'} cannot be read: {error}"
+            fault = adapter_files.fault(folder)
         if fault is not None:
             faults.append(f"{_called(adapter)}: {fault}")
     return faults

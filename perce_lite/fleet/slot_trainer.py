@@ -165,10 +165,12 @@ class SlotTrainer:
         return user
 
     def _result(self, user: SlotUser, error: PerceLiteError | None) -> Result:
-        adapter = {} if error is not None else self.model.read_slot(user.slot)
+        adapter, core = {}, None
+        if error is None:
+            adapter, core = self.model.read_slot(user.slot), self.model.read_core(user.slot)
         self.model.clear_gradients(user.slot)
         self.prefixes.forget(user.features)
-        return Result(user.job.user, user.slot, adapter, user.log, user.reference.store_hits, error)
+        return Result(user.job.user, user.slot, adapter, core, user.log, user.reference.store_hits, error)
 
     def _step(self, users: Sequence[SlotUser]) -> dict[int, PerceLiteError]:
         """Runs one batch of every user: one forward, one backward, and the due steps. Returns errors by slot."""

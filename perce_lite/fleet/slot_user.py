@@ -15,6 +15,7 @@ from perce_lite.console import warn
 from perce_lite.data.pairs import IGNORED, Pair
 from perce_lite.errors import PerceLiteError
 from perce_lite.files import written_aside
+from perce_lite.model.lora_core import Cored
 from perce_lite.model.prefix_cache import PrefixCache
 from perce_lite.training.loss import Weighting, weight_statistics
 from perce_lite.training.order import steps_of, windows
@@ -51,6 +52,7 @@ class Result:
 
     slot: where it was trained; its weights stay there until the next user takes the slot
     adapter: by PEFT's names, on the CPU; empty where the user failed
+    core: the same as a core in its parent; None where slots have no cores
     log: a step each: epoch, loss, unweighted_loss (nats a token), grad_norm, learning_rate, health of the weights
     store_hits: share of the scored sequences that came from the store
     error: why the user failed; None: the adapter is whole
@@ -59,6 +61,7 @@ class Result:
     user: str
     slot: int
     adapter: dict[str, Tensor] = field(default_factory=dict)
+    core: Cored | None = None
     log: list[dict[str, float]] = field(default_factory=list)
     store_hits: float = 0.0
     error: PerceLiteError | None = None

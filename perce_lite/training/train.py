@@ -136,7 +136,7 @@ def save_adapter(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row], run
     template, kept = trainer.processing_class.chat_template, len(trainer.pairs["train"])
     steps = trainer.state.global_step
     about = run_metadata(recipe, trainer.args, template, rows, kept, steps, run.name_in_metadata, figures)
-    adapters.save(trainer.model, run.adapter, about)
+    adapters.save(trainer.model, run.adapter, about, run.storage)
 
 
 def run_metadata(

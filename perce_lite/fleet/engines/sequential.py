@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from perce_lite.config import PerCEConfig
+from perce_lite.config import DTYPES, PerCEConfig
 from perce_lite.console import no_bars
 from perce_lite.data.pairs import PairMaker
 from perce_lite.data.rows import Row, of_split, spread_over_users
 from perce_lite.errors import ConfigError, DeviceError, DiskFullError, ModelError, PerceLiteError, RecipeError
 from perce_lite.files import bytes_of, digest
-from perce_lite.fleet.groups import Key
+from perce_lite.fleet.groups import PARENTS, Key
 from perce_lite.model import adapters
+from perce_lite.model.adapter_files import Storage
 from perce_lite.model.base import Base, load_base
 from perce_lite.model.fingerprint import fingerprint, sketch
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
@@ -45,6 +46,11 @@ class Task:
     folder: Path
     run: str
     start: Path | None
+
+    @property
+    def storage(self) -> Storage:
+        """How its adapter is stored: a core beside the other cores' parents, in `PARENTS` of the fleet's adapters."""
+        return Storage(DTYPES[self.recipe.fleet.adapter_dtype], self.folder.parent.parent / PARENTS)
 
     @property
     def begun(self) -> str:
@@ -122,7 +128,7 @@ class SequentialEngine:
             return self._train_task(task, on_progress)
 
     def _train_task(self, task: Task, on_progress: OnProgress) -> Outcome:
-        run = Run(task.folder, task.begun, task.run)
+        run = Run(task.folder, task.begun, task.run, task.storage)
         recipe = task.recipe.model_copy(update={"train": {**task.recipe.train, "output_dir": str(task.folder)}})
         base = self._base()
         with no_bars(), bare(base.model):

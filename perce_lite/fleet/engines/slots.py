@@ -5,7 +5,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from perce_lite.console import no_bars, say
@@ -29,6 +28,7 @@ from perce_lite.fleet.registry import KEPT
 from perce_lite.fleet.slot_lora import save_slot
 from perce_lite.fleet.slot_trainer import SlotTrainer
 from perce_lite.fleet.slot_user import Result, Unfinished, UserJob
+from perce_lite.model.adapter_files import tensors
 from perce_lite.model.adapters import read_metadata
 from perce_lite.model.fingerprint import fingerprint
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
@@ -103,7 +103,7 @@ class _Users:
         args = engine.args
         self._store = engine.store or store_of(args.store, engine.model.base, args.autocast)
         # What users start from, of each slot at the most: a cohort's users come from one mapping, which cores share.
-        self._start_of = functools.lru_cache(maxsize=engine.model.slots)(_weights)
+        self._start_of = functools.lru_cache(maxsize=engine.model.slots)(_tensors)
 
     def train(self, tasks: Iterator[Task], kept: Unfinished, base: str, on_progress: OnProgress) -> None:
         """base: its fingerprint."""
@@ -146,7 +146,7 @@ class _Users:
         metadata = run_metadata(task.recipe, args, template, task.rows, kept, result.steps, task.run, figures)
         folder = task.folder / "adapter"
         try:
-            save_slot(model, result.adapter, folder, metadata)
+            save_slot(model, result.core or result.adapter, folder, metadata, task.storage)
         except NonFiniteLossError as error:
             return error
         weights = {**result.weights, "store_hits": result.store_hits}
@@ -161,9 +161,9 @@ class _Users:
             return cached_log_probs(model.base, jobs, None, autocast, "adapter", True, self._engine.prefixes).log_probs
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
+def _tensors(folder: Path) -> dict[str, Tensor]:
     """An adapter's tensors by PEFT's names."""
-    return load_file(Path(read_metadata(folder)["folder"]) / "adapter_model.safetensors")
+    return tensors(Path(read_metadata(folder)["folder"]))
 
 
 def engine_for(recipe: Recipe) -> Engine:
