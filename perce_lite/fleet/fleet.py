@@ -10,7 +10,7 @@ from typing import Any
 
 from perce_lite.console import progress_bar, say, warn
 from perce_lite.data.readers import RowsByUser
-from perce_lite.errors import FleetError, PerceLiteError
+from perce_lite.errors import DataError, FleetError, PerceLiteError
 from perce_lite.fleet.disk import DiskSize
 from perce_lite.fleet.engines.sequential import Engine, Outcome, Task
 from perce_lite.fleet.groups import PARENTS, Group, Key, Plan, key_of, plan, run_fingerprint
@@ -20,6 +20,7 @@ from perce_lite.model.adapter_files import drop_unused_parents
 from perce_lite.model.fingerprint import same_base
 from perce_lite.model.footprint import refuse_exports, source_fingerprint
 from perce_lite.recipe import Recipe, training_config
+from perce_lite.training.early_stopping import NEEDS
 
 PAGE = "fleet.html"
 
@@ -61,6 +62,7 @@ def fleet(
             say(f"{len(gone)} users who were deleted are left out, though the data has them; --retrain takes one in")
         planned = plan(data, recipe, gone)
         _report_users_without_adapter(planned, recipe)
+        _require_validation_rows(planned, recipe)
         keys = [key_of(name) for name in retrain]
         _require_known(planned, [*(("user", name) for name in only), *keys])
         work = Work.of(recipe, planned, only)
@@ -116,12 +118,17 @@ class Work:
 
     @classmethod
     def of(cls, recipe: Recipe, planned: Plan, only: Sequence[str]) -> "Work":
-        """`fleet.train` and `lora.core_only` count for groups that start from another."""
-        first = recipe.without_cores()
-        later = recipe.of_users()
+        """`fleet.train` and `lora.core_only` count for groups that start from another, `fleet.patience` for users."""
+        first, later = recipe.without_cores(), recipe.of_users()
         training_config(later)  # its faults, before anything is trained
+        patience = recipe.fleet.patience
+        of_others = {False: first, True: later}
+        of_users = {starts: made.with_patience(patience) for starts, made in of_others.items()}
         groups = {group.key: group for group in planned.groups}
-        recipes = {key: first if group.parent is None else later for key, group in groups.items()}
+        recipes = {
+            group.key: (of_users if group.key[0] == "user" else of_others)[group.parent is not None]
+            for group in planned.groups
+        }
         if not only:
             return cls(planned, groups, recipes, None)
         wanted: dict[str, set[str]] = {kind: set() for kind in KINDS}
@@ -144,6 +151,20 @@ def _report_users_without_adapter(planned: Plan, recipe: Recipe) -> None:
         names = ", ".join(few[:10]) + (" ..." if len(few) > 10 else "")
         reason = f"fewer than {recipe.fleet.min_examples} training rows (fleet.min_examples)"
         say(f"{len(few)} users have {reason}, so no adapter of their own: {names}")
+
+
+def _require_validation_rows(planned: Plan, recipe: Recipe) -> None:
+    """Raises DataError where early stopping is asked for and nobody has validation rows; reports users without any."""
+    held_out = {entry.user: "validation" in planned.data.outline(entry.user).splits for entry in planned.users}
+    if recipe.early_stopping.patience is not None and not any(held_out.values()):
+        raise DataError(f"early_stopping.patience {NEEDS}; there are none. Raise split.validation, or leave it out.")
+    own = [entry.user for entry in planned.users if entry.own] if recipe.fleet.patience is not None else []
+    without = [user for user in own if not held_out[user]]
+    if without and len(without) == len(own):
+        raise DataError(f"fleet.patience {NEEDS}; nobody has any. Raise split.validation, or leave it out.")
+    if without:
+        names = ", ".join(without[:10]) + (" ..." if len(without) > 10 else "")
+        say(f"{len(without)} users have no validation rows, so they train to their last step (fleet.patience): {names}")
 
 
 def _require_known(planned: Plan, keys: Sequence[Key]) -> None:
@@ -312,7 +333,8 @@ def _record(
     test = outcome.losses.get("test") or outcome.losses.get("validation")
     gain = None if test is None else test["start"] - test["own"]
     trained = {"core_only": recipe.core_only, "parameters": outcome.parameters}
-    metrics = {"losses": outcome.losses, "weights": outcome.weights, **trained}
+    stopping = {} if outcome.stopping is None else {"early_stopping": outcome.stopping}
+    metrics = {"losses": outcome.losses, "weights": outcome.weights, **trained, **stopping}
     registry.done(adapter, decision, why, outcome.bytes, gain, metrics)
     tally.trained += 1
     tally.held_back += decision == "held back"

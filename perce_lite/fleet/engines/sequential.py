@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from perce_lite.config import DTYPES, PerCEConfig
+from perce_lite.config import DTYPES
 from perce_lite.console import no_bars
 from perce_lite.data.pairs import PairMaker
-from perce_lite.data.rows import Row, of_split, spread_over_users
+from perce_lite.data.rows import Row
 from perce_lite.errors import ConfigError, DeviceError, DiskFullError, ModelError, PerceLiteError, RecipeError
 from perce_lite.files import bytes_of, digest
 from perce_lite.fleet.groups import PARENTS, Key
@@ -21,10 +20,10 @@ from perce_lite.model import adapters
 from perce_lite.model.adapter_files import Storage
 from perce_lite.model.base import Base, load_base
 from perce_lite.model.fingerprint import fingerprint, sketch
-from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
+from perce_lite.model.scoring import cached_log_probs, store_of
 from perce_lite.planning.oom_advice import explain_out_of_memory_in_fleet, free_gpu_memory
 from perce_lite.recipe import Recipe
-from perce_lite.training.reference_logprobs import trained_tokens
+from perce_lite.training.held_out import held_out_jobs, loss_of
 from perce_lite.training.run import Run
 from perce_lite.training.train import make_trainer, mean_statistics, train_to_end
 from perce_lite.training.trainer import PerCETrainer
@@ -64,12 +63,14 @@ class Outcome:
 
     losses: split -> {base, start, own, tokens}, loss a token with the own profile, nats; a split without rows is absent
     bytes: of the adapter's folder; parameters: how many were trained
+    stopping: `BestStep.figures`; None: training went to its last step, and that is the adapter's
     """
 
     losses: dict[str, dict[str, float]]
     weights: dict[str, float]
     bytes: int
     parameters: int
+    stopping: dict[str, Any] | None = None
 
 
 OnDone = Callable[[Task, Outcome | PerceLiteError], None]
@@ -144,7 +145,8 @@ class SequentialEngine:
             )
         run.drop_checkpoints()
         losses = {split: {**before[split], **after[split]} for split in before}
-        return Outcome(losses, weights, bytes_of(run.adapter), trained_parameters)
+        stopping = None if trainer.best_step is None else trainer.best_step.figures(trainer.state.global_step)
+        return Outcome(losses, weights, bytes_of(run.adapter), trained_parameters, stopping)
 
     def _base(self) -> Base:
         if self._loaded is None:
@@ -189,24 +191,10 @@ def _losses(
         for name in who:
             on = name != "base"
             scored = cached_log_probs(trainer.model, jobs, None if on else base, trainer.autocast, split, on).log_probs
-            losses[split] |= loss_of(name, scored)
+            losses[split] |= figures_of(name, scored)
     return losses
 
 
-def held_out_jobs(
-    maker: PairMaker, recipe: Recipe, args: PerCEConfig, rows: Sequence[Row]
-) -> dict[str, list[ScoringJob]]:
-    """Scoring jobs of a user's held-out rows, by split, with the profile."""
-    jobs = {}
-    for split in ("validation", "test"):
-        pairs = maker.make(
-            spread_over_users([row for row in of_split(rows, split) if row.profile], recipe.evaluation.max_rows)
-        )
-        if pairs:
-            jobs[split] = [ScoringJob(pair.row.user, trained_tokens(pair, args)) for pair in pairs]
-    return jobs
-
-
-def loss_of(name: str, scored: Sequence[Tensor]) -> dict[str, float]:
+def figures_of(name: str, scored: Sequence[Tensor]) -> dict[str, float]:
     """{name: loss a token, nats, "tokens": their number} of log-probs (R,) a row."""
-    return {name: -float(torch.cat(list(scored)).double().mean()), "tokens": float(sum(map(len, scored)))}
+    return {name: loss_of(scored), "tokens": float(sum(map(len, scored)))}

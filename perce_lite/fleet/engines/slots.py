@@ -21,8 +21,7 @@ from perce_lite.fleet.engines.sequential import (
     Outcome,
     SequentialEngine,
     Task,
-    held_out_jobs,
-    loss_of,
+    figures_of,
 )
 from perce_lite.fleet.registry import KEPT
 from perce_lite.fleet.slot_lora import save_slot
@@ -34,6 +33,7 @@ from perce_lite.model.fingerprint import fingerprint
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
 from perce_lite.planning.oom_advice import explain_out_of_memory_in_fleet
 from perce_lite.recipe import Recipe, lora_config, training_config
+from perce_lite.training.held_out import held_out_jobs
 from perce_lite.training.train import run_metadata
 
 
@@ -112,18 +112,22 @@ class _Users:
     def _jobs(self, tasks: Iterator[Task], base: str) -> Iterator[UserJob]:
         for task in tasks:
             audit = Audit()
+            stopping = task.recipe.early_stopping
+            validation: list[ScoringJob] = []
             try:
                 pairs = self._maker.make(of_split(task.rows, "train"), audit)
                 require(pairs, audit, "training")
+                if stopping.patience is not None:
+                    jobs = held_out_jobs(self._maker, task.recipe, self._engine.args, task.rows, ["validation"])
+                    validation = jobs.get("validation", [])
                 start = None if task.start is None else self._start_of(task.start)
             except FATAL_ERRORS:
                 raise
             except PerceLiteError as error:
                 self._on_done(task, error)
                 continue
-            job = UserJob(
-                task.key[1], pairs, adapter=start, begun=digest([task.begun, base, str(self._engine.args.optim)])
-            )
+            begun = digest([task.begun, base, str(self._engine.args.optim)])
+            job = UserJob(task.key[1], pairs, adapter=start, begun=begun, validation=validation, stopping=stopping)
             self._at_work[job.user] = task, job
             yield job
 
@@ -140,17 +144,19 @@ class _Users:
             if name == "start":
                 model.load_slot(result.slot, model.fresh(args.seed) if job.adapter is None else job.adapter)
             for split, split_jobs in jobs.items():
-                losses[split] |= loss_of(name, self._scored(split_jobs, None if name == "base" else result.slot))
+                losses[split] |= figures_of(name, self._scored(split_jobs, None if name == "base" else result.slot))
         figures = {"losses": [], "weights": result.weights}
         template, kept = self._maker.tokenizer.chat_template, len(job.pairs)
-        metadata = run_metadata(task.recipe, args, template, task.rows, kept, result.steps, task.run, figures)
+        metadata = run_metadata(
+            task.recipe, args, template, task.rows, kept, result.steps, task.run, figures, result.stopping
+        )
         folder = task.folder / "adapter"
         try:
             save_slot(model, result.core or result.adapter, folder, metadata, task.storage)
         except NonFiniteLossError as error:
             return error
         weights = {**result.weights, "store_hits": result.store_hits}
-        return Outcome(losses, weights, bytes_of(folder), model.parameters)
+        return Outcome(losses, weights, bytes_of(folder), model.parameters, result.stopping)
 
     def _scored(self, jobs: Sequence[ScoringJob], slot: int | None) -> list[Tensor]:
         """Log-probs of `jobs` with the adapter in `slot`, or under the bare base, from the store where it has them."""
