@@ -34,7 +34,9 @@ def trained(tmp_path_factory, toy):
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows_of(2))))
     head = f"model: {toy}\nquantization: none\ndtype: float32\ndevice: cpu\ndata: {{path: rows.jsonl}}\n"
     (folder / "mine.yaml").write_text(head + CORED + LORA_TEXT)
-    result = fleet(load_recipe(folder / "mine.yaml", [f"train.output_dir={folder / 'out'}"]), engine_for)
+    result = fleet(
+        load_recipe(folder / "mine.yaml", [f"train.output_dir={folder / 'out'}", "train.store=null"]), engine_for
+    )
     assert (result.trained, result.failed) == (3, 0)
     return folder
 
