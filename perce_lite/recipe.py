@@ -97,9 +97,13 @@ class Evaluation(Section):
 
     max_rows: int = Field(24, ge=1, description="held-out rows of a split at the most, spread over users")
     max_new_tokens: int = Field(60, ge=1, description="tokens of a generated answer")
-    generated_rows: int = Field(8, ge=0, description="eval: rows whose answers are generated and scored; 0: none")
+    generated_rows: int = Field(
+        8, ge=0, description="eval, compare: rows whose answers are generated and scored; 0: none"
+    )
     samples: int = Field(
-        3, ge=0, description="eval: answers drawn at temperature 0.7 beside the greedy one, with the own profile"
+        3,
+        ge=0,
+        description="eval, compare: answers drawn at temperature 0.7 beside the greedy one, with the own profile",
     )
     personal: list[Annotated[float, Field(ge=0)]] = Field(
         [0.25, 0.5, 1.0], description="eval: strengths of --personal whose answers are judged too, beside plain ones"
@@ -111,7 +115,7 @@ class Evaluation(Section):
         3, ge=0, description="eval, compare: further users whose profiles a text's writer is told from"
     )
     generation: dict[str, Any] = Field(
-        {}, description="eval: options of transformers' generate, such as {do_sample: true, temperature: 0.7}"
+        {}, description="eval, compare: options of transformers' generate, such as {do_sample: true, temperature: 0.7}"
     )
     general: str | None = Field(
         None, description="eval: JSONL of prompt and completion that has nothing to do with the users; null: built in"
@@ -179,7 +183,7 @@ class Export(Section):
 class Recipe(Section):
     """All that a run depends on."""
 
-    model: str = Field("smollm2-135m", description="smollm2-135m (built in), a Hub id or a folder")
+    model: str = Field("smollm2-135m", description="smollm2-135m (built in), a Hub id, a folder or a GGUF file")
     quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4 bit with double quantisation")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="compute dtype")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
@@ -216,7 +220,23 @@ class Recipe(Section):
     @property
     def model_folder(self) -> Path | None:
         """The folder that `model` names, from the recipe's own on or as it stands; None where it names none."""
-        return next((place for place in self._places(self.model) if place.is_dir()), None)
+        places = self._places(self.model) if self.model else ()  # a script's model may have no name
+        return next((place for place in places if place.is_dir()), None)
+
+    def model_is_there(self) -> bool:
+        """Whether `model` is something; only a name that is spelt like a path can be told to be nothing."""
+        as_path = self.model.startswith(("/", "./", "../", "~")) or self.model.endswith(".gguf")
+        return not as_path or any(place.exists() for place in self._places(self.model))
+
+    @property
+    def model_file(self) -> Path | None:
+        """The GGUF file that `model` names, looked for as `model_folder` is; None where it names none."""
+        return next((place for place in self._places(self.model) if place.is_file()), None)
+
+    @property
+    def model_path(self) -> Path | None:
+        """The folder or the GGUF file that `model` names; None of a built-in model and a Hub id."""
+        return self.model_folder or self.model_file
 
     @property
     def chat_template_file(self) -> Path | None:
@@ -261,7 +281,7 @@ class Recipe(Section):
     def fingerprint(self) -> str:
         """Equal for recipes that train the same adapter: where it goes, what is logged and how it fits do not count."""
         plain = self.model_dump(mode="json")
-        plain["train"] = {name: value for name, value in plain["train"].items() if not _NOT_TRAINED_BY.match(name)}
+        plain["train"] = {name: value for name, value in plain["train"].items() if trains(name)}
         template = self.chat_template_file
         if template is not None:  # what it says counts, not where it lies
             plain["train"]["chat_template_path"] = digest(template.read_bytes().hex())
@@ -287,6 +307,12 @@ _NOT_TRAINED_BY = re.compile(
     r"skip_memory_metrics|gradient_checkpointing|activation_offloading)$"
 )
 """Fields of `train:` that change places, logs or memory, not what is trained."""
+
+
+def trains(name: str) -> bool:
+    """Whether the field `name` of `train:` changes what is trained, not only where it goes or how it fits."""
+    return not _NOT_TRAINED_BY.match(name)
+
 
 _LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 

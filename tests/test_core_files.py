@@ -16,7 +16,7 @@ from perce_lite.errors import AdapterError
 from perce_lite.fleet.disk import DiskSize
 from perce_lite.fleet.engines.slots import engine_for
 from perce_lite.fleet.fleet import fleet
-from perce_lite.model import adapter_files, adapters
+from perce_lite.model import adapter_files, adapter_weights, adapters
 from perce_lite.model.answering import Answerer
 from perce_lite.model.lora_core import Cored
 from perce_lite.recipe import load_recipe
@@ -77,9 +77,11 @@ def test_loaded_it_is_the_plain_lora_to_the_bit(cores, toy):
     """Alone, beside another, to start from, and copied as peft has it."""
     folder = folder_of("out", "user0")
     Path("plain").mkdir()
-    adapter_files.copy_plain(folder, Path("plain"))
+    adapter_weights.copy_plain(folder, Path("plain"))
+    metadata = adapter_files.given_away(adapter_files.read_metadata(folder))
+    Path("plain/perce_lite.json").write_text(json.dumps(metadata))
     assert not adapter_files.is_core(Path("plain"))
-    assert "core" not in adapters.read_metadata(Path("plain"))
+    assert "core" not in adapter_files.read_metadata(Path("plain"))
     plain = load_file("plain/adapter_model.safetensors")
     expected = adapters.load(base_of(toy), Path("plain"))
     alone = adapters.load(base_of(toy), folder)
@@ -103,9 +105,9 @@ def test_what_is_stored_gives_back_what_was_trained():
     """C less the identity loses nothing of C in float32, and in bfloat16 nothing near 1 that C itself would lose."""
     generator = torch.Generator().manual_seed(0)
     core = torch.eye(4) + 0.3 * torch.rand(4, 4, generator=generator) - 0.1
-    assert torch.equal(adapter_files.change(core) + torch.eye(4), core)
+    assert torch.equal(adapter_weights.change(core) + torch.eye(4), core)
     small = torch.eye(4) * (1 + 2**-12)
-    assert torch.equal(adapter_files.change(small).bfloat16().float() + torch.eye(4), small)
+    assert torch.equal(adapter_weights.change(small).bfloat16().float() + torch.eye(4), small)
     assert torch.equal(small.bfloat16().float(), torch.eye(4))
     a, b = torch.rand(4, 6, generator=generator), torch.rand(5, 4, generator=generator)
     plain = Cored({"x.lora_A.weight": a, "x.lora_B.weight": b}, {"x": core}).plain()
@@ -128,13 +130,13 @@ def test_every_command_takes_it(cores, run, figures):
     assert {done["state"] for done in again["exports"]} == {"kept"}
     for done in exported["exports"]:
         numbers = load_file(Path(done["folder"]) / "adapter_model.safetensors")
-        own = adapter_files.tensors(folder_of("out", done["users"][0]))
+        own = adapter_weights.tensors(folder_of("out", done["users"][0]))
         assert all(torch.equal(numbers[name], tensor) for name, tensor in own.items())
 
 
 def test_the_server_takes_it(cores):
-    own, other = (adapters.read_metadata(folder_of("out", user)) for user in ("user0", "user1"))
-    size = adapter_files.memory_bytes(Path(own["folder"]))
+    own, other = (adapter_files.read_metadata(folder_of("out", user)) for user in ("user0", "user1"))
+    size = adapter_files.weights_bytes(Path(own["folder"]))
     shared = load_file(folder_of("out", "all") / "adapter_model.safetensors")
     assert size == 4 * sum(tensor.numel() for tensor in shared.values())
     pool = Pool(own, limit=size)
@@ -164,7 +166,7 @@ def tear(parent):
 
 @pytest.mark.parametrize(
     ("harm", "message"),
-    [(remove, "is missing"), (change, "has changed"), (stronger, "has changed"), (tear, "cannot be read")],
+    [(remove, "is missing"), (change, "has changed"), (stronger, "has changed"), (tear, "cut off or damaged")],
 )
 def test_a_parent_that_is_not_as_it_was_is_one_clear_error(cores, toy, run, harm, message):
     harm(parent_folder())
@@ -187,31 +189,32 @@ def test_a_core_that_was_moved_says_how_to_take_it_along(cores, run):
     assert code == 2
     assert "export --to peft makes a plain LoRA" in " ".join(err.split())
     shutil.move("out", "renamed")
-    assert adapter_files.tensors(folder_of("renamed", "user0"))
+    assert adapter_weights.tensors(folder_of("renamed", "user0"))
 
 
 def test_what_a_core_stands_in_outlives_a_new_parent(cores):
     """A user whose new training has not come yet keeps the adapter; the old parent goes with the last core of it."""
-    before = adapter_files.tensors(folder_of("out", "user1"))
+    before = adapter_weights.tensors(folder_of("out", "user1"))
     recipe = load_recipe("mine.yaml", ["train.learning_rate=0.02"])
     fleet(recipe, engine_for, only=["user0"])
     assert len(list((Path("out") / PARENTS).iterdir())) == 2
-    after = adapter_files.tensors(folder_of("out", "user1"))
+    after = adapter_weights.tensors(folder_of("out", "user1"))
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     fleet(recipe, engine_for)
-    assert parent_folder().name == adapters.read_metadata(folder_of("out", "user1"))["core"]["fingerprint"]
+    assert parent_folder().name == adapter_files.read_metadata(folder_of("out", "user1"))["core"]["fingerprint"]
 
 
 def test_adapters_of_before_are_read_as_they_are(cores, toy):
     """A fleet whose users' cores were stored as plain LoRAs: a mixed one works, and is stored anew when due."""
     folder = folder_of("out", "user0")
-    expected = adapter_files.tensors(folder)
+    expected = adapter_weights.tensors(folder)
     plain = folder.with_name("plain")
     plain.mkdir()
-    adapter_files.copy_plain(folder, plain)
+    adapter_weights.copy_plain(folder, plain)
+    shutil.copy(folder / "perce_lite.json", plain)
     shutil.rmtree(folder)
     plain.rename(folder)
-    assert all(torch.equal(adapter_files.tensors(folder)[name], tensor) for name, tensor in expected.items())
+    assert all(torch.equal(adapter_weights.tensors(folder)[name], tensor) for name, tensor in expected.items())
     adapters.load(base_of(toy), folder)
     fleet(load_recipe("mine.yaml"), engine_for, retrain=["user0"])
     assert adapter_files.is_core(folder)
@@ -231,7 +234,7 @@ def test_half_the_bytes_in_bfloat16(trained, tmp_path, monkeypatch, toy, core, s
     assert {tensor.dtype for tensor in load_file(shared).values()} == {torch.bfloat16}
     state = get_peft_model_state_dict(adapters.load(base_of(toy), folder_of("out", "user0")))
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
-    assert all(torch.equal(state[name], tensor) for name, tensor in adapter_files.tensors(file.parent).items())
+    assert all(torch.equal(state[name], tensor) for name, tensor in adapter_weights.tensors(file.parent).items())
     assert fleet(load_recipe("mine.yaml", options), engine_for).trained == 0, "what is there stays as it is stored"
 
 

@@ -20,7 +20,7 @@ from perce_lite.fleet.slot_lora import attach
 from perce_lite.fleet.slot_routing import BARE
 from perce_lite.fleet.slot_trainer import SlotTrainer
 from perce_lite.fleet.slot_user import UserJob
-from perce_lite.model import adapter_files
+from perce_lite.model import adapter_weights
 from perce_lite.model.fingerprint import fingerprint
 from perce_lite.model.lora_core import add_cores, cored_of, faults
 from perce_lite.recipe import load_recipe, lora_config
@@ -188,7 +188,7 @@ LORA_TEXT = "lora: {r: 4, core_only: true}\n"
 
 
 def weights_of(folder, user):
-    return adapter_files.tensors(folder_of(folder, user))
+    return adapter_weights.tensors(folder_of(folder, user))
 
 
 def folder_of(fleet_folder, user):

@@ -16,7 +16,8 @@ from perce_lite.fleet.engines.sequential import SequentialEngine
 from perce_lite.fleet.engines.slots import SlotsEngine, engine_for
 from perce_lite.fleet.fleet import fleet
 from perce_lite.fleet.registry import KEPT, opened
-from perce_lite.model import adapter_files, adapters
+from perce_lite.model import adapter_weights, adapters
+from perce_lite.model.adapter_files import read_metadata
 from perce_lite.model.base import load_base
 from perce_lite.recipe import EarlyStopping, load_recipe
 from perce_lite.training.early_stopping import BestStep
@@ -82,7 +83,7 @@ def test_the_best_steps_adapter_is_the_one_that_is_kept(recipe, figures, run):
     kept = stopping["kept_step"]
     assert kept == min(losses, key=losses.get)
     assert stopping["steps"] == kept + 4 < stopping["of"] == 24, "two measurements, two steps apart"
-    metadata = adapters.read_metadata(Path("out"))
+    metadata = read_metadata(Path("out"))
     assert (metadata["steps"], metadata["early_stopping"]) == (kept, stopping)
     shown = run("train", path)[1]
     assert f"kept step {kept}" in " ".join(shown.split())
@@ -90,7 +91,7 @@ def test_the_best_steps_adapter_is_the_one_that_is_kept(recipe, figures, run):
     shutil.rmtree("out")
     figures("train", path, "--set", "early_stopping.patience=null", "--set", f"train.max_steps={kept}")
     assert equal(stopped, adapter_in())
-    assert "early_stopping" not in adapters.read_metadata(Path("out"))
+    assert "early_stopping" not in read_metadata(Path("out"))
 
 
 @pytest.mark.parametrize(
@@ -164,9 +165,9 @@ def test_trainer_and_slots_keep_the_same_step_of_each_user(recipe, figures, run)
         assert one["steps"] < 24
         for mine, theirs in zip(one["validation"], other["validation"], strict=True):
             assert (mine["step"], mine["loss"]) == (theirs["step"], pytest.approx(theirs["loss"], abs=1e-2))
-        for name, tensor in adapter_files.tensors(folder_of("slots", user)).items():
-            torch.testing.assert_close(tensor, adapter_files.tensors(folder_of("out", user))[name], rtol=0, atol=1e-2)
-        metadata = adapters.read_metadata(folder_of("slots", user))
+        for name, tensor in adapter_weights.tensors(folder_of("slots", user)).items():
+            torch.testing.assert_close(tensor, adapter_weights.tensors(folder_of("out", user))[name], rtol=0, atol=1e-2)
+        metadata = read_metadata(folder_of("slots", user))
         assert (metadata["steps"], metadata["early_stopping"]) == (one["kept_step"], one)
     code, out, _ = run("fleet", path, "--set", "train.output_dir=slots")
     assert code == 0
@@ -188,8 +189,8 @@ def test_slots_that_were_killed_keep_the_same_step_to_the_bit(recipe, monkeypatc
         fleet(load_recipe(path), engine_for)
         for user in ("user0", "user1", "user2"):
             one, other = (folder_of(place, user) for place in ("whole", "out"))
-            assert equal(adapter_files.tensors(one), adapter_files.tensors(other)), (last, user)
-            first, second = (adapters.read_metadata(folder)["early_stopping"] for folder in (one, other))
+            assert equal(adapter_weights.tensors(one), adapter_weights.tensors(other)), (last, user)
+            first, second = (read_metadata(folder)["early_stopping"] for folder in (one, other))
             assert first == second
             assert first["kept_step"] < first["of"]
         shutil.rmtree("out")
@@ -216,8 +217,8 @@ def test_users_without_validation_rows_are_named_and_train_to_their_last_step(re
         code, _, err = run("fleet", recipe(rows, FLEET), "--set", f"fleet.slots={slots}", "--set", "train.max_steps=6")
         assert code == 0
         assert "1 users have no validation rows, so they train to their last step (fleet.patience): user1" in err
-        assert "early_stopping" not in adapters.read_metadata(folder_of("out", "user1"))
-        assert "early_stopping" in adapters.read_metadata(folder_of("out", "user0"))
+        assert "early_stopping" not in read_metadata(folder_of("out", "user1"))
+        assert "early_stopping" in read_metadata(folder_of("out", "user0"))
         shutil.rmtree("out")
 
 
@@ -254,7 +255,7 @@ def test_slots_of_one_are_the_trainer(recipe):
     """A fleet whose `slots` is 1 measures the same rows; the engine of slots with one slot keeps the same step."""
     path = recipe(rows_of(1, 10), FLEET)
     fleet(load_recipe(path), lambda loaded: SlotsEngine(loaded, 1))
-    one = adapters.read_metadata(folder_of("out", "user0"))["early_stopping"]
+    one = read_metadata(folder_of("out", "user0"))["early_stopping"]
     shutil.rmtree("out")
     fleet(load_recipe(path, ["fleet.slots=1"]), engine_for)
-    assert adapters.read_metadata(folder_of("out", "user0"))["early_stopping"]["kept_step"] == one["kept_step"]
+    assert read_metadata(folder_of("out", "user0"))["early_stopping"]["kept_step"] == one["kept_step"]

@@ -5,9 +5,8 @@ from typing import Annotated
 import typer
 
 from perce_lite.cli.lazy import Lazy
-from perce_lite.cli.options import Json, RecipePath, Set, write
+from perce_lite.cli.options import Json, RecipePath, Set, open_recipe, write
 from perce_lite.cli.views import sections, terminal
-from perce_lite.recipe import load_recipe
 
 device = Lazy("perce_lite.device")
 engines = Lazy("perce_lite.fleet.engines.slots")
@@ -26,7 +25,7 @@ def fleet(
     json: Json = None,
 ) -> None:
     """Train an adapter for every user (or cohort) who is due, over one base, or resume."""
-    loaded = load_recipe(recipe, set_ or [])
+    loaded = open_recipe(recipe, set_, trains=True)
     device.say_device(loaded)
     result = fleets.fleet(loaded, engines.engine_for, only or [], retrain or [], dry_run)
     write(json, result.figures())

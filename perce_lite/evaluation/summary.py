@@ -13,7 +13,8 @@ from perce_lite.model.base import load_base
 from perce_lite.model.generate import generate
 from perce_lite.model.scoring import store_of
 from perce_lite.recipe import Recipe
-from perce_lite.training.train import mean_statistics, open_run, save_adapter, train
+from perce_lite.training.metadata import mean_statistics
+from perce_lite.training.train import open_run, save_adapter, train
 from perce_lite.training.trainer import PerCETrainer
 
 
@@ -51,7 +52,7 @@ def measure(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row]) -> dict[
     return {
         "losses": losses,
         **stopping,
-        "weights": mean_statistics(trainer),
+        "weights": mean_statistics(trainer.state.log_history, trainer.store_hits),
         "sample": _sample(recipe, trainer, maker, held_out),
         "rows": trainer.audits["train"].summary(),
     }

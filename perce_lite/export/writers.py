@@ -32,9 +32,10 @@ from perce_lite.export.proof import (
     sketched,
     tensors_of,
 )
+from perce_lite.export.transformers4 import make_readable
 from perce_lite.export_targets import max_rank, merge_drift
 from perce_lite.files import bytes_of, digest, read_json, write_json, write_text
-from perce_lite.model import adapter_files, adapters
+from perce_lite.model import adapter_files, adapter_weights, adapters
 from perce_lite.model.base import load_base
 from perce_lite.model.footprint import config_of
 from perce_lite.model.model_card import licence_of, model_card, write_licence
@@ -66,7 +67,7 @@ class Job:
 
 def write(job: Job, aside: Path) -> dict[str, Any]:
     """Writes the export into `aside`; gives figures of its own."""
-    check_not_idle(adapter_files.tensors(job.source).items(), job.source)
+    check_not_idle(adapter_weights.tensors(job.source).items(), job.source)
     return _WRITERS[job.target](job, aside)
 
 
@@ -77,7 +78,8 @@ def _write_adapter(job: Job, aside: Path) -> dict[str, Any]:
         model, tokenizer = _on(base.model, base.tokenizer, job)
         proof = record(model, tokenizer, recipe, job.target, TIGHT, job.profile)
         tokenizer.save_pretrained(aside)
-    adapter_files.copy_plain(job.source, aside)
+    adapter_weights.copy_plain(job.source, aside)
+    write_json(aside / adapters.METADATA, adapter_files.given_away(dict(job.metadata)))
     if proof.invocation:
         config = read_json(aside / "adapter_config.json")
         write_json(aside / "adapter_config.json", {**config, "alora_invocation_tokens": proof.invocation})
@@ -181,17 +183,18 @@ def _finish(job: Job, recipe: Recipe, aside: Path, proof: Proof, more: str) -> N
     size = (
         sum(bytes_of(path) for kind in kinds for path in aside.glob(kind))
         if whole
-        else adapter_files.memory_bytes(job.source)
+        else adapter_files.weights_bytes(job.source)
     )
     text = model_card(job.metadata, whole, size, job.evaluated, licence_of(recipe))
     parts = [text, more, usage.as_trained(job.target, job.metadata, recipe, job.profile)]
     write_text(aside / "README.md", "\n".join(part for part in parts if part))
     write_licence(recipe, aside)
+    make_readable(aside)
 
 
 def source_hash(folder: Path) -> str:
     """Hash of the weights and the scale of an adapter in `folder`, by which an export is known to be of it."""
-    tensors = sorted(adapter_files.tensors(folder).items())
+    tensors = sorted(adapter_weights.tensors(folder).items())
     return digest([adapter_files.lora_options(folder), *([name, fingerprint(tensor)] for name, tensor in tensors)])
 
 

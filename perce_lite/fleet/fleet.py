@@ -14,9 +14,10 @@ from perce_lite.errors import DataError, FleetError, PerceLiteError
 from perce_lite.fleet.disk import DiskSize
 from perce_lite.fleet.engines.sequential import Engine, Outcome, Task
 from perce_lite.fleet.groups import PARENTS, Group, Key, Plan, key_of, plan, run_fingerprint
+from perce_lite.fleet.queries import refuse_deleted
 from perce_lite.fleet.registry import KEPT, KINDS, Adapter, Registry, held, imagined
 from perce_lite.fleet.result import FleetResult, gains
-from perce_lite.model.adapter_files import drop_unused_parents
+from perce_lite.model.adapter_weights import drop_unused_parents
 from perce_lite.model.fingerprint import same_base
 from perce_lite.model.footprint import refuse_exports, source_fingerprint
 from perce_lite.recipe import Recipe, training_config
@@ -57,6 +58,8 @@ def fleet(
     with RowsByUser(recipe) as data, _registry(recipe, dry_run) as registry:
         for name in retrain:
             registry.readmit(name)
+        for name in only:
+            refuse_deleted(recipe.output_dir, name)
         gone = {user for user in data.users if registry.was_deleted(user)}
         if gone:
             say(f"{len(gone)} users who were deleted are left out, though the data has them; --retrain takes one in")

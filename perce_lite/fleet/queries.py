@@ -2,18 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perce_lite.errors import FleetError
+from perce_lite.errors import AdapterError, FleetError
 from perce_lite.files import METADATA, bytes_of, read_json, safe_name
 from perce_lite.fleet.groups import SHARED, Key, key_of
-from perce_lite.fleet.registry import FILE, KEPT, Adapter, Registry, held
+from perce_lite.fleet.registry import FILE, KEPT, Adapter, Registry, held, imagined, opened
+from perce_lite.model.adapter_files import is_core, require_whole
 
 PERSONAL = (
-    KEPT, "fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json",
+    KEPT, "fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json", "train.html",
 )  # fmt: skip
 """Files in a fleet's folder, written by other commands, that quote users' texts or are trained on them."""
 
@@ -118,9 +119,53 @@ def _known(registry: Registry, user: str) -> tuple[str | None, int, bool]:
     """What the registry says of `user`; raises FleetError where it knows no such user."""
     known = registry.user(user)
     if known is None:
+        _refuse(f"user {user}", registry.deleted_on(user))
         like = ", ".join(registry.users_like(user))
         raise FleetError(f"user {user}: the fleet knows no such user" + (f"; it knows {like}" if like else ""))
     return known
+
+
+def refuse_deleted(place: Path, user: str | None = None) -> None:
+    """Refuses what is asked for a deleted user: by `user`, or by a `place` in a fleet that was their folder.
+
+    place: an adapter's folder or a run's; outside of a fleet nobody was deleted
+
+    Raises:
+        FleetError: naming the day.
+    """
+    folder = _fleet_around(place)
+    if folder is None:
+        return
+    with opened(folder) as registry:
+        if user is not None:
+            _refuse(f"user {user}", registry.deleted_on(user))
+        for part in place.absolute().relative_to(folder).parts:
+            _refuse(f"{place}: its user", registry.folder_deleted_on(part))
+
+
+def deletions(place: Path, users: Iterable[str]) -> dict[str, str]:
+    """Those of `users` who were deleted from the fleet that `place` lies in, with the days."""
+    folder = _fleet_around(place)
+    if folder is None:
+        return {}
+    with opened(folder) as registry:
+        days = {user: registry.deleted_on(user) for user in users}
+    return {user: day for user, day in days.items() if day is not None}
+
+
+def _fleet_around(place: Path) -> Path | None:
+    """The folder of the fleet that `place` is or lies in; None: it lies in none."""
+    place = place.absolute()
+    return next((folder for folder in (place, *place.parents) if (folder / FILE).is_file()), None)
+
+
+def _refuse(who: str, deleted_on: str | None) -> None:
+    """Raises FleetError where there is a day of deletion."""
+    if deleted_on is not None:
+        raise FleetError(
+            f"{who} was deleted on {deleted_on}, with all that was written of them. If they are to be served again and "
+            "your data has their texts: perce-lite fleet RECIPE --retrain USER."
+        )
 
 
 def _is_of(folder: Path, adapter: Adapter) -> bool:
@@ -141,6 +186,7 @@ def show(registry: Registry, name: str) -> AdapterFacts:
     """
     adapter = registry.get(*key_of(name))
     if adapter is None:
+        _refuse(f"user {name}", registry.deleted_on(name))
         raise FleetError(f"{name}: the fleet has no such adapter; perce-lite adapters who USER says what serves a user")
     metadata = read_json(registry.folder / adapter.folder / "adapter" / METADATA)
     return AdapterFacts(adapter, trained(adapter), None if metadata is None else lineage(metadata))
@@ -173,8 +219,6 @@ def trained(adapter: Adapter) -> str:
 
 def verify(registry: Registry) -> list[str]:
     """Faults of trained adapters: files missing or damaged, or of another training than the registry says."""
-    from perce_lite.model import adapter_files  # brings torch, which no other question needs
-
     faults = []
     for adapter in registry.all():
         if adapter.trained_run is None:
@@ -187,43 +231,59 @@ def verify(registry: Registry) -> list[str]:
         elif metadata.get("run") != adapter.trained_run:
             fault = f"{folder} holds an adapter of another training than the registry says"
         else:
-            fault = adapter_files.fault(folder)
+            fault = _damage(folder)
         if fault is not None:
             faults.append(f"{_called(adapter)}: {fault}")
     return faults
 
 
+def _damage(folder: Path) -> str | None:
+    """What is wrong with an adapter's files; of a core its parent is read too, which is another's file."""
+    try:
+        require_whole(folder)
+        if is_core(folder):
+            from perce_lite.model.adapter_weights import tensors  # brings torch, which no other question needs
+
+            tensors(folder)
+    except AdapterError as error:
+        return str(error)
+    return None
+
+
 @dataclass
 class Receipt:
-    """What a deletion did. `removed` are paths, `bytes` their size; `due` is to be trained again without the user."""
+    """What a deletion did, or would do.
+
+    earlier: the day of an earlier deletion, after which something was left; None: this is the first
+    removed: paths; bytes: their size
+    due: what is to be trained again without the user
+    left: what may hold texts of theirs and is not removed, with the reason
+    """
 
     user: str
+    earlier: str | None = None
     removed: list[str] = field(default_factory=list)
     bytes: int = 0
     due: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
 
 
-def delete(folder: Path, user: str) -> Receipt:
+def delete(folder: Path, user: str, dry_run: bool = False) -> Receipt:
     """Removes a user's adapter, checkpoints, store files, registry rows, and pages that quote texts.
+
+    dry_run: nothing is removed; the receipt says what would be
 
     Raises:
         FleetError: no such user; a fleet run is on the folder. Then nothing is removed.
     """
     if not (folder / FILE).is_file():
         raise FleetError(f"{folder}: no fleet here ({FILE} is missing). Give its folder with --fleet.")
-    with held(folder) as registry:
-        if not registry.was_deleted(user):
+    with imagined(folder) if dry_run else held(folder) as registry:
+        receipt = Receipt(user, registry.deleted_on(user))
+        if receipt.earlier is None:
             _known(registry, user)
-        receipt = Receipt(user)
-        _remove(folder / "adapters" / "user" / safe_name(user), receipt)
-        for personal in PERSONAL:
-            for file in (folder / personal, *folder.glob(f".{personal}.*.tmp")):
-                _remove(file, receipt)
-        for store in json.loads(registry.meta("stores") or "[]"):
-            for base in sorted(Path(store).iterdir()) if Path(store).is_dir() else []:
-                for file in base.glob(f"*{safe_name(user)}.safetensors*"):
-                    _remove(file, receipt)
+        for path in _written_of(registry, user):
+            _remove(path, receipt, dry_run)
         for key in registry.forget(user):
             called = "the shared adapter" if key == SHARED else f"the adapter of {' '.join(key)}"
             receipt.due.append(called)
@@ -237,6 +297,17 @@ def delete(folder: Path, user: str) -> Receipt:
         return receipt
 
 
+def _written_of(registry: Registry, user: str) -> Iterator[Path]:
+    """Every file and folder that a fleet's commands wrote of `user`, whether it is there or not."""
+    folder = registry.folder
+    yield folder / "adapters" / "user" / safe_name(user)
+    for personal in PERSONAL:
+        yield from (folder / personal, *folder.glob(f".{personal}.*.tmp"))
+    for store in map(Path, json.loads(registry.meta("stores") or "[]")):
+        for base in sorted(store.iterdir()) if store.is_dir() else []:
+            yield from base.glob(f"*{safe_name(user)}.safetensors*")
+
+
 def _exports(registry: Registry, key: Key, called: str) -> list[str]:
     """What lies exported beside an adapter that has seen a deleted user's texts, and others may be served with."""
     adapter = registry.get(*key)
@@ -245,11 +316,14 @@ def _exports(registry: Registry, key: Key, called: str) -> list[str]:
     return [f"{place}: {why}" for place in beside]
 
 
-def _remove(path: Path, receipt: Receipt) -> None:
+def _remove(path: Path, receipt: Receipt, dry_run: bool) -> None:
+    """Removes `path`, if it is there, and enters it in `receipt`."""
     if not path.exists():
         return
     receipt.bytes += bytes_of(path)
-    if path.is_dir():
+    if dry_run:
+        pass
+    elif path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink()

@@ -6,13 +6,11 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerState, set_seed
 
-from perce_lite.config import PerCEConfig
 from perce_lite.console import progress_bar
 from perce_lite.data.pairs import PairMaker
 from perce_lite.data.readers import read_rows
 from perce_lite.data.rows import Row, of_split
 from perce_lite.errors import DataError
-from perce_lite.files import digest
 from perce_lite.model import adapters
 from perce_lite.model.base import Base, with_adapter
 from perce_lite.model.fingerprint import fingerprint
@@ -21,7 +19,7 @@ from perce_lite.model.lora_core import add_cores
 from perce_lite.recipe import Recipe, refuse_cores, training_config
 from perce_lite.training.early_stopping import BestStep, require_validation_rows, trained_by
 from perce_lite.training.held_out import held_out_jobs
-from perce_lite.training.loss import Weighting
+from perce_lite.training.metadata import mean_statistics, run_metadata
 from perce_lite.training.run import Run, run_of
 from perce_lite.training.trainer import PerCETrainer
 
@@ -81,6 +79,7 @@ def make_trainer(recipe: Recipe, base: Base, rows: Sequence[Row], start: Path | 
         template=recipe.template,
         max_profile_tokens=recipe.profile.max_tokens,
     )
+    trainer.recipe = recipe
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
@@ -99,7 +98,10 @@ def train_to_end(trainer: PerCETrainer, recipe: Recipe, rows: Sequence[Row], run
             trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.best_step is not None:
         trainer.best_step.put_back(trained_by(trainer.model))
-    unmeasured: dict[str, Any] = {"losses": [], "weights": mean_statistics(trainer)}
+    unmeasured: dict[str, Any] = {
+        "losses": [],
+        "weights": mean_statistics(trainer.state.log_history, trainer.store_hits),
+    }
     save_adapter(recipe, trainer, rows, run, unmeasured)  # an error while measuring must not lose the adapter
 
 
@@ -143,15 +145,6 @@ class ShowProgress(TrainerCallback):
             self.bar.update(self.task, note=f"loss a token {logs['unweighted_loss']:.3f}")
 
 
-def mean_statistics(trainer: PerCETrainer) -> dict[str, float]:
-    """`weight_statistics`, means over the logged steps of the last epoch, and the share of store hits."""
-    steps = [log for log in trainer.state.log_history if "weight_mean" in log]
-    last = [log for log in steps if log["epoch"] > steps[-1]["epoch"] - 1] if steps else []
-    names = ("weight_mean", "share_above_min", "share_at_min", "share_at_max", "effective_tokens", "pir_mean")
-    figures = {name: sum(log[name] for log in last) / len(last) for name in names} if last else {}
-    return {**figures, "store_hits": trainer.store_hits}
-
-
 def save_adapter(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row], run: Run, figures: dict[str, Any]) -> None:
     """Saves the trainer's adapter into the run's folder, with metadata that hold `figures`."""
     template, kept = trainer.processing_class.chat_template, len(trainer.pairs["train"])
@@ -159,49 +152,3 @@ def save_adapter(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row], run
     stopping = None if best is None else best.figures(steps)
     about = run_metadata(recipe, trainer.args, template, rows, kept, steps, run.name_in_metadata, figures, stopping)
     adapters.save(trainer.model, run.adapter, about, run.storage)
-
-
-def run_metadata(
-    recipe: Recipe,
-    args: PerCEConfig,
-    chat_template: str,
-    rows: Sequence[Row],
-    kept: int,
-    steps: int,
-    run: str,
-    figures: dict[str, Any],
-    stopping: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """What an adapter's metadata (`perce_lite.json`) say of its run.
-
-    kept: training rows that were not dropped; steps: optimizer steps taken
-    figures: `losses` and `weights` of the run
-    stopping: `BestStep.figures`, whose step is that of the adapter; None: that is the last one
-    """
-    recorded = recipe.model_dump(mode="json")
-    if recipe.data.path:  # the adapter does not lie beside the recipe
-        recorded["data"]["path"] = str(recipe.data_path)
-    if recipe.model_folder is not None:
-        recorded["model"] = str(recipe.model_folder)
-    return {
-        "run": run,
-        "recipe": recorded,
-        "recipe_fingerprint": recipe.fingerprint(),
-        "estimator": args.estimator,
-        "train_on": args.train_on,
-        "clip_min": args.clip_min,
-        "clip_max": args.clip_max,
-        "weighting": Weighting.of(args).formula,
-        "data": {
-            "fingerprint": digest([row.fingerprint() for row in rows]),
-            "rows": kept,
-            "users": len({row.user for row in of_split(rows, "train")}),
-        },
-        "steps": steps if stopping is None else stopping["kept_step"],
-        **({} if stopping is None else {"early_stopping": stopping}),
-        "chat_template": chat_template,
-        "metrics": {
-            "losses": [{key: value for key, value in loss.items() if key != "per_row"} for loss in figures["losses"]],
-            "weights": figures["weights"],
-        },
-    }

@@ -105,6 +105,19 @@ def _answers(sample: dict[str, Any]) -> Table:
     return table
 
 
+def _show_findings(findings: list[dict[str, Any]]) -> None:
+    """What spoils a run, and what mends it."""
+    if not findings:
+        console.print("Nothing was found that spoils a run.")
+        return
+    table = Table(title="What may spoil a run", title_justify="left")
+    for name in ("found", "rows", "such as", "what to do"):
+        table.add_column(name, justify="right" if name == "rows" else "left", overflow="fold")
+    for one in findings:
+        table.add_row(Text(one["what"]), str(one["count"]), Text("\n".join(one["first"])), Text(one["mend"]))
+    console.print(table)
+
+
 def show_check(figures: dict[str, Any]) -> None:
     """`perce-lite check`: rows, drops, lengths and the example."""
     table = Table(title="Rows", title_justify="left")
@@ -129,6 +142,7 @@ def show_check(figures: dict[str, Any]) -> None:
         for one in split["dropped"]:
             drops.add_row(name, Text(one["user"]), one["reason"], str(one["rows"]), Text(one["such_as"]))
     console.print(table, lengths, *([drops] if drops.row_count else []))
+    _show_findings(figures["findings"])
     console.print(f"An adapter has {figures['adapter_bytes'] / 2**20:.1f} MiB.")
     broken = sum(split["control_tokens_broken"] for split in figures["splits"].values())
     if broken:

@@ -119,7 +119,7 @@ def arms_of(spec: str | None) -> list[str]:
 
 def portable(recipe: Recipe) -> Recipe:
     """The recipe as a process can read it that does not know where its file lies."""
-    folder, template = recipe.model_folder, recipe.chat_template_file
+    folder, template = recipe.model_path, recipe.chat_template_file
     train = recipe.train if template is None else {**recipe.train, "chat_template_path": str(template)}
     return recipe.model_copy(update={"model": recipe.model if folder is None else str(folder), "train": train})
 

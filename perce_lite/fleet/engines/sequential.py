@@ -17,15 +17,16 @@ from perce_lite.errors import ConfigError, DeviceError, DiskFullError, ModelErro
 from perce_lite.files import bytes_of, digest
 from perce_lite.fleet.groups import PARENTS, Key
 from perce_lite.model import adapters
-from perce_lite.model.adapter_files import Storage
+from perce_lite.model.adapter_weights import Storage
 from perce_lite.model.base import Base, load_base
 from perce_lite.model.fingerprint import fingerprint, sketch
 from perce_lite.model.scoring import cached_log_probs, store_of
 from perce_lite.planning.oom_advice import explain_out_of_memory_in_fleet, free_gpu_memory
 from perce_lite.recipe import Recipe
 from perce_lite.training.held_out import held_out_jobs, loss_of
+from perce_lite.training.metadata import mean_statistics
 from perce_lite.training.run import Run
-from perce_lite.training.train import make_trainer, mean_statistics, train_to_end
+from perce_lite.training.train import make_trainer, train_to_end
 from perce_lite.training.trainer import PerCETrainer
 
 
@@ -139,7 +140,7 @@ class SequentialEngine:
             before = _losses(trainer, recipe, task.rows, ("base", "start"))
             train_to_end(trainer, recipe, task.rows, run)
             after = _losses(trainer, recipe, task.rows, ("own",))
-            weights = mean_statistics(trainer)
+            weights = mean_statistics(trainer.state.log_history, trainer.store_hits)
             trained_parameters = sum(
                 parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad
             )

@@ -27,14 +27,14 @@ from perce_lite.fleet.registry import KEPT
 from perce_lite.fleet.slot_lora import save_slot
 from perce_lite.fleet.slot_trainer import SlotTrainer
 from perce_lite.fleet.slot_user import Result, Unfinished, UserJob
-from perce_lite.model.adapter_files import tensors
-from perce_lite.model.adapters import read_metadata
+from perce_lite.model.adapter_files import read_metadata
+from perce_lite.model.adapter_weights import tensors
 from perce_lite.model.fingerprint import fingerprint
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
 from perce_lite.planning.oom_advice import explain_out_of_memory_in_fleet
 from perce_lite.recipe import Recipe, lora_config, training_config
 from perce_lite.training.held_out import held_out_jobs
-from perce_lite.training.train import run_metadata
+from perce_lite.training.metadata import run_metadata
 
 
 class SlotsEngine(SequentialEngine):
