@@ -35,7 +35,7 @@ def bench(
         bool, typer.Option("--fleet-scale", help="No recipe: what a fleet's commands take for thousands of users.")
     ] = False,
     users: Annotated[
-        str | None, typer.Option(help="With --fleet-scale: numbers of users; else 1000,5000,10000,20000.")
+        str | None, typer.Option(help="With --fleet-scale: numbers of users; else 1000,2000,5000,10000,20000.")
     ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Tokens a row; with --fleet: else 32,64,96; with --gpu-report one: else 2048.")

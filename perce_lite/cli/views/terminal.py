@@ -305,11 +305,12 @@ def show_fleet_scale(scale: "FleetScale") -> None:
     """`perce-lite bench --fleet-scale`: a line a phase, then the bars."""
     title = f"A fleet's commands, {scale.texts} texts a user, one thread; enrolment: with an engine that trains nothing"
     table = Table(title=Text(title), title_justify="left", box=None)
-    for name in ("users", "phase", "due", "seconds", "MiB"):
+    for name in ("users", "phase", "due", "seconds", "CPU seconds", "MiB"):
         table.add_column(name, justify="left" if name == "phase" else "right")
     for phase in scale.phases:
         due = "" if phase.due is None else f"{phase.due}"
-        table.add_row(str(phase.users), phase.name, due, f"{phase.seconds:.1f}", f"{phase.mib:.0f}")
+        times = f"{phase.seconds:.1f}", f"{phase.cpu_seconds:.1f}"
+        table.add_row(str(phase.users), phase.name, due, *times, f"{phase.mib:.0f}")
     console.print(table)
     for bar in scale.bars:
         word, style = ("met", "green") if bar.met else ("not met", "red")
