@@ -7,26 +7,12 @@ from typing import Any, Literal, get_args
 import torch
 from trl import SFTConfig
 
+from perce_lite.choices import CHOICES
 from perce_lite.console import say
 from perce_lite.errors import ConfigError, DeviceError
-
-Estimator = Literal["base", "mixed", "bootstrap", "uniform", "shuffled"]
-Normalization = Literal["none", "mean"]
-TrainOn = Literal["factual", "counterfactual"]
-WeightingKind = Literal["clip", "additive"]
-ProfilePass = Literal["full", "frozen"]
+from perce_lite.recipe_checks import tracker_faults
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-CHOICES: dict[str, Any] = {
-    "estimator": Estimator,
-    "weighting": WeightingKind,
-    "normalize_weights": Normalization,
-    "train_on": TrainOn,
-    "profile_pass": ProfilePass,
-}
-"""Fields of `PerCEConfig` that take one of a few words, with the `Literal` of their values."""
 
 
 NO_MPS = "The Apple GPU (MPS) is not used, for nothing here was made for it or tried on it: training is on the CPU."
@@ -220,6 +206,9 @@ def _spreads_batches(accelerator_config: Any) -> bool:
 class PerCEConfig(SFTConfig):
     """`SFTConfig` with the fields of PerContrast; all of `SFTConfig`'s keep their names and meaning.
 
+    >>> PerCEConfig(output_dir="out", learning_rate=2e-4, estimator="base", clip_max=3.0).weighting
+    'additive'
+
     Mixed precision follows the device unless `bf16` or `fp16` is given: bf16, fp16 on a GPU without it, float32
     on a CPU without bf16 instructions. A loss that is NaN is never filtered from the logs.
 
@@ -319,4 +308,4 @@ def _own_faults(config: PerCEConfig) -> list[str]:
         faults.append(f"learning_rate: {config.learning_rate} is not above 0; 1e-5 to 1e-3 is usual for LoRA")
     if config.max_length is not None and config.max_length < 1:
         faults.append(f"max_length: {config.max_length} is not positive; give a number of tokens, or null")
-    return faults
+    return faults + tracker_faults(config.report_to)

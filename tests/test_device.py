@@ -4,11 +4,11 @@ import os
 
 import pytest
 import torch
-from imitated_card import imitated
 
 from perce_lite.config import PerCEConfig, compute_dtype
 from perce_lite.device import nvidia_gpus, say_device, warn_of_an_unused_gpu
 from perce_lite.errors import DeviceError
+from perce_lite.evaluation.bench.imitation.libraries import imitated
 from perce_lite.recipe import Recipe
 
 

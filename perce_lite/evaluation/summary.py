@@ -15,8 +15,9 @@ from perce_lite.model.footprint import source_stamp
 from perce_lite.model.generate import generate
 from perce_lite.model.scoring import store_of
 from perce_lite.recipe import Recipe
+from perce_lite.training.metadata import mean_statistics
 from perce_lite.training.run import Run
-from perce_lite.training.train import mean_statistics, open_run, save_adapter, train
+from perce_lite.training.train import open_run, save_adapter, train
 from perce_lite.training.trainer import PerCETrainer
 
 
@@ -53,14 +54,17 @@ def _trained_and_measured(recipe: Recipe, base: Base, rows: Sequence[Row], run: 
 
 
 def measure(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row]) -> dict[str, Any]:
-    """Figures of a finished training: held-out losses, weight statistics, one answer of base and adapter."""
+    """Figures of a finished training: held-out losses, the step kept, weight statistics, one answer of each."""
     maker = PairMaker.of(recipe, trainer.processing_class, trainer.args.max_length)
     held_out = spread_over_users(of_split(rows, "test") or of_split(rows, "validation"), recipe.evaluation.max_rows)
     store = store_of(trainer.args.store, trainer.model, trainer.autocast)
     losses = before_and_after(trainer.model, cases(maker, held_out), store, trainer.autocast, trainer.args.clip_min)
+    best, steps = trainer.best_step, trainer.state.global_step
+    stopping = {} if best is None else {"early_stopping": best.figures(steps)}
     return {
         "losses": losses,
-        "weights": mean_statistics(trainer),
+        **stopping,
+        "weights": mean_statistics(trainer.state.log_history, trainer.store_hits),
         "sample": _sample(recipe, trainer, maker, held_out),
         "rows": trainer.audits["train"].summary(),
     }

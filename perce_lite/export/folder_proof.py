@@ -24,7 +24,7 @@ from perce_lite.export.proof import (
     sketched,
     tensors_of,
 )
-from perce_lite.model import adapters
+from perce_lite.model import adapter_files
 from perce_lite.model.fingerprint import same_base
 from perce_lite.recipe import Recipe
 
@@ -73,7 +73,7 @@ def verify_peft(folder: Path, proof: Proof) -> dict[str, float]:
     check_tensors(tensors_of(folder), proof, folder)
     check_tokenizer(folder, proof)
     try:
-        recipe = on_cpu(adapters.read_metadata(folder), quantised=True)
+        recipe = on_cpu(adapter_files.read_metadata(folder), quantised=True)
         with base_for(recipe) as base:
             return _with_peft(base.model, recipe, folder, proof)
     except (AdapterError, ModelError) as error:

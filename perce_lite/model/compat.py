@@ -356,6 +356,7 @@ TRAINER_HOOKS = {
     "_prepare_dataset": ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"),
     "_set_signature_columns_if_needed": (),
     "_get_train_sampler": ("train_dataset",),
+    "_save": ("output_dir", "state_dict"),
     "_save_checkpoint": ("model", "trial"),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_prepare_inputs": ("inputs",),
@@ -365,8 +366,9 @@ TRAINER_HOOKS = {
 
 WHY: rows become pairs in `_prepare_dataset`; our columns survive `_set_signature_columns_if_needed`; the order of rows
 is a resumed run's too (`_get_train_sampler`); a checkpoint with weights that are not finite is refused
-(`_save_checkpoint`); a run that was finished before is loaded (`_load_from_checkpoint`); the benchmark looks at a batch
-(`_prepare_inputs`). IF CHANGED: an override that is never called is silent, so `require_trainer_hooks` asserts them.
+(`_save_checkpoint`); metadata lie beside the weights (`_save`); a run that was finished before is loaded
+(`_load_from_checkpoint`); the benchmark looks at a batch (`_prepare_inputs`). IF CHANGED: an override that is never
+called is silent, so `require_trainer_hooks` asserts them.
 """
 
 TRAINER_ATTRIBUTES = ("_metrics", "_signature_columns", "_tokenizer", "_total_train_tokens")

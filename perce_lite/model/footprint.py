@@ -33,7 +33,7 @@ def source_fingerprint(recipe: Recipe) -> str:
 
     For a Hub id it is a hash of the id alone. Files that have not changed are read once a process.
     """
-    named = recipe.model if recipe.model_folder is None else ""
+    named = recipe.model if recipe.model_path is None else ""
     return sampled_hash(f"{named} {recipe.quantization}", _weights_files(recipe))
 
 

@@ -108,17 +108,22 @@ def clear(root: Path) -> int:
     return freed
 
 
-def delete(root: Path, user: str) -> dict[Path, int]:
-    """Removes all entries of `user`, also for runs that are on now; returns the bytes of each file that was there."""
+def delete(root: Path, user: str, dry_run: bool = False) -> dict[Path, int]:
+    """Removes all entries of `user`, also for runs that are on now; returns the bytes of each file that was there.
+
+    dry_run: nothing is removed
+    """
     if not root.is_dir():
         return {}
     removed: dict[Path, int] = {}
     with locked(root):
-        Deletions.of(root).add(hash_of(user))
+        if not dry_run:
+            Deletions.of(root).add(hash_of(user))
         for folder in _bases(root):
             for name in (f"{safe_name(user)}{SUFFIX}", f"{earlier_name(user)}{SUFFIX}"):
                 paths = [folder / name, folder / f"{name}.lock", *folder.glob(f".{name}.*.tmp")]
-                removed |= {path: _unlink(path) for path in paths if path.exists()}
+                there = [path for path in paths if path.exists()]
+                removed |= {path: path.stat().st_size if dry_run else _unlink(path) for path in there}
     return removed
 
 

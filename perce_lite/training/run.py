@@ -13,6 +13,7 @@ from perce_lite.errors import RunError
 from perce_lite.files import digest, read_json, settle, write_json
 from perce_lite.locks import held_alone
 from perce_lite.model import adapters
+from perce_lite.model.adapter_weights import PLAIN, Storage
 from perce_lite.recipe import Recipe
 
 
@@ -38,11 +39,13 @@ class Run:
 
     fingerprint: hash of the recipe and its rows
     name: what the adapter's metadata calls the run; None: its fingerprint
+    storage: how its adapter is stored
     """
 
     folder: Path
     fingerprint: str
     name: str | None = None
+    storage: Storage = PLAIN
 
     @property
     def name_in_metadata(self) -> str:

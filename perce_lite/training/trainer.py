@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, PeftType
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer, pack_dataset
 
 from perce_lite.config import PerCEConfig
@@ -27,8 +28,8 @@ from perce_lite.data.collator import LOG_PROB_COLUMNS, PairCollator
 from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.data.rows import DIALOGUES, Row, from_columns, shape_of
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
-from perce_lite.files import disk_full_is_clear
-from perce_lite.model.adapters import all_finite
+from perce_lite.files import METADATA, disk_full_is_clear, write_json
+from perce_lite.model.adapters import all_finite, origin_of
 from perce_lite.model.compat import keep_base_constant, require_trainer_hooks
 from perce_lite.model.end_of_turn import warn_of_untrained_end
 from perce_lite.model.float16 import advice
@@ -41,13 +42,18 @@ from perce_lite.model.fused_head import (
 )
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention, layers_without_attention
 from perce_lite.model.repeated_heads import repeat_heads_where_needed
-from perce_lite.model.scoring import batch_log_probs, encode_prefixes, no_grad_eval, with_prefix
-from perce_lite.recipe import Template
+from perce_lite.model.scoring import ScoringJob, batch_log_probs, encode_prefixes, no_grad_eval, with_prefix
+from perce_lite.recipe import Recipe, Template
+from perce_lite.training.early_stopping import BestStep, Validation
 from perce_lite.training.loss import Weighting, weight_statistics, weighted_nll
+from perce_lite.training.metadata import SCRIPT, mean_statistics, script_recipe, trainer_metadata
 from perce_lite.training.order import train_sampler
 from perce_lite.training.reference_logprobs import reference_log_probs, trained_tokens
 
 require_trainer_hooks(SFTTrainer)
+
+_BEST_STEP = "best_step.pt"
+"""File of a checkpoint with the best step so far."""
 
 TAG = "perce"
 """Tag of a model card that PerCE Lite wrote."""
@@ -63,6 +69,17 @@ _REFUSED_ARGUMENTS = {
 
 class PerCETrainer(SFTTrainer):
     """`SFTTrainer` whose data set has a `profile` column beside `prompt` and `completion` (or `messages`).
+
+    >>> trainer = PerCETrainer(
+    ...     model="toy",
+    ...     args=PerCEConfig(output_dir="script", max_steps=2, report_to="none", disable_tqdm=True),
+    ...     train_dataset=datasets.load_dataset("json", data_files="rows.jsonl", split="train"),
+    ...     peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    ... )
+    >>> trainer.train().global_step
+    {...}
+    2
+    >>> trainer.save_model("script/adapter")  # for perce_lite.load and every command
 
     Args beyond `SFTTrainer`'s:
         template: how profile and query become chat messages
@@ -101,6 +118,8 @@ class PerCETrainer(SFTTrainer):
         if isinstance(model, str):
             args.model_init_kwargs = _on_one_device(args)
         self._train_dataset_seen, self._told_card = False, False
+        self.best_step: BestStep | None = None  # kept with every checkpoint
+        self.recipe: Recipe | None = None  # of the command that trains; None: a script does
         self.audits: dict[str, Audit] = {}
         self.pairs: dict[str, list[Pair]] = {}
         self._template, self._max_profile_tokens = template, max_profile_tokens
@@ -223,6 +242,14 @@ class PerCETrainer(SFTTrainer):
 
     # In training
 
+    def stop_early(self, best: BestStep, validation: Sequence[ScoringJob]) -> None:
+        """Measures `validation` where `best` is due, and ends the training where its patience has run out.
+
+        `best` is saved with every checkpoint. Whoever trains puts the best step's weights back.
+        """
+        self.best_step = best
+        self.add_callback(Validation(best, validation, self.autocast, self._prefixes))
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -323,6 +350,29 @@ class PerCETrainer(SFTTrainer):
             return
         super().create_model_card(*args, **kwargs)
 
+    @functools.cached_property
+    def _origin(self) -> dict[str, Any]:
+        """Of the adapter's base, which no training changes: it is hashed once."""
+        return origin_of(self.model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As TRL's, with the metadata by which our commands load the adapter."""
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        rows = [pair.row for pair in self.pairs["train"]]
+        about = trainer_metadata(
+            self.recipe or script_recipe(self.model, self.args, self._template, self._max_profile_tokens),
+            self.args,
+            str(self._tokenizer.chat_template),
+            rows,
+            self.state.global_step,
+            mean_statistics(self.state.log_history, self.store_hits),
+        )
+        name = self.model.active_adapter
+        folder = Path(output_dir or self.args.output_dir) / ("" if name == "default" else name)  # as peft has it
+        write_json(folder / METADATA, {**about, SCRIPT: self.recipe is None, **self._origin})
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         advice = "Free some space and run the same command again: it resumes from the last whole checkpoint."
         if not all_finite(parameter for parameter in self.model.parameters() if parameter.requires_grad):
@@ -331,7 +381,17 @@ class PerCETrainer(SFTTrainer):
                 "Nothing of it was saved. Lower train.learning_rate."
             )
         with disk_full_is_clear(Path(self.args.output_dir), advice):
+            if self.best_step is not None:  # ahead of trainer_state.json, which says that a checkpoint is whole
+                folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.save(self.best_step.state(), folder / _BEST_STEP)
             super()._save_checkpoint(model, trial)
+
+    @staticmethod
+    def load_best_step(checkpoint: str | Path) -> dict[str, Any]:
+        """The state of `best_step` in a checkpoint."""
+        state: dict[str, Any] = torch.load(Path(checkpoint) / _BEST_STEP, map_location="cpu", weights_only=True)
+        return state
 
 
 def _eval_name(name: str) -> str:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from fleet_fixtures import rows_of
 
-from imitated_card import GIB, imitated
 from imitated_card.runs import toy_recipe, train
 from perce_lite.evaluation.bench import gpumeasuring, gpureport
 from perce_lite.evaluation.bench.gpureport import gpu_report, markdown, planned_parts
+from perce_lite.evaluation.bench.imitation.card import GIB
+from perce_lite.evaluation.bench.imitation.libraries import imitated
 from perce_lite.fleet.capacity import optimizer_of
 from perce_lite.fleet.engines.slots import engine_for
 from perce_lite.fleet.fleet import fleet
