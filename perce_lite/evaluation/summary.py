@@ -48,8 +48,8 @@ def _trained_and_measured(recipe: Recipe, base: Base, rows: Sequence[Row], run: 
     """As `train_and_measure`, of a run that is not finished; source: `source_stamp` of the base."""
     trainer = train(recipe, base, rows, run)
     figures = {**measure(recipe, trainer, rows), "evaluation": recipe.evaluation.model_dump(), "source": source}
-    write_json(run.figures, figures)
     save_adapter(recipe, trainer, rows, run, figures)
+    write_json(run.figures, figures)  # last: it says that the run is finished
     return {**figures, "adapter": str(run.adapter)}
 
 
