@@ -426,7 +426,8 @@ def messages_of(value: Any, column: str, role: str, where: str) -> tuple[Message
 
 def _no_messages(value: Any, column: str, where: str) -> DataError:
     return DataError(
-        f"{where}: {column} is a text, or a list of messages such as {{role: user, content: a text}}; "
+        f"{where}: {column} is {'' if column in DIALOGUES else 'a text, or '}a list of messages such as {{role: user, "
+        "content: a text}; "
         f"this is {str(value)[:60]!r}"
     )
 
