@@ -207,10 +207,10 @@ def test_a_slot_whose_weights_are_no_numbers_is_one_users_failure(recipe, monkey
     path = recipe(rows_of(2), TEXT.replace("gate: null", "gate: null, init_from: none, slots: 2"))
     real = slotted.save_slot
 
-    def save(model, state, folder, about):
+    def save(model, state, folder, about, storage):
         if "user0" in str(folder):
             state = {name: tensor * float("nan") for name, tensor in state.items()}
-        real(model, state, folder, about)
+        real(model, state, folder, about, storage)
 
     monkeypatch.setattr(slotted, "save_slot", save)
     told = fleet(load_recipe(path), engine_for)

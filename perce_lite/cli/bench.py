@@ -40,7 +40,9 @@ def bench(
     ] = False,
     users: Annotated[
         str | None,
-        typer.Option(help="With --fleet-scale: numbers of users, else 1000,5000,10000,20000; --fleet-engine: 10000."),
+        typer.Option(
+            help="With --fleet-scale: numbers of users, else 1000,2000,5000,10000,20000; --fleet-engine: 10000."
+        ),
     ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Tokens a row; with --fleet: else 32,64,96; with --gpu-report one: else 2048.")

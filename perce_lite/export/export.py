@@ -21,7 +21,7 @@ from perce_lite.export.writers import Job, Metadata, write
 from perce_lite.export_targets import TARGETS, faults, refuse_unknown
 from perce_lite.files import folder_written_aside, read_json
 from perce_lite.model import adapter_files
-from perce_lite.model.adapter_files import recipe_of
+from perce_lite.model.adapter_files import lora_options, recipe_of
 from perce_lite.model.base import load_tokenizer
 from perce_lite.model.footprint import base_faults, config_of
 
@@ -121,9 +121,7 @@ def preflight(metadata: Metadata, target: str) -> None:
     Raises:
         ExportError: with every reason why it cannot.
     """
-    config = read_json(Path(metadata["folder"]) / "adapter_config.json")
-    if not isinstance(config, dict):
-        raise ExportError(f"{metadata['folder']}: its adapter_config.json cannot be read")
+    config = lora_options(Path(metadata["folder"]))
     shape = metadata["base"]["shape"]
     recipe = on_cpu(metadata, quantised=False)
     adapters_own = faults(target, config, shape[0], bool(shape[-1]), recipe.profile_pass)

@@ -18,6 +18,9 @@ Key = tuple[str, str]
 
 SHARED: Key = ("all", "all")
 
+PARENTS = "parents"
+"""Folder beside those of the kinds, of what cores stand in (see `model.adapter_files`)."""
+
 
 @dataclass(frozen=True)
 class Group:

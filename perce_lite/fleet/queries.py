@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from perce_lite.errors import FleetError
+from perce_lite.errors import AdapterError, FleetError
 from perce_lite.files import METADATA, bytes_of, read_json, safe_name
 from perce_lite.fleet.groups import SHARED, Key, key_of, served_name
 from perce_lite.fleet.registry import FILE, KEPT, PACKS, SERVED, Adapter, Registry, held, imagined, opened
+from perce_lite.model.adapter_files import is_core, require_whole
 
 PERSONAL = (
     KEPT, PACKS, f"{SERVED}/users.json",
@@ -216,7 +215,7 @@ def trained(adapter: Adapter) -> str:
         if adapter.parent_kind == "all"
         else f"{adapter.parent_kind} {adapter.parent_name}'s adapter"
     )
-    return f"a core of {count:,} parameters between A and B of {start} (lora.core_only); saved as a whole LoRA"
+    return f"a core of {count:,} parameters between A and B of {start} (lora.core_only)"
 
 
 def verify(registry: Registry) -> list[str]:
@@ -233,14 +232,23 @@ def verify(registry: Registry) -> list[str]:
         elif metadata.get("run") != adapter.trained_run:
             fault = f"{folder} holds an adapter of another training than the registry says"
         else:
-            try:
-                with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-                    fault = None if list(file.keys()) else f"{folder} holds no weights"
-            except (SafetensorError, OSError) as error:
-                fault = f"{folder / 'adapter_model.safetensors'} cannot be read: {error}"
+            fault = _damage(folder)
         if fault is not None:
             faults.append(f"{_called(adapter)}: {fault}")
     return faults
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with an adapter's files; of a core its parent is read too, which is another's file."""
+    try:
+        require_whole(folder)
+        if is_core(folder):
+            from perce_lite.model.adapter_weights import tensors  # brings torch, which no other question needs
+
+            tensors(folder)
+    except AdapterError as error:
+        return str(error)
+    return None
 
 
 @dataclass

@@ -1,6 +1,18 @@
-"""The folder of an adapter as files: its metadata, and whether it is whole. Nothing here imports torch."""
+"""The folder of an adapter as files: its metadata, and whether it is whole. Nothing here imports torch.
 
+    adapter/                 a plain LoRA
+      adapter_model.safetensors, adapter_config.json, perce_lite.json, README.md
+    adapter/                 a core: r x r numbers a layer
+      core.safetensors, perce_lite.json (its `core` names the parent), README.md
+    parents/HASH/            a parent as it was when the core was trained; it stays as long as a core names it
+      adapter_model.safetensors, adapter_config.json
+
+`adapter_weights` reads and writes the numbers.
+"""
+
+import functools
 import importlib.metadata
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +26,7 @@ from perce_lite.recipe import Recipe
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-
+CORE = "core.safetensors"
 
 FOREIGN = "foreign"
 """Key of the metadata of an adapter that another trainer made."""
@@ -50,20 +62,20 @@ def read_metadata(folder: Path, said: Said | None = None) -> dict[str, Any]:
             f"{folder}: there is no such folder. An adapter lies in <output_dir>/adapter after training."
         )
     for nested in (folder, folder / "adapter"):
-        if not (nested / WEIGHTS).is_file():
+        if not (nested / WEIGHTS).is_file() and not is_core(nested):
             continue
         metadata = read_json(nested / METADATA)
         if isinstance(metadata, dict):
             if said.template is not None and FOREIGN not in metadata:
                 raise AdapterError(f"{folder}: --template is for adapters of other trainers; this one has its own")
             _check(metadata, nested)
-            _check_whole(nested)
+            require_whole(nested)
             if not (said.model or metadata["recipe"]["model"]):
                 raise AdapterError(f"{folder}: its {METADATA} names no base: give --model FOLDER")
             found = _with_base_found(metadata, nested)
             return {**found, "recipe": _as_said(found["recipe"], said), "folder": str(nested)}
         if (nested / CONFIG).is_file() and not (nested / METADATA).exists():
-            _check_whole(nested)
+            require_whole(nested)
             from perce_lite.model.foreign import foreign_metadata  # reads the base's configuration, so loads torch
 
             return foreign_metadata(nested, read_json(nested / CONFIG), said.model, said.data, said.template)
@@ -82,13 +94,15 @@ def _as_said(recipe: dict[str, Any], said: Said) -> dict[str, Any]:
 def given_away(metadata: dict[str, Any]) -> dict[str, Any]:
     """`metadata` as an export has them: without paths of this machine, names of users and tokens of the Hub.
 
+    An export of a core is a plain LoRA.
+
     A base that is a folder is called by the folder's name.
     """
     recipe = metadata["recipe"]
     public = {name: value if name == "template" else _without_paths(value) for name, value in recipe.items()}
     public["model"] = base_name(recipe["model"])
     public["data"] = {name: value for name, value in public["data"].items() if name not in ("path", "users")}
-    return {**{name: value for name, value in metadata.items() if name != "folder"}, "recipe": public}
+    return {**{name: value for name, value in metadata.items() if name not in ("folder", "core")}, "recipe": public}
 
 
 def base_name(model: str) -> str:
@@ -145,18 +159,60 @@ def _check(metadata: dict[str, Any], folder: Path) -> None:
     )
 
 
-def _check_whole(folder: Path) -> None:
+def require_whole(folder: Path) -> None:
     """Raises AdapterError where a file is empty, cut off or no such file; reads the head of the weights alone."""
-    config = read_json(folder / CONFIG)
+    lora_options(folder)
+    for file in (folder / CORE, parent_of(folder) / WEIGHTS) if is_core(folder) else (folder / WEIGHTS,):
+        if not _shapes(file):
+            raise AdapterError(f"{file}: holds no weights. {_ANEW}")
+
+
+def lora_options(folder: Path) -> dict[str, Any]:
+    """The adapter's `LoraConfig` as peft saved it; of a core that of its parent.
+
+    Raises:
+        AdapterError: it is missing or cannot be read; a core's parent is missing.
+    """
+    file = (parent_of(folder) if is_core(folder) else folder) / CONFIG
+    config = read_json(file)
     if not isinstance(config, dict) or "peft_type" not in config:
-        raise AdapterError(f"{folder / CONFIG}: is missing, empty or cut off, so the adapter cannot be used. {_ANEW}")
+        raise AdapterError(f"{file}: is missing, empty or cut off, so the adapter cannot be used. {_ANEW}")
+    return config
+
+
+def is_core(folder: Path) -> bool:
+    """Whether `folder` holds a core (see `model.lora_core`), not a plain LoRA."""
+    return (folder / CORE).is_file()
+
+
+def parent_of(folder: Path) -> Path:
+    """The folder of what the core in `folder` stands in; its name is its fingerprint.
+
+    Raises:
+        AdapterError: it is not there, or the core does not name it.
+    """
+    named = (read_json(folder / METADATA) or {}).get("core")
+    if not isinstance(named, dict) or not {"parent", "fingerprint"} <= set(named):
+        raise AdapterError(f"{folder}: a core whose {METADATA} does not name what it stands in. {MEND_CORE}")
+    parent = (folder / named["parent"]).resolve()
+    if parent.name != named["fingerprint"] or not (parent / WEIGHTS).is_file() or not (parent / CONFIG).is_file():
+        raise AdapterError(f"{folder}: a core, and what it stands in, {parent}, is missing. {MEND_CORE}")
+    return parent
+
+
+MEND_CORE = (
+    "A core is of use only inside its fleet's folder (perce-lite export --to peft makes a plain LoRA of it). Put back "
+    "what was moved, or train the user anew with perce-lite fleet RECIPE --retrain USER."
+)
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """The shapes of a safetensors file; no number is read."""
     try:
-        with safe_open(folder / WEIGHTS, framework="numpy") as file:
-            names = list(file.keys())
+        with safe_open(file, framework="numpy") as tensors:
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{folder / WEIGHTS}: is empty, cut off or damaged: {error}. {_ANEW}") from error
-    if not names:
-        raise AdapterError(f"{folder / WEIGHTS}: holds no weights. {_ANEW}")
+        raise AdapterError(f"{file}: is empty, cut off or damaged: {error}. {_ANEW}") from error
 
 
 _ANEW = "Copy the whole folder once more from where it was trained, or train it anew."
@@ -170,5 +226,15 @@ def recipe_of(metadata: dict[str, Any]) -> Recipe:
 
 
 def weights_bytes(folder: Path) -> int:
-    """Bytes that the weights of the adapter in `folder`, the folder of its files, take in memory."""
-    return (folder / WEIGHTS).stat().st_size
+    """Bytes that the adapter in `folder`, the folder of its files, takes in memory: float32, a core as a plain LoRA.
+
+    Raises:
+        AdapterError: files that are missing or damaged.
+    """
+    file = (parent_of(folder) if is_core(folder) else folder) / WEIGHTS
+    return _weights_bytes(file, file.stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _weights_bytes(file: Path, written_ns: int) -> int:
+    return 4 * sum(math.prod(shape) for shape in _shapes(file).values())

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from perce_lite.cli.views.page import HEALTH, words
-from perce_lite.cli.views.sections import Section, mean_gain
+from perce_lite.cli.views.sections import Section, kept_step, mean_gain, stopped_early
 from perce_lite.console import console
 from perce_lite.export_targets import merge_drift
 from perce_lite.fleet.result import FleetResult
@@ -34,6 +34,8 @@ def show_training(figures: dict[str, Any]) -> None:
         console.print(_worth(figures["losses"]), soft_wrap=True)
     else:
         console.print("No held-out rows: raise split.test to see what training did.", style="yellow")
+    if "early_stopping" in figures:
+        console.print(kept_step(figures["early_stopping"]), soft_wrap=True)
     weights = figures["weights"]
     if "weight_mean" in weights:
         console.print(
@@ -186,6 +188,8 @@ def show_fleet(result: FleetResult, page: Path | None) -> None:
     if not result.dry_run:
         console.print(f"Trained {result.trained}, of them held back {result.held_back}; failed {result.failed}.")
     console.print(", ".join(f"{count} {state}" for state, count in result.states.items()))
+    for sentence in stopped_early(result.adapters):
+        console.print(sentence, soft_wrap=True)
     if result.gains.users:
         console.print(Text(mean_gain(result.gains)))
     if page is not None:
@@ -302,11 +306,12 @@ def show_fleet_scale(scale: "FleetScale") -> None:
     """`perce-lite bench --fleet-scale`: a line a phase, then the bars."""
     title = f"A fleet's commands, {scale.texts} texts a user, one thread; enrolment: with an engine that trains nothing"
     table = Table(title=Text(title), title_justify="left", box=None)
-    for name in ("users", "phase", "due", "seconds", "MiB"):
+    for name in ("users", "phase", "due", "seconds", "CPU seconds", "MiB"):
         table.add_column(name, justify="left" if name == "phase" else "right")
     for phase in scale.phases:
         due = "" if phase.due is None else f"{phase.due}"
-        table.add_row(str(phase.users), phase.name, due, f"{phase.seconds:.1f}", f"{phase.mib:.0f}")
+        times = f"{phase.seconds:.1f}", f"{phase.cpu_seconds:.1f}"
+        table.add_row(str(phase.users), phase.name, due, *times, f"{phase.mib:.0f}")
     console.print(table)
     for bar in scale.bars:
         word, style = ("met", "green") if bar.met else ("not met", "red")

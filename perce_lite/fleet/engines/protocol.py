@@ -41,12 +41,14 @@ class Outcome:
 
     losses: split -> {base, start, own, tokens}, loss a token with the own profile, nats; a split without rows is absent
     bytes: of the adapter's folder; parameters: how many were trained
+    stopping: `BestStep.figures`; None: training went to its last step, and that is the adapter's
     """
 
     losses: dict[str, dict[str, float]]
     weights: dict[str, float]
     bytes: int
     parameters: int
+    stopping: dict[str, Any] | None = None
 
 
 OnDone = Callable[[Task, Outcome | PerceLiteError], None]

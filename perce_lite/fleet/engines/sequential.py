@@ -5,28 +5,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from perce_lite.config import PerCEConfig
+from perce_lite.config import DTYPES
 from perce_lite.console import no_bars
 from perce_lite.data.pairs import PairMaker
-from perce_lite.data.rows import Row, of_split, spread_over_users
+from perce_lite.data.rows import Row
 from perce_lite.errors import PerceLiteError
 from perce_lite.files import bytes_of
 from perce_lite.fleet.engines.protocol import FATAL_ERRORS, OnDone, OnProgress, Outcome, Task
+from perce_lite.fleet.groups import PARENTS
 from perce_lite.model import adapters
+from perce_lite.model.adapter_weights import Storage
 from perce_lite.model.base import Base, load_base
 from perce_lite.model.fingerprint import fingerprint, sketch
-from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
+from perce_lite.model.scoring import cached_log_probs, store_of
 from perce_lite.planning.oom_advice import explain_out_of_memory_in_fleet, free_gpu_memory
 from perce_lite.recipe import Recipe
+from perce_lite.training.held_out import held_out_jobs, loss_of
 from perce_lite.training.metadata import mean_statistics
-from perce_lite.training.reference_logprobs import trained_tokens
 from perce_lite.training.run import Run
 from perce_lite.training.train import make_trainer, train_to_end
 from perce_lite.training.trainer import PerCETrainer
+
+
+def storage_of(task: Task) -> Storage:
+    """How a task's adapter is stored: a core beside the other cores' parents, in `PARENTS` of the fleet's adapters."""
+    return Storage(DTYPES[task.recipe.fleet.adapter_dtype], task.folder.parent.parent / PARENTS)
 
 
 class SequentialEngine:
@@ -67,7 +73,7 @@ class SequentialEngine:
             return self._train_task(task, on_progress)
 
     def _train_task(self, task: Task, on_progress: OnProgress) -> Outcome:
-        run = Run(task.folder, task.begun, task.run)
+        run = Run(task.folder, task.begun, task.run, storage_of(task))
         recipe = task.recipe.model_copy(update={"train": {**task.recipe.train, "output_dir": str(task.folder)}})
         base = self._base()
         with no_bars(), bare(base.model):
@@ -83,7 +89,8 @@ class SequentialEngine:
             )
         run.drop_checkpoints()
         losses = {split: {**before[split], **after[split]} for split in before}
-        return Outcome(losses, weights, bytes_of(run.adapter), trained_parameters)
+        stopping = None if trainer.best_step is None else trainer.best_step.figures(trainer.state.global_step)
+        return Outcome(losses, weights, bytes_of(run.adapter), trained_parameters, stopping)
 
     def _base(self) -> Base:
         if self._loaded is None:
@@ -128,24 +135,10 @@ def _losses(
         for name in who:
             on = name != "base"
             scored = cached_log_probs(trainer.model, jobs, None if on else base, trainer.autocast, split, on).log_probs
-            losses[split] |= loss_of(name, scored)
+            losses[split] |= figures_of(name, scored)
     return losses
 
 
-def held_out_jobs(
-    maker: PairMaker, recipe: Recipe, args: PerCEConfig, rows: Sequence[Row]
-) -> dict[str, list[ScoringJob]]:
-    """Scoring jobs of a user's held-out rows, by split, with the profile."""
-    jobs = {}
-    for split in ("validation", "test"):
-        pairs = maker.make(
-            spread_over_users([row for row in of_split(rows, split) if row.profile], recipe.evaluation.max_rows)
-        )
-        if pairs:
-            jobs[split] = [ScoringJob(pair.row.user, trained_tokens(pair, args)) for pair in pairs]
-    return jobs
-
-
-def loss_of(name: str, scored: Sequence[Tensor]) -> dict[str, float]:
+def figures_of(name: str, scored: Sequence[Tensor]) -> dict[str, float]:
     """{name: loss a token, nats, "tokens": their number} of log-probs (R,) a row."""
-    return {name: -float(torch.cat(list(scored)).double().mean()), "tokens": float(sum(map(len, scored)))}
+    return {name: loss_of(scored), "tokens": float(sum(map(len, scored)))}
