@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from perce_lite.console import progress_bar, say, warn
 from perce_lite.data.readers import RowsByUser
 from perce_lite.errors import DataError, FleetError, PerceLiteError
 from perce_lite.fleet.disk import DiskSize
-from perce_lite.fleet.engines.sequential import Engine, Outcome, Task
+from perce_lite.fleet.engines.protocol import Engine, OrderingEngine, Outcome, Task
 from perce_lite.fleet.groups import PARENTS, Group, Key, Plan, key_of, plan, run_fingerprint
 from perce_lite.fleet.queries import refuse_deleted
-from perce_lite.fleet.registry import KEPT, KINDS, Adapter, Registry, held, imagined
-from perce_lite.fleet.result import FleetResult, gains
+from perce_lite.fleet.registry import KEPT, KINDS, PACKS, Adapter, Registry, held, imagined
+from perce_lite.fleet.result import AdapterResult, FleetResult, gains
 from perce_lite.model.adapter_weights import drop_unused_parents
 from perce_lite.model.fingerprint import same_base
 from perce_lite.model.footprint import refuse_exports, source_fingerprint
@@ -28,8 +28,9 @@ PAGE = "fleet.html"
 
 @dataclass
 class Tally:
-    """Adapters that a run has finished so far."""
+    """Adapters that a run has finished so far. report: takes each as it ends, and None in between."""
 
+    report: Callable[[AdapterResult | None], None] = field(default=lambda result: None)
     trained: int = 0
     held_back: int = 0
     failed: int = 0
@@ -41,6 +42,7 @@ def fleet(
     only: Sequence[str] = (),
     retrain: Sequence[str] = (),
     dry_run: bool = False,
+    report: Callable[[AdapterResult | None], None] = lambda result: None,
 ) -> FleetResult:
     """Trains every adapter that is due, parents before the adapters that start from them.
 
@@ -48,6 +50,7 @@ def fleet(
     only: users to train now, with what they start from; the others wait
     retrain: users to train again, though nothing has changed; "cohort:NAME" or "all" for what others start from
     dry_run: nothing is trained, and the registry stays as it was
+    report: called with every adapter that was due as it ends, and with None while others are trained
 
     Raises:
         FleetError: another run is on this folder, it is of another base, or a name is not known.
@@ -71,19 +74,21 @@ def fleet(
         work = Work.of(recipe, planned, only)
         for key in keys:
             registry.ask(*key, "asked for")
-        _enrol(registry, planned, work.recipes)
+        lengths = _enrol(registry, planned, work.recipes)
         _apply_new_gate(registry, recipe)
         _store_settings(registry, recipe)
         due = {kind: sum(1 for _ in registry.due(kind, work.wanted(kind))) for kind in KINDS}
         parents = sum(group.key[0] != "user" for group in planned.groups)
         bytes_needed = _disk(recipe, parents, due)
-        tally = Tally()
+        tally = Tally(report)
         if sum(due.values()) and not dry_run:
             trainer = engine(recipe)
+            order = _order(registry, work, trainer, lengths, due)
             _same_base(registry, trainer, recipe)
-            _train(registry, work, trainer, sum(due.values()), tally)
-            if next(registry.due("user"), None) is None:  # its users were trained without slots since
+            _train(registry, work, trainer, order, sum(due.values()), tally)
+            if next(registry.due("user"), None) is None:  # its users were trained in another way since
                 (recipe.output_dir / KEPT).unlink(missing_ok=True)
+                shutil.rmtree(recipe.output_dir / PACKS, ignore_errors=True)
             _drop_unused_parents(registry)
         adapters = tuple(registry.all())
         return FleetResult(
@@ -184,13 +189,17 @@ def _require_known(planned: Plan, keys: Sequence[Key]) -> None:
             raise FleetError(f"user {name} gets no adapter of their own (fleet.min_examples, fleet.group_by)")
 
 
-def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> None:
-    """Writes users and adapters into the registry. An adapter whose inputs changed becomes due."""
+def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> dict[str, int]:
+    """Writes users and adapters into the registry. An adapter whose inputs changed becomes due.
+
+    Returns the characters of each user's longest row.
+    """
     sources = {
         id(recipe): f"{recipe.fleet_fingerprint()} {source_fingerprint(recipe)}"
         for recipe in {id(recipe): recipe for recipe in recipes.values()}.values()
     }
     runs: dict[Key, str] = {}
+    lengths: dict[str, int] = {}
 
     def records() -> Iterator[dict[str, Any]]:
         """A line an adapter; only one user's rows are in memory at a time."""
@@ -201,6 +210,8 @@ def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> 
             run = run_fingerprint(group, sources[id(recipes[group.key])], generation, parent, rows)
             if group.key[0] != "user":
                 runs[group.key] = run
+            else:
+                lengths[group.key[1]] = max((row.characters for row in rows), default=0)
             (kind, name), (parent_kind, parent_name) = group.key, group.parent or (None, None)
             yield {
                 "kind": kind, "name": name, "folder": group.folder, "parent_kind": parent_kind,
@@ -208,6 +219,17 @@ def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> 
             }  # fmt: skip
 
     registry.enrol(planned.users, records())
+    return lengths
+
+
+def _order(
+    registry: Registry, work: Work, engine: Engine, lengths: Mapping[str, int], due: Mapping[str, int]
+) -> list[str] | None:
+    """The users in the order that the engine chooses; None: by name."""
+    if not isinstance(engine, OrderingEngine):
+        return None
+    users = {adapter.name: lengths[adapter.name] for adapter in registry.due("user", work.wanted("user"))}
+    return engine.order(users, sum(due.values()) - len(users))
 
 
 def _apply_new_gate(registry: Registry, recipe: Recipe) -> None:
@@ -275,8 +297,10 @@ def _same_base(registry: Registry, engine: Engine, recipe: Recipe) -> None:
         )
 
 
-def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Tally) -> None:
-    """Trains what is due: the shared adapter, then cohorts, then users."""
+def _train(
+    registry: Registry, work: Work, engine: Engine, order: Sequence[str] | None, total: int, tally: Tally
+) -> None:
+    """Trains what is due: the shared adapter, then cohorts, then users. order: of the users; None: by name."""
     at_work: dict[Key, Adapter] = {}
     with progress_bar() as bar:
         progress = bar.add_task("Adapters", total=total, note="")
@@ -289,9 +313,10 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
             note = ", ".join(part for part in (rate, now, failures) if part)
             so_far = tally.trained + tally.failed + share
             bar.update(progress, completed=max(so_far, bar.tasks[0].completed), note=note)
+            tally.report(None)
 
         def tasks(kind: str) -> Iterator[Task]:
-            for adapter in registry.due(kind, work.wanted(kind)):
+            for adapter in _due(registry, work, kind, order):
                 group = work.groups[adapter.key]
                 parent = None if group.parent is None else registry.get(*group.parent)
                 if parent is not None and parent.due:
@@ -319,10 +344,22 @@ def _drop_unused_parents(registry: Registry) -> None:
     drop_unused_parents(registry.folder / "adapters" / PARENTS, folders)
 
 
+def _due(registry: Registry, work: Work, kind: str, order: Sequence[str] | None) -> Iterator[Adapter]:
+    """The adapters of a kind that are to be trained, users in `order`, each read when it is needed."""
+    if kind != "user" or order is None:
+        yield from registry.due(kind, work.wanted(kind))
+        return
+    for name in order:
+        adapter = registry.get(kind, name)
+        assert adapter is not None
+        yield adapter
+
+
 def _failed(registry: Registry, adapter: Adapter, why: str, tally: Tally) -> None:
     registry.failed(adapter, why)
     warn(f"{adapter.kind} {adapter.name}: left out. {why}")
     tally.failed += 1
+    tally.report(AdapterResult(*adapter.key, None, None, "failed", why))
 
 
 def _record(
@@ -341,6 +378,8 @@ def _record(
     registry.done(adapter, decision, why, outcome.bytes, gain, metrics)
     tally.trained += 1
     tally.held_back += decision == "held back"
+    folder = registry.folder / adapter.folder / "adapter"
+    tally.report(AdapterResult(*adapter.key, folder, gain, decision, None))
 
 
 def verdict(recipe: Recipe, kind: str, losses: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:

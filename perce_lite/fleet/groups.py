@@ -124,6 +124,11 @@ def _parents(rule: Fleet, cohorts: Sequence[str], some_without: bool) -> list[tu
     return keys
 
 
+def served_name(key: Key) -> str:
+    """What an adapter is called where it is served or exported beside others: no path, a user's name before all."""
+    return safe_name(key[1] if key[0] == "user" else " ".join(key))
+
+
 def key_of(name: str) -> Key:
     """What a name on the command line means: "cohort:press", "all", or a user."""
     if name == SHARED[1]:

@@ -9,12 +9,13 @@ from typing import Any
 
 from perce_lite.errors import AdapterError, FleetError
 from perce_lite.files import METADATA, bytes_of, read_json, safe_name
-from perce_lite.fleet.groups import SHARED, Key, key_of
-from perce_lite.fleet.registry import FILE, KEPT, Adapter, Registry, held, imagined, opened
+from perce_lite.fleet.groups import SHARED, Key, key_of, served_name
+from perce_lite.fleet.registry import FILE, KEPT, PACKS, SERVED, Adapter, Registry, held, imagined, opened
 from perce_lite.model.adapter_files import is_core, require_whole
 
 PERSONAL = (
-    KEPT, "fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json", "train.html",
+    KEPT, PACKS, f"{SERVED}/users.json",
+    "fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json", "train.html",
 )  # fmt: skip
 """Files in a fleet's folder, written by other commands, that quote users' texts or are trained on them."""
 
@@ -301,6 +302,7 @@ def _written_of(registry: Registry, user: str) -> Iterator[Path]:
     """Every file and folder that a fleet's commands wrote of `user`, whether it is there or not."""
     folder = registry.folder
     yield folder / "adapters" / "user" / safe_name(user)
+    yield folder / SERVED / served_name(("user", user))
     for personal in PERSONAL:
         yield from (folder / personal, *folder.glob(f".{personal}.*.tmp"))
     for store in map(Path, json.loads(registry.meta("stores") or "[]")):
@@ -312,6 +314,7 @@ def _exports(registry: Registry, key: Key, called: str) -> list[str]:
     """What lies exported beside an adapter that has seen a deleted user's texts, and others may be served with."""
     adapter = registry.get(*key)
     beside = [] if adapter is None else sorted((registry.folder / adapter.folder).glob("adapter-*"))
+    beside += [place for place in [registry.folder / SERVED / served_name(key)] if place.is_dir()]
     why = f"exported from {called} as it was; remove it, or export it anew (export --all) after the next fleet run"
     return [f"{place}: {why}" for place in beside]
 

@@ -23,6 +23,12 @@ FILE = "fleet.sqlite"
 KEPT = "slots.pt"
 """File beside the registry with the training state of users who were interrupted in slots."""
 
+PACKS = "packs"
+"""Folder beside the registry with the training state of users who were interrupted on a cluster, by pack."""
+
+SERVED = "vllm"
+"""Folder beside the registry with the adapters as `perce-lite export --all --to vllm` lays them out, by user."""
+
 STATES = ("due", "in service", "held back", "failed")
 """due: to be trained; held back: trained, but worse than what it would replace; failed: training raised an error."""
 

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from perce_lite.config import DTYPES
 from perce_lite.errors import AdapterError
 from perce_lite.files import METADATA, folder_written_aside, read_json
-from perce_lite.model.adapter_files import CONFIG, CORE, MEND_CORE, WEIGHTS, is_core, lora_options, parent_of
+from perce_lite.model.adapter_files import (
+    CONFIG,
+    CORE,
+    MEND_CORE,
+    WEIGHTS,
+    Storage,
+    is_core,
+    lora_options,
+    parent_of,
+)
 from perce_lite.model.fingerprint import hash_tensor
 from perce_lite.model.lora_core import Cored
 
@@ -30,21 +39,6 @@ _CHANGE = ".lora_core.change"
 
 _SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 """Options of `LoraConfig` that say how strongly A and B count."""
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How adapters are stored.
-
-    dtype: of their numbers on disk
-    parents: folder for what cores stand in; None: a core is stored as the plain LoRA that it makes
-    """
-
-    dtype: torch.dtype = torch.float32
-    parents: Path | None = None
-
-
-PLAIN = Storage()
 
 
 # Writing
@@ -60,10 +54,10 @@ def write_core(aside: Path, folder: Path, cored: Cored, config: LoraConfig, stor
     parent = storage.parents / fingerprint
     if not (parent / CONFIG).is_file():
         with folder_written_aside(parent) as new:
-            write_tensors(new / WEIGHTS, cored.parent, storage.dtype)
+            write_tensors(new / WEIGHTS, cored.parent, DTYPES[storage.dtype])
             config.save_pretrained(str(new))
     changes = {f"{path}{_CHANGE}": change(core) for path, core in cored.cores.items()}
-    write_tensors(aside / CORE, changes, storage.dtype)
+    write_tensors(aside / CORE, changes, DTYPES[storage.dtype])
     return {"core": {"parent": os.path.relpath(parent, folder), "fingerprint": fingerprint}}
 
 

@@ -7,6 +7,7 @@ tensor that has no place.
 
 import contextlib
 import functools
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -151,15 +152,18 @@ def dequantise(
     Raises:
         ModelError: a weight of the model that the file lacks, or the other way round; a scaling that is not known.
     """
-    source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
-        config = AutoConfig.from_pretrained(**source)
-        if reader is not None:
-            _put_right(path, config, reader)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            **source, config=config, dtype=dtype, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        # Alone in a folder: transformers takes a chat template or a tokenizer that lies beside the file for its own.
+        with tempfile.TemporaryDirectory() as alone:
+            (Path(alone) / "model.gguf").symlink_to(path.absolute())
+            source = {"pretrained_model_name_or_path": alone, "gguf_file": "model.gguf"}
+            config = AutoConfig.from_pretrained(**source)
+            if reader is not None:
+                _put_right(path, config, reader)
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                **source, config=config, dtype=dtype, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(**source)
     except (ValueError, KeyError, NotImplementedError, RuntimeError, AttributeError, TypeError) as error:
         raise ModelError(f"model: {path} cannot be de-quantised: {first_line(error)}") from error
     if reader is not None:

@@ -159,13 +159,13 @@ class Plan:
         """Bytes of scoring with an adapter on, at its peak: what `eval` and `inspect` need."""
         parts = self.parts(choice, gpu)
         lasting = parts["base"] + parts["unquantized"] + parts["adapter"] + parts["prefixes"]
-        return lasting + int((1 + SPILL) * self.scoring_pass(choice, gpu)) + parts["context"]
+        return lasting + int((1 + SPILL) * self.scoring_pass(choice, gpu, adapters=True)) + parts["context"]
 
-    def scoring_pass(self, choice: Choice, gpu: Gpu, rows: int = 1) -> int:
-        """Bytes that work while `rows` of the longest rows are scored together."""
+    def scoring_pass(self, choice: Choice, gpu: Gpu, rows: int = 1, adapters: bool = False) -> int:
+        """Bytes that work while `rows` of the longest rows are scored together, with the adapters off or on."""
         step = self._step(choice, gpu)
         batch = step._replace(rows=rows, length=self._read(choice.length), scored=min(step.scored, choice.length))
-        return memory.scoring(self.shape, self._weights(choice.rank, choice.quantization), batch)
+        return memory.scoring(self.shape, self._weights(choice.rank, choice.quantization), batch, adapters)
 
     def fits(self, choice: Choice, gpu: Gpu, need: Need | None = None) -> bool:
         """Whether `need` (training where it is None) stays within what a program sees of the GPU."""

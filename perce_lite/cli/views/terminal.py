@@ -17,6 +17,7 @@ from perce_lite.export_targets import merge_drift
 from perce_lite.fleet.result import FleetResult
 
 if TYPE_CHECKING:  # importing them would import torch
+    from perce_lite.evaluation.bench.fleetengine import EngineCost
     from perce_lite.evaluation.bench.fleetscale import FleetScale
     from perce_lite.evaluation.bench.generating import GenerationCost
 
@@ -318,6 +319,20 @@ def show_fleet_scale(scale: "FleetScale") -> None:
         console.print(Text.assemble((f"{word:10}", style), limit))
 
 
+def show_engine_cost(cost: "EngineCost") -> None:
+    """`perce-lite bench --fleet-engine`: what a user costs beside the training, and the bars."""
+    console.print(f"{cost.users} users who train nothing, over {cost.workers} workers: {cost.seconds:.1f} s")
+    bars = (
+        (cost.cheap, f"a user, at most 5 % of a second: {cost.ms:.1f} ms"),
+        (
+            cost.flat,
+            f"the driver's memory stays: {cost.mib_early:.0f} MiB after a tenth, {cost.mib_late:.0f} at the end",
+        ),
+    )
+    for met, text in bars:
+        console.print(Text.assemble(("met" if met else "not met", "green" if met else "red"), f"  {text}"))
+
+
 def show_serve_bench(figures: dict[str, Any]) -> None:
     """`perce-lite bench --serve`: a line a way to be asked."""
     title = f"One question, medians of {figures['repeats']}, threads: {figures['threads']}"
@@ -412,3 +427,6 @@ def show_exports(figures: dict[str, Any]) -> None:
         console.print(
             f"{len(figures['served_by_base'])} users are served by the base alone: there is nothing to export."
         )
+    if "serve" in figures:
+        console.print("Serve them (SGLang, LoRAX: README.md there), and ask for a user's model, users.json:")
+        console.print(figures["serve"], markup=False, soft_wrap=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 from perce_lite.console import progress_bar
 from perce_lite.errors import BenchError
-from perce_lite.fleet.engines.sequential import OnDone, OnProgress, Outcome, Task
+from perce_lite.fleet.engines.protocol import OnDone, OnProgress, Outcome, Task
 from perce_lite.fleet.fleet import fleet
 from perce_lite.recipe import Recipe, load_recipe
 

@@ -1,23 +1,20 @@
-"""The engine interface of a fleet, and the engine that trains one adapter after another."""
+"""The engine that trains one adapter after another."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from perce_lite.config import DTYPES
 from perce_lite.console import no_bars
 from perce_lite.data.pairs import PairMaker
 from perce_lite.data.rows import Row
-from perce_lite.errors import ConfigError, DeviceError, DiskFullError, ModelError, PerceLiteError, RecipeError
-from perce_lite.files import bytes_of, digest
-from perce_lite.fleet.groups import PARENTS, Key
+from perce_lite.errors import PerceLiteError
+from perce_lite.files import bytes_of
+from perce_lite.fleet.engines.protocol import FATAL_ERRORS, OnDone, OnProgress, Outcome, Task
 from perce_lite.model import adapters
-from perce_lite.model.adapter_weights import Storage
 from perce_lite.model.base import Base, load_base
 from perce_lite.model.fingerprint import fingerprint, sketch
 from perce_lite.model.scoring import cached_log_probs, store_of
@@ -30,86 +27,24 @@ from perce_lite.training.train import make_trainer, train_to_end
 from perce_lite.training.trainer import PerCETrainer
 
 
-@dataclass(frozen=True)
-class Task:
-    """One adapter to train.
-
-    key: (kind, name) in the fleet's registry
-    folder: the task's own; the adapter is saved to `folder/adapter`
-    run: fingerprint of the inputs of the training (see `groups.run_fingerprint`)
-    start: folder of the adapter that training starts from; None: fresh weights
-    """
-
-    key: Key
-    recipe: Recipe
-    rows: Sequence[Row]
-    folder: Path
-    run: str
-    start: Path | None
-
-    @property
-    def storage(self) -> Storage:
-        """How its adapter is stored: a core beside the other cores' parents, in `PARENTS` of the fleet's adapters."""
-        return Storage(DTYPES[self.recipe.fleet.adapter_dtype], self.folder.parent.parent / PARENTS)
-
-    @property
-    def begun(self) -> str:
-        """As `run`, with the rows: a cohort's `run` does not depend on them, but a resumed one needs the same."""
-        return digest([self.run, [row.fingerprint() for row in self.rows]])
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of a task.
-
-    losses: split -> {base, start, own, tokens}, loss a token with the own profile, nats; a split without rows is absent
-    bytes: of the adapter's folder; parameters: how many were trained
-    stopping: `BestStep.figures`; None: training went to its last step, and that is the adapter's
-    """
-
-    losses: dict[str, dict[str, float]]
-    weights: dict[str, float]
-    bytes: int
-    parameters: int
-    stopping: dict[str, Any] | None = None
-
-
-OnDone = Callable[[Task, Outcome | PerceLiteError], None]
-OnProgress = Callable[[float, float], None]
-"""Called after each step with the mean loss of the users in training, nats a token, and their summed progress in
-adapters: three users who are halfway are 1.5.
-"""
-
-
-class Engine(Protocol):
-    """Trains the tasks of a fleet."""
-
-    def base(self) -> dict[str, Any]:
-        """A sketch of its base (`model.fingerprint.sketch`), stored in the registry to recognise the base."""
-
-    def run(self, tasks: Iterator[Task], on_done: OnDone, on_progress: OnProgress) -> None:
-        """Trains each task and calls `on_done` with its outcome or its error; reads `tasks` as it has room.
-
-        Errors in FATAL_ERRORS are raised.
-        """
-
-
-FATAL_ERRORS = (DiskFullError, DeviceError, ModelError, RecipeError, ConfigError)
-"""Errors that the next user would meet as well. After any other error the run continues with the next user."""
-
-
 class SequentialEngine:
     """Trains with `PerCETrainer`, one adapter after another, over a base that is loaded once.
 
-    users: how many are to be trained at once, for the message where not even the base fits
+    users: how many are trained at once; here it is for the message where not even the base fits
+    kept: file with the states of users who were interrupted in slots; None: `registry.KEPT` in the fleet's folder
     """
 
     def __init__(self, recipe: Recipe, users: int = 1) -> None:
-        self._recipe, self._slots = recipe, users
+        self._recipe, self.users = recipe, users
+        self.kept: Path | None = None
         self._loaded: Base | None = None
 
     def base(self) -> dict[str, Any]:
         return sketch(self._base().model)
+
+    def fingerprint(self) -> str:
+        """Hash of the base as loaded."""
+        return fingerprint(self._base().model)
 
     def run(self, tasks: Iterator[Task], on_done: OnDone, on_progress: OnProgress) -> None:
         for task in tasks:
@@ -151,7 +86,7 @@ class SequentialEngine:
 
     def _base(self) -> Base:
         if self._loaded is None:
-            with explain_out_of_memory_in_fleet(self._recipe, self._slots, lambda: (), of_users=False):
+            with explain_out_of_memory_in_fleet(self._recipe, self.users, lambda: (), of_users=False):
                 self._loaded = load_base(self._recipe)
         return self._loaded
 

@@ -13,16 +13,8 @@ from perce_lite.data.rows import Row, of_split
 from perce_lite.errors import ConfigError, NonFiniteLossError, PerceLiteError
 from perce_lite.files import bytes_of, digest
 from perce_lite.fleet.capacity import optimizer_of, users_at_once
-from perce_lite.fleet.engines.sequential import (
-    FATAL_ERRORS,
-    Engine,
-    OnDone,
-    OnProgress,
-    Outcome,
-    SequentialEngine,
-    Task,
-    figures_of,
-)
+from perce_lite.fleet.engines.protocol import FATAL_ERRORS, OnDone, OnProgress, Outcome, Task
+from perce_lite.fleet.engines.sequential import SequentialEngine, figures_of
 from perce_lite.fleet.registry import KEPT
 from perce_lite.fleet.slot_lora import save_slot
 from perce_lite.fleet.slot_trainer import SlotTrainer
@@ -60,12 +52,12 @@ class SlotsEngine(SequentialEngine):
     def _train_in_slots(self, recipe: Recipe, tasks: Iterator[Task], on_done: OnDone, on_progress: OnProgress) -> None:
         """Trains tasks that share a recipe; evaluates and saves each when it ends."""
         base, args = self._base(), training_config(recipe, **self._options)
-        kept = Unfinished(Path(args.output_dir) / KEPT)
+        kept = Unfinished(self.kept or Path(args.output_dir) / KEPT)
         # Users who resume come first, in the order in which they shared a batch, those who failed included.
         order = {user: place for place, user in enumerate(kept.users)}
-        first = list(itertools.islice(tasks, self._slots + len(order)))
+        first = list(itertools.islice(tasks, self.users + len(order)))
         first.sort(key=lambda task: order.get(task.key[1], len(order)))
-        count = min(self._slots, len(first))
+        count = min(self.users, len(first))
         at_work: dict[str, tuple[Task, UserJob]] = {}
 
         def rows() -> list[Row]:
@@ -172,9 +164,12 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     return tensors(Path(read_metadata(folder)["folder"]))
 
 
-def engine_for(recipe: Recipe) -> Engine:
-    """The engine for a recipe: `fleet.slots` users at once, or one after another where that is 1."""
-    count = users_at_once(recipe)
+def engine_for(recipe: Recipe, sharers: int = 1) -> SequentialEngine:
+    """The engine for a recipe: `fleet.slots` users at once, or one after another where that is 1.
+
+    sharers: as `users_at_once`
+    """
+    count = users_at_once(recipe, sharers)
     if count == 1:
         return SequentialEngine(recipe)
     return SlotsEngine(recipe, count, recipe.fleet.slots == "auto", optimizer_of(recipe, count))
