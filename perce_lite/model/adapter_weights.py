@@ -4,6 +4,7 @@ Whoever reads an adapter's numbers reads them here: a core comes out as the plai
 the files are stands in `adapter_files`.
 """
 
+import functools
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ from perce_lite.model.adapter_files import (
     lora_options,
     parent_of,
 )
-from perce_lite.model.fingerprint import hash_tensor
+from perce_lite.model.fingerprint import FileStamp, hash_tensor
 from perce_lite.model.lora_core import Cored
 
 _CHANGE = ".lora_core.change"
@@ -52,13 +53,26 @@ def write_core(aside: Path, folder: Path, cored: Cored, config: LoraConfig, stor
     assert storage.parents is not None
     fingerprint = _parent_fingerprint(cored.parent, config.to_dict())
     parent = storage.parents / fingerprint
-    if not (parent / CONFIG).is_file():
-        with folder_written_aside(parent) as new:
+    if not _holds(parent, fingerprint):
+        with folder_written_aside(parent, once=not parent.exists()) as new:  # workers of one fleet write side by side
             write_tensors(new / WEIGHTS, cored.parent, DTYPES[storage.dtype])
             config.save_pretrained(str(new))
     changes = {f"{path}{_CHANGE}": change(core) for path, core in cored.cores.items()}
     write_tensors(aside / CORE, changes, DTYPES[storage.dtype])
     return {"core": {"parent": os.path.relpath(parent, folder), "fingerprint": fingerprint}}
+
+
+def _holds(parent: Path, fingerprint: str) -> bool:
+    """Whether a parent lies there, and is what it was."""
+    try:
+        return _fingerprint_of(FileStamp.of(parent / WEIGHTS), FileStamp.of(parent / CONFIG)) == fingerprint
+    except (OSError, AdapterError):
+        return False
+
+
+@functools.lru_cache(maxsize=64)
+def _fingerprint_of(weights: FileStamp, config: FileStamp) -> str:
+    return _parent_fingerprint(_load(weights.path), read_json(config.path) or {})
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
