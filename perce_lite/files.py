@@ -120,8 +120,10 @@ def _is_special(path: Path) -> bool:
 
 
 @contextmanager
-def folder_written_aside(path: Path) -> Iterator[Path]:
+def folder_written_aside(path: Path, once: bool = False) -> Iterator[Path]:
     """As `written_aside`, for a whole folder: `path` is replaced only when the block ends well.
+
+    once: never replaced; where another process has written the same meanwhile, that stays
 
     Raises:
         DiskFullError: no space left; the old folder stays.
@@ -132,7 +134,7 @@ def folder_written_aside(path: Path) -> Iterator[Path]:
         try:
             yield aside
             aside.chmod(0o755)
-            if path.exists():
+            if path.exists() and not once:
                 # A folder cannot replace a full one in one step; a kill in between leaves the old one as `.old`.
                 old = path.with_name(f".{path.name}.old")
                 shutil.rmtree(old, ignore_errors=True)
@@ -144,7 +146,11 @@ def folder_written_aside(path: Path) -> Iterator[Path]:
                     raise
                 shutil.rmtree(old)
             else:
-                os.replace(aside, path)
+                try:
+                    os.replace(aside, path)
+                except OSError:
+                    if not (once and path.is_dir()):
+                        raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
