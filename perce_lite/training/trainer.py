@@ -40,7 +40,7 @@ from perce_lite.model.fused_head import (
     scoring_forward,
     without_needless_mask,
 )
-from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
+from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention, layers_without_attention
 from perce_lite.model.repeated_heads import repeat_heads_where_needed
 from perce_lite.model.scoring import ScoringJob, batch_log_probs, encode_prefixes, no_grad_eval, with_prefix
 from perce_lite.recipe import Recipe, Template
@@ -142,6 +142,10 @@ class PerCETrainer(SFTTrainer):
         self.autocast = args.autocast
         repeat_heads_where_needed(base_of(self.model), self.autocast)
         project_scored_positions_only(self.model)
+        if args.packing and (others := layers_without_attention(base_of(self.model))):
+            raise ConfigError(
+                [f"packing: rows would leak into the next in this model's layers of {', '.join(others)}; leave it out"]
+            )
         if args.profile_pass == "frozen":
             enable_prefix_attention(base_of(self.model), self._prefixes)
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the training loop counts
@@ -440,7 +444,7 @@ def _refuse(model: Any, args: PerCEConfig, train_dataset: Any, kwargs: dict[str,
 def _on_one_device(args: PerCEConfig) -> dict[str, Any]:
     """What TRL loads a model's name with: on the training's own device, where TRL's "auto" takes every GPU it sees."""
     options = args.model_init_kwargs or {}
-    return options if args.device.type in ("cpu", "mps") else {"device_map": {"": args.device}, **options}
+    return options if args.device.type == "cpu" else {"device_map": {"": args.device}, **options}
 
 
 def _device_faults(device_map: Any) -> list[str]:

@@ -16,6 +16,7 @@ from perce_lite.files import bytes_of
 from perce_lite.fleet.engines.protocol import FATAL_ERRORS, OnDone, OnProgress, Outcome, Task
 from perce_lite.model import adapters
 from perce_lite.model.base import Base, load_base
+from perce_lite.model.compat import forward_hooks, restore_forward_hooks
 from perce_lite.model.fingerprint import fingerprint, sketch
 from perce_lite.model.scoring import cached_log_probs, store_of
 from perce_lite.planning.oom_advice import explain_out_of_memory_in_fleet, free_gpu_memory
@@ -104,12 +105,13 @@ class _Progress(TrainerCallback):
 
 @contextmanager
 def bare(model: PreTrainedModel) -> Iterator[None]:
-    """Restores the base at the end: a trainer inserts adapter layers and wraps `forward`."""
-    before = model.__dict__.get("forward")
+    """Restores the base at the end: a trainer inserts adapter layers, wraps `forward`, and hooks the embedding."""
+    before, hooks = model.__dict__.get("forward"), forward_hooks(model)
     try:
         yield
     finally:
         adapters.strip(model)
+        restore_forward_hooks(model, hooks)
         model.__dict__.pop("forward", None)
         if before is not None:
             model.forward = before
