@@ -1,5 +1,7 @@
 """What a checkpoint says of itself: the class it loads as, what its weights are stored in, and its experts."""
 
+from typing import Any
+
 import transformers
 from torch import nn
 from transformers import (
@@ -16,7 +18,7 @@ _NOT_LOADED = {"mxfp4": "MXFP4", "fp8": "FP8", "fbgemm_fp8": "FP8", "modelopt": 
 """Ways of storing weights that neither NF4 is made of nor an adapter trains over here, and what they are called."""
 
 
-def model_class(config: PretrainedConfig) -> type:
+def model_class(config: PretrainedConfig) -> Any:
     """What has the `from_pretrained` of a checkpoint: the class that it names, if that is a language model.
 
     TRL loads that class too, so that parameters, and adapters on them, have the same names in a script and in a
