@@ -6,16 +6,17 @@ purpose is a `PerceLiteError`, whose message says how to mend it.
 
 import importlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from perce_lite.errors import PerceLiteError
 
 if TYPE_CHECKING:
     from perce_lite.config import PerCEConfig
-    from perce_lite.fleet.result import FleetResult
+    from perce_lite.fleet.engines.ray import RayOptions
+    from perce_lite.fleet.result import AdapterResult, FleetResult
     from perce_lite.model.generate import LoadedAdapter
     from perce_lite.recipe import Recipe, Template, load_recipe
     from perce_lite.training.trainer import PerCETrainer
@@ -64,7 +65,7 @@ def load(
     Raises:
         AdapterError: no adapter there, or one of another base; ModelError: its base cannot be loaded.
     """
-    from perce_lite.model.adapters import Said, read_metadata
+    from perce_lite.model.adapter_files import Said, read_metadata
     from perce_lite.model.generate import load_adapter
 
     said = Said(model, None if data is None else Path(data), None if template is None else Path(template))
@@ -94,6 +95,7 @@ def score(
     return weighted_rows(_recipe(recipe, set), rows)
 
 
+@overload
 def _fleet(
     recipe: "str | Path | Recipe",
     *,
@@ -101,7 +103,31 @@ def _fleet(
     retrain: Sequence[str] = (),
     dry_run: bool = False,
     set: Sequence[str] = (),
-) -> "FleetResult":
+) -> "FleetResult": ...
+
+
+@overload
+def _fleet(
+    recipe: "str | Path | Recipe",
+    *,
+    engine: Literal["local", "ray"],
+    options: "RayOptions | None" = None,
+    only: Sequence[str] = (),
+    retrain: Sequence[str] = (),
+    set: Sequence[str] = (),
+) -> "Iterator[AdapterResult]": ...
+
+
+def _fleet(
+    recipe: "str | Path | Recipe",
+    *,
+    engine: Literal["local", "ray"] | None = None,
+    options: "RayOptions | None" = None,
+    only: Sequence[str] = (),
+    retrain: Sequence[str] = (),
+    dry_run: bool = False,
+    set: Sequence[str] = (),
+) -> "FleetResult | Iterator[AdapterResult]":
     """Trains an adapter for every user who is due, over one base, or resumes: `perce-lite fleet`.
 
     >>> planned = perce_lite.fleet("recipe.yaml", dry_run=True)
@@ -110,7 +136,12 @@ def _fleet(
     >>> done = perce_lite.fleet("recipe.yaml", only=["user0"])
     >>> [adapter.name for adapter in done.adapters if adapter.verdict == "in service"]
     [...]
+    >>> for result in perce_lite.fleet("recipe.yaml", engine="local", only=["user0"], retrain=["user0"]):
+    ...     print(result.user, result.state, result.error)
+    user0 in service None
 
+    engine: where to train, this process or a Ray cluster; then each adapter is yielded as it ends, and it is trained
+        as long as somebody iterates; options: of the cluster
     only: users to train now; retrain: users to train again; dry_run: says what is due and trains nothing
     set: overrides, each "fleet.min_examples=4"
 
@@ -119,7 +150,12 @@ def _fleet(
     """
     from perce_lite.fleet.engines.slots import engine_for
     from perce_lite.fleet.fleet import fleet as train_fleet
+    from perce_lite.fleet.results import fleet as iterate_fleet
 
+    if engine is not None and dry_run:
+        raise PerceLiteError("fleet: dry_run says what is due at once, so it goes without engine")
+    if engine is not None:
+        return iterate_fleet(_recipe(recipe, set), engine, only, retrain, options)
     return train_fleet(_recipe(recipe, set), engine_for, only, retrain, dry_run)
 
 
@@ -150,7 +186,7 @@ def _export(
         ExportError: no such target, one that cannot take this adapter, a folder in the way, or a proof that fails.
     """
     from perce_lite.export.export import export as export_adapter
-    from perce_lite.model.adapters import Said
+    from perce_lite.model.adapter_files import Said
 
     folder, place, gguf, file = (None if path is None else Path(path) for path in (adapter, out, base_gguf, template))
     assert folder is not None

@@ -7,25 +7,11 @@ from typing import Any, Literal, get_args
 import torch
 from trl import SFTConfig
 
+from perce_lite.choices import CHOICES
 from perce_lite.errors import ConfigError, DeviceError
-
-Estimator = Literal["base", "mixed", "bootstrap", "uniform", "shuffled"]
-Normalization = Literal["none", "mean"]
-TrainOn = Literal["factual", "counterfactual"]
-WeightingKind = Literal["clip", "additive"]
-ProfilePass = Literal["full", "frozen"]
+from perce_lite.recipe_checks import tracker_faults
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-CHOICES: dict[str, Any] = {
-    "estimator": Estimator,
-    "weighting": WeightingKind,
-    "normalize_weights": Normalization,
-    "train_on": TrainOn,
-    "profile_pass": ProfilePass,
-}
-"""Fields of `PerCEConfig` that take one of a few words, with the `Literal` of their values."""
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -312,4 +298,4 @@ def _own_faults(config: PerCEConfig) -> list[str]:
         faults.append(f"learning_rate: {config.learning_rate} is not above 0; 1e-5 to 1e-3 is usual for LoRA")
     if config.max_length is not None and config.max_length < 1:
         faults.append(f"max_length: {config.max_length} is not positive; give a number of tokens, or null")
-    return faults
+    return faults + tracker_faults(config.report_to)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from perce_lite.errors import DiskFullError
+from perce_lite.errors import DiskFullError, PathError
 
 METADATA = "perce_lite.json"
 """The file beside an adapter's weights that says where they come from."""
@@ -61,6 +61,24 @@ def disk_full_is_clear(path: Path, advice: str = "Free some space and run the sa
             message = f"The disk is full: {path} could not be written. What was there before is unharmed. {advice}"
             raise DiskFullError(message) from error
         raise
+
+
+def refuse_unwritable(path: Path, instead: str, folder: bool = False) -> None:
+    """Refuses, before any work, a path that nothing could be written to at the end of it.
+
+    instead: what to give, such as "Give another --out."; folder: whether `path` is to be a folder
+
+    Raises:
+        PathError: it or what it would lie in is no folder, or may not be written.
+    """
+    path = path.absolute()
+    standing = next(place for place in (path, *path.parents) if place.exists())
+    if folder and standing == path and not path.is_dir():
+        raise PathError(f"{path}: is a file and must be a folder. {instead}")
+    if standing != path and not standing.is_dir():
+        raise PathError(f"{path}: cannot be made, for {standing} is a file. {instead}")
+    if not os.access(standing, os.W_OK):
+        raise PathError(f"{path}: nothing may be written in {standing if standing.is_dir() else path}. {instead}")
 
 
 @contextmanager

@@ -143,6 +143,12 @@ class Fleet(Section):
     max_examples: int | None = Field(
         None, ge=1, description="training rows of a user that are trained on at the most, the last ones; null: all"
     )
+    patience: int | None = Field(
+        None, ge=1, description="early_stopping.patience of users' adapters, each by the user's own validation rows"
+    )
+    adapter_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what adapters are stored as from now on; training computes in float32 in any case"
+    )
 
     @field_validator("slots", mode="before")
     @classmethod
@@ -150,6 +156,20 @@ class Fleet(Section):
         if slots != "auto" and (not isinstance(slots, int) or isinstance(slots, bool) or slots < 1):
             raise ValueError("is neither auto nor a whole number of at least 1")
         return slots
+
+
+class EarlyStopping(Section):
+    """When training ends before its last step: `train`, and a fleet's shared and cohort adapters."""
+
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="measurements of the validation rows in a row without a lower loss after which training ends; the "
+        "adapter of the best step is kept; null: train to the last step",
+    )
+    every: int | None = Field(
+        None, ge=1, description="optimizer steps from one measurement to the next; null: an epoch"
+    )
 
 
 class Export(Section):
@@ -163,7 +183,7 @@ class Export(Section):
 class Recipe(Section):
     """All that a run depends on."""
 
-    model: str = Field("smollm2-135m", description="smollm2-135m (built in), a Hub id or a folder")
+    model: str = Field("smollm2-135m", description="smollm2-135m (built in), a Hub id, a folder or a GGUF file")
     quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4 bit with double quantisation")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="compute dtype")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
@@ -174,6 +194,7 @@ class Recipe(Section):
     profile: Profile = Profile()
     template: Template = Template()
     split: Split = Split()
+    early_stopping: EarlyStopping = EarlyStopping()
     evaluation: Evaluation = Evaluation()
     fleet: Fleet = Fleet()
     export: Export = Export()
@@ -202,6 +223,21 @@ class Recipe(Section):
         places = self._places(self.model) if self.model else ()  # a script's model may have no name
         return next((place for place in places if place.is_dir()), None)
 
+    def model_is_there(self) -> bool:
+        """Whether `model` is something; only a name that is spelt like a path can be told to be nothing."""
+        as_path = self.model.startswith(("/", "./", "../", "~")) or self.model.endswith(".gguf")
+        return not as_path or any(place.exists() for place in self._places(self.model))
+
+    @property
+    def model_file(self) -> Path | None:
+        """The GGUF file that `model` names, looked for as `model_folder` is; None where it names none."""
+        return next((place for place in self._places(self.model) if place.is_file()), None)
+
+    @property
+    def model_path(self) -> Path | None:
+        """The folder or the GGUF file that `model` names; None of a built-in model and a Hub id."""
+        return self.model_folder or self.model_file
+
     @property
     def chat_template_file(self) -> Path | None:
         """The file that `train.chat_template_path` names, looked for as `model_folder` is; None where it names none."""
@@ -227,6 +263,10 @@ class Recipe(Section):
         """The recipe of a fleet's adapters that start from another: `fleet.train` goes before `train`."""
         return self.model_copy(update={"train": {**self.train, **self.fleet.train}})
 
+    def with_patience(self, patience: int | None) -> "Recipe":
+        """The same recipe with another `early_stopping.patience`."""
+        return self.model_copy(update={"early_stopping": self.early_stopping.model_copy(update={"patience": patience})})
+
     def fleet_fingerprint(self) -> str:
         """As `fingerprint`, without which users and rows there are; how many rows of a user at the most counts."""
         every = self.data.model_copy(update={"users": None, "max_rows": None})
@@ -246,6 +286,9 @@ class Recipe(Section):
         if template is not None:  # what it says counts, not where it lies
             plain["train"]["chat_template_path"] = digest(template.read_bytes().hex())
         plain["data"].pop("path")
+        stopping = plain.pop("early_stopping")
+        if self.early_stopping.patience is not None:
+            plain["early_stopping"] = {**stopping, "rows": self.evaluation.max_rows}
         plain["lora"] = {**plain["lora"], CORE_ONLY: True} if self.core_only else self.without_cores().lora
         for name in ("embedding_on_host", "evaluation", "fleet", "export"):
             plain.pop(name)
@@ -372,6 +415,22 @@ def lora_config(recipe: Recipe) -> Any:
         return LoraConfig(**{**_LORA_DEFAULTS, **recipe.without_cores().lora})
     except (ValueError, TypeError, AttributeError) as error:
         raise RecipeError(recipe.source, [f"lora: {error}"]) from error
+
+
+def refuse_early_stopping(recipe: Recipe, command: str) -> None:
+    """For commands whose trainings are compared at a number of steps that is given.
+
+    Raises:
+        RecipeError: `early_stopping.patience` is set.
+    """
+    if recipe.early_stopping.patience is not None:
+        raise RecipeError(
+            recipe.source,
+            [
+                f"early_stopping.patience: perce-lite {command} compares trainings of equal steps, which none may end "
+                "earlier. Here: --set early_stopping.patience=null"
+            ],
+        )
 
 
 def refuse_cores(recipe: Recipe, command: str) -> None:

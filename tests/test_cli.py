@@ -236,7 +236,7 @@ STOPPED = {
         [],
         "scored under the base is kept; the same command scores the rest",
     ),
-    "chat": ("perce_lite.model.adapters.read_metadata", ["x"], "Nothing was written"),
+    "chat": ("perce_lite.model.adapter_files.read_metadata", ["x"], "Nothing was written"),
     "serve": ("perce_lite.serve.server.make_server", ["x"], "Nothing was written"),
     "eval": ("perce_lite.evaluation.evaluate.evaluate", ["--adapter", "x"], "What was scored and answered is kept"),
     "compare": ("perce_lite.evaluation.compare.compare", [], "Finished trainings are kept"),

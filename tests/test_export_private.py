@@ -13,8 +13,9 @@ from perce_lite.export import hub
 from perce_lite.export.export import export, verify
 from perce_lite.export_targets import TARGETS
 from perce_lite.files import METADATA
-from perce_lite.model import adapters
-from perce_lite.model.generate import generate_from_folder, recipe_of
+from perce_lite.model import adapter_files
+from perce_lite.model.adapter_files import recipe_of
+from perce_lite.model.generate import generate_from_folder
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -68,7 +69,7 @@ def test_no_export_holds_places_names_or_texts(trained, tmp_path, target):
 
 def test_an_export_answers_and_knows_no_users(trained, tmp_path):
     export(trained, "peft", tmp_path / "out", force=False)
-    metadata = adapters.read_metadata(tmp_path / "out")
+    metadata = adapter_files.read_metadata(tmp_path / "out")
     assert recipe_of(metadata).data.path is None
     with pytest.raises(DataError, match="names no data"):
         known_users(recipe_of(metadata))

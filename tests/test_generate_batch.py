@@ -2,7 +2,7 @@
 
 import pytest
 
-from perce_lite.model import adapters, generate
+from perce_lite.model import adapter_files, generate
 from perce_lite.model.generate import LoadedAdapter, Personal, generate_batch, generate_several, load_adapter
 
 pytest_plugins = ["cli_fixtures"]
@@ -16,7 +16,7 @@ ASKED = [
 
 @pytest.fixture
 def its(adapter_folder) -> LoadedAdapter:
-    return load_adapter(adapters.read_metadata(adapter_folder))
+    return load_adapter(adapter_files.read_metadata(adapter_folder))
 
 
 def alone(its: LoadedAdapter, **options) -> list[list[str]]:

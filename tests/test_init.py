@@ -114,7 +114,7 @@ def test_questions_on_a_terminal(run, here, monkeypatch):  # noqa: F811
         "What do you want?",
         "Which GPU (8GB, RTX 4070, cpu)?",
     ]
-    assert made().model == "Qwen/Qwen3-4B"
+    assert made().model == choose(Draft("rows", "chat", gpu("8GB"), {})).model
 
 
 ROWS = ["--have", "rows", "--data", "rows.jsonl", "--want", "chat", "--gpu", "cpu"]

@@ -18,7 +18,7 @@ import perce_lite
 from perce_lite.errors import AdapterError, DataError, RecipeError, TemplateError
 from perce_lite.files import METADATA, read_json, write_json
 from perce_lite.model import adapters
-from perce_lite.model.adapters import Said, read_metadata
+from perce_lite.model.adapter_files import Said, read_metadata
 from perce_lite.model.base import Base
 from perce_lite.model.generate import LoadedAdapter, generate
 from perce_lite.training import metadata, trainer

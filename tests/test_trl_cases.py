@@ -1,6 +1,7 @@
 """What TRL's own tests of its trainer try, as far as a LoRA and a profile column allow it: written by us, on toys."""
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -305,7 +306,8 @@ def test_the_best_step_is_loaded_at_the_end(script, tmp_path):
         assert torch.equal(weight, weights[name.replace(".default", "")])
         assert weight.dtype == torch.float32
     trainer.save_model(str(tmp_path / "best"))
-    assert read_metadata(tmp_path / "best")["run"]
+    saved = load_file(tmp_path / "best" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[name], weights[name]) for name in weights)
 
 
 def test_a_recipe_that_resumes_at_its_end_takes_the_best_step_too(recipe, run, tmp_path):
@@ -511,7 +513,20 @@ def test_nf4_that_would_leave_experts_as_they_are_is_refused(recipe, run, tmp_pa
 # Several processes
 
 
-def test_several_processes_are_refused_by_name(toy, tmp_path):
+def test_several_processes_are_refused_by_name(script, monkeypatch):
+    monkeypatch.setattr(PerCEConfig, "world_size", 2)
+    with pytest.raises(ConfigError, match="torchrun: 2 processes train together, and PerCE Lite trains in one"):
+        script()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_torchrun_with_two_processes_says_so(toy, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, toys.toy_rows(1, 4))))
     (tmp_path / "script.py").write_text(
         "import datasets\nfrom peft import LoraConfig\nfrom perce_lite import PerCEConfig, PerCETrainer\n"
@@ -519,7 +534,8 @@ def test_several_processes_are_refused_by_name(toy, tmp_path):
         f"PerCETrainer({str(toy)!r}, PerCEConfig('out', bf16=False, use_cpu=True, report_to='none'), "
         "train_dataset=rows, peft_config=LoraConfig(target_modules='all-linear')).train()\n"
     )
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "script.py"]
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    words += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", "script.py"]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "torchrun: 2 processes train together, and PerCE Lite trains in one" in done.stderr

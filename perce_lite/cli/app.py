@@ -146,12 +146,24 @@ def main(words: list[str] | None = None) -> None:
     try:
         app(words, prog_name="perce-lite")
     except PerceLiteError as error:
-        errors.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error))
+    except BrokenPipeError:  # whoever read the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        if error.filename is None:  # not of a file that somebody named: a fault, and its trace says where
+            raise
+        _fail(f"{os.fsdecode(error.filename)}: {error.strerror}. Check the path and its permissions.")
     except _Interrupted:
         errors.show_cursor(True)
         errors.print(f"Stopped. {after_ctrl_c(words)}", style="yellow", soft_wrap=True)
         sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    """Ends the command with one line and exit code 2."""
+    errors.print(f"error: {message}", style="red", markup=False, soft_wrap=True)
+    sys.exit(2)
 
 
 def after_ctrl_c(words: list[str]) -> str:

@@ -17,11 +17,12 @@ from perce_lite.cli.options import (
     TemplateFile,
     TopP,
     UserName,
+    require_user,
     text_or_file,
 )
 from perce_lite.errors import FleetError
+from perce_lite.model.adapter_files import Said, read_metadata
 
-adapters = Lazy("perce_lite.model.adapters")
 conversation = Lazy("perce_lite.cli.conversation")
 generation = Lazy("perce_lite.model.generate")
 queries = Lazy("perce_lite.fleet.queries")
@@ -46,10 +47,10 @@ def chat(
     if profile is not None and user is not None:
         raise typer.BadParameter("give one of --profile and --user")
     queries.refuse_deleted(adapter, user)
+    metadata = read_metadata(_serving(adapter, user), Said(model, data, template))
+    require_user(metadata, user)
     text = text_or_file(profile)
-    opened = generation.load_adapter(
-        adapters.read_metadata(_serving(adapter, user), adapters.Said(model, data, template))
-    )
+    opened = generation.load_adapter(metadata)
     transformers.set_seed(seed)
     conversation.chat(opened, text, user, max_new_tokens, personal, **generation.sampling(temperature, top_p))
 

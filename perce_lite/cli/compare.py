@@ -6,9 +6,8 @@ from typing import Annotated
 import typer
 
 from perce_lite.cli.lazy import Lazy
-from perce_lite.cli.options import Json, RecipePath, Set, write
+from perce_lite.cli.options import Json, PagePath, RecipePath, Set, open_recipe, readable_recipe, write
 from perce_lite.cli.views import compare_sections, terminal
-from perce_lite.recipe import load_recipe
 
 device = Lazy("perce_lite.device")
 comparison = Lazy("perce_lite.evaluation.compare")
@@ -28,13 +27,13 @@ def compare(
     judge_on: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Another recipe: judge on its held-out rows, of another task.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(dir_okay=False, help="The page; else <output_dir>/compare.html.")] = None,
+    out: PagePath = None,
     set_: Set = None,
     json: Json = None,
 ) -> None:
     """Train ways of weighting under one budget and judge them on held-out rows. Takes hours; resumes."""
-    loaded = load_recipe(recipe, set_ or [])
-    other = None if judge_on is None else load_recipe(judge_on)
+    loaded = open_recipe(recipe, set_, trains=True)
+    other = None if judge_on is None else readable_recipe(judge_on, None)
     device.say_device(loaded)
     with oom_advice.explain_out_of_memory_in_scoring(loaded, own_folder=True):
         named, grid = comparison.arms_of(loaded, arms or comparison.ARMS), comparison.grid(loaded, rates)

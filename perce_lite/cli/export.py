@@ -6,13 +6,14 @@ from typing import Annotated, Any
 import typer
 
 from perce_lite.cli.lazy import Lazy
-from perce_lite.cli.options import FleetPath, Json, Model, TemplateFile, agreed, write
+from perce_lite.cli.options import FleetPath, Json, Model, TemplateFile, agreed, require_user, writable, write
 from perce_lite.cli.views import terminal
 from perce_lite.console import warn
 from perce_lite.errors import ExportError
+from perce_lite.export_targets import refuse_unknown
 from perce_lite.fleet import queries
+from perce_lite.model.adapter_files import Said, read_metadata
 
-adapters = Lazy("perce_lite.model.adapters")
 exports = Lazy("perce_lite.export.export")
 fleet_exports = Lazy("perce_lite.export.export_all")
 hub = Lazy("perce_lite.export.hub")
@@ -21,7 +22,9 @@ hub = Lazy("perce_lite.export.hub")
 def export(
     adapter: Annotated[Path | None, typer.Argument(help="The folder of an adapter.")] = None,
     to: Annotated[str | None, typer.Option(help="peft, merged, gguf-lora, gguf, vllm or ollama.")] = None,
-    out: Annotated[Path | None, typer.Option(file_okay=False, help="Else <adapter>-<target>, beside it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(file_okay=False, callback=writable, help="Else <adapter>-<target>, beside it.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export there.")] = False,
     verify: Annotated[Path | None, typer.Option(help="Repeat the proof of this export instead.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="Every adapter of a fleet that serves somebody.")] = False,
@@ -61,6 +64,10 @@ def export(
         raise typer.BadParameter("--public and --yes go with --push-to-hub")
     if adapter is not None:
         queries.refuse_deleted(adapter, user)
+    if to is not None:
+        refuse_unknown(to, quant)
+    if adapter is not None:
+        require_user(read_metadata(adapter), user)
     figures: dict[str, Any]
     if verify is not None:
         figures = exports.verify(verify, base_gguf)
@@ -68,7 +75,7 @@ def export(
         if push_to_hub is not None:
             _ask(push_to_hub, to, public, yes)
         figures = exports.export(
-            adapter, to, out, force, base_gguf, quant, evaluation, user, adapters.Said(model, None, template)
+            adapter, to, out, force, base_gguf, quant, evaluation, user, Said(model, None, template)
         )
         if push_to_hub is not None:
             figures["pushed"] = hub.push(Path(figures["folder"]), push_to_hub, public)

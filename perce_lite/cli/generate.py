@@ -21,6 +21,7 @@ from perce_lite.cli.options import (
     TemplateFile,
     TopP,
     UserName,
+    require_user,
     text_or_file,
     write,
 )
@@ -28,8 +29,8 @@ from perce_lite.console import progress_bar
 from perce_lite.errors import DataError
 from perce_lite.files import written_aside
 from perce_lite.fleet import queries
+from perce_lite.model.adapter_files import Said, read_metadata
 
-adapters = Lazy("perce_lite.model.adapters")
 generation = Lazy("perce_lite.model.generate")
 questions = Lazy("perce_lite.model.questions")
 transformers = Lazy("transformers")
@@ -68,8 +69,9 @@ def generate(
         raise typer.BadParameter("--prompt is one prompt; --prompts and --out are for many")
     if prompt is None and prompts is None and sys.stdin.isatty():
         raise typer.BadParameter("give --prompt TEXT, --prompts FILE, or pipe prompts in, one a line")
+    said = Said(model, data, template)
+    require_user(read_metadata(adapter, said), user)
     text = "" if no_profile else text_or_file(profile)
-    said = adapters.Said(model, data, template)
     options = generation.sampling(temperature, top_p)
     if prompt is not None:
         transformers.set_seed(seed)
@@ -79,7 +81,7 @@ def generate(
         write(json, figures)
         return
     name = "standard input" if prompts is None or str(prompts) == "-" else str(prompts)
-    metadata = adapters.read_metadata(adapter, said)
+    metadata = read_metadata(adapter, said)
     asked = questions.read_questions(_lines(prompts), name, text, user)
     wanted = questions.wanted_profiles(metadata, asked)
     loaded = generation.load_adapter(metadata)

@@ -403,14 +403,20 @@ def _from_hub(recipe: Recipe) -> Iterator[Record]:
             yield f"{name}, {split} row {number}", split_name(split, name), record
 
 
+def require_data(recipe: Recipe) -> None:
+    """Raises DataError where the file that `data.path` names is not there or its first record cannot be read."""
+    if recipe.data_path is not None:
+        next(_records(recipe), None)
+
+
 def _from_path(path: Path) -> Iterator[Record]:
+    if not path.exists():
+        raise DataError(f"{path}: there is no such file; data.path is taken from the recipe's own folder on")
     if path.is_dir():
         questions = sorted(path.glob("*questions.json"))
         if not questions:
             raise DataError(f"{path}: this folder has no *_questions.json of LaMP; name a JSONL or parquet file in it")
         return itertools.chain.from_iterable(map(_lamp, questions))
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file; data.path is taken from the recipe's own folder on")
     if path.suffix == ".parquet":
         return _parquet(path)
     if path.name.endswith("questions.json"):

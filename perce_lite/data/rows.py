@@ -115,6 +115,13 @@ class Row:
             return queries[-1]
         return next((content_of(message) for message in self.completion if message["role"] == "user"), "")
 
+    @property
+    def characters(self) -> int:
+        """Length of profile, prompt and completion: about that of the row in tokens, to compare rows by."""
+        texts = [item.title + item.text for item in items_of(self.profile)]
+        texts += [content_of(message) for message in (*self.prompt, *self.completion)]
+        return sum(map(len, texts))
+
     def fingerprint(self) -> str:
         """Equal for rows of equal content."""
         content = [self.user, self.profile, self.prompt, self.completion, self.split, self.cohort]

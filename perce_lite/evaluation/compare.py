@@ -22,7 +22,7 @@ from perce_lite.model import adapters
 from perce_lite.model.base import load_base, load_tokenizer
 from perce_lite.model.scoring import store_key, store_of
 from perce_lite.planning.oom_advice import explain_out_of_memory, free_gpu_memory
-from perce_lite.recipe import Recipe, refuse_cores, training_config, with_train
+from perce_lite.recipe import Recipe, refuse_cores, refuse_early_stopping, training_config, with_train
 from perce_lite.training.run import Run, checkpoints_in, newest_checkpoint, run_of
 from perce_lite.training.train import train
 
@@ -171,6 +171,7 @@ def compare(
             base; and what training raises.
     """
     refuse_cores(recipe, "compare")
+    refuse_early_stopping(recipe, "compare")
     rows = read_rows(recipe)
     say(PRIMARY)
     trained = {row.user for row in of_split(rows, "train")}

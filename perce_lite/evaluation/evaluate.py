@@ -22,9 +22,9 @@ from perce_lite.evaluation.conditions import Case, Topics, cases, is_candidate, 
 from perce_lite.evaluation.judging import BY_MODEL, BY_WORDS, ArmSums, Judge, chance, losses, sizes
 from perce_lite.evaluation.metrics import Bootstrap
 from perce_lite.evaluation.other_base import tokens_by_other_base
-from perce_lite.model import adapters
+from perce_lite.model import adapter_files, adapters
+from perce_lite.model.adapter_files import FOREIGN
 from perce_lite.model.base import load_base, load_tokenizer
-from perce_lite.model.foreign import FOREIGN
 from perce_lite.model.logprob_store import Store
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_key
 from perce_lite.recipe import Recipe, training_config
@@ -192,8 +192,8 @@ def _named(folders: Sequence[Path], recipe: Recipe) -> dict[str, Path | None]:
         raise AdapterError("No adapter was given: --adapter FOLDER, once for each.")
     named: dict[str, Path | None] = {}
     for folder, name in zip(folders, short_names(folders), strict=True):
-        metadata = adapters.read_metadata(folder)  # all faults before any scoring
-        adapters.require_profile_pass(folder, recipe)
+        metadata = adapter_files.read_metadata(folder)  # all faults before any scoring
+        adapter_files.require_profile_pass(folder, recipe)
         if metadata.get(SCRIPT) or metadata.get(FOREIGN):
             warn(f"{folder} was not trained by a recipe: rows it is judged on may be rows it has seen")
         elif _split_of(metadata["recipe"]) != _split_of(recipe.model_dump(mode="json")):

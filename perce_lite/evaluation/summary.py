@@ -42,13 +42,16 @@ def train_and_measure(recipe: Recipe, restart: bool = False) -> dict[str, Any]:
 
 
 def measure(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row]) -> dict[str, Any]:
-    """Figures of a finished training: held-out losses, weight statistics, one answer of base and adapter."""
+    """Figures of a finished training: held-out losses, the step kept, weight statistics, one answer of each."""
     maker = PairMaker.of(recipe, trainer.processing_class, trainer.args.max_length)
     held_out = spread_over_users(of_split(rows, "test") or of_split(rows, "validation"), recipe.evaluation.max_rows)
     store = store_of(trainer.args.store, trainer.model, trainer.autocast)
     losses = before_and_after(trainer.model, cases(maker, held_out), store, trainer.autocast, trainer.args.clip_min)
+    best, steps = trainer.best_step, trainer.state.global_step
+    stopping = {} if best is None else {"early_stopping": best.figures(steps)}
     return {
         "losses": losses,
+        **stopping,
         "weights": mean_statistics(trainer.state.log_history, trainer.store_hits),
         "sample": _sample(recipe, trainer, maker, held_out),
         "rows": trainer.audits["train"].summary(),

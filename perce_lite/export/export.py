@@ -18,12 +18,12 @@ from perce_lite.export.gguf import proof as gguf_proof
 from perce_lite.export.gguf.vocabulary import splitting
 from perce_lite.export.proof import PROOF, QUESTION, Proof, gap, on_cpu, read_proof
 from perce_lite.export.writers import Job, Metadata, write
-from perce_lite.export_targets import QUANTS, TARGETS, faults
+from perce_lite.export_targets import TARGETS, faults, refuse_unknown
 from perce_lite.files import folder_written_aside, read_json
-from perce_lite.model import adapters
+from perce_lite.model import adapter_files
+from perce_lite.model.adapter_files import lora_options, recipe_of
 from perce_lite.model.base import load_tokenizer
 from perce_lite.model.footprint import base_faults, config_of
-from perce_lite.model.generate import recipe_of
 
 QUANT = "F16"
 """What the weights of a GGUF are written as unless `--quant` says otherwise."""
@@ -38,7 +38,7 @@ def export(
     quant: str | None = None,
     evaluation: Path | None = None,
     user: str | None = None,
-    said: adapters.Said | None = None,
+    said: adapter_files.Said | None = None,
 ) -> dict[str, Any]:
     """Exports the adapter in `folder`; gives what `--json` writes. What lies at `out` in the end was proven.
 
@@ -56,7 +56,7 @@ def export(
         AdapterError: no adapter, or one of another base; DiskFullError: no space left, and nothing was written.
     """
     check_options(target, base_gguf, quant)
-    metadata = adapters.read_metadata(folder, said)
+    metadata = adapter_files.read_metadata(folder, said)
     source = Path(metadata["folder"])
     preflight(metadata, target)
     place = out or source.with_name(f"{source.name}-{target}")
@@ -102,15 +102,7 @@ def verify(folder: Path, base_gguf: Path | None = None) -> dict[str, Any]:
 
 def check_options(target: str, base_gguf: Path | None, quant: str | None) -> None:
     """Raises ExportError where there is no such target, or an option does not go with it; nothing is loaded yet."""
-    if target not in TARGETS:
-        raise ExportError(f"--to {target}: there is no such target. There is: {', '.join(TARGETS)}.")
-    if quant is not None and target not in ("gguf", "ollama"):
-        raise ExportError(f"--quant goes with gguf and ollama, not with {target}.")
-    if quant is not None and quant not in QUANTS:
-        raise ExportError(
-            f"--quant {quant}: is not written here. There is: {', '.join(QUANTS)}. For others write F16, and "
-            "give it to llama.cpp's own llama-quantize."
-        )
+    refuse_unknown(target, quant)
     _check_base_gguf(target, base_gguf)
 
 
@@ -129,9 +121,7 @@ def preflight(metadata: Metadata, target: str) -> None:
     Raises:
         ExportError: with every reason why it cannot.
     """
-    config = read_json(Path(metadata["folder"]) / "adapter_config.json")
-    if not isinstance(config, dict):
-        raise ExportError(f"{metadata['folder']}: its adapter_config.json cannot be read")
+    config = lora_options(Path(metadata["folder"]))
     shape = metadata["base"]["shape"]
     recipe = on_cpu(metadata, quantised=False)
     adapters_own = faults(target, config, shape[0], bool(shape[-1]), recipe.profile_pass)

@@ -24,8 +24,12 @@ from perce_lite.export.proof import (
     sketched,
     tensors_of,
 )
+<<<<<<< HEAD
 from perce_lite.model import adapters
 from perce_lite.model.architecture import model_class
+=======
+from perce_lite.model import adapter_files
+>>>>>>> main
 from perce_lite.model.fingerprint import same_base
 from perce_lite.recipe import Recipe
 
@@ -74,7 +78,7 @@ def verify_peft(folder: Path, proof: Proof) -> dict[str, float]:
     check_tensors(tensors_of(folder), proof, folder)
     check_tokenizer(folder, proof)
     try:
-        recipe = on_cpu(adapters.read_metadata(folder), quantised=True)
+        recipe = on_cpu(adapter_files.read_metadata(folder), quantised=True)
         with base_for(recipe) as base:
             return _with_peft(base.model, recipe, folder, proof)
     except (AdapterError, ModelError) as error:

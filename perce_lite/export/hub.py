@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from perce_lite.errors import ExportError, first_line
 from perce_lite.export.proof import read_proof
 from perce_lite.files import read_json
-from perce_lite.model.adapters import base_name
+from perce_lite.model.adapter_files import base_name
 
 TARGETS = ("peft", "merged")
 """What is pushed: what the Hub's own libraries load."""

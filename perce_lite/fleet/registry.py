@@ -23,6 +23,12 @@ FILE = "fleet.sqlite"
 KEPT = "slots.pt"
 """File beside the registry with the training state of users who were interrupted in slots."""
 
+PACKS = "packs"
+"""Folder beside the registry with the training state of users who were interrupted on a cluster, by pack."""
+
+SERVED = "vllm"
+"""Folder beside the registry with the adapters as `perce-lite export --all --to vllm` lays them out, by user."""
+
 STATES = ("due", "in service", "held back", "failed")
 """due: to be trained; held back: trained, but worse than what it would replace; failed: training raised an error."""
 
@@ -244,7 +250,8 @@ class Registry:
     def forget(self, user: str) -> list[tuple[str, str]]:
         """Removes every row of `user`, marks the adapters that saw their texts as due, and returns their (kind, name).
 
-        Hashes of the name and its folder stay with the day, so that later runs leave the user out. One transaction; then the file is vacuumed.
+        Hashes of the name and its folder stay with the day, so that later runs leave the user out. One transaction;
+        then the file is vacuumed.
         """
         with self._db:
             rows = self._db.execute("SELECT kind, name FROM seen WHERE user = ? AND kind != 'user'", (user,))

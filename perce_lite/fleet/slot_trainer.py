@@ -32,6 +32,7 @@ from perce_lite.model.scoring import (
     store_of,
     with_prefix,
 )
+from perce_lite.training.early_stopping import validation_loss
 from perce_lite.training.loss import weighted_nll
 from perce_lite.training.reference_logprobs import reference_log_probs, scored_passes
 
@@ -100,6 +101,7 @@ class SlotTrainer:
                 if not self._fill(running, waiting, on_done, kept):
                     break
                 errors = self._step([running[slot] for slot in sorted(running)])
+                self._validate(user for slot, user in running.items() if slot not in errors)
                 begun = [user for user in running.values() if user.log]
                 if on_progress is not None and begun:
                     loss = sum(user.log[-1]["unweighted_loss"] for user in begun) / len(begun)
@@ -165,10 +167,23 @@ class SlotTrainer:
         return user
 
     def _result(self, user: SlotUser, error: PerceLiteError | None) -> Result:
-        adapter = {} if error is not None else self.model.read_slot(user.slot)
+        adapter, core, stopping = {}, None, None
+        if error is None and user.best is not None:
+            user.best.put_back(user.parameters)
+            stopping = user.best.figures(len(user.log))
+        if error is None:
+            adapter, core = self.model.read_slot(user.slot), self.model.read_core(user.slot)
         self.model.clear_gradients(user.slot)
         self.prefixes.forget(user.features)
-        return Result(user.job.user, user.slot, adapter, user.log, user.reference.store_hits, error)
+        return Result(user.job.user, user.slot, adapter, core, user.log, user.reference.store_hits, stopping, error)
+
+    def _validate(self, users: Iterable[SlotUser]) -> None:
+        """Measures the validation rows of those users whose early stopping asks for it after their last step."""
+        for user in users:
+            if user.best is not None and user.best.is_due(len(user.log)):
+                with self.model.route.everything_to(user.slot):
+                    loss = validation_loss(self.model.base, user.job.validation, self.args.autocast, self.prefixes)
+                user.best.add(len(user.log), loss, user.parameters)
 
     def _step(self, users: Sequence[SlotUser]) -> dict[int, PerceLiteError]:
         """Runs one batch of every user: one forward, one backward, and the due steps. Returns errors by slot."""

@@ -37,7 +37,12 @@ from perce_lite.model.architecture import (
 from perce_lite.model.builtin import BUILT_IN, built_in_folder
 from perce_lite.model.compat import error_of_a_conversion, keep_base_constant
 from perce_lite.model.fingerprint import remember_fingerprint
+<<<<<<< HEAD
 from perce_lite.model.full_gpu import gpu_is_full, on_meta, why_no_room
+=======
+from perce_lite.model.full_gpu import gpu_is_full, why_no_room
+from perce_lite.model.gguf_base import gguf_folder
+>>>>>>> main
 from perce_lite.model.host_embedding import keep_on_host
 from perce_lite.model.repeated_heads import repeat_heads_where_needed
 from perce_lite.recipe import Recipe, lora_config
@@ -226,14 +231,22 @@ def _excluded(own: list[str] | str | None, paths: list[str]) -> list[str] | str:
 
 
 def model_source(recipe: Recipe) -> str:
-    """What transformers loads: the built-in model's folder, the recipe's own folder, or a Hub id.
+    """What transformers loads: the built-in model's folder, the recipe's own, that of its GGUF file, or a Hub id.
 
     Raises:
-        ModelError: the built-in model cannot be downloaded.
+        ModelError: the built-in model cannot be downloaded; the GGUF file is not there, or not one that is read.
     """
     if recipe.model in BUILT_IN:
         return str(built_in_folder(recipe.model))
-    return recipe.model if recipe.model_folder is None else str(recipe.model_folder)
+    if recipe.model_folder is not None:
+        return str(recipe.model_folder)
+    if recipe.model_file is not None:
+        return str(gguf_folder(recipe.model_file))
+    if recipe.model.endswith(".gguf"):
+        raise ModelError(
+            f"model: {recipe.model}: there is no such file. A GGUF that was moved: set model: to its path."
+        )
+    return recipe.model
 
 
 def not_there(recipe: Recipe, error: Exception) -> str:
@@ -242,9 +255,13 @@ def not_there(recipe: Recipe, error: Exception) -> str:
     if name in BUILT_IN:
         command = f"rm -r {shlex.quote(model_source(recipe))}"
         return f"model: {name} cannot be loaded: {first_line(error)} Its folder is made anew after: {command}"
+    if recipe.model_file is not None:
+        command = f"rm -r {shlex.quote(model_source(recipe))}"
+        return f"model: {name} cannot be loaded: {first_line(error)} What was made of it is made anew after: {command}"
     if recipe.model_folder is not None:
         return f"model: {name} is a folder, but holds no language model with a tokenizer: {first_line(error)}"
     return (
-        f"model: {name} is neither built in ({', '.join(BUILT_IN)}), nor a folder, nor could it be loaded from the "
-        f"Hub: {first_line(error)} Offline: copy the model's folder to this machine and set model: to its path."
+        f"model: {name} is neither built in ({', '.join(BUILT_IN)}), nor a folder, nor a GGUF file, nor could it be "
+        f"loaded from the Hub: {first_line(error)} Offline: copy the model's folder to this machine and set model: to "
+        "its path."
     )

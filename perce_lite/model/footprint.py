@@ -19,7 +19,7 @@ def source_fingerprint(recipe: Recipe) -> str:
     """
     folder = Path(model_source(recipe))
     weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return sampled_hash(f"{recipe.model if recipe.model_folder is None else ''} {recipe.quantization}", weights)
+    return sampled_hash(f"{recipe.model if recipe.model_path is None else ''} {recipe.quantization}", weights)
 
 
 def refuse_exports(recipe: Recipe) -> None:

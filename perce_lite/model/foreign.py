@@ -7,14 +7,12 @@ from peft import PeftType
 from pydantic import ValidationError
 
 from perce_lite.errors import AdapterError, RecipeError, TemplateError
+from perce_lite.model.adapter_files import FOREIGN
 from perce_lite.model.base import load_tokenizer
 from perce_lite.model.footprint import config_of
 from perce_lite.recipe import Recipe, Template
 from perce_lite.recipe_checks import pydantic_fault
 from perce_lite.recipe_yaml import read_yaml
-
-FOREIGN = "foreign"
-"""Key of the metadata of an adapter that another trainer made."""
 
 _CHAT_TEMPLATES = (".jinja", ".j2")
 

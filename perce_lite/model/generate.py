@@ -14,7 +14,8 @@ from perce_lite.config import chosen_dtype, pick_device
 from perce_lite.data.pairs import PairMaker
 from perce_lite.data.rows import Message, Profiled
 from perce_lite.errors import DataError
-from perce_lite.model import adapters
+from perce_lite.model import adapter_files, adapters
+from perce_lite.model.adapter_files import recipe_of
 from perce_lite.model.base import load_base
 from perce_lite.model.fused_head import base_of
 from perce_lite.model.personal_decoding import PersonalContrast
@@ -291,7 +292,7 @@ def sampling(temperature: float, top_p: float) -> dict[str, Any]:
 
 
 def load_adapter(metadata: dict[str, Any]) -> LoadedAdapter:
-    """The adapter with this metadata (`adapters.read_metadata`) on its base, in eval mode.
+    """The adapter with this metadata (`adapter_files.read_metadata`) on its base, in eval mode.
 
     Raises:
         ModelError, DeviceError: its base cannot be loaded; AdapterError: the base has changed since.
@@ -313,13 +314,6 @@ def loaded_on(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, metada
     return LoadedAdapter(metadata, recipe, model, maker, None if dtype == torch.float32 else dtype)
 
 
-def recipe_of(metadata: dict[str, Any]) -> Recipe:
-    """The recipe that an adapter was trained with; the metadata hold the text of its chat template file."""
-    recipe = Recipe.model_validate(metadata["recipe"])
-    recipe.train.pop("chat_template_path", None)
-    return recipe
-
-
 def generate_from_folder(
     folder: Path,
     prompt: str,
@@ -329,7 +323,7 @@ def generate_from_folder(
     use_adapter: bool = True,
     stream: bool = False,
     strength: float = 0.0,
-    said: adapters.Said | None = None,
+    said: adapter_files.Said | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """The answer to `prompt` of the adapter in `folder`, or of its base; with the profile that was in the prompt.
@@ -343,7 +337,7 @@ def generate_from_folder(
         AdapterError: no adapter there, or the profile is missing that the adapter was trained with.
         DataError: `strength` without a profile.
     """
-    metadata = adapters.read_metadata(folder, said)
+    metadata = adapter_files.read_metadata(folder, said)
     question = question_of(prompt, "--prompt", None if user is not None else profile, user)
     [wanted] = wanted_profiles(metadata, [question])
     loaded = load_adapter(metadata)

@@ -60,7 +60,7 @@ class Chosen:
 
 
 def choose(draft: Draft) -> Chosen:
-    """The largest base that fits the draft's GPU by the plan, and the longest rows; the draft's own base if it has one.
+    """The largest base that fits the draft's GPU by the plan with rows of good length; the draft's own if it has one.
 
     Raises:
         PlanError: not even the smallest fits.
@@ -69,8 +69,8 @@ def choose(draft: Draft) -> Chosen:
         return Chosen(draft.model or _BASES[-1], 384, 2, 16)
     if draft.model is not None:
         return Chosen(draft.model, 1024, 1, _rank(draft))
-    for model in _bases(draft.want, draft.gpu):
-        for length in _lengths(draft.want, draft.gpu):
+    for length in _lengths(draft.want, draft.gpu):  # a smaller base with room for a profile serves better
+        for model in _bases(draft.want, draft.gpu):
             chosen = _if_it_fits(draft, draft.gpu, Chosen(model, length, 1, _rank(draft)))
             if chosen is not None:
                 return chosen

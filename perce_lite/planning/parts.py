@@ -302,7 +302,7 @@ def layer_at_work(shape: Shape, weights: Weights, step: Step, checkpointing: boo
 
     A checkpointed layer is computed again first, so all that it saves is there. Its MLP goes first: the gradients of
     the product's two factors are there at once, or one of them beside the largest 4-bit weight, whole. When attention's
-    turn comes, what the MLP and its norms had saved is gone. What was saved behind the layers is gone from the first on.
+    turn comes, what the MLP and its norms had saved is gone. What was saved behind the layers is gone from the start.
     The layer's own gradients are there; see `gradients_ahead` for those of the others.
     """
     tokens = step.rows * (step.length - step.prefix)
@@ -358,13 +358,13 @@ def head_at_work(shape: Shape, step: Step) -> int:
     return tile + scored * shape.hidden * (FLOAT32 + step.itemsize)
 
 
-def scoring(shape: Shape, weights: Weights, step: Step) -> int:
+def scoring(shape: Shape, weights: Weights, step: Step, adapters: bool = False) -> int:
     """A no-grad pass of a batch in `step`'s dtype: the wide tensors of one MLP, or the head in float32.
 
     The head has a tile of logits, the part of its weight that goes with it, and the scored hidden states, all float32,
     beside the last hidden states.
     """
-    layer = _layer_without_gradients(shape, weights, step, step.length, step.rows)
+    layer = _layer_without_gradients(shape, weights, step, step.length, step.rows, adapters)
     scored, words = step.rows * step.scored, min(shape.vocabulary, VOCABULARY_CHUNK_SIZE)
     tile, part = min(scored, TOKEN_CHUNK_SIZE) * words * FLOAT32, words * shape.hidden * FLOAT32
     states = (scored * FLOAT32 + step.rows * step.length * step.itemsize) * shape.hidden
@@ -378,9 +378,14 @@ def reading(shape: Shape, weights: Weights, step: Step) -> int:
     return prefixes(shape, step) + _layer_without_gradients(shape, weights, step, step.prefix, step.rows)
 
 
-def _layer_without_gradients(shape: Shape, weights: Weights, step: Step, length: int, rows: int = 1) -> int:
-    """The wide tensors of one MLP over rows of `length` tokens, and a weight that is whole for a moment."""
-    wide = (4 * shape.intermediate + 3 * shape.hidden) * step.itemsize * length
+def _layer_without_gradients(
+    shape: Shape, weights: Weights, step: Step, length: int, rows: int, adapters: bool = False
+) -> int:
+    """The wide tensors of one MLP over rows of `length` tokens, and a weight that is whole for a moment.
+
+    adapters: whether they are on; what LoRA adds is then one wide tensor more
+    """
+    wide = ((3 + adapters) * shape.intermediate + 3 * shape.hidden) * step.itemsize * length
     if shape.eager:
         wide += 2 * FLOAT32 * shape.heads * length**2
     return rows * wide + weights.largest * step.itemsize

@@ -19,7 +19,7 @@ from perce_lite.model.repeated_heads import fused_attention_shares_heads
 from perce_lite.model.scoring import GPU_TOKENS
 from perce_lite.planning import parts as memory
 from perce_lite.planning.gpus import GIB, Gpu
-from perce_lite.planning.row_lengths import Rows, packed, rows_of
+from perce_lite.planning.row_lengths import NO_LIMIT, Rows, packed, rows_of
 from perce_lite.planning.shapes import KNOWN, model_config, shape_of
 from perce_lite.recipe import Recipe, train_defaults
 
@@ -85,10 +85,10 @@ class Plan:
             raise tied(self.config.model_type)
         self._train = {**train_defaults(on_cpu), **recipe.train}
         self.positions: int = self.config.get_text_config().max_position_embeddings
-        limit = self._option("max_length")
+        self.limit: int | None = self._option("max_length")
         self.packs = bool(self._option("packing"))
-        full = packed(limit) if self.packs else None
-        self.rows = rows or full or rows_of(recipe, limit, self.positions, self.at_hand)
+        full = packed(self.limit or NO_LIMIT) if self.packs else None
+        self.rows = rows or full or rows_of(recipe, self.limit, self.positions, self.at_hand)
         self.itemsize = memory.FLOAT32 if on_cpu or recipe.dtype == "float32" else 2
         self.context = 0 if on_cpu else CONTEXT
         self.choice = Choice(
@@ -159,13 +159,13 @@ class Plan:
         """Bytes of scoring with an adapter on, at its peak: what `eval` and `inspect` need."""
         parts = self.parts(choice, gpu)
         lasting = parts["base"] + parts["unquantized"] + parts["adapter"] + parts["prefixes"]
-        return lasting + int((1 + SPILL) * self.scoring_pass(choice, gpu)) + parts["context"]
+        return lasting + int((1 + SPILL) * self.scoring_pass(choice, gpu, adapters=True)) + parts["context"]
 
-    def scoring_pass(self, choice: Choice, gpu: Gpu, rows: int = 1) -> int:
-        """Bytes that work while `rows` of the longest rows are scored together."""
+    def scoring_pass(self, choice: Choice, gpu: Gpu, rows: int = 1, adapters: bool = False) -> int:
+        """Bytes that work while `rows` of the longest rows are scored together, with the adapters off or on."""
         step = self._step(choice, gpu)
         batch = step._replace(rows=rows, length=self._read(choice.length), scored=min(step.scored, choice.length))
-        return memory.scoring(self.shape, self._weights(choice.rank, choice.quantization), batch)
+        return memory.scoring(self.shape, self._weights(choice.rank, choice.quantization), batch, adapters)
 
     def fits(self, choice: Choice, gpu: Gpu, need: Need | None = None) -> bool:
         """Whether `need` (training where it is None) stays within what a program sees of the GPU."""

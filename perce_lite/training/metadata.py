@@ -38,17 +38,19 @@ def run_metadata(
     steps: int,
     run: str,
     figures: dict[str, Any],
+    stopping: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What an adapter's metadata (`perce_lite.json`) say of its run.
 
-    kept: training rows that were not dropped; steps: optimizer steps
+    kept: training rows that were not dropped; steps: optimizer steps taken
     figures: `losses` and `weights` of the run
+    stopping: `BestStep.figures`, whose step is that of the adapter; None: that is the last one
     """
     recorded = recipe.model_dump(mode="json")
     if recipe.data.path:  # the adapter does not lie beside the recipe
         recorded["data"]["path"] = str(recipe.data_path)
-    if recipe.model_folder is not None:
-        recorded["model"] = str(recipe.model_folder)
+    if recipe.model_path is not None:
+        recorded["model"] = str(recipe.model_path)
     return {
         "run": run,
         "recipe": recorded,
@@ -63,7 +65,8 @@ def run_metadata(
             "rows": kept,
             "users": len({row.user for row in of_split(rows, "train")}),
         },
-        "steps": steps,
+        "steps": steps if stopping is None else stopping["kept_step"],
+        **({} if stopping is None else {"early_stopping": stopping}),
         "chat_template": chat_template,
         "metrics": {
             "losses": [{key: value for key, value in loss.items() if key != "per_row"} for loss in figures["losses"]],

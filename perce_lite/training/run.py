@@ -14,6 +14,7 @@ from perce_lite.data.rows import Row
 from perce_lite.errors import RunError
 from perce_lite.files import digest, read_json, write_json
 from perce_lite.model import adapters
+from perce_lite.model.adapter_weights import PLAIN, Storage
 from perce_lite.recipe import Recipe
 
 
@@ -39,11 +40,13 @@ class Run:
 
     fingerprint: hash of the recipe and its rows
     name: what the adapter's metadata calls the run; None: its fingerprint
+    storage: how its adapter is stored
     """
 
     folder: Path
     fingerprint: str
     name: str | None = None
+    storage: Storage = PLAIN
 
     @property
     def name_in_metadata(self) -> str:

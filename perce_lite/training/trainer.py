@@ -18,6 +18,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer, pack_dataset
 
 from perce_lite.config import PerCEConfig
@@ -41,15 +42,22 @@ from perce_lite.model.fused_head import (
 )
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
 from perce_lite.model.repeated_heads import repeat_heads_where_needed
-from perce_lite.model.scoring import batch_log_probs, encode_prefixes, no_grad_eval, with_prefix
+from perce_lite.model.scoring import ScoringJob, batch_log_probs, encode_prefixes, no_grad_eval, with_prefix
 from perce_lite.recipe import Recipe, Template
+<<<<<<< HEAD
 from perce_lite.training.arguments import as_trl_takes_them, check_arguments, check_rows, shapes_of, tokenizer_for
+=======
+from perce_lite.training.early_stopping import BestStep, Validation
+>>>>>>> main
 from perce_lite.training.loss import Weighting, weight_statistics, weighted_nll
 from perce_lite.training.metadata import SCRIPT, mean_statistics, script_recipe, trainer_metadata
 from perce_lite.training.order import train_sampler
 from perce_lite.training.reference_logprobs import reference_log_probs, trained_tokens
 
 require_trainer_hooks(SFTTrainer)
+
+_BEST_STEP = "best_step.pt"
+"""File of a checkpoint with the best step so far."""
 
 TAG = "perce"
 """Tag of a model card that PerCE Lite wrote."""
@@ -109,6 +117,7 @@ class PerCETrainer(SFTTrainer):
         if given.get("peft_config") is not None:
             given["peft_config"] = on_text_alone(given["peft_config"], shapes_of(model, args))
         self._train_dataset_seen, self._told_card = False, False
+        self.best_step: BestStep | None = None  # kept with every checkpoint
         self.recipe: Recipe | None = None  # of the command that trains; None: a script does
         self.audits: dict[str, Audit] = {}
         self.pairs: dict[str, list[Pair]] = {}
@@ -229,6 +238,14 @@ class PerCETrainer(SFTTrainer):
         return super().get_train_dataloader()
 
     # In training
+
+    def stop_early(self, best: BestStep, validation: Sequence[ScoringJob]) -> None:
+        """Measures `validation` where `best` is due, and ends the training where its patience has run out.
+
+        `best` is saved with every checkpoint. Whoever trains puts the best step's weights back.
+        """
+        self.best_step = best
+        self.add_callback(Validation(best, validation, self.autocast, self._prefixes))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -366,7 +383,17 @@ class PerCETrainer(SFTTrainer):
                 "Nothing of it was saved. Lower train.learning_rate."
             )
         with disk_full_is_clear(Path(self.args.output_dir), advice):
+            if self.best_step is not None:  # ahead of trainer_state.json, which says that a checkpoint is whole
+                folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.save(self.best_step.state(), folder / _BEST_STEP)
             super()._save_checkpoint(model, trial)
+
+    @staticmethod
+    def load_best_step(checkpoint: str | Path) -> dict[str, Any]:
+        """The state of `best_step` in a checkpoint."""
+        state: dict[str, Any] = torch.load(Path(checkpoint) / _BEST_STEP, map_location="cpu", weights_only=True)
+        return state
 
 
 def _eval_name(name: str) -> str:

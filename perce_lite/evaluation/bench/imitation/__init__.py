@@ -13,7 +13,8 @@ numbers (`shapes=True`: an 8B takes no memory). In C++ its device is `lazy`, for
 
 Why not `FakeTensorMode`: over "cuda" the first operation that wants a gradient aborts the whole process in a CPU build
 of torch 2.13 ("PyTorch is not linked with support for cuda devices"), a `Params4bit` cannot hold a fake tensor, and
-every `.item()` and boolean index is refused. The meta device alone has no memory to count, and knows nothing of two devices.
+every `.item()` and boolean index is refused. The meta device alone has no memory
+to count and knows nothing of two devices.
 
 What it cannot do: a device by its bare number (`torch.device(0)` asks C++). What it cannot show: speed, the driver's
 own memory, what the allocator loses, numbers in the last bits of a GPU.
