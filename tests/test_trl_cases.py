@@ -25,7 +25,7 @@ from transformers import (
 from perce_lite import PerCEConfig, PerCETrainer, load_recipe
 from perce_lite.data.pairs import IGNORED
 from perce_lite.errors import ConfigError, DataError, ModelError
-from perce_lite.model.adapters import read_metadata
+from perce_lite.model.adapter_files import read_metadata
 from perce_lite.model.architecture import experts_share
 from perce_lite.model.base import config_of, load_base
 from perce_lite.model.full_gpu import on_meta

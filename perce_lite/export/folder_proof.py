@@ -24,12 +24,8 @@ from perce_lite.export.proof import (
     sketched,
     tensors_of,
 )
-<<<<<<< HEAD
-from perce_lite.model import adapters
-from perce_lite.model.architecture import model_class
-=======
 from perce_lite.model import adapter_files
->>>>>>> main
+from perce_lite.model.architecture import model_class
 from perce_lite.model.fingerprint import same_base
 from perce_lite.recipe import Recipe
 

@@ -37,12 +37,8 @@ from perce_lite.model.architecture import (
 from perce_lite.model.builtin import BUILT_IN, built_in_folder
 from perce_lite.model.compat import error_of_a_conversion, keep_base_constant
 from perce_lite.model.fingerprint import remember_fingerprint
-<<<<<<< HEAD
 from perce_lite.model.full_gpu import gpu_is_full, on_meta, why_no_room
-=======
-from perce_lite.model.full_gpu import gpu_is_full, why_no_room
 from perce_lite.model.gguf_base import gguf_folder
->>>>>>> main
 from perce_lite.model.host_embedding import keep_on_host
 from perce_lite.model.repeated_heads import repeat_heads_where_needed
 from perce_lite.recipe import Recipe, lora_config

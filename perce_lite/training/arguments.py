@@ -106,7 +106,7 @@ def _process_faults(args: PerCEConfig) -> list[str]:
     if args.world_size == 1:
         return []
     return [
-        f"torchrun: {args.world_size} processes train together, and PerCE Lite trains in one: its figures and its store "
+        f"torchrun: {args.world_size} processes train together, and PerCE Lite trains in one: its figures and store "
         "would be those of one process alone. Start the script with python"
     ]
 

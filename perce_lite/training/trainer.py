@@ -44,11 +44,8 @@ from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
 from perce_lite.model.repeated_heads import repeat_heads_where_needed
 from perce_lite.model.scoring import ScoringJob, batch_log_probs, encode_prefixes, no_grad_eval, with_prefix
 from perce_lite.recipe import Recipe, Template
-<<<<<<< HEAD
 from perce_lite.training.arguments import as_trl_takes_them, check_arguments, check_rows, shapes_of, tokenizer_for
-=======
 from perce_lite.training.early_stopping import BestStep, Validation
->>>>>>> main
 from perce_lite.training.loss import Weighting, weight_statistics, weighted_nll
 from perce_lite.training.metadata import SCRIPT, mean_statistics, script_recipe, trainer_metadata
 from perce_lite.training.order import train_sampler
