@@ -312,6 +312,9 @@ def _option_columns(options: Mapping[str, Any]) -> dict[str, Any]:
 
 # Rows from records
 
+NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns that a text model cannot be shown."""
+
 DIALOGUES = ("messages", "conversations", "conversation")
 """Columns that hold a whole dialogue."""
 
@@ -344,6 +347,8 @@ def from_record(record: Mapping[str, Any], where: str, split: str | None, shape:
         record = {**record, "prompt": record.get("input"), "completion": record.get("output")}
     elif shape == "alpaca":
         record = {**record, **_of_alpaca(record, where)}
+    if seen := [name for name in NOT_TEXT if record.get(name)]:
+        raise DataError(f"{where}: {', '.join(seen)}: text alone is trained on; leave such rows out")
     prompt, completion = _conversation(record, where)
     row = Row(
         where=where,

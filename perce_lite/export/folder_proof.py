@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from perce_lite.errors import AdapterError, ExportError, ModelError
 from perce_lite.export.proof import (
@@ -25,6 +25,7 @@ from perce_lite.export.proof import (
     tensors_of,
 )
 from perce_lite.model import adapter_files
+from perce_lite.model.architecture import model_class
 from perce_lite.model.fingerprint import same_base
 from perce_lite.recipe import Recipe
 
@@ -105,7 +106,7 @@ def verify_merged(folder: Path, proof: Proof) -> dict[str, float]:
     """
     check_tokenizer(folder, proof)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         raise ExportError(f"{folder}: transformers cannot load it: {error}. Export again.") from error
     check_base(sketched(model), proof, str(folder))
