@@ -35,8 +35,8 @@ COMMANDS = {
     "delete": ["adapters", "delete", "user0", "--fleet", "out"],
 }
 
-CHANGES = {"store_hits", "updated", "source"}
-"""What differs from run to run: whether a log-prob came from the store, when, and the time of the model's files."""
+CHANGES = {"store_hits", "updated", "source", "num_tokens"}
+"""What differs from run to run: hits of the store, the time, the time of the model's files, what TRL counts a process."""
 
 
 def prepared(command: str, folder: Path) -> None:

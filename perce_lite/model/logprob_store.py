@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from perce_lite.console import warn
-from perce_lite.files import hash_of, named, safe_name, written_aside
+from perce_lite.files import disk_full_is_clear, hash_of, named, safe_name, written_aside
 from perce_lite.model.store_files import SUFFIX, Deletions, locked
 
 
@@ -31,6 +31,8 @@ class Store:
 
     def __init__(self, root: Path, base: str) -> None:
         self.folder = root / base
+        with disk_full_is_clear(root):
+            root.mkdir(parents=True, exist_ok=True)  # so that who deletes finds a store, if nothing in it yet
         self._deletions = Deletions.of(root)
 
     def path(self, user: str) -> Path:
