@@ -71,7 +71,7 @@ def test_an_export_answers_and_knows_no_users(trained, tmp_path):
     export(trained, "peft", tmp_path / "out", force=False)
     metadata = adapter_files.read_metadata(tmp_path / "out")
     assert recipe_of(metadata).data.path is None
-    with pytest.raises(DataError, match="names no data"):
+    with pytest.raises(DataError, match="it is an export, which does not say where they lie"):
         known_users(recipe_of(metadata))
     answers = [
         generate_from_folder(folder, "hello", "likes cats", None, 4)["answer"] for folder in (trained, tmp_path / "out")

@@ -74,7 +74,11 @@ def verify_peft(folder: Path, proof: Proof) -> dict[str, float]:
     check_tensors(tensors_of(folder), proof, folder)
     check_tokenizer(folder, proof)
     try:
-        recipe = on_cpu(adapter_files.read_metadata(folder), quantised=True)
+        metadata = adapter_files.read_metadata(folder)
+    except AdapterError as error:
+        raise ExportError(f"{folder}: peft cannot load it: {error}") from error
+    try:
+        recipe = on_cpu(metadata, quantised=True)
         with base_for(recipe) as base:
             return _with_peft(base.model, recipe, folder, proof)
     except (AdapterError, ModelError) as error:
