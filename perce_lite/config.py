@@ -8,10 +8,14 @@ import torch
 from trl import SFTConfig
 
 from perce_lite.choices import CHOICES
+from perce_lite.console import say
 from perce_lite.errors import ConfigError, DeviceError
 from perce_lite.recipe_checks import tracker_faults
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+NO_MPS = "The Apple GPU (MPS) is not used, for nothing here was made for it or tried on it: training is on the CPU."
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -245,7 +249,9 @@ class PerCEConfig(SFTConfig):
             device = torch.device("cpu") if self.use_cpu else pick_device()
             self.bf16 = not self.fp16 and compute_dtype(device) == torch.bfloat16
             self.fp16 = self.fp16 or (not self.bf16 and compute_dtype(device) == torch.float16)
-        if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        if not torch.cuda.is_available():
+            if torch.backends.mps.is_available() and not self.use_cpu:
+                say(NO_MPS)
             self.use_cpu = True
         faults = _own_faults(self) + [
             f"{name}: {getattr(self, name)!r} is refused: {verdict.reason}"

@@ -247,8 +247,8 @@ STOPPED = {
         [],
         "Nothing is kept: measurements are compared within one run",
     ),
-    "store show": ("perce_lite.model.logprob_store.usage", [], "Nothing was changed."),
-    "store clear": ("perce_lite.model.logprob_store.clear", [], "stays removed; the same command removes the rest"),
+    "store show": ("perce_lite.model.store_files.usage", [], "Nothing was changed."),
+    "store clear": ("perce_lite.model.store_files.clear", [], "stays removed; the same command removes the rest"),
 }
 
 

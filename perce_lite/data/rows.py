@@ -370,6 +370,8 @@ def _conversation(record: Mapping[str, Any], where: str) -> tuple[tuple[Message,
     """Prompt and completion as messages; a dialogue is cut ahead of its first assistant turn."""
     dialogue = next((name for name in DIALOGUES if record.get(name) is not None), None)
     if dialogue is not None:
+        if isinstance(record[dialogue], str):  # of a text it is not known who says what
+            raise _no_messages(record[dialogue], dialogue, where)
         messages = messages_of(record[dialogue], dialogue, "user", where)
         first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
         prompt, completion = messages[:first], messages[first:]

@@ -11,13 +11,14 @@ from perce_lite.console import say, warn
 from perce_lite.data.pairs import PairMaker
 from perce_lite.data.readers import library, read_rows
 from perce_lite.data.rows import Row, of_split
-from perce_lite.errors import DataError, NonFiniteLossError, RecipeError
+from perce_lite.errors import DataError, NonFiniteLossError, RecipeError, RunError
 from perce_lite.evaluation.answers import Answers, Writer, WrittenTexts, ways_of
 from perce_lite.evaluation.authorship import UserWords, training_texts
 from perce_lite.evaluation.conditions import MATCH, OTHER, Case, Topics, is_candidate, score_cases
 from perce_lite.evaluation.evaluate import chosen_tokens, held_out
 from perce_lite.evaluation.judging import ArmSums, Judge, chance
-from perce_lite.files import folder_written_aside, safe_name
+from perce_lite.files import folder_written_aside, named
+from perce_lite.locks import held_alone
 from perce_lite.model import adapters
 from perce_lite.model.base import load_base, load_tokenizer
 from perce_lite.model.scoring import store_key, store_of
@@ -94,7 +95,7 @@ class Training:
     def run(self, rows: Sequence[Row]) -> tuple[Recipe, Run]:
         """Its recipe, and its run in a folder of its own under `<output_dir>/compare`."""
         recipe = self.arm.recipe
-        folder = recipe.output_dir / "compare" / safe_name(self.arm.name) / f"rate-{self.rate:g}-seed-{self.seed}"
+        folder = named(_folder(recipe), self.arm.name) / f"rate-{self.rate:g}-seed-{self.seed}"
         mine: dict[str, Any] = {
             "learning_rate": self.rate,
             "seed": self.seed,
@@ -168,11 +169,36 @@ def compare(
 
     Raises:
         DataError: no validation rows to choose a rate by, or none to judge by; RecipeError: `judge_on` has another
-            base; and what training raises.
+            base; RunError: another comparison is on in the folder; and what training raises.
     """
     refuse_cores(recipe, "compare")
     refuse_early_stopping(recipe, "compare")
     rows = read_rows(recipe)
+
+    def refuse(who: str) -> RunError:
+        return RunError(
+            f"{_folder(recipe)}: another comparison is on here ({who}). Wait for it or stop it, or take another folder "
+            "with --set train.output_dir=FOLDER. Nothing was touched."
+        )
+
+    with held_alone(_folder(recipe) / ".compare.lock", refuse):
+        return _compared(recipe, rows, arms, rates, seeds, judge_on)
+
+
+def _folder(recipe: Recipe) -> Path:
+    """Where the trainings of a comparison lie."""
+    return recipe.output_dir / "compare"
+
+
+def _compared(
+    recipe: Recipe,
+    rows: Sequence[Row],
+    arms: Sequence[Arm],
+    rates: Sequence[float],
+    seeds: int,
+    judge_on: Recipe | None,
+) -> dict[str, Any]:
+    """As `compare`, of rows that were read; nobody else trains in the folder."""
     say(PRIMARY)
     trained = {row.user for row in of_split(rows, "train")}
     passes = dict.fromkeys(arm.recipe.profile_pass for arm in arms)

@@ -17,9 +17,10 @@ from perce_lite.export.gguf import model as gguf_model
 from perce_lite.export.gguf import proof as gguf_proof
 from perce_lite.export.gguf.vocabulary import splitting
 from perce_lite.export.proof import PROOF, QUESTION, Proof, gap, on_cpu, read_proof
-from perce_lite.export.writers import Job, Metadata, write
+from perce_lite.export.writers import Job, Metadata, source_hash, write
 from perce_lite.export_targets import TARGETS, faults, refuse_unknown
 from perce_lite.files import folder_written_aside, read_json
+from perce_lite.locks import held_alone
 from perce_lite.model import adapter_files
 from perce_lite.model.adapter_files import lora_options, recipe_of
 from perce_lite.model.base import load_tokenizer
@@ -66,16 +67,36 @@ def export(
     if user is None and (lacks := usage.without_profile(metadata)):
         say(lacks)
     job = Job(target, metadata, source, place, quant or QUANT, evaluated, profile)
-    with folder_written_aside(place) as aside:
-        say(f"Writing {target} ...")
-        figures = write(job, aside)
-        say("Loading it again, to prove it ...")
-        try:
-            figures |= {"proof": verify(aside, base_gguf)["proof"]}
-        except ExportError as error:
-            told = str(error).replace(str(aside), str(place))
-            raise ExportError(f"The proof failed, so nothing was kept. {told}") from error
+
+    def refuse(who: str) -> ExportError:
+        return ExportError(f"{place}: another export is writing there ({who}). Wait for it, or give another --out.")
+
+    with held_alone(place.with_name(f".{place.name}.lock"), refuse):
+        figures = _written(job, base_gguf)
     return {"target": target, "adapter": str(source), "folder": str(place), "profile": profile, **figures}
+
+
+def _written(job: Job, base_gguf: Path | None) -> dict[str, Any]:
+    """Writes an export and proves it; gives figures of its own. Nobody else writes to its place."""
+    exported = source_hash(job.source)
+    changed = f"{job.source}: was removed or replaced while it was exported, so nothing was kept. Export it again."
+    try:
+        with folder_written_aside(job.place) as aside:
+            say(f"Writing {job.target} ...")
+            figures = write(job, aside)
+            say("Loading it again, to prove it ...")
+            try:
+                figures |= {"proof": verify(aside, base_gguf)["proof"]}
+            except ExportError as error:
+                told = str(error).replace(str(aside), str(job.place))
+                raise ExportError(f"The proof failed, so nothing was kept. {told}") from error
+            if source_hash(job.source) != exported:
+                raise ExportError(changed)
+    except OSError as error:
+        if not job.source.is_dir():  # a user who was deleted, with what was being written of theirs
+            raise ExportError(changed) from error
+        raise
+    return figures
 
 
 def verify(folder: Path, base_gguf: Path | None = None) -> dict[str, Any]:

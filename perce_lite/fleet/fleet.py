@@ -288,13 +288,12 @@ def _same_base(registry: Registry, engine: Engine, recipe: Recipe) -> None:
     """Stores the base's identity; raises FleetError where the fleet's adapters are of another base."""
     base = engine.base()
     known = registry.meta("base")
-    if known is None:
-        registry.set_meta("base", json.dumps(base))
-    elif not same_base(json.loads(known), base):
+    if known is not None and not same_base(json.loads(known), base):
         raise FleetError(
             f"{recipe.output_dir}: the adapters of this fleet are of another base than {recipe.model}. Nothing was "
             "touched. Take another folder with --set train.output_dir=FOLDER."
         )
+    registry.set_meta("base", json.dumps(base))  # an earlier version noted less of it
 
 
 def _train(
@@ -326,7 +325,7 @@ def _train(
                 start = None if parent is None else registry.folder / parent.folder / "adapter"
                 at_work[adapter.key] = adapter
                 registry.starts(adapter, group.users)
-                folder = registry.folder / group.folder
+                folder = registry.folder / adapter.folder  # an earlier version may have named it
                 rows = work.planned.rows_of(group)
                 yield Task(adapter.key, work.recipes[adapter.key], rows, folder, adapter.run, start)
 
@@ -338,6 +337,12 @@ def _train(
             engine.run(tasks(kind), done, show)
 
 
+def _drop_unused_parents(registry: Registry) -> None:
+    """Removes what cores stood in and none stands in any more, since all were trained anew."""
+    folders = (registry.folder / adapter.folder / "adapter" for adapter in registry.all())
+    drop_unused_parents(registry.folder / "adapters" / PARENTS, folders)
+
+
 def _due(registry: Registry, work: Work, kind: str, order: Sequence[str] | None) -> Iterator[Adapter]:
     """The adapters of a kind that are to be trained, users in `order`, each read when it is needed."""
     if kind != "user" or order is None:
@@ -347,12 +352,6 @@ def _due(registry: Registry, work: Work, kind: str, order: Sequence[str] | None)
         adapter = registry.get(kind, name)
         assert adapter is not None
         yield adapter
-
-
-def _drop_unused_parents(registry: Registry) -> None:
-    """Removes what cores stood in and none stands in any more, since all were trained anew."""
-    folders = (registry.folder / adapter.folder / "adapter" for adapter in registry.all())
-    drop_unused_parents(registry.folder / "adapters" / PARENTS, folders)
 
 
 def _failed(registry: Registry, adapter: Adapter, why: str, tally: Tally) -> None:

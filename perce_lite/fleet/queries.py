@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from perce_lite.errors import AdapterError, FleetError
-from perce_lite.files import METADATA, bytes_of, read_json, safe_name
+from perce_lite.files import METADATA, bytes_of, earlier_name, read_json, safe_name
 from perce_lite.fleet.groups import SHARED, Key, key_of, served_name
 from perce_lite.fleet.registry import FILE, KEPT, PACKS, SERVED, Adapter, Registry, held, imagined, opened
+from perce_lite.model import store_files
 from perce_lite.model.adapter_files import is_core, require_whole
 
 PERSONAL = (
@@ -285,6 +286,10 @@ def delete(folder: Path, user: str, dry_run: bool = False) -> Receipt:
             _known(registry, user)
         for path in _written_of(registry, user):
             _remove(path, receipt, dry_run)
+        for store in map(Path, json.loads(registry.meta("stores") or "[]")):
+            for path, size in store_files.delete(store, user, dry_run).items():
+                receipt.bytes += size
+                receipt.removed.append(str(path))
         for key in registry.forget(user):
             called = "the shared adapter" if key == SHARED else f"the adapter of {' '.join(key)}"
             receipt.due.append(called)
@@ -299,15 +304,13 @@ def delete(folder: Path, user: str, dry_run: bool = False) -> Receipt:
 
 
 def _written_of(registry: Registry, user: str) -> Iterator[Path]:
-    """Every file and folder that a fleet's commands wrote of `user`, whether it is there or not."""
+    """Every file and folder that a fleet's commands wrote of `user` beside the store, whether it is there or not."""
     folder = registry.folder
-    yield folder / "adapters" / "user" / safe_name(user)
+    for name in (safe_name(user), earlier_name(user)):
+        yield folder / "adapters" / "user" / name
     yield folder / SERVED / served_name(("user", user))
     for personal in PERSONAL:
         yield from (folder / personal, *folder.glob(f".{personal}.*.tmp"))
-    for store in map(Path, json.loads(registry.meta("stores") or "[]")):
-        for base in sorted(store.iterdir()) if store.is_dir() else []:
-            yield from base.glob(f"*{safe_name(user)}.safetensors*")
 
 
 def _exports(registry: Registry, key: Key, called: str) -> list[str]:
@@ -319,15 +322,23 @@ def _exports(registry: Registry, key: Key, called: str) -> list[str]:
     return [f"{place}: {why}" for place in beside]
 
 
+_ATTEMPTS = 20
+
+
 def _remove(path: Path, receipt: Receipt, dry_run: bool) -> None:
-    """Removes `path`, if it is there, and enters it in `receipt`."""
-    if not path.exists():
-        return
-    receipt.bytes += bytes_of(path)
-    if dry_run:
-        pass
-    elif path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-    receipt.removed.append(str(path))
+    """Removes `path`, if it is there and also while an export is still writing into it; enters it in `receipt`."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        if not path.exists():
+            return
+        try:
+            size = bytes_of(path)
+            if not dry_run:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError as error:  # what was counted has gone, or something new has come
+            if attempt == _ATTEMPTS:
+                raise FleetError(f"{path} cannot be removed: {error}. Run the same command again.") from error
+            continue
+        receipt.bytes += size
+        receipt.removed.append(str(path))
+        if dry_run:
+            return

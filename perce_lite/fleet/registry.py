@@ -10,10 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from perce_lite.errors import DiskFullError, FleetError
 from perce_lite.files import safe_name
+from perce_lite.locks import held_alone
 
 VERSION = 2
 """Schema version of the tables below (`PRAGMA user_version`)."""
@@ -337,15 +336,15 @@ def held(folder: Path) -> Iterator[Registry]:
     Raises:
         FleetError: another run holds the lock; and as `opened`.
     """
+
+    def refuse(who: str) -> FleetError:
+        return FleetError(
+            f"{folder}: another fleet run is using it ({who}). Wait for it or stop it. Nothing was touched."
+        )
+
     _folder(folder)
-    lock = FileLock(folder / "fleet.lock")
-    try:
-        with lock.acquire(timeout=0), opened(folder, create=True) as registry:
-            yield registry
-    except Timeout as error:
-        raise FleetError(
-            f"{folder}: another fleet run is using it. Wait for it or stop it. Nothing was touched."
-        ) from error
+    with held_alone(folder / "fleet.lock", refuse), opened(folder, create=True) as registry:
+        yield registry
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from perce_lite.data.pairs import IGNORED
 from perce_lite.errors import AdapterError, ConfigError, DataError, PerceLiteError
 from perce_lite.fleet.slot_lora import SlotModel, attach
 from perce_lite.fleet.slot_user import Result, SlotUser, Unfinished, UserJob
+from perce_lite.model.compat import forward_hooks, restore_forward_hooks
 from perce_lite.model.fused_head import head_adapter_faults, scoring_forward, training_forward, without_needless_mask
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
 from perce_lite.model.scoring import (
@@ -93,6 +94,7 @@ class SlotTrainer:
         base = self.model.base
         running: dict[int, SlotUser] = {}
         base.train()
+        hooks = forward_hooks(base)
         if self.args.gradient_checkpointing:
             options = {**(self.args.gradient_checkpointing_kwargs or {}), "use_reentrant": False}
             base.activation_checkpointing_enable(options)
@@ -117,6 +119,7 @@ class SlotTrainer:
         finally:
             if self.args.gradient_checkpointing:
                 base.activation_checkpointing_disable()
+            restore_forward_hooks(base, hooks)
             base.eval()
 
     def _is_due(self, batch: int, running: Iterable[SlotUser]) -> bool:

@@ -14,7 +14,7 @@ from perce_lite.config import PerCEConfig
 from perce_lite.console import warn
 from perce_lite.data.pairs import IGNORED, Pair
 from perce_lite.errors import PerceLiteError
-from perce_lite.files import written_aside
+from perce_lite.files import settle, written_aside
 from perce_lite.model.lora_core import Cored
 from perce_lite.model.prefix_cache import PrefixCache
 from perce_lite.model.scoring import ScoringJob
@@ -226,8 +226,7 @@ class Unfinished:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        for torn in file.parent.glob(f".{file.name}.*.tmp"):  # of a run that was killed while it wrote
-            torn.unlink()
+        settle(file)
         self._states: dict[str, dict[str, Any]] = {}
         if file.is_file():
             try:

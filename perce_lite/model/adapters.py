@@ -16,14 +16,15 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from perce_lite.config import DTYPES
+from perce_lite.console import say
 from perce_lite.errors import AdapterError, NonFiniteLossError, first_line
 from perce_lite.files import METADATA as METADATA
 from perce_lite.files import folder_written_aside, write_json, write_text
 from perce_lite.model import adapter_weights
-from perce_lite.model.adapter_files import WEIGHTS, is_core, parent_of, read_metadata
-from perce_lite.model.adapter_weights import PLAIN, Storage
+from perce_lite.model.adapter_files import PLAIN, WEIGHTS, Storage, is_core, parent_of, read_metadata
 from perce_lite.model.compat import is_lora_weight, lora_layers
-from perce_lite.model.fingerprint import fingerprint, same_base, sketch
+from perce_lite.model.fingerprint import fingerprint, has_layers, same_base, sketch
 from perce_lite.model.lora_core import Cored, cored_of
 from perce_lite.model.model_card import model_card
 
@@ -47,7 +48,7 @@ def save(model: PeftModel, folder: Path, metadata: dict[str, Any], storage: Stor
             config.inference_mode = True  # as peft saves it
             origin |= write_cored(aside, folder, cored, config, storage)
         else:
-            model.save_pretrained(aside, state_dict=_stored_state(model, storage.dtype))
+            model.save_pretrained(aside, state_dict=_stored_state(model, DTYPES[storage.dtype]))
         write_about(aside, {**metadata, **origin})
 
 
@@ -64,7 +65,7 @@ def write_cored(aside: Path, folder: Path, cored: Cored, config: LoraConfig, sto
 
 def write_plain(aside: Path, state: Mapping[str, Tensor], config: LoraConfig, storage: Storage) -> None:
     """Writes a plain LoRA's tensors, by PEFT's names, and its configuration into `aside`."""
-    adapter_weights.write_tensors(aside / WEIGHTS, state, storage.dtype)
+    adapter_weights.write_tensors(aside / WEIGHTS, state, DTYPES[storage.dtype])
     config.save_pretrained(str(aside))
 
 
@@ -148,12 +149,21 @@ def _files_for(base: PreTrainedModel, folder: Path, metadata: dict[str, Any]) ->
     """The folder of the files of the adapter in `folder`; raises AdapterError where `base` is not the one it is for."""
     loaded = sketch(base)
     trained_on = {"embedding": loaded["embedding"], **metadata["base"]}  # of another trainer's only the shape is known
+    _say_of_an_early_sketch(metadata)
     if not same_base(trained_on, loaded):
         raise AdapterError(
             f"{folder}: this adapter was trained on {metadata['recipe']['model']} ({_shape(trained_on)}), not on the "
             f"base that is loaded ({_shape(loaded)}). Load that base, or train an adapter for this one."
         )
     return Path(metadata["folder"])
+
+
+def _say_of_an_early_sketch(metadata: dict[str, Any]) -> None:
+    if "embedding" in metadata["base"] and not has_layers(metadata["base"]):
+        say(
+            f"{metadata['folder']}: was saved by an earlier version, which noted only the embedding of its base: "
+            "whether the layers are those that it was trained on is not known"
+        )
 
 
 def _frozen(model: PeftModel) -> PeftModel:
@@ -172,6 +182,7 @@ def start_from(model: PeftModel, folder: Path) -> None:
     """
     metadata = read_metadata(folder)
     weights = adapter_weights.tensors(Path(metadata["folder"]))
+    _say_of_an_early_sketch(metadata)
     same_layers = set(get_peft_model_state_dict(model)) == set(weights)
     if not same_layers or not same_base(metadata["base"], sketch(model.get_base_model())):
         raise AdapterError(

@@ -22,9 +22,9 @@ from transformers.utils import cached_file
 
 from perce_lite.config import chosen_dtype, pick_device
 from perce_lite.data.chat_template import dated
-from perce_lite.errors import BaseTooLargeError, ModelError, RecipeError, TemplateError, first_line
+from perce_lite.errors import BaseTooLargeError, DeviceError, ModelError, RecipeError, TemplateError, first_line
 from perce_lite.files import read_json
-from perce_lite.hub import hub_options
+from perce_lite.hub import hub_options, is_of_the_hub
 from perce_lite.model.architecture import (
     LARGE_SHARE,
     experts_in_16_bit,
@@ -37,7 +37,7 @@ from perce_lite.model.architecture import (
 from perce_lite.model.builtin import BUILT_IN, built_in_folder
 from perce_lite.model.compat import error_of_a_conversion, keep_base_constant
 from perce_lite.model.fingerprint import remember_fingerprint
-from perce_lite.model.full_gpu import gpu_is_full, on_meta, why_no_room
+from perce_lite.model.full_gpu import gpu_has_failed, gpu_is_full, on_meta, why_no_room
 from perce_lite.model.gguf_base import gguf_folder
 from perce_lite.model.host_embedding import keep_on_host
 from perce_lite.model.repeated_heads import repeat_heads_where_needed
@@ -103,9 +103,15 @@ def _load_model(recipe: Recipe, **options: Any) -> PreTrainedModel:
     except ImportError as error:
         raise ModelError(f"model: {recipe.model} could not be loaded here: {first_line(error)}") from error
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        full = error if gpu_is_full(error) else error_of_a_conversion(error)
+        inner = error_of_a_conversion(error)
+        full = error if gpu_is_full(error) else inner
         if full is not None and gpu_is_full(full):
             raise _too_large(recipe, first_line(full)) from full
+        if gpu_has_failed(fault := inner or error):
+            raise DeviceError(
+                f"The GPU failed while {recipe.model} was loaded: {first_line(fault)}. nvidia-smi shows whether it is "
+                "well; device: cpu goes without it."
+            ) from error
         raise ModelError(not_there(recipe, error)) from error
 
 
@@ -256,6 +262,8 @@ def not_there(recipe: Recipe, error: Exception) -> str:
         return f"model: {name} cannot be loaded: {first_line(error)} What was made of it is made anew after: {command}"
     if recipe.model_folder is not None:
         return f"model: {name} is a folder, but holds no language model with a tokenizer: {first_line(error)}"
+    if not is_of_the_hub(error):
+        return f"model: {name} was found, but cannot be loaded here: {type(error).__name__}: {first_line(error)}"
     return (
         f"model: {name} is neither built in ({', '.join(BUILT_IN)}), nor a folder, nor a GGUF file, nor could it be "
         f"loaded from the Hub: {first_line(error)} Offline: copy the model's folder to this machine and set model: to "

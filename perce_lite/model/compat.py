@@ -67,6 +67,22 @@ def write_count(tensor: Tensor) -> int:
     return int(tensor._version)
 
 
+def forward_hooks(model: nn.Module) -> dict[nn.Module, set[int]]:
+    """The forward hooks of each module that has some, by number.
+
+    WHY: with checkpointing peft, trl and transformers each hook the embedding for every training, and no one removes
+    the hooks: in a fleet they pile up. IF CHANGED: loud (AttributeError). That none piles up is tested.
+    """
+    return {module: set(module._forward_hooks) for module in model.modules() if module._forward_hooks}
+
+
+def restore_forward_hooks(model: nn.Module, before: dict[nn.Module, set[int]]) -> None:
+    """Removes the forward hooks of `model` that are not among those `before`."""
+    for module in model.modules():
+        for number in [number for number in module._forward_hooks if number not in before.get(module, ())]:
+            del module._forward_hooks[number]
+
+
 # bitsandbytes
 
 

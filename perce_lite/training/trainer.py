@@ -26,7 +26,7 @@ from perce_lite.data.chat_template import Chat
 from perce_lite.data.collator import LOG_PROB_COLUMNS, PairCollator
 from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.data.rows import Row, from_columns
-from perce_lite.errors import DataError, NonFiniteLossError
+from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
 from perce_lite.files import METADATA, disk_full_is_clear, write_json
 from perce_lite.model.adapters import all_finite, origin_of
 from perce_lite.model.base import on_text_alone
@@ -39,7 +39,7 @@ from perce_lite.model.fused_head import (
     scoring_forward,
     without_needless_mask,
 )
-from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
+from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention, layers_without_attention
 from perce_lite.model.repeated_heads import repeat_heads_where_needed
 from perce_lite.model.scoring import ScoringJob, batch_log_probs, encode_prefixes, no_grad_eval, with_prefix
 from perce_lite.recipe import Recipe, Template
@@ -138,6 +138,10 @@ class PerCETrainer(SFTTrainer):
         self.autocast = args.autocast
         repeat_heads_where_needed(base_of(self.model), self.autocast)
         project_scored_positions_only(self.model)
+        if args.packing and (others := layers_without_attention(base_of(self.model))):
+            raise ConfigError(
+                [f"packing: rows would leak into the next in this model's layers of {', '.join(others)}; leave it out"]
+            )
         if args.profile_pass == "frozen":
             enable_prefix_attention(base_of(self.model), self._prefixes)
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the training loop counts
@@ -417,4 +421,4 @@ def non_finite_error(
 def _on_one_device(args: PerCEConfig) -> dict[str, Any]:
     """What TRL loads a model's name with: on the training's own device, where TRL's "auto" takes every GPU it sees."""
     options = args.model_init_kwargs or {}
-    return options if args.device.type in ("cpu", "mps") else {"device_map": {"": args.device}, **options}
+    return options if args.device.type == "cpu" else {"device_map": {"": args.device}, **options}

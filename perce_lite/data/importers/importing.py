@@ -4,6 +4,7 @@ Chats become documents too, with what was said before as the query: then the pro
 person's earlier ones, never later ones, and a held-out answer never stands in a profile that was trained on.
 """
 
+import hashlib
 import json
 import re
 import shlex
@@ -20,7 +21,8 @@ from perce_lite.data.importers.reading import KINDS, Reader
 from perce_lite.data.importers.writings import Notes, Writing, count_words, first_words, pieces
 from perce_lite.data.readers import json_lines
 from perce_lite.errors import DataError
-from perce_lite.files import digest, write_text
+from perce_lite.files import digest, settle, write_text
+from perce_lite.locks import held_alone
 
 RECIPE = "recipes/documents.yaml"
 
@@ -57,6 +59,7 @@ class Imported:
 
     new: the user's records that were not there before, in the order of time
     records: all that goes into `out`, those of other users unchanged
+    before: hash of `out` when its records were read; None: it was not there
     mask: what `new` was masked with; None: it was not
     """
 
@@ -66,14 +69,28 @@ class Imported:
     records: list[dict[str, Any]]
     notes: Notes
     mask: Mask | None = None
+    before: bytes | None = None
 
     def write(self) -> None:
         """Writes `out`, whole or not at all.
 
         Raises:
             DiskFullError: no space left; what was there stays.
+            DataError: somebody else has written `out` since its records were read, or is writing it.
         """
-        write_text(self.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records))
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
+
+        def refuse(who: str) -> DataError:
+            return DataError(f"{self.out}: another import is writing it ({who}). Nothing was written; run it again.")
+
+        with held_alone(self.out.with_name(f".{self.out.name}.lock"), refuse):
+            settle(self.out)
+            if _hash(self.out) != self.before:
+                raise DataError(
+                    f"{self.out}: was written by another program since it was read. Nothing was written; run the same "
+                    "command again, with --append to add to what it holds now."
+                )
+            write_text(self.out, text)
 
     @property
     def texts(self) -> int:
@@ -125,7 +142,7 @@ def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: boo
     Raises:
         DataError: nothing to read, nothing of the person's, an `out` that is in the way or holds something else.
     """
-    files = files_of(path)
+    files, as_it_was = files_of(path), _hash(out)
     if out.suffix != ".jsonl":
         raise DataError(f"--out {out}: what is written is JSON, one record a line; end the name with .jsonl")
     if out.exists() and not (append or force):
@@ -149,7 +166,15 @@ def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: boo
             notes.skip(f"in {out.name} already", one.source)
     new = _in_order([_record(wanted, text) for text in texts if text.text not in said])
     records = _merged(before, new, wanted.user)
-    return Imported(out, wanted.user, new, records, notes, wanted.mask)
+    return Imported(out, wanted.user, new, records, notes, wanted.mask, as_it_was)
+
+
+def _hash(path: Path) -> bytes | None:
+    """Hash of the content of `path`; None: there is no such file, or it is none that could be read twice."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _require_sender(mails: Sequence[Mail], wanted: Wanted) -> None:
