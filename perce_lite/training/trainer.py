@@ -18,7 +18,6 @@ from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import SFTTrainer, pack_dataset
 
 from perce_lite.config import PerCEConfig
@@ -63,6 +62,7 @@ TAG = "perce"
 class PerCETrainer(SFTTrainer):
     """`SFTTrainer` whose data set has a `profile` column beside `prompt` and `completion` (or `messages`).
 
+    >>> from peft import LoraConfig
     >>> trainer = PerCETrainer(
     ...     model="toy",
     ...     args=PerCEConfig(output_dir="script", max_steps=2, report_to="none", disable_tqdm=True),
@@ -385,7 +385,7 @@ class PerCETrainer(SFTTrainer):
             )
         with disk_full_is_clear(Path(self.args.output_dir), advice):
             if self.best_step is not None:  # ahead of trainer_state.json, which says that a checkpoint is whole
-                folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
                 folder.mkdir(parents=True, exist_ok=True)
                 torch.save(self.best_step.state(), folder / _BEST_STEP)
             super()._save_checkpoint(model, trial)
