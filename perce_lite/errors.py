@@ -17,6 +17,7 @@ PerceLiteError              the command line prints it as one clean line and exi
 |- PlanError                a GPU that is not known, or a model whose memory cannot be told beforehand
 |- GpuOutOfMemoryError      a GPU whose memory is full; says what would fit
 |  `- BaseTooLargeError     the base alone does not fit
+|- PathError                a file or folder that cannot be read or written
 |- DiskFullError            no space left where something had to be written
 |- CompatibilityError       a version of another library that lacks what PerCE Lite leans on
 `- NonFiniteLossError       a loss that is not a number; names the rows
@@ -112,6 +113,10 @@ class GpuOutOfMemoryError(PerceLiteError):
 
 class BaseTooLargeError(GpuOutOfMemoryError):
     """A base that does not fit the GPU."""
+
+
+class PathError(PerceLiteError):
+    """A file or folder that cannot be read or written. Says which, why, and what to give instead."""
 
 
 class DiskFullError(PerceLiteError):

@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from perce_lite.errors import ExportError
+
 TARGETS = ("peft", "merged", "gguf-lora", "gguf", "vllm", "ollama")
 
 GGUF_FAMILIES = {
@@ -142,3 +144,16 @@ def merge_drift(drift: Mapping[str, Any]) -> str:
         f"Trained on the base in {drift['quantization']}, merged into its original weights: a fixed text's log-probs "
         f"moved by {drift['mean']:.3f} nats a token, {drift['max']:.3f} at the most."
     )
+
+
+def refuse_unknown(target: str, quant: str | None) -> None:
+    """Raises ExportError where there is no such target, or no such type of weights for it."""
+    if target not in TARGETS:
+        raise ExportError(f"--to {target}: there is no such target. There is: {', '.join(TARGETS)}.")
+    if quant is not None and target not in ("gguf", "ollama"):
+        raise ExportError(f"--quant goes with gguf and ollama, not with {target}.")
+    if quant is not None and quant not in QUANTS:
+        raise ExportError(
+            f"--quant {quant}: is not written here. There is: {', '.join(QUANTS)}. For others write F16, and "
+            "give it to llama.cpp's own llama-quantize."
+        )

@@ -1,7 +1,7 @@
 """Faults of a recipe, one sentence each: where, what was given, what is allowed, the nearest valid name."""
 
-import dataclasses
 import difflib
+import importlib.util
 import types
 import typing
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from perce_lite import export_targets as targets
+from perce_lite.choices import CHOICES
+from perce_lite.recipe_fields import fields_of
 from perce_lite.recipe_yaml import Lines, where
 
 _MEANT = {
@@ -139,31 +141,53 @@ def third_party_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
     faults = _generation_faults(plain, lines)
     if not any(isinstance(values, dict) and values for values in sections.values()):
         return faults
-    from peft import LoraConfig
-
-    from perce_lite.config import PerCEConfig
-
-    of_train: tuple[Any, dict[str, Any]] = (PerCEConfig, {})
-    kinds = {("train",): of_train, ("lora",): (LoraConfig, {"core_only": bool}), ("fleet", "train"): of_train}
+    of_train = fields_of("PerCEConfig")
+    of_lora = {**fields_of("LoraConfig"), "core_only": bool}
+    kinds = {("train",): of_train, ("lora",): of_lora, ("fleet", "train"): of_train}
     for path, values in sections.items():
         if not isinstance(values, dict):
             continue
-        section, (target, ours) = ".".join(path), kinds[path]
-        allowed = {field.name for field in dataclasses.fields(target) if field.init} | set(ours)
-        hints = typing.get_type_hints(target) | ours
+        section, hints = ".".join(path), kinds[path]
         for name, value in values.items():
             at = where((*path, name), lines)
-            if name not in allowed:
-                faults.append(f"{at}unknown key {section}.{name}; {nearest(str(name), allowed)}")
+            if name not in hints:
+                faults.append(f"{at}unknown key {section}.{name}; {nearest(str(name), hints)}")
             elif (complaint := _type_fault(hints[name], value)) is not None:
                 faults.append(f"{at}{section}.{name}: {value!r} is not {complaint}")
     return faults
 
 
+_TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+    "mlflow": ("mlflow",),
+    "comet_ml": ("comet_ml",),
+    "neptune": ("neptune",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "swanlab": ("swanlab",),
+}
+"""What `report_to` may name, with the packages of which it needs one."""
+
+_EXTRAS = ("tensorboard", "wandb", "trackio")
+
+
+def tracker_faults(report_to: Any) -> list[str]:
+    """Trackers that `report_to` names and that are not installed, each with the line that installs it."""
+    faults = []
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        packages = _TRACKERS.get(name, ())
+        if packages and not any(importlib.util.find_spec(package) for package in packages):
+            source = f"'perce-lite[{name}]'" if name in _EXTRAS else packages[0]
+            faults.append(f"report_to: {name} is not installed; pip install {source} brings it; or say none")
+    return faults
+
+
 def choice_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
     """Fields of `train:` with a value that is not allowed, for recipes whose other faults prevent a config."""
-    from perce_lite.config import CHOICES
-
     train = plain.get("train")
     faults = []
     for name, kind in CHOICES.items():

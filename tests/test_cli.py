@@ -214,6 +214,11 @@ STOPPED = {
         "resumes from the last checkpoint; what was scored is kept",
     ),
     "check": ("perce_lite.evaluation.check.check", [], "Nothing was written; the same command starts over"),
+    "init": (
+        "perce_lite.planning.drafting.choose",
+        ["new.yaml", "--have", "rows", "--data", ".", "--want", "chat", "--gpu", "cpu"],
+        "Nothing was written",
+    ),
     "import": ("perce_lite.cli.importing.look", ["x", "--user", "ann"], "Nothing was written"),
     "inspect": (
         "perce_lite.evaluation.inspect.inspect",
@@ -226,7 +231,12 @@ STOPPED = {
         ["--adapter", "x", "--prompt", "x"],
         "Nothing was written",
     ),
-    "chat": ("perce_lite.model.adapters.read_metadata", ["x"], "Nothing was written"),
+    "weights": (
+        "perce_lite.training.weights.write_weights",
+        [],
+        "scored under the base is kept; the same command scores the rest",
+    ),
+    "chat": ("perce_lite.model.adapter_files.read_metadata", ["x"], "Nothing was written"),
     "serve": ("perce_lite.serve.server.make_server", ["x"], "Nothing was written"),
     "eval": ("perce_lite.evaluation.evaluate.evaluate", ["--adapter", "x"], "What was scored and answered is kept"),
     "compare": ("perce_lite.evaluation.compare.compare", [], "Finished trainings are kept"),
@@ -237,8 +247,8 @@ STOPPED = {
         [],
         "Nothing is kept: measurements are compared within one run",
     ),
-    "store show": ("perce_lite.model.logprob_store.usage", [], "Nothing was changed."),
-    "store clear": ("perce_lite.model.logprob_store.clear", [], "stays removed; the same command removes the rest"),
+    "store show": ("perce_lite.model.store_files.usage", [], "Nothing was changed."),
+    "store clear": ("perce_lite.model.store_files.clear", [], "stays removed; the same command removes the rest"),
 }
 
 
@@ -255,7 +265,11 @@ def test_ctrl_c_says_how_to_go_on(recipe, run, monkeypatch, command):
     called, words, told = STOPPED[command]
     monkeypatch.setattr(called, lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
     words = [
-        *([] if command.split()[0] in ("store", "generate", "chat", "serve", "export", "import") else [recipe()]),
+        *(
+            []
+            if command.split()[0] in ("store", "generate", "chat", "serve", "export", "import", "init")
+            else [recipe()]
+        ),
         *words,
     ]
     code, out, err = run(*command.split(), *words)

@@ -13,7 +13,7 @@ import toys
 from transformers.cache_utils import DynamicCache
 
 from perce_lite.cli.conversation import Conversation, chat, talk, typed
-from perce_lite.model import adapters
+from perce_lite.model import adapter_files
 from perce_lite.model.answering import Answerer, Kept, Stop
 from perce_lite.model.generate import generate, load_adapter
 
@@ -23,7 +23,7 @@ pytest_plugins = ["cli_fixtures"]
 @pytest.fixture
 def its(adapter_folder):
     """That adapter, loaded."""
-    return load_adapter(adapters.read_metadata(adapter_folder))
+    return load_adapter(adapter_files.read_metadata(adapter_folder))
 
 
 def said(its, messages, profile="", use_adapter=True, tokens=8):

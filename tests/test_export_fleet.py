@@ -108,7 +108,7 @@ def test_users_who_are_deleted_or_served_by_the_base_are_left_out(fleet, run, fi
     figures("export", "--all", "--fleet", fleet, "--to", "peft")
     gone = fleet / "adapters/user" / safe_name("user0")
     assert (gone / "adapter-peft").is_dir()
-    assert run("adapters", "delete", "user0", "--fleet", fleet)[0] == 0
+    assert run("adapters", "delete", "user0", "--fleet", fleet, "--yes")[0] == 0
     assert not gone.exists(), "what was exported beside the adapter went with it"
     with opened(fleet) as registry:
         registry.judged(registry.get("all", "all"), "held back", "worse")

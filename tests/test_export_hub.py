@@ -9,6 +9,7 @@ from export_fixtures import adapter_for, toy_base
 from huggingface_hub.errors import LocalTokenNotFoundError
 
 from perce_lite.cli import export as cli_export
+from perce_lite.cli import options
 from perce_lite.errors import ExportError
 from perce_lite.export import export as exports
 from perce_lite.export import hub
@@ -76,7 +77,7 @@ def test_it_asks_and_no_is_no(adapter, tmp_path, run, api, monkeypatch):
     code, _, err = run(*words)
     assert code == 2
     assert "nobody can be asked here" in err
-    monkeypatch.setattr(cli_export, "sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
+    monkeypatch.setattr(options, "sys", SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True)))
     for answer in (False, True):
         monkeypatch.setattr(cli_export.typer, "confirm", lambda *_, answer=answer, **__: answer)
         code, _, err = run(*words)

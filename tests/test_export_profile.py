@@ -16,7 +16,7 @@ from perce_lite.export.export import carried_profile, export, verify
 from perce_lite.export.proof import ANSWER, QUESTION, read_proof
 from perce_lite.export.usage import SYSTEM, as_trained, llama_cpp, vllm, without_profile
 from perce_lite.export_targets import base_faults
-from perce_lite.model import adapters
+from perce_lite.model import adapter_files
 from perce_lite.model.base import modules_beside_text, with_adapter
 from perce_lite.model.footprint import refuse_exports
 from perce_lite.model.generate import load_adapter, recipe_of
@@ -42,12 +42,12 @@ def folder(request, tmp_path_factory):
 
 
 def its_profile(folder: Path) -> str:
-    return carried_profile(adapters.read_metadata(folder), "user1")
+    return carried_profile(adapter_files.read_metadata(folder), "user1")
 
 
 def trained_prompt(folder: Path, profile: str) -> str:
     """What training puts ahead of an answer to the fixed question."""
-    maker = load_adapter(adapters.read_metadata(folder)).maker
+    maker = load_adapter(adapter_files.read_metadata(folder)).maker
     messages = maker.composed([{"role": "user", "content": QUESTION}], profile)
     return maker.render(messages, "a test", add_generation_prompt=True)
 
@@ -98,7 +98,7 @@ def test_other_exports_carry_it_beside_their_files_and_prove_it(folder, tmp_path
     if "qwen3" in str(folder):
         assert system.startswith("You are a helpful assistant.\n\nTexts by this user:\n\n")
     assert proof.profile == profile
-    maker = load_adapter(adapters.read_metadata(folder)).maker
+    maker = load_adapter(adapter_files.read_metadata(folder)).maker
     assert proof.ids[: -len(proof.adapter)] == maker.prompt_ids([{"role": "user", "content": QUESTION}], profile)
     assert ANSWER.startswith(maker.tokenizer.decode(proof.ids[-len(proof.adapter) :]).strip())
     assert verify(out)["proof"]["effect"] > 0
@@ -109,10 +109,10 @@ def test_other_exports_carry_it_beside_their_files_and_prove_it(folder, tmp_path
 
 def test_a_profile_is_as_long_as_the_recipe_says(tmp_path):
     folder = trained(tmp_path, "chatml", "profile: {max_tokens: 60, top_k: 1}\n")
-    profile, maker = its_profile(folder), load_adapter(adapters.read_metadata(folder)).maker
+    profile, maker = its_profile(folder), load_adapter(adapter_files.read_metadata(folder)).maker
     assert len(profile.split("\n\n")) > 1
     assert len(maker.ids(profile)) <= 60
-    metadata = adapters.read_metadata(folder)
+    metadata = adapter_files.read_metadata(folder)
     metadata["recipe"]["profile"]["max_tokens"] = None
     assert len(carried_profile(metadata, "user1").split("\n\n")) == 1  # top_k, as in training
     with pytest.raises(DataError, match="no such user; it has user0, user1, user2"):
@@ -124,7 +124,9 @@ def test_a_profile_is_as_long_as_the_recipe_says(tmp_path):
 
 
 def test_what_an_export_lacks_is_said_before_it_starts(adapter_folder, run, tmp_path):
-    losses = {loss["profile"]: loss["adapter"] for loss in adapters.read_metadata(adapter_folder)["metrics"]["losses"]}
+    losses = {
+        loss["profile"]: loss["adapter"] for loss in adapter_files.read_metadata(adapter_folder)["metrics"]["losses"]
+    }
     code, _, err = run("export", adapter_folder, "--to", "peft", "--out", tmp_path / "out")
     said = " ".join(err.split())
     assert code == 0
@@ -159,7 +161,7 @@ def test_options_that_do_not_go_with_a_profile(adapter_folder, run, tmp_path):
 
 
 def test_commands_serve_as_trained(adapter_folder):
-    metadata = adapters.read_metadata(adapter_folder)
+    metadata = adapter_files.read_metadata(adapter_folder)
     recipe = recipe_of(metadata)
     assert "kwargs" not in llama_cpp("m.gguf", metadata, recipe, "") + as_trained("gguf", metadata, recipe, "")
     thinking = {**metadata, "chat_template": "{% if enable_thinking %}"}

@@ -36,7 +36,7 @@ def test_deleting_leaves_no_trace(recipe, run, figures, tmp_path):
     assert run("eval", path, "--adapter", adapter, "--set", "evaluation.max_new_tokens=2")[0] == 0
     data, kept = Path("rows.jsonl"), {"rows.jsonl", "mine.yaml"}
     assert traces(tmp_path, secret, kept)
-    code, out, err = run("adapters", "delete", "Sée Crét/user", "--fleet", "out")
+    code, out, err = run("adapters", "delete", "Sée Crét/user", "--fleet", "out", "--yes")
     assert code == 0, err
     assert "the adapter of cohort c0" in out
     assert str(data.absolute()) in out.replace("\n", "")
@@ -183,8 +183,8 @@ def test_a_killed_deletion_can_be_done_again(recipe, run, monkeypatch):
             roster.delete(Path("out"), "user0")
     with opened(Path("out")) as fleet_registry:
         assert fleet_registry.user("user0") is not None, "all or nothing"
-    assert run("adapters", "delete", "user0", "--fleet", "out")[0] == 0
-    assert run("adapters", "delete", "user0", "--fleet", "out")[0] == 0, "again, to be sure"
+    assert run("adapters", "delete", "user0", "--fleet", "out", "--yes")[0] == 0
+    assert run("adapters", "delete", "user0", "--fleet", "out", "--yes")[0] == 0, "again, to be sure"
     told = fleet(load_recipe(path), Clock(), dry_run=True)
     assert told.due == {"user": 1, "cohort": 0, "all": 1}
 

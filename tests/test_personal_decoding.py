@@ -6,7 +6,7 @@ import torch
 from perce_lite.cli.conversation import Conversation, talk
 from perce_lite.errors import DataError
 from perce_lite.evaluation.bench import generating
-from perce_lite.model import adapters
+from perce_lite.model import adapter_files
 from perce_lite.model.answering import Answerer
 from perce_lite.model.generate import LoadedAdapter, Personal, generate, generate_several, load_adapter
 from perce_lite.model.personal_decoding import PersonalContrast
@@ -20,7 +20,7 @@ PROFILE = "An otter swam under the old bridge at noon."
 
 @pytest.fixture
 def its(adapter_folder) -> LoadedAdapter:
-    return load_adapter(adapters.read_metadata(adapter_folder))
+    return load_adapter(adapter_files.read_metadata(adapter_folder))
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from torch.nn.functional import log_softmax
 
 from perce_lite import notebook
 from perce_lite.errors import NotebookError
-from perce_lite.model import adapters
+from perce_lite.model import adapter_files
 from perce_lite.model.answering import Stop
 from perce_lite.model.generate import generate, generate_from_folder, load_adapter
 from perce_lite.serve.answers import AnswerStream
@@ -119,7 +119,7 @@ def test_an_adapter_that_needs_no_profile_is_asked_without(server, client, monke
 
 
 def test_a_conversation_is_put_as_chat_puts_it(client, fleet_folder):
-    its = load_adapter(adapters.read_metadata(folder_of(fleet_folder, "user", "ann")))
+    its = load_adapter(adapter_files.read_metadata(folder_of(fleet_folder, "user", "ann")))
     turns = [*MESSAGES, {"role": "assistant", "content": "An otter."}, {"role": "user", "content": "And then?"}]
     answer = asked(client, "ann", 4, [{"role": "developer", "content": "Be brief."}, *turns], profile="Otters.")
     system = {"role": "system", "content": "Be brief."}
@@ -219,7 +219,7 @@ def test_pieces_join_to_what_is_said(said, stops, text, ended):
 def test_lean_is_the_pir_of_inspect(client, fleet_folder, use_adapter):
     answer = asked(client, "ann", 6, profile="I keep an otter.", lean=True, use_adapter=use_adapter)
     units = answer.choices[0].lean
-    its = load_adapter(adapters.read_metadata(folder_of(fleet_folder, "user", "ann")))
+    its = load_adapter(adapter_files.read_metadata(folder_of(fleet_folder, "user", "ann")))
     assert "".join(unit["text"] for unit in units if not unit["end_of_turn"]).strip() == text_of(answer)
     taken = AnswerStream(its.maker.tokenizer, (), Stop(), lambda piece: None)
     generate(its.model, its.maker, MESSAGES, "I keep an otter.", 6, use_adapter, stream=taken)
@@ -323,8 +323,8 @@ def test_one_adapter_serves_the_users_of_its_data(adapter_folder):
 
 def test_adapters_are_dropped_by_least_use_and_come_back_the_same(fleet_folder):
     folders = [folder_of(fleet_folder, *key) for key in (("user", "ann"), ("user", EVIL), ("all", "all"))]
-    ann, evil, shared = map(adapters.read_metadata, folders)
-    size = adapters.weights_bytes(folders[0])
+    ann, evil, shared = map(adapter_files.read_metadata, folders)
+    size = adapter_files.weights_bytes(folders[0])
     pool = Pool(shared, limit=2 * size)
 
     def says(metadata, on=True):
@@ -349,7 +349,7 @@ def test_adapters_are_dropped_by_least_use_and_come_back_the_same(fleet_folder):
 
 
 def test_an_adapter_that_cannot_be_loaded_leaves_the_base_as_it_was(fleet_folder, tmp_path):
-    shared = adapters.read_metadata(folder_of(fleet_folder, "all", "all"))
+    shared = adapter_files.read_metadata(folder_of(fleet_folder, "all", "all"))
     pool = Pool(shared, limit=2**30)
     base = pool.take(None).answer(MESSAGES, "", False, 8, Stop())
     own = pool.take(shared).answer(MESSAGES, "", True, 8, Stop())

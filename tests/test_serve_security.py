@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from serve_fixtures import serving
 
 from perce_lite.fleet.fleet import fleet
-from perce_lite.model import adapters
+from perce_lite.model import adapter_files
 from perce_lite.recipe import load_recipe
 from perce_lite.serve.app import Service, build_app
 from perce_lite.serve.desk import Desk
@@ -59,7 +59,7 @@ def app(registry, toy, tmp_path_factory):
     """Makes the application; a registry whose adapters have no weights needs metadata that say so."""
     reference = {"recipe": {"model": str(toy), "data": {"path": str(registry.parent / "rows.jsonl")}}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapters, "read_metadata", lambda folder: reference)
+        patch.setattr(adapter_files, "read_metadata", lambda folder: reference)
         directory = Fleet(registry)
     file = tmp_path_factory.mktemp("keys") / "keys.txt"
     file.write_text(f"# whose is whose\n{ANN} ann\n\n{ALL}\n")
@@ -230,7 +230,7 @@ def test_a_name_is_never_a_path(app, model):
     """No file is looked at for a name that the registry does not know."""
     server = app()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapters, "read_metadata", lambda folder: pytest.fail(f"{folder} was read"))
+        patch.setattr(adapter_files, "read_metadata", lambda folder: pytest.fail(f"{folder} was read"))
         response = sent(server, "POST", "/v1/chat/completions", json={"model": model, **CHAT})
     known = {name for user in USERS for name in (user_id(user), user, f"user:{user}")} | {"base", "all"}
     assert response.status_code in ((200,) if model in known else (404, 400))

@@ -1,5 +1,7 @@
 """The commands `perce-lite adapters list`, `show`, `who`, `verify` and `delete`."""
 
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -7,9 +9,10 @@ from typing import Annotated
 
 import typer
 
-from perce_lite.cli.options import FleetPath, Json, write
+from perce_lite.cli.options import FleetPath, Json, agreed, write
 from perce_lite.cli.views import sections, terminal
 from perce_lite.console import console
+from perce_lite.errors import FleetError
 from perce_lite.fleet import queries
 from perce_lite.fleet.registry import Registry, opened
 
@@ -72,8 +75,24 @@ def verify(fleet: FleetPath = None, json: Json = None) -> None:
 
 
 @adapters.command("delete")
-def delete(user: Annotated[str, typer.Argument(help="A user.")], fleet: FleetPath = None, json: Json = None) -> None:
+def delete(
+    user: Annotated[str, typer.Argument(help="A user.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the receipt in advance; remove nothing.")] = False,
+    fleet: FleetPath = None,
+    json: Json = None,
+) -> None:
     """Remove all that was written of a user, and print a receipt."""
-    receipt = asdict(queries.delete(queries.find(fleet), user))
-    write(json, receipt)
-    terminal.show_facts(receipt)
+    folder = queries.find(fleet)
+    receipt = queries.delete(folder, user, dry_run=True)
+    if not dry_run:
+        words = ["perce-lite", "adapters", "delete", user, "--fleet", str(folder)]
+        unasked = f"Nothing was removed: nobody can be asked here. To delete {user}: {shlex.join([*words, '--yes'])}"
+        if not yes and sys.stdin.isatty():
+            terminal.show_facts(asdict(receipt))
+        if not agreed(f"Remove this for good, and leave {user} out of later runs?", yes, FleetError(unasked)):
+            raise FleetError("Nothing was removed.")
+        receipt = queries.delete(folder, user)
+    figures = {"dry_run": dry_run, **asdict(receipt)}
+    write(json, figures)
+    terminal.show_facts(figures)

@@ -14,6 +14,7 @@ from perce_lite.console import errors
 from perce_lite.data.readers import UserTexts, user_texts
 from perce_lite.data.rows import Message, Profiled
 from perce_lite.errors import DataError, PerceLiteError
+from perce_lite.fleet.queries import refuse_deleted
 from perce_lite.model.answering import Answerer, Stop
 from perce_lite.model.generate import LoadedAdapter
 from perce_lite.recipe_checks import nearest
@@ -91,10 +92,12 @@ class Conversation:
         """Takes `given` as the profile: a text, @FILE, none, or user NAME.
 
         Raises:
+            FleetError: a user who was deleted from the adapter's fleet.
             DataError: a file that cannot be read, or a user whom the data does not know. The profile stays as it was.
         """
         name = given.removeprefix("user ").strip()
         if given.startswith("user ") and name:
+            refuse_deleted(Path(self.opened.metadata["folder"]), name)
             self._texts = user_texts(self.opened.recipe, name)
             self.profile, self.user = "", name
             return

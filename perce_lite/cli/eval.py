@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 
 from perce_lite.cli.lazy import Lazy
-from perce_lite.cli.options import Json, RecipePath, Set, write
+from perce_lite.cli.options import Json, PagePath, RecipePath, Set, open_recipe, write
 from perce_lite.cli.views import eval_sections, terminal
-from perce_lite.recipe import load_recipe
+from perce_lite.fleet import queries
+from perce_lite.model.adapter_files import read_metadata
 
 evaluation = Lazy("perce_lite.evaluation.evaluate")
 oom_advice = Lazy("perce_lite.planning.oom_advice")
@@ -18,12 +19,15 @@ pages = Lazy("perce_lite.cli.views.page")
 def evaluate(
     recipe: RecipePath,
     adapter: Annotated[list[Path], typer.Option(help="The folder of an adapter; once for each.")],
-    out: Annotated[Path | None, typer.Option(dir_okay=False, help="The page; else <output_dir>/eval.html.")] = None,
+    out: PagePath = None,
     set_: Set = None,
     json: Json = None,
 ) -> None:
     """Judge adapters on held-out rows: own profile, none, another user's, the best topical match."""
-    loaded = load_recipe(recipe, set_ or [])
+    loaded = open_recipe(recipe, set_)
+    for folder in adapter:
+        queries.refuse_deleted(folder)
+        read_metadata(folder)
     with oom_advice.explain_out_of_memory_in_scoring(loaded):
         figures = evaluation.evaluate(loaded, adapter)
     page = out or loaded.output_dir / "eval.html"

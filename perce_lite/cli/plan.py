@@ -5,8 +5,8 @@ from typing import Annotated, Any
 import typer
 
 from perce_lite.cli.lazy import Lazy
-from perce_lite.cli.options import Json, RecipePath, Set, write
-from perce_lite.recipe import load_recipe, training_config
+from perce_lite.cli.options import Json, RecipePath, Set, readable_recipe, write
+from perce_lite.recipe import training_config
 
 device = Lazy("perce_lite.device")
 gpus = Lazy("perce_lite.planning.gpus")
@@ -40,7 +40,7 @@ def plan(
     if imitate and len(gpu or []) > 1:
         raise typer.BadParameter("--imitate takes one --gpu")
     named = [gpus.gpu(name) for name in gpu or []]
-    loaded = load_recipe(recipe, set_ or [])
+    loaded = readable_recipe(recipe, set_)
     if probe:
         measured = probing.probe(loaded)
         write(json, measured)

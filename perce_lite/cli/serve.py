@@ -9,6 +9,8 @@ from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import FleetPath
 from perce_lite.console import console
 from perce_lite.errors import ServeError
+from perce_lite.fleet import queries
+from perce_lite.model.adapter_files import read_metadata
 
 server = Lazy("perce_lite.serve.server")
 
@@ -32,6 +34,9 @@ def serve(
     """Serve an adapter or a fleet: an OpenAI endpoint whose models are your users, and a page to look at."""
     if (adapter is None) == (fleet is None):
         raise typer.BadParameter("give an adapter's folder, or --fleet FOLDER")
+    if adapter is not None:
+        queries.refuse_deleted(adapter)
+        read_metadata(adapter)
     try:
         settings = server.Settings(
             host, port, api_key_file, allow_host or (), max_queue, queue_timeout, answer_timeout, adapter_memory

@@ -6,9 +6,8 @@ from typing import Annotated
 import typer
 
 from perce_lite.cli.lazy import Lazy
-from perce_lite.cli.options import Json, RecipePath, Set, write
+from perce_lite.cli.options import Json, RecipePath, Set, open_recipe, write
 from perce_lite.cli.views import terminal
-from perce_lite.recipe import load_recipe
 
 device = Lazy("perce_lite.device")
 oom_advice = Lazy("perce_lite.planning.oom_advice")
@@ -23,7 +22,7 @@ def train(
     json: Json = None,
 ) -> None:
     """Train the recipe's adapter, or resume an earlier run of it."""
-    loaded = load_recipe(recipe, set_ or [])
+    loaded = open_recipe(recipe, set_, trains=True)
     device.say_device(loaded)
     with oom_advice.explain_out_of_memory(loaded, partial(run.newest_checkpoint, loaded.output_dir)):
         figures = summary.train_and_measure(loaded, restart)

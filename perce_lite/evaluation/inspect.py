@@ -20,7 +20,7 @@ from perce_lite.data.rows import Row, of_split, spread_over_users, swap_profiles
 from perce_lite.errors import DataError
 from perce_lite.evaluation.conditions import id_of
 from perce_lite.evaluation.metrics import FEW_USERS, Bootstrap
-from perce_lite.model import adapters
+from perce_lite.model import adapter_files, adapters
 from perce_lite.model.base import load_base
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
 from perce_lite.recipe import Recipe, training_config
@@ -76,7 +76,7 @@ def inspect(recipe: Recipe, adapter: Path | None, rows: int, user: str | None, t
     pairs = maker.make(spread_over_users(picked, rows), audit)
     require(pairs, audit, "training")
     if adapter is not None:
-        adapters.require_profile_pass(adapter, recipe)
+        adapter_files.require_profile_pass(adapter, recipe)
     model = base.model if adapter is None else adapters.load(base.model, adapter)
     weighting = loss.Weighting.of(config)
     seen = _score(model, pairs, _swapped(maker, pairs, training), config, adapter is not None)

@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from perce_lite.errors import AdapterError, ExportError, ModelError
 from perce_lite.export.proof import (
@@ -24,7 +24,8 @@ from perce_lite.export.proof import (
     sketched,
     tensors_of,
 )
-from perce_lite.model import adapters
+from perce_lite.model import adapter_files
+from perce_lite.model.architecture import model_class
 from perce_lite.model.fingerprint import same_base
 from perce_lite.recipe import Recipe
 
@@ -73,7 +74,7 @@ def verify_peft(folder: Path, proof: Proof) -> dict[str, float]:
     check_tensors(tensors_of(folder), proof, folder)
     check_tokenizer(folder, proof)
     try:
-        recipe = on_cpu(adapters.read_metadata(folder), quantised=True)
+        recipe = on_cpu(adapter_files.read_metadata(folder), quantised=True)
         with base_for(recipe) as base:
             return _with_peft(base.model, recipe, folder, proof)
     except (AdapterError, ModelError) as error:
@@ -105,7 +106,7 @@ def verify_merged(folder: Path, proof: Proof) -> dict[str, float]:
     """
     check_tokenizer(folder, proof)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         raise ExportError(f"{folder}: transformers cannot load it: {error}. Export again.") from error
     check_base(sketched(model), proof, str(folder))

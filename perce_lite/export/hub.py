@@ -1,19 +1,28 @@
 """An export to the Hub: private unless asked otherwise, and only after a warning."""
 
+import json
+import os
 import shlex
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 
 from perce_lite.errors import ExportError, first_line
+from perce_lite.export.proof import read_proof
+from perce_lite.files import read_json
+from perce_lite.model.adapter_files import base_name
 
 TARGETS = ("peft", "merged")
 """What is pushed: what the Hub's own libraries load."""
 
 WARNING = (
     "An adapter can leak the texts that it was trained on: whoever may read {repo} ({seen}) may get them out of it. "
-    "Its model card names your recipe, and the paths in it."
+    "Its model card names keys of your recipe; paths of this machine are left out."
 )
 _REFUSALS = (HFValidationError, HTTPError, OSError)
 
@@ -45,6 +54,38 @@ def check(repo: str, target: str, public: bool) -> str:
     return WARNING.format(repo=repo, seen="everybody, with --public" if public else "private: you, and whom you let in")
 
 
+@contextmanager
+def _without_places(folder: Path) -> Iterator[Path]:
+    """A copy of the export in `folder`, of links where the disk has them, whose texts call a local base by its name."""
+    model = read_proof(folder).model
+    config = read_json(folder / "adapter_config.json")
+    places = [model, config.get("base_model_name_or_path") if isinstance(config, dict) else None]
+    named = [(place, base_name(model)) for place in places if place and Path(place).is_absolute()]
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as scratch:
+        for file in folder.iterdir():
+            copy = Path(scratch) / file.name
+            if file.suffix in (".json", ".md", ".txt", ".jinja"):
+                copy.write_text(_renamed(file.read_text("utf-8"), named), "utf-8")
+            else:
+                _link(file, copy)
+        yield Path(scratch)
+
+
+def _link(file: Path, copy: Path) -> None:
+    try:
+        os.link(file, copy)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(file, copy)
+
+
+def _renamed(text: str, named: Sequence[tuple[str, str]]) -> str:
+    """`text` with each place, as it is and as JSON spells it, replaced by its name."""
+    for place, name in named:
+        for spelt, as_name in ((place, name), (json.dumps(place)[1:-1], json.dumps(name)[1:-1])):
+            text = text.replace(spelt, as_name)
+    return text
+
+
 def push(folder: Path, repo: str, public: bool) -> str:
     """Uploads the export in `folder` to `repo`, which is made if it is not there; gives its address.
 
@@ -54,7 +95,8 @@ def push(folder: Path, repo: str, public: bool) -> str:
     try:
         api = HfApi()
         api.create_repo(repo, private=not public, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Export of PerCE Lite")
+        with _without_places(folder) as copy:
+            api.upload_folder(repo_id=repo, folder_path=copy, commit_message="Export of PerCE Lite")
     except _REFUSALS as error:
         raise ExportError(
             f"--push-to-hub {repo}: the Hub did not take it: {first_line(error)} The export is whole: {folder}. Push "

@@ -2,20 +2,21 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from perce_lite.errors import FleetError
-from perce_lite.files import METADATA, bytes_of, read_json, safe_name
-from perce_lite.fleet.groups import SHARED, Key, key_of
-from perce_lite.fleet.registry import FILE, KEPT, Adapter, Registry, held
+from perce_lite.errors import AdapterError, FleetError
+from perce_lite.files import METADATA, bytes_of, earlier_name, read_json, safe_name
+from perce_lite.fleet.groups import SHARED, Key, key_of, served_name
+from perce_lite.fleet.registry import FILE, KEPT, PACKS, SERVED, Adapter, Registry, held, imagined, opened
+from perce_lite.model import store_files
+from perce_lite.model.adapter_files import is_core, require_whole
 
 PERSONAL = (
-    KEPT, "fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json",
+    KEPT, PACKS, f"{SERVED}/users.json",
+    "fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json", "train.html",
 )  # fmt: skip
 """Files in a fleet's folder, written by other commands, that quote users' texts or are trained on them."""
 
@@ -120,9 +121,53 @@ def _known(registry: Registry, user: str) -> tuple[str | None, int, bool]:
     """What the registry says of `user`; raises FleetError where it knows no such user."""
     known = registry.user(user)
     if known is None:
+        _refuse(f"user {user}", registry.deleted_on(user))
         like = ", ".join(registry.users_like(user))
         raise FleetError(f"user {user}: the fleet knows no such user" + (f"; it knows {like}" if like else ""))
     return known
+
+
+def refuse_deleted(place: Path, user: str | None = None) -> None:
+    """Refuses what is asked for a deleted user: by `user`, or by a `place` in a fleet that was their folder.
+
+    place: an adapter's folder or a run's; outside of a fleet nobody was deleted
+
+    Raises:
+        FleetError: naming the day.
+    """
+    folder = _fleet_around(place)
+    if folder is None:
+        return
+    with opened(folder) as registry:
+        if user is not None:
+            _refuse(f"user {user}", registry.deleted_on(user))
+        for part in place.absolute().relative_to(folder).parts:
+            _refuse(f"{place}: its user", registry.folder_deleted_on(part))
+
+
+def deletions(place: Path, users: Iterable[str]) -> dict[str, str]:
+    """Those of `users` who were deleted from the fleet that `place` lies in, with the days."""
+    folder = _fleet_around(place)
+    if folder is None:
+        return {}
+    with opened(folder) as registry:
+        days = {user: registry.deleted_on(user) for user in users}
+    return {user: day for user, day in days.items() if day is not None}
+
+
+def _fleet_around(place: Path) -> Path | None:
+    """The folder of the fleet that `place` is or lies in; None: it lies in none."""
+    place = place.absolute()
+    return next((folder for folder in (place, *place.parents) if (folder / FILE).is_file()), None)
+
+
+def _refuse(who: str, deleted_on: str | None) -> None:
+    """Raises FleetError where there is a day of deletion."""
+    if deleted_on is not None:
+        raise FleetError(
+            f"{who} was deleted on {deleted_on}, with all that was written of them. If they are to be served again and "
+            "your data has their texts: perce-lite fleet RECIPE --retrain USER."
+        )
 
 
 def _is_of(folder: Path, adapter: Adapter) -> bool:
@@ -143,6 +188,7 @@ def show(registry: Registry, name: str) -> AdapterFacts:
     """
     adapter = registry.get(*key_of(name))
     if adapter is None:
+        _refuse(f"user {name}", registry.deleted_on(name))
         raise FleetError(f"{name}: the fleet has no such adapter; perce-lite adapters who USER says what serves a user")
     metadata = read_json(registry.folder / adapter.folder / "adapter" / METADATA)
     return AdapterFacts(adapter, trained(adapter), None if metadata is None else lineage(metadata))
@@ -170,7 +216,7 @@ def trained(adapter: Adapter) -> str:
         if adapter.parent_kind == "all"
         else f"{adapter.parent_kind} {adapter.parent_name}'s adapter"
     )
-    return f"a core of {count:,} parameters between A and B of {start} (lora.core_only); saved as a whole LoRA"
+    return f"a core of {count:,} parameters between A and B of {start} (lora.core_only)"
 
 
 def verify(registry: Registry) -> list[str]:
@@ -187,47 +233,63 @@ def verify(registry: Registry) -> list[str]:
         elif metadata.get("run") != adapter.trained_run:
             fault = f"{folder} holds an adapter of another training than the registry says"
         else:
-            try:
-                with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-                    fault = None if list(file.keys()) else f"{folder} holds no weights"
-            except (SafetensorError, OSError) as error:
-                fault = f"{folder / 'adapter_model.safetensors'} cannot be read: {error}"
+            fault = _damage(folder)
         if fault is not None:
             faults.append(f"{_called(adapter)}: {fault}")
     return faults
 
 
+def _damage(folder: Path) -> str | None:
+    """What is wrong with an adapter's files; of a core its parent is read too, which is another's file."""
+    try:
+        require_whole(folder)
+        if is_core(folder):
+            from perce_lite.model.adapter_weights import tensors  # brings torch, which no other question needs
+
+            tensors(folder)
+    except AdapterError as error:
+        return str(error)
+    return None
+
+
 @dataclass
 class Receipt:
-    """What a deletion did. `removed` are paths, `bytes` their size; `due` is to be trained again without the user."""
+    """What a deletion did, or would do.
+
+    earlier: the day of an earlier deletion, after which something was left; None: this is the first
+    removed: paths; bytes: their size
+    due: what is to be trained again without the user
+    left: what may hold texts of theirs and is not removed, with the reason
+    """
 
     user: str
+    earlier: str | None = None
     removed: list[str] = field(default_factory=list)
     bytes: int = 0
     due: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
 
 
-def delete(folder: Path, user: str) -> Receipt:
+def delete(folder: Path, user: str, dry_run: bool = False) -> Receipt:
     """Removes a user's adapter, checkpoints, store files, registry rows, and pages that quote texts.
+
+    dry_run: nothing is removed; the receipt says what would be
 
     Raises:
         FleetError: no such user; a fleet run is on the folder. Then nothing is removed.
     """
     if not (folder / FILE).is_file():
         raise FleetError(f"{folder}: no fleet here ({FILE} is missing). Give its folder with --fleet.")
-    with held(folder) as registry:
-        if not registry.was_deleted(user):
+    with imagined(folder) if dry_run else held(folder) as registry:
+        receipt = Receipt(user, registry.deleted_on(user))
+        if receipt.earlier is None:
             _known(registry, user)
-        receipt = Receipt(user)
-        _remove(folder / "adapters" / "user" / safe_name(user), receipt)
-        for personal in PERSONAL:
-            for file in (folder / personal, *folder.glob(f".{personal}.*.tmp")):
-                _remove(file, receipt)
-        for store in json.loads(registry.meta("stores") or "[]"):
-            for base in sorted(Path(store).iterdir()) if Path(store).is_dir() else []:
-                for file in base.glob(f"*{safe_name(user)}.safetensors*"):
-                    _remove(file, receipt)
+        for path in _written_of(registry, user):
+            _remove(path, receipt, dry_run)
+        for store in map(Path, json.loads(registry.meta("stores") or "[]")):
+            for path, size in store_files.delete(store, user, dry_run).items():
+                receipt.bytes += size
+                receipt.removed.append(str(path))
         for key in registry.forget(user):
             called = "the shared adapter" if key == SHARED else f"the adapter of {' '.join(key)}"
             receipt.due.append(called)
@@ -241,20 +303,42 @@ def delete(folder: Path, user: str) -> Receipt:
         return receipt
 
 
+def _written_of(registry: Registry, user: str) -> Iterator[Path]:
+    """Every file and folder that a fleet's commands wrote of `user` beside the store, whether it is there or not."""
+    folder = registry.folder
+    for name in (safe_name(user), earlier_name(user)):
+        yield folder / "adapters" / "user" / name
+    yield folder / SERVED / served_name(("user", user))
+    for personal in PERSONAL:
+        yield from (folder / personal, *folder.glob(f".{personal}.*.tmp"))
+
+
 def _exports(registry: Registry, key: Key, called: str) -> list[str]:
     """What lies exported beside an adapter that has seen a deleted user's texts, and others may be served with."""
     adapter = registry.get(*key)
     beside = [] if adapter is None else sorted((registry.folder / adapter.folder).glob("adapter-*"))
+    beside += [place for place in [registry.folder / SERVED / served_name(key)] if place.is_dir()]
     why = f"exported from {called} as it was; remove it, or export it anew (export --all) after the next fleet run"
     return [f"{place}: {why}" for place in beside]
 
 
-def _remove(path: Path, receipt: Receipt) -> None:
-    if not path.exists():
-        return
-    receipt.bytes += bytes_of(path)
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-    receipt.removed.append(str(path))
+_ATTEMPTS = 20
+
+
+def _remove(path: Path, receipt: Receipt, dry_run: bool) -> None:
+    """Removes `path`, if it is there and also while an export is still writing into it; enters it in `receipt`."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        if not path.exists():
+            return
+        try:
+            size = bytes_of(path)
+            if not dry_run:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError as error:  # what was counted has gone, or something new has come
+            if attempt == _ATTEMPTS:
+                raise FleetError(f"{path} cannot be removed: {error}. Run the same command again.") from error
+            continue
+        receipt.bytes += size
+        receipt.removed.append(str(path))
+        if dry_run:
+            return

@@ -10,17 +10,23 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from perce_lite.errors import DiskFullError, FleetError
+from perce_lite.files import safe_name
+from perce_lite.locks import held_alone
 
-VERSION = 1
+VERSION = 2
 """Schema version of the tables below (`PRAGMA user_version`)."""
 
 FILE = "fleet.sqlite"
 
 KEPT = "slots.pt"
 """File beside the registry with the training state of users who were interrupted in slots."""
+
+PACKS = "packs"
+"""Folder beside the registry with the training state of users who were interrupted on a cluster, by pack."""
+
+SERVED = "vllm"
+"""Folder beside the registry with the adapters as `perce-lite export --all --to vllm` lays them out, by user."""
 
 STATES = ("due", "in service", "held back", "failed")
 """due: to be trained; held back: trained, but worse than what it would replace; failed: training raised an error."""
@@ -42,8 +48,14 @@ CREATE TABLE users (
   user TEXT PRIMARY KEY, cohort TEXT, examples INTEGER NOT NULL, own INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE seen (user TEXT, kind TEXT, name TEXT, PRIMARY KEY (user, kind, name)) WITHOUT ROWID;
-CREATE TABLE deleted (user_hash TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE deleted (user_hash TEXT PRIMARY KEY, folder_hash TEXT, deleted_on TEXT) WITHOUT ROWID;
 """
+
+_FROM_1 = """
+ALTER TABLE deleted ADD COLUMN folder_hash TEXT;
+ALTER TABLE deleted ADD COLUMN deleted_on TEXT;
+"""
+"""What the tables of version 1 lack."""
 
 
 @dataclass(frozen=True)
@@ -237,14 +249,17 @@ class Registry:
     def forget(self, user: str) -> list[tuple[str, str]]:
         """Removes every row of `user`, marks the adapters that saw their texts as due, and returns their (kind, name).
 
-        A hash of the name stays, so that later runs leave the user out. One transaction; then the file is vacuumed.
+        Hashes of the name and its folder stay with the day, so that later runs leave the user out. One transaction;
+        then the file is vacuumed.
         """
         with self._db:
             rows = self._db.execute("SELECT kind, name FROM seen WHERE user = ? AND kind != 'user'", (user,))
             touched = [(str(kind), str(name)) for kind, name in rows.fetchall()]
             for kind, name in touched:
                 self._ask(kind, name, "a user who was deleted is in it")
-            self._db.execute("INSERT OR IGNORE INTO deleted VALUES (?)", (_hash(user),))
+            self._db.execute(
+                "INSERT OR IGNORE INTO deleted VALUES (?, ?, ?)", (_hash(user), _hash(safe_name(user)), _now()[:10])
+            )
             self._db.execute("DELETE FROM seen WHERE user = ?", (user,))
             self._db.execute("DELETE FROM adapters WHERE kind = 'user' AND name = ?", (user,))
             self._db.execute("DELETE FROM users WHERE user = ?", (user,))
@@ -252,7 +267,19 @@ class Registry:
         return touched
 
     def was_deleted(self, user: str) -> bool:
-        return self._db.execute("SELECT 1 FROM deleted WHERE user_hash = ?", (_hash(user),)).fetchone() is not None
+        return self.deleted_on(user) is not None
+
+    def deleted_on(self, user: str) -> str | None:
+        """The day on which `user` was deleted, 2026-11-26; None: they were not."""
+        return self._deleted_on("user_hash", user)
+
+    def folder_deleted_on(self, name: str) -> str | None:
+        """The day on which the user was deleted whose adapter lay in a folder called `name`; None: there is none."""
+        return self._deleted_on("folder_hash", name)
+
+    def _deleted_on(self, column: str, name: str) -> str | None:
+        row = self._db.execute(f"SELECT deleted_on FROM deleted WHERE {column} = ?", (_hash(name),)).fetchone()
+        return None if row is None else str(row[0] or "a day that was not recorded")
 
     def readmit(self, user: str) -> None:
         with self._db:
@@ -286,6 +313,8 @@ def opened(folder: Path, create: bool = False) -> Iterator[Registry]:
             )
         if version == 0:
             connection.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {VERSION}; COMMIT;")
+        elif version == 1:
+            connection.executescript(f"BEGIN; {_FROM_1} PRAGMA user_version = {VERSION}; COMMIT;")
         connection.execute("PRAGMA secure_delete = ON")  # deleted content is overwritten with zeros, not only unlinked
         yield Registry(folder, connection)
     except UnicodeEncodeError as error:
@@ -307,15 +336,15 @@ def held(folder: Path) -> Iterator[Registry]:
     Raises:
         FleetError: another run holds the lock; and as `opened`.
     """
+
+    def refuse(who: str) -> FleetError:
+        return FleetError(
+            f"{folder}: another fleet run is using it ({who}). Wait for it or stop it. Nothing was touched."
+        )
+
     _folder(folder)
-    lock = FileLock(folder / "fleet.lock")
-    try:
-        with lock.acquire(timeout=0), opened(folder, create=True) as registry:
-            yield registry
-    except Timeout as error:
-        raise FleetError(
-            f"{folder}: another fleet run is using it. Wait for it or stop it. Nothing was touched."
-        ) from error
+    with held_alone(folder / "fleet.lock", refuse), opened(folder, create=True) as registry:
+        yield registry
 
 
 @contextmanager

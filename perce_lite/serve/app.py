@@ -22,7 +22,7 @@ from perce_lite.errors import PerceLiteError
 from perce_lite.model.answering import Stop
 from perce_lite.serve.answers import Answers
 from perce_lite.serve.desk import Desk, in_loop
-from perce_lite.serve.directory import Directory, Entry, HeldOut
+from perce_lite.serve.directory import Directory, Entry, HeldOut, user_id
 from perce_lite.serve.guard import PAGE, Guard, Hosts, parsed
 from perce_lite.serve.keys import Keys
 from perce_lite.serve.wire import (
@@ -68,7 +68,11 @@ class Service:
         """The model that `request` asks for; raises RequestError, the same for one that is another's as for none."""
         entry = self.directory.find(model)
         if entry is None or not entry.seen_by(request.state.caller):
-            raise RequestError(404, "model_not_found", f"The model {model!r} does not exist.", "model")
+            caller, day = request.state.caller.user, None
+            if caller is None or user_id(caller) == user_id(model.removeprefix("user:")):
+                day = self.directory.deleted_on(model)
+            gone = "does not exist" if day is None else f"was deleted on {day}"
+            raise RequestError(404, "model_not_found", f"The model {model!r} {gone}.", "model")
         return entry
 
 

@@ -11,10 +11,10 @@ from perce_lite.console import warn
 from perce_lite.data.readers import RowsByUser, known_users
 from perce_lite.errors import DataError, ServeError
 from perce_lite.fleet.groups import SHARED, key_of
-from perce_lite.fleet.queries import folder_in_service, who
+from perce_lite.fleet.queries import deletions, folder_in_service, who
 from perce_lite.fleet.registry import Registry, opened
-from perce_lite.model import adapters
-from perce_lite.model.generate import recipe_of
+from perce_lite.model import adapter_files
+from perce_lite.model.adapter_files import recipe_of
 from perce_lite.serve.keys import Caller
 
 Metadata = dict[str, Any]
@@ -53,8 +53,11 @@ class Directory(Protocol):
     def find(self, model: str) -> Entry | None:
         """The entry that a request means; None: there is none."""
 
+    def deleted_on(self, model: str) -> str | None:
+        """The day on which the user was deleted whom a request means; None: no such user was."""
+
     def metadata_of(self, entry: Entry) -> Metadata | None:
-        """Metadata of the adapter that serves it, as `adapters.read_metadata`; None: the base serves."""
+        """Metadata of the adapter that serves it, as `adapter_files.read_metadata`; None: the base serves."""
 
 
 def user_id(user: str) -> str:
@@ -75,7 +78,7 @@ class OneAdapter:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.reference = adapters.read_metadata(folder)
+        self.reference = adapter_files.read_metadata(folder)
         try:
             self._users = known_users(recipe_of(self.reference))
         except DataError as error:
@@ -84,10 +87,14 @@ class OneAdapter:
 
     def entries(self) -> list[Entry]:
         first = [Entry(BASE, "base", BASE), Entry(ADAPTER, "adapter", ADAPTER)]
-        return first + [Entry(user_id(user), "user", user) for user in self._users]
+        gone = deletions(Path(self.reference["folder"]), self._users)
+        return first + [Entry(user_id(user), "user", user) for user in self._users if user not in gone]
 
     def find(self, model: str) -> Entry | None:
         return next((entry for entry in self.entries() if model in (entry.id, f"{_USER}{entry.name}")), None)
+
+    def deleted_on(self, model: str) -> str | None:
+        return deletions(Path(self.reference["folder"]), [_user_of(model)]).get(_user_of(model))
 
     def metadata_of(self, entry: Entry) -> Metadata | None:
         return None if entry.kind == "base" else self.reference
@@ -107,7 +114,7 @@ class Fleet:
             first = next((folder for folder in found if folder is not None), None)
         if first is None:
             raise ServeError(f"{folder}: no adapter of this fleet is in service. Run `perce-lite fleet` first.")
-        self.reference = adapters.read_metadata(first)
+        self.reference = adapter_files.read_metadata(first)
 
     def entries(self) -> list[Entry]:
         with opened(self.folder) as registry:
@@ -128,6 +135,10 @@ class Fleet:
                 return Entry(model, "adapter", model) if adapter and folder_in_service(registry, adapter) else None
             return _user_entry(registry, _user_of(model))
 
+    def deleted_on(self, model: str) -> str | None:
+        with opened(self.folder) as registry:
+            return registry.deleted_on(_user_of(model))
+
     def metadata_of(self, entry: Entry) -> Metadata | None:
         if entry.kind == "base":
             return None
@@ -138,7 +149,7 @@ class Fleet:
             else:
                 adapter = registry.get(*key_of(entry.name))
                 serving = None if adapter is None else folder_in_service(registry, adapter)
-        return None if serving is None else adapters.read_metadata(serving)
+        return None if serving is None else adapter_files.read_metadata(serving)
 
 
 def _id_of(key: tuple[str, str]) -> str:

@@ -8,10 +8,11 @@ import torch
 from peft import PeftModel
 
 from perce_lite.files import digest
-from perce_lite.model import adapters
+from perce_lite.model import adapter_files, adapters
+from perce_lite.model.adapter_files import recipe_of
 from perce_lite.model.answering import Answerer
 from perce_lite.model.base import load_base
-from perce_lite.model.generate import loaded_on, recipe_of
+from perce_lite.model.generate import loaded_on
 
 
 class Pool:
@@ -65,7 +66,7 @@ class Pool:
             self._model.set_adapter(name, inference_mode=True)
         else:
             folder = Path(metadata["folder"])
-            self._make_room(adapters.weights_bytes(folder))
+            self._make_room(adapter_files.weights_bytes(folder))
             self._load(name, folder, metadata)
         return self._there[name][0]
 
@@ -79,7 +80,7 @@ class Pool:
             self.drop_all()  # half of an adapter may be on the base
             raise
         answerer = Answerer(loaded_on(self._model, self._base.tokenizer, metadata))
-        self._there[name] = answerer, adapters.weights_bytes(folder)
+        self._there[name] = answerer, adapter_files.weights_bytes(folder)
         self.loads += 1
 
     def _make_room(self, size: int) -> None:

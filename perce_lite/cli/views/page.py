@@ -7,10 +7,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from perce_lite.cli.views.charts import forest
+from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.views.sections import Section
 from perce_lite.console import PIR_BOUNDS
 from perce_lite.files import write_text
+
+charts = Lazy("perce_lite.cli.views.charts")  # matplotlib takes half a second
 
 _WIDTH, _HEIGHT = 640, 180
 
@@ -48,7 +50,7 @@ def write_figures(
         told = by_query.setdefault((one["row"], one["query"]), [(f"{one['user']} wrote", one["written"])])
         way = (", sampled" if one["sampled"] else "") + (f", personal {one['personal']:g}" if one["personal"] else "")
         told.append((f"{one['arm']}, profile: {one['profile']}{way}", one["text"]))
-    filters: Filters = {"drawn": lambda section: Markup(forest(section.points, section.unit)), "words": words}
+    filters: Filters = {"drawn": lambda section: Markup(charts.forest(section.points, section.unit)), "words": words}
     told_by = [(f"{row}: {query}", told) for (row, query), told in by_query.items()]
     _write(
         "figures.html", path, filters, title=title, lead=lead, sentences=sentences, sections=sections, answers=told_by

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from trl import SFTConfig
 
-from perce_lite.config import CHOICES, VERDICTS, PerCEConfig
+from perce_lite.choices import CHOICES
+from perce_lite.config import VERDICTS, PerCEConfig
 from perce_lite.recipe import Recipe, Section, train_defaults
 
 _INTRO = """\
