@@ -136,9 +136,7 @@ VERDICTS: dict[str, Verdict] = {
         "skip_prepare_dataset would leave rows without their counterfactual; leave dataset_kwargs out",
         lambda c: bool(c.dataset_kwargs),
     ),
-    "dataset_num_proc": Verdict(
-        "in part", "pairs are made in one process; leave it out", lambda c: c.dataset_num_proc not in (None, 1)
-    ),
+    "dataset_num_proc": Verdict("supported", "any number: pairs are made in one process, and kept"),
     "auto_find_batch_size": Verdict(
         "refused",
         "a batch size that changes by itself cannot be resumed; set per_device_train_batch_size",
@@ -153,9 +151,7 @@ VERDICTS: dict[str, Verdict] = {
         lambda c: bool(c.save_only_model),
     ),
     "load_best_model_at_end": Verdict(
-        "refused",
-        "a run that is resumed at its end would take its last step, not its best",
-        lambda c: c.load_best_model_at_end,
+        "supported", "the best checkpoint stays beside the last, so a run that is resumed at its end takes it too"
     ),
     "bf16_full_eval": Verdict("refused", "it rewrites base and adapter in bf16", lambda c: c.bf16_full_eval),
     "fp16_full_eval": Verdict("refused", "it rewrites base and adapter in fp16", lambda c: c.fp16_full_eval),

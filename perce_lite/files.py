@@ -72,7 +72,7 @@ def disk_full_is_clear(path: Path, advice: str = "Free some space and run the sa
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         if disk_is_full(error, path):
             message = f"The disk is full: {path} could not be written. What was there before is unharmed. {advice}"
             raise DiskFullError(message) from error
@@ -95,14 +95,15 @@ _PROBE = 2**16
 def disk_is_full(error: BaseException, path: Path) -> bool:
     """Whether `error`, of writing to `path`, is that of a full disk or quota: told by its number, not by its words.
 
-    safetensors and torch hand on words alone; theirs count only in errors of their own types, and where they do not say
-    why nothing could be written, the disk is asked.
+    safetensors, tokenizers and torch hand on words alone; theirs count only in errors of their own types, and where they
+    do not say why nothing could be written, the disk is asked.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
-    if not isinstance(error, OSError | SafetensorError) and type(error) is not RuntimeError:
+    of_words = isinstance(error, SafetensorError) or type(error) in (RuntimeError, Exception)
+    if not isinstance(error, OSError) and not of_words:
         return False
-    if isinstance(error, SafetensorError | RuntimeError) and _SAYS_FULL.search(str(error)):
+    if of_words and _SAYS_FULL.search(str(error)):
         return True
     return _SAYS_NOT_WRITTEN.search(str(error)) is not None and not _has_room(path)
 
@@ -176,25 +177,40 @@ def _is_special(path: Path) -> bool:
 
 
 @contextmanager
-def folder_written_aside(path: Path) -> Iterator[Path]:
+def folder_written_aside(path: Path, once: bool = False) -> Iterator[Path]:
     """As `written_aside`, for a whole folder: `path` is replaced only when the block ends well.
 
     One process at a time writes a folder: whoever calls this holds a lock, and leftovers of a killed one are removed.
+
+    once: no lock is held, several processes may write the same at once; the folder is never replaced, the first stays
 
     Raises:
         DiskFullError: no space left; the old folder stays.
     """
     with disk_full_is_clear(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        settle(path)
+        if not once:
+            settle(path)
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
     try:
         with disk_full_is_clear(path):
             yield aside
             aside.chmod(0o755)
-            _replace_folder(aside, path)
+            if once:
+                _take_name(aside, path)
+            else:
+                _replace_folder(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _take_name(aside: Path, path: Path) -> None:
+    """Gives `aside` the name `path`, or leaves it where another process was faster."""
+    try:
+        os.replace(aside, path)
+    except OSError:
+        if not path.is_dir():
+            raise
 
 
 def _replace_folder(aside: Path, path: Path) -> None:

@@ -13,6 +13,7 @@ from test_cores import CORED, LORA_TEXT, folder_of
 from transformers import AutoModelForCausalLM
 
 from perce_lite.errors import AdapterError
+from perce_lite.files import folder_written_aside
 from perce_lite.fleet.disk import DiskSize
 from perce_lite.fleet.engines.slots import engine_for
 from perce_lite.fleet.fleet import fleet
@@ -181,6 +182,18 @@ def test_a_parent_that_is_not_as_it_was_is_one_clear_error(cores, toy, run, harm
     assert code == 2
     assert message in " ".join(out.split())
     assert "1 of 3 adapters are whole" in out
+    fleet(load_recipe("mine.yaml"), engine_for, retrain=["user0"])
+    assert run("adapters", "verify", "--fleet", "out")[0] == 0, "the parent was written anew, for the other core too"
+
+
+def test_workers_that_write_one_parent_at_once_do_not_disturb_each_other(tmp_path):
+    folder = tmp_path / "parent"
+    with folder_written_aside(folder, once=True) as aside:
+        (aside / "file").write_text("mine")
+        folder.mkdir()
+        (folder / "file").write_text("the other's")
+    assert (folder / "file").read_text() == "the other's"
+    assert [path.name for path in tmp_path.iterdir()] == ["parent"]
 
 
 def test_a_core_that_was_moved_says_how_to_take_it_along(cores, run):

@@ -127,7 +127,7 @@ def test_a_batch_a_user_a_profile_greedy_or_drawn(here):
 
 
 def test_without_its_data_a_script_adapter_knows_no_users(here):
-    with pytest.raises(DataError, match=r"only the script knows where its rows lie. Give --data FILE"):
+    with pytest.raises(DataError, match=r"The data are not known: .*Give --data FILE"):
         perce_lite.load("out/adapter").generate("hello", user="user0")
 
 

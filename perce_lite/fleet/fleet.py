@@ -337,6 +337,12 @@ def _train(
             engine.run(tasks(kind), done, show)
 
 
+def _drop_unused_parents(registry: Registry) -> None:
+    """Removes what cores stood in and none stands in any more, since all were trained anew."""
+    folders = (registry.folder / adapter.folder / "adapter" for adapter in registry.all())
+    drop_unused_parents(registry.folder / "adapters" / PARENTS, folders)
+
+
 def _due(registry: Registry, work: Work, kind: str, order: Sequence[str] | None) -> Iterator[Adapter]:
     """The adapters of a kind that are to be trained, users in `order`, each read when it is needed."""
     if kind != "user" or order is None:
@@ -346,12 +352,6 @@ def _due(registry: Registry, work: Work, kind: str, order: Sequence[str] | None)
         adapter = registry.get(kind, name)
         assert adapter is not None
         yield adapter
-
-
-def _drop_unused_parents(registry: Registry) -> None:
-    """Removes what cores stood in and none stands in any more, since all were trained anew."""
-    folders = (registry.folder / adapter.folder / "adapter" for adapter in registry.all())
-    drop_unused_parents(registry.folder / "adapters" / PARENTS, folders)
 
 
 def _failed(registry: Registry, adapter: Adapter, why: str, tally: Tally) -> None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from perce_lite.errors import AdapterError, ConfigError
 from perce_lite.files import folder_written_aside
 from perce_lite.fleet.slot_routing import Route
-from perce_lite.model.adapter_weights import PLAIN, Storage
+from perce_lite.model.adapter_files import PLAIN, Storage
 from perce_lite.model.adapters import require_finite, versions, write_about, write_cored, write_plain
 from perce_lite.model.compat import LoraLayer, keep_base_constant
 from perce_lite.model.compat import LoraLinear as PeftLinear

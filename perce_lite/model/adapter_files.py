@@ -46,6 +46,21 @@ class Said:
     template: Path | None = None
 
 
+@dataclass(frozen=True)
+class Storage:
+    """How adapters are stored.
+
+    dtype: of their numbers on disk, "float32" or "bfloat16"
+    parents: folder for what cores stand in; None: a core is stored as the plain LoRA that it makes
+    """
+
+    dtype: str = "float32"
+    parents: Path | None = None
+
+
+PLAIN = Storage()
+
+
 def read_metadata(folder: Path, said: Said | None = None) -> dict[str, Any]:
     """The metadata of the adapter in `folder` or in `folder/adapter`, with `folder`, the folder of its files, added.
 

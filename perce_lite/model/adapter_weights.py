@@ -4,11 +4,11 @@ Whoever reads an adapter's numbers reads them here: a core comes out as the plai
 the files are stands in `adapter_files`.
 """
 
+import functools
 import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from perce_lite.config import DTYPES
 from perce_lite.errors import AdapterError
 from perce_lite.files import METADATA, folder_written_aside, read_json
-from perce_lite.model.adapter_files import CONFIG, CORE, MEND_CORE, WEIGHTS, is_core, lora_options, parent_of
-from perce_lite.model.fingerprint import hash_tensor
+from perce_lite.model.adapter_files import (
+    CONFIG,
+    CORE,
+    MEND_CORE,
+    WEIGHTS,
+    Storage,
+    is_core,
+    lora_options,
+    parent_of,
+)
+from perce_lite.model.fingerprint import FileStamp, hash_tensor
 from perce_lite.model.lora_core import Cored
 
 _CHANGE = ".lora_core.change"
@@ -30,21 +40,6 @@ _CHANGE = ".lora_core.change"
 
 _SCALE = ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
 """Options of `LoraConfig` that say how strongly A and B count."""
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How adapters are stored.
-
-    dtype: of their numbers on disk
-    parents: folder for what cores stand in; None: a core is stored as the plain LoRA that it makes
-    """
-
-    dtype: torch.dtype = torch.float32
-    parents: Path | None = None
-
-
-PLAIN = Storage()
 
 
 # Writing
@@ -58,13 +53,26 @@ def write_core(aside: Path, folder: Path, cored: Cored, config: LoraConfig, stor
     assert storage.parents is not None
     fingerprint = _parent_fingerprint(cored.parent, config.to_dict())
     parent = storage.parents / fingerprint
-    if not (parent / CONFIG).is_file():
-        with folder_written_aside(parent) as new:
-            write_tensors(new / WEIGHTS, cored.parent, storage.dtype)
+    if not _holds(parent, fingerprint):
+        with folder_written_aside(parent, once=not parent.exists()) as new:  # workers of one fleet write side by side
+            write_tensors(new / WEIGHTS, cored.parent, DTYPES[storage.dtype])
             config.save_pretrained(str(new))
     changes = {f"{path}{_CHANGE}": change(core) for path, core in cored.cores.items()}
-    write_tensors(aside / CORE, changes, storage.dtype)
+    write_tensors(aside / CORE, changes, DTYPES[storage.dtype])
     return {"core": {"parent": os.path.relpath(parent, folder), "fingerprint": fingerprint}}
+
+
+def _holds(parent: Path, fingerprint: str) -> bool:
+    """Whether a parent lies there, and is what it was."""
+    try:
+        return _fingerprint_of(FileStamp.of(parent / WEIGHTS), FileStamp.of(parent / CONFIG)) == fingerprint
+    except (OSError, AdapterError):
+        return False
+
+
+@functools.lru_cache(maxsize=64)
+def _fingerprint_of(weights: FileStamp, config: FileStamp) -> str:
+    return _parent_fingerprint(_load(weights.path), read_json(config.path) or {})
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from perce_lite.config import DTYPES
 from perce_lite.console import say
 from perce_lite.errors import AdapterError, NonFiniteLossError, first_line
 from perce_lite.files import METADATA as METADATA
 from perce_lite.files import folder_written_aside, write_json, write_text
 from perce_lite.model import adapter_weights
-from perce_lite.model.adapter_files import WEIGHTS, is_core, parent_of, read_metadata
-from perce_lite.model.adapter_weights import PLAIN, Storage
+from perce_lite.model.adapter_files import PLAIN, WEIGHTS, Storage, is_core, parent_of, read_metadata
 from perce_lite.model.compat import is_lora_weight, lora_layers
 from perce_lite.model.fingerprint import fingerprint, has_layers, same_base, sketch
 from perce_lite.model.lora_core import Cored, cored_of
@@ -48,7 +48,7 @@ def save(model: PeftModel, folder: Path, metadata: dict[str, Any], storage: Stor
             config.inference_mode = True  # as peft saves it
             origin |= write_cored(aside, folder, cored, config, storage)
         else:
-            model.save_pretrained(aside, state_dict=_stored_state(model, storage.dtype))
+            model.save_pretrained(aside, state_dict=_stored_state(model, DTYPES[storage.dtype]))
         write_about(aside, {**metadata, **origin})
 
 
@@ -65,7 +65,7 @@ def write_cored(aside: Path, folder: Path, cored: Cored, config: LoraConfig, sto
 
 def write_plain(aside: Path, state: Mapping[str, Tensor], config: LoraConfig, storage: Storage) -> None:
     """Writes a plain LoRA's tensors, by PEFT's names, and its configuration into `aside`."""
-    adapter_weights.write_tensors(aside / WEIGHTS, state, storage.dtype)
+    adapter_weights.write_tensors(aside / WEIGHTS, state, DTYPES[storage.dtype])
     config.save_pretrained(str(aside))
 
 

@@ -2,30 +2,15 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
-
 from perce_lite import export_targets as targets
-from perce_lite.errors import ModelError, RecipeError
+from perce_lite.errors import RecipeError
 from perce_lite.files import digest
-from perce_lite.hub import hub_options
-from perce_lite.model.base import model_source, not_there, with_adapter
+from perce_lite.model.base import config_of as config_of
+from perce_lite.model.base import model_source, with_adapter
 from perce_lite.model.compat import is_lora_weight, lora_layers
 from perce_lite.model.fingerprint import FileStamp, sampled_hash
 from perce_lite.model.full_gpu import on_meta as on_meta
 from perce_lite.recipe import Recipe, lora_config
-
-
-def config_of(recipe: Recipe) -> PretrainedConfig:
-    """The model's configuration; no weights are read.
-
-    Raises:
-        ModelError: as `load_base`.
-    """
-    try:
-        source = model_source(recipe)
-        return AutoConfig.from_pretrained(source, **hub_options(source))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(not_there(recipe, error)) from error
 
 
 def source_fingerprint(recipe: Recipe) -> str:

@@ -4,7 +4,9 @@ import re
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+
+from perce_lite.model.architecture import model_class
 
 _GIB = 2**30
 
@@ -45,7 +47,9 @@ def why_no_room(config: PretrainedConfig, dtype: torch.dtype, in_4_bit: bool) ->
 def on_meta(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration on the meta device: shapes only, no memory for weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        kind = model_class(config)
+        automatic = issubclass(kind, AutoModelForCausalLM | AutoModelForImageTextToText)
+        return kind.from_config(config) if automatic else kind(config)
 
 
 def _at_least(config: PretrainedConfig, dtype: torch.dtype, in_4_bit: bool) -> int:

@@ -13,7 +13,7 @@ from perce_lite.errors import RunError
 from perce_lite.files import digest, read_json, settle, write_json
 from perce_lite.locks import held_alone
 from perce_lite.model import adapters
-from perce_lite.model.adapter_weights import PLAIN, Storage
+from perce_lite.model.adapter_files import PLAIN, Storage
 from perce_lite.recipe import Recipe
 
 

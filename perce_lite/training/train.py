@@ -122,7 +122,8 @@ def _load_if_finished(trainer: PerCETrainer, checkpoint: str) -> bool:
     stopped = trainer.best_step is not None and trainer.best_step.stopped
     if state.global_step < state.max_steps and not stopped:
         return False
-    trainer._load_from_checkpoint(checkpoint)
+    best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer._load_from_checkpoint(checkpoint if best is None else str(Path(checkpoint).with_name(Path(best).name)))
     trainer.state = state
     return True
 

@@ -8,7 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 from perce_lite.data.rows import Row
 from perce_lite.errors import ConfigError, DeviceError, DiskFullError, ModelError, PerceLiteError, RecipeError
 from perce_lite.files import digest
-from perce_lite.fleet.groups import Key
+from perce_lite.fleet.groups import PARENTS, Key
+from perce_lite.model.adapter_files import Storage
 from perce_lite.recipe import Recipe
 
 
@@ -28,6 +29,11 @@ class Task:
     folder: Path
     run: str
     start: Path | None
+
+    @property
+    def storage(self) -> Storage:
+        """How its adapter is stored: a core beside the other cores' parents, in `PARENTS` of the fleet's adapters."""
+        return Storage(self.recipe.fleet.adapter_dtype, self.folder.parent.parent / PARENTS)
 
     @property
     def begun(self) -> str:

@@ -8,16 +8,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from perce_lite.config import DTYPES
 from perce_lite.console import no_bars
 from perce_lite.data.pairs import PairMaker
 from perce_lite.data.rows import Row
 from perce_lite.errors import PerceLiteError
 from perce_lite.files import bytes_of
 from perce_lite.fleet.engines.protocol import FATAL_ERRORS, OnDone, OnProgress, Outcome, Task
-from perce_lite.fleet.groups import PARENTS
 from perce_lite.model import adapters
-from perce_lite.model.adapter_weights import Storage
 from perce_lite.model.base import Base, load_base
 from perce_lite.model.compat import forward_hooks, restore_forward_hooks
 from perce_lite.model.fingerprint import fingerprint, sketch
@@ -29,11 +26,6 @@ from perce_lite.training.metadata import mean_statistics
 from perce_lite.training.run import Run
 from perce_lite.training.train import make_trainer, train_to_end
 from perce_lite.training.trainer import PerCETrainer
-
-
-def storage_of(task: Task) -> Storage:
-    """How a task's adapter is stored: a core beside the other cores' parents, in `PARENTS` of the fleet's adapters."""
-    return Storage(DTYPES[task.recipe.fleet.adapter_dtype], task.folder.parent.parent / PARENTS)
 
 
 class SequentialEngine:
@@ -74,7 +66,7 @@ class SequentialEngine:
             return self._train_task(task, on_progress)
 
     def _train_task(self, task: Task, on_progress: OnProgress) -> Outcome:
-        run = Run(task.folder, task.begun, task.run, storage_of(task))
+        run = Run(task.folder, task.begun, task.run, task.storage)
         recipe = task.recipe.model_copy(update={"train": {**task.recipe.train, "output_dir": str(task.folder)}})
         base = self._base()
         with no_bars(), bare(base.model):

@@ -14,7 +14,7 @@ from perce_lite.errors import ConfigError, NonFiniteLossError, PerceLiteError
 from perce_lite.files import bytes_of, digest
 from perce_lite.fleet.capacity import optimizer_of, users_at_once
 from perce_lite.fleet.engines.protocol import FATAL_ERRORS, OnDone, OnProgress, Outcome, Task
-from perce_lite.fleet.engines.sequential import SequentialEngine, figures_of, storage_of
+from perce_lite.fleet.engines.sequential import SequentialEngine, figures_of
 from perce_lite.fleet.registry import KEPT
 from perce_lite.fleet.slot_lora import save_slot
 from perce_lite.fleet.slot_trainer import SlotTrainer
@@ -144,7 +144,7 @@ class _Users:
         )
         folder = task.folder / "adapter"
         try:
-            save_slot(model, result.core or result.adapter, folder, metadata, storage_of(task))
+            save_slot(model, result.core or result.adapter, folder, metadata, task.storage)
         except NonFiniteLossError as error:
             return error
         weights = {**result.weights, "store_hits": result.store_hits}
