@@ -95,8 +95,8 @@ _PROBE = 2**16
 def disk_is_full(error: BaseException, path: Path) -> bool:
     """Whether `error`, of writing to `path`, is that of a full disk or quota: told by its number, not by its words.
 
-    safetensors, tokenizers and torch hand on words alone; theirs count only in errors of their own types, and where they
-    do not say why nothing could be written, the disk is asked.
+    safetensors, tokenizers and torch hand on words alone; theirs count only in errors of their own types, and where
+    they do not say why nothing could be written, the disk is asked.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
