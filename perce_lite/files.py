@@ -72,7 +72,7 @@ def disk_full_is_clear(path: Path, advice: str = "Free some space and run the sa
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         if disk_is_full(error, path):
             message = f"The disk is full: {path} could not be written. What was there before is unharmed. {advice}"
             raise DiskFullError(message) from error
@@ -95,14 +95,15 @@ _PROBE = 2**16
 def disk_is_full(error: BaseException, path: Path) -> bool:
     """Whether `error`, of writing to `path`, is that of a full disk or quota: told by its number, not by its words.
 
-    safetensors and torch hand on words alone; theirs count only in errors of their own types, and where they do not say
-    why nothing could be written, the disk is asked.
+    safetensors, tokenizers and torch hand on words alone; theirs count only in errors of their own types, and where
+    they do not say why nothing could be written, the disk is asked.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
-    if not isinstance(error, OSError | SafetensorError) and type(error) is not RuntimeError:
+    of_words = isinstance(error, SafetensorError) or type(error) in (RuntimeError, Exception)
+    if not isinstance(error, OSError) and not of_words:
         return False
-    if isinstance(error, SafetensorError | RuntimeError) and _SAYS_FULL.search(str(error)):
+    if of_words and _SAYS_FULL.search(str(error)):
         return True
     return _SAYS_NOT_WRITTEN.search(str(error)) is not None and not _has_room(path)
 

@@ -32,11 +32,11 @@ COMMANDS = {
     "slots": ["fleet", "mine.yaml"],
     "export": ["export", "out", "--to", "peft"],
     "import": ["import", "notes", "--user", "ann", "--append", "--yes"],
-    "delete": ["adapters", "delete", "user0", "--fleet", "out"],
+    "delete": ["adapters", "delete", "user0", "--fleet", "out", "--yes"],
 }
 
 CHANGES = {"store_hits", "updated", "source", "num_tokens"}
-"""What differs from run to run: hits of the store, the time, the time of the model's files, what TRL counts a process."""
+"""What differs from run to run: hits of the store, times (of the model's files too), what TRL counts in a process."""
 
 
 def prepared(command: str, folder: Path) -> None:

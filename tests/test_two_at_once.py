@@ -132,7 +132,7 @@ def test_store_clear_and_train(recipe, run, waiting):
 def test_fleet_and_delete_then_delete_and_a_run_with_its_store(recipe, run, waiting):
     path = recipe(rows_of(2), TEXT.replace("max_steps: 3", "max_steps: 1"))
     first = waiting("perce_lite.training.trainer:PerCETrainer.training_step", "fleet", str(path))
-    code, _, err = run("adapters", "delete", "user0", "--fleet", "out")
+    code, _, err = run("adapters", "delete", "user0", "--fleet", "out", "--yes")
     assert code == 2
     assert f"another fleet run is using it ({first.named}" in " ".join(err.split())
     assert first.end()[0] == 0
@@ -140,7 +140,7 @@ def test_fleet_and_delete_then_delete_and_a_run_with_its_store(recipe, run, wait
     alone.write_text(path.read_text().replace("output_dir: out", "output_dir: alone"))
     shutil.rmtree("store")  # so that it scores them anew
     other = waiting("perce_lite.model.logprob_store:Store.put", "train", str(alone))
-    assert run("adapters", "delete", "user0", "--fleet", "out")[0] == 0
+    assert run("adapters", "delete", "user0", "--fleet", "out", "--yes")[0] == 0
     code, told = other.end()
     assert code == 0, told
     assert [file.name for file in Path("store").rglob("user*.safetensors") if file.name.startswith("user0")] == []
@@ -157,7 +157,7 @@ def test_export_and_export_then_export_and_delete(recipe, run, waiting):
     assert f"another export is writing there ({first.named}" in " ".join(err.split())
     assert first.end()[0] == 0
     second = waiting("perce_lite.export.export:write", "export", str(adapter), "--to", "peft", "--force")
-    assert run("adapters", "delete", "user0", "--fleet", "out")[0] == 0
+    assert run("adapters", "delete", "user0", "--fleet", "out", "--yes")[0] == 0
     code, told = second.end()
     assert code == 2, told
     assert "Traceback" not in told

@@ -47,9 +47,9 @@ def chat(
     if profile is not None and user is not None:
         raise typer.BadParameter("give one of --profile and --user")
     queries.refuse_deleted(adapter, user)
+    text = text_or_file(profile)
     metadata = read_metadata(_serving(adapter, user), Said(model, data, template))
     require_user(metadata, user)
-    text = text_or_file(profile)
     opened = generation.load_adapter(metadata)
     transformers.set_seed(seed)
     conversation.chat(opened, text, user, max_new_tokens, personal, **generation.sampling(temperature, top_p))

@@ -70,8 +70,9 @@ def generate(
     if prompt is None and prompts is None and sys.stdin.isatty():
         raise typer.BadParameter("give --prompt TEXT, --prompts FILE, or pipe prompts in, one a line")
     said = Said(model, data, template)
-    require_user(read_metadata(adapter, said), user)
     text = "" if no_profile else text_or_file(profile)
+    metadata = read_metadata(adapter, said)
+    require_user(metadata, user)
     options = generation.sampling(temperature, top_p)
     if prompt is not None:
         transformers.set_seed(seed)
@@ -81,7 +82,6 @@ def generate(
         write(json, figures)
         return
     name = "standard input" if prompts is None or str(prompts) == "-" else str(prompts)
-    metadata = read_metadata(adapter, said)
     asked = questions.read_questions(_lines(prompts), name, text, user)
     wanted = questions.wanted_profiles(metadata, asked)
     loaded = generation.load_adapter(metadata)

@@ -54,11 +54,18 @@ def check_tokenizer(folder: Path, proof: Proof) -> None:
 
 
 def check_base(found: Sketch, proof: Proof, where: str) -> None:
-    """Raises ExportError where the sketch `found` is of another base than the proof's."""
-    if not same_base(found.model_dump(), proof.sketch.model_dump()):
-        raise ExportError(
-            f"{where}: another base: its embedding is not that of {proof.model}, which the adapter is for."
-        )
+    """Raises ExportError where the sketch `found` is of another base than the proof's.
+
+    Layers of a merged model are left to its log-probs and hashes, which say more of what is wrong.
+    """
+    theirs, ours = found.model_dump(), proof.sketch.model_dump()
+    if not same_base({**theirs, "layers": []}, ours):
+        what = "its embedding is not that"
+    elif proof.target != "merged" and not same_base(theirs, ours):
+        what = "the weights of its layers are not those"
+    else:
+        return
+    raise ExportError(f"{where}: another base: {what} of {proof.model}, which the adapter is for.")
 
 
 # Whole folders
@@ -74,7 +81,11 @@ def verify_peft(folder: Path, proof: Proof) -> dict[str, float]:
     check_tensors(tensors_of(folder), proof, folder)
     check_tokenizer(folder, proof)
     try:
-        recipe = on_cpu(adapter_files.read_metadata(folder), quantised=True)
+        metadata = adapter_files.read_metadata(folder)
+    except AdapterError as error:
+        raise ExportError(f"{folder}: peft cannot load it: {error}") from error
+    try:
+        recipe = on_cpu(metadata, quantised=True)
         with base_for(recipe) as base:
             return _with_peft(base.model, recipe, folder, proof)
     except (AdapterError, ModelError) as error:

@@ -303,6 +303,7 @@ def _of_trl(card: Card) -> Iterator[Patch]:
 
     yield mock.patch.object(trl.trainer.utils, "_use_triton", use_triton)
     yield mock.patch.object(compat, "_use_triton", use_triton)
+    yield mock.patch.object(chunked, "_use_triton", return_value=False)  # a CUDA build has Triton, which needs a GPU
     for name in ("_forward_tile", "_backward_tile") if card.triton else ():
         tile = _counted_only if card.shapes else _as_one_kernel(vars(chunked)[name])
         yield mock.patch.object(chunked, name, tile)
