@@ -7,6 +7,8 @@ import typer
 from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import Json, RecipePath, Set, open_recipe, write
 from perce_lite.cli.views import sections, terminal
+from perce_lite.data.readers import user_texts
+from perce_lite.fleet import queries
 
 device = Lazy("perce_lite.device")
 engines = Lazy("perce_lite.fleet.engines.slots")
@@ -26,6 +28,9 @@ def fleet(
 ) -> None:
     """Train an adapter for every user (or cohort) who is due, over one base, or resume."""
     loaded = open_recipe(recipe, set_, trains=True)
+    for user in only or []:
+        queries.refuse_deleted(loaded.output_dir, user)
+        user_texts(loaded, user)
     device.say_device(loaded)
     result = fleets.fleet(loaded, engines.engine_for, only or [], retrain or [], dry_run)
     write(json, result.figures())

@@ -19,7 +19,7 @@ from perce_lite.cli.options import (
     write,
 )
 from perce_lite.fleet import queries
-from perce_lite.model.adapter_files import read_metadata
+from perce_lite.model.adapter_files import read_metadata, require_profile
 
 answering = Lazy("perce_lite.model.answering")
 generation = Lazy("perce_lite.model.generate")
@@ -44,8 +44,10 @@ def generate(
     if sum((profile is not None, no_profile, user is not None)) > 1:
         raise typer.BadParameter("give one of --profile, --no-profile and --user")
     queries.refuse_deleted(adapter, user)
-    require_user(read_metadata(adapter), user)
+    metadata = read_metadata(adapter)
+    require_user(metadata, user)
     text = "" if no_profile else text_or_file(profile)
+    require_profile(metadata, text, user)
     transformers.set_seed(seed)
     options = answering.sampling(temperature, top_p)
     figures = generation.generate_from_folder(

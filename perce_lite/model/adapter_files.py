@@ -32,6 +32,10 @@ def read_metadata(folder: Path) -> dict[str, Any]:
             _check(metadata, nested)
             _check_whole(nested)
             return {**_with_base_found(metadata, nested), "folder": str(nested)}
+    for nested in (folder, folder / "adapter"):
+        if (nested / METADATA).is_file():
+            lacks = f"{METADATA} is empty or cut off" if (nested / WEIGHTS).is_file() else f"{WEIGHTS} is missing"
+            raise AdapterError(f"{nested}: its {lacks}. {_ANEW}")
     raise AdapterError(
         f"{folder}: no adapter of PerCE Lite: it needs {WEIGHTS}, {CONFIG} and {METADATA}. "
         "Give the folder that `perce-lite train` named at its end."
@@ -119,6 +123,17 @@ def _check_whole(folder: Path) -> None:
 
 
 _ANEW = "Copy the whole folder once more from where it was trained, or train it anew."
+
+
+def require_profile(metadata: dict[str, Any], profile: str | None, user: str | None) -> None:
+    """Raises AdapterError where neither is named, and the adapter with this metadata was trained with profiles."""
+    if profile is not None or user is not None:
+        return
+    if metadata["train_on"] == "factual":
+        raise AdapterError(
+            "This adapter was trained with the user's profile in the prompt. Give --profile TEXT (or --profile @FILE), "
+            "--user NAME for a user of its data, or --no-profile to go without."
+        )
 
 
 def recipe_of(metadata: dict[str, Any]) -> Recipe:

@@ -14,9 +14,9 @@ from perce_lite.config import chosen_dtype, pick_device
 from perce_lite.data.pairs import PairMaker
 from perce_lite.data.readers import user_texts
 from perce_lite.data.rows import Message, Profiled
-from perce_lite.errors import AdapterError, DataError
+from perce_lite.errors import DataError
 from perce_lite.model import adapter_files, adapters
-from perce_lite.model.adapter_files import recipe_of
+from perce_lite.model.adapter_files import recipe_of, require_profile
 from perce_lite.model.base import load_base
 from perce_lite.model.fused_head import base_of
 from perce_lite.model.personal_decoding import PersonalContrast
@@ -219,16 +219,10 @@ def _wanted_profile(metadata: dict[str, Any], prompt: str, profile: str | None, 
     """The profile to answer with, before it is cut to what fits; arguments as in `generate_from_folder`.
 
     Raises:
-        AdapterError: neither a profile nor a user is named, and the adapter was trained with profiles.
+        AdapterError: as `adapter_files.require_profile`.
     """
+    require_profile(metadata, profile, user)
     if user is not None:
         recipe = Recipe.model_validate(metadata["recipe"])
         return user_texts(recipe, user).profile_for(prompt, recipe.profile)
-    if profile is not None:
-        return profile
-    if metadata["train_on"] == "factual":
-        raise AdapterError(
-            "This adapter was trained with the user's profile in the prompt. Give --profile TEXT (or --profile @FILE), "
-            "--user NAME for a user of its data, or --no-profile to go without."
-        )
-    return ""
+    return profile or ""
