@@ -8,10 +8,14 @@ import torch
 from trl import SFTConfig
 
 from perce_lite.choices import CHOICES
+from perce_lite.console import say
 from perce_lite.errors import ConfigError, DeviceError
 from perce_lite.recipe_checks import tracker_faults
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+NO_MPS = "The Apple GPU (MPS) is not used, for nothing here was made for it or tried on it: training is on the CPU."
 
 
 def pick_device(wanted: str = "auto") -> torch.device:
@@ -132,9 +136,7 @@ VERDICTS: dict[str, Verdict] = {
         "skip_prepare_dataset would leave rows without their counterfactual; leave dataset_kwargs out",
         lambda c: bool(c.dataset_kwargs),
     ),
-    "dataset_num_proc": Verdict(
-        "in part", "pairs are made in one process; leave it out", lambda c: c.dataset_num_proc not in (None, 1)
-    ),
+    "dataset_num_proc": Verdict("supported", "any number: pairs are made in one process, and kept"),
     "auto_find_batch_size": Verdict(
         "refused",
         "a batch size that changes by itself cannot be resumed; set per_device_train_batch_size",
@@ -149,9 +151,7 @@ VERDICTS: dict[str, Verdict] = {
         lambda c: bool(c.save_only_model),
     ),
     "load_best_model_at_end": Verdict(
-        "refused",
-        "a run that is resumed at its end would take its last step, not its best",
-        lambda c: c.load_best_model_at_end,
+        "supported", "the best checkpoint stays beside the last, so a run that is resumed at its end takes it too"
     ),
     "bf16_full_eval": Verdict("refused", "it rewrites base and adapter in bf16", lambda c: c.bf16_full_eval),
     "fp16_full_eval": Verdict("refused", "it rewrites base and adapter in fp16", lambda c: c.fp16_full_eval),
@@ -202,6 +202,9 @@ def _spreads_batches(accelerator_config: Any) -> bool:
 class PerCEConfig(SFTConfig):
     """`SFTConfig` with the fields of PerContrast; all of `SFTConfig`'s keep their names and meaning.
 
+    >>> PerCEConfig(output_dir="out", learning_rate=2e-4, estimator="base", clip_max=3.0).weighting
+    'additive'
+
     Mixed precision follows the device unless `bf16` or `fp16` is given: bf16, fp16 on a GPU without it, float32
     on a CPU without bf16 instructions. A loss that is NaN is never filtered from the logs.
 
@@ -246,7 +249,9 @@ class PerCEConfig(SFTConfig):
             device = torch.device("cpu") if self.use_cpu else pick_device()
             self.bf16 = not self.fp16 and compute_dtype(device) == torch.bfloat16
             self.fp16 = self.fp16 or (not self.bf16 and compute_dtype(device) == torch.float16)
-        if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        if not torch.cuda.is_available():
+            if torch.backends.mps.is_available() and not self.use_cpu:
+                say(NO_MPS)
             self.use_cpu = True
         faults = _own_faults(self) + [
             f"{name}: {getattr(self, name)!r} is refused: {verdict.reason}"

@@ -5,7 +5,7 @@ import subprocess
 
 import torch
 
-from perce_lite.config import chosen_dtype, pick_device
+from perce_lite.config import NO_MPS, chosen_dtype, pick_device
 from perce_lite.console import say, warn
 from perce_lite.recipe import Recipe
 
@@ -27,7 +27,9 @@ def say_device(recipe: Recipe) -> None:
         return
     asked = " (device: cpu)" if recipe.device == "cpu" else ""
     say(f"Device: CPU{asked}, {dtype}")
-    if not asked:
+    if not asked and torch.backends.mps.is_available():
+        say(NO_MPS)
+    elif not asked:
         warn_of_an_unused_gpu()
 
 

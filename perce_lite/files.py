@@ -1,6 +1,7 @@
 """The disk: the cache folder, safe names, and writing so that a kill or a full disk loses nothing."""
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -13,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from perce_lite.errors import DiskFullError, PathError
 
@@ -29,11 +32,29 @@ def home() -> Path:
 
 
 def safe_name(text: str) -> str:
-    """A file name for any text: a readable slug and a hash. Two texts never share one, no text is a path."""
+    """A file name for any text: a readable slug and 96 bits of a hash. Two texts never share one, no text is a path."""
+    return f"{_slug(text)[:35]}-{hash_of(text)}"
+
+
+def earlier_name(text: str) -> str:
+    """What `safe_name` gave in earlier versions, with 48 bits of the hash; what was made then keeps it."""
+    return f"{_slug(text)[:40]}-{hash_of(text)[:12]}"
+
+
+def named(parent: Path, text: str, suffix: str = "") -> Path:
+    """The file or folder of `text` in `parent`: by `safe_name`, or by `earlier_name` where only that is there."""
+    path, earlier = parent / f"{safe_name(text)}{suffix}", parent / f"{earlier_name(text)}{suffix}"
+    return earlier if earlier.exists() and not path.exists() else path
+
+
+def hash_of(text: str) -> str:
+    """96 bits of the hash of any text, surrogates included, in hexadecimal."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+
+def _slug(text: str) -> str:
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    slug = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40] or "x"
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-    return f"{slug}-{digest}"
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-") or "x"
 
 
 def digest(value: Any) -> str:
@@ -51,16 +72,51 @@ def disk_full_is_clear(path: Path, advice: str = "Free some space and run the sa
     """
     try:
         yield
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        # The last four are what torch.save and numpy make of it; they do not say so.
-        messages = (
-            "No space left on device|PytorchStreamWriter failed|unexpected pos|iostream error|requested and .* written"
-        )
-        if full or re.search(messages, str(error)):
+    except Exception as error:  # tokenizers raises nothing narrower
+        if disk_is_full(error, path):
             message = f"The disk is full: {path} could not be written. What was there before is unharmed. {advice}"
             raise DiskFullError(message) from error
         raise
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_SAYS_FULL = re.compile(rf"No space left on device|Disk quota exceeded|\(os error ({errno.ENOSPC}|{errno.EDQUOT})\)")
+
+_SAYS_NOT_WRITTEN = re.compile(
+    r"\[enforce fail at inline_container\.cc|PytorchStreamWriter failed|unexpected pos \d+ vs \d+|basic_ios::clear: "
+    r"iostream error|\d+ requested and \d+ written"
+)
+"""What torch.save and numpy say of any write that fails, whatever the reason."""
+
+_PROBE = 2**16
+
+
+def disk_is_full(error: BaseException, path: Path) -> bool:
+    """Whether `error`, of writing to `path`, is that of a full disk or quota: told by its number, not by its words.
+
+    safetensors, tokenizers and torch hand on words alone; theirs count only in errors of their own types, and where
+    they do not say why nothing could be written, the disk is asked.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    of_words = isinstance(error, SafetensorError) or type(error) in (RuntimeError, Exception)
+    if not isinstance(error, OSError) and not of_words:
+        return False
+    if of_words and _SAYS_FULL.search(str(error)):
+        return True
+    return _SAYS_NOT_WRITTEN.search(str(error)) is not None and not _has_room(path)
+
+
+def _has_room(path: Path) -> bool:
+    """Whether a small file can be written where `path` lies, or would."""
+    folder = next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(_PROBE))
+    except OSError as error:
+        return error.errno not in _FULL
+    return True
 
 
 def refuse_unwritable(path: Path, instead: str, folder: bool = False) -> None:
@@ -102,12 +158,13 @@ def written_aside(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
-        aside = Path(name)
-        try:
+    aside = Path(name)
+    try:
+        with disk_full_is_clear(path):  # the disk may be asked whether it is full: what was written still stands
             yield aside
             os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _is_special(path: Path) -> bool:
@@ -120,33 +177,74 @@ def _is_special(path: Path) -> bool:
 
 
 @contextmanager
-def folder_written_aside(path: Path) -> Iterator[Path]:
+def folder_written_aside(path: Path, once: bool = False) -> Iterator[Path]:
     """As `written_aside`, for a whole folder: `path` is replaced only when the block ends well.
+
+    One process at a time writes a folder: whoever calls this holds a lock, and leftovers of a killed one are removed.
+
+    once: no lock is held, several processes may write the same at once; the folder is never replaced, the first stays
 
     Raises:
         DiskFullError: no space left; the old folder stays.
     """
     with disk_full_is_clear(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not once:
+            settle(path)
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent))
-        try:
+    try:
+        with disk_full_is_clear(path):
             yield aside
             aside.chmod(0o755)
-            if path.exists():
-                # A folder cannot replace a full one in one step; a kill in between leaves the old one as `.old`.
-                old = path.with_name(f".{path.name}.old")
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(path, old)
-                try:
-                    os.replace(aside, path)
-                except OSError:
-                    os.replace(old, path)
-                    raise
-                shutil.rmtree(old)
+            if once:
+                _take_name(aside, path)
             else:
-                os.replace(aside, path)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+                _replace_folder(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _take_name(aside: Path, path: Path) -> None:
+    """Gives `aside` the name `path`, or leaves it where another process was faster."""
+    try:
+        os.replace(aside, path)
+    except OSError:
+        if not path.is_dir():
+            raise
+
+
+def _replace_folder(aside: Path, path: Path) -> None:
+    """Gives `aside` the name `path`. A folder cannot replace a full one in one step: the old one is `.old` between."""
+    if not path.exists():
+        os.replace(aside, path)
+        return
+    old = _old(path)
+    os.replace(path, old)
+    try:
+        os.replace(aside, path)
+    except OSError:
+        os.replace(old, path)
+        raise
+    shutil.rmtree(old)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def settle(path: Path) -> None:
+    """Ends what a killed write of `path`, a file or a folder, has left: the old one is back, or what is new is whole.
+
+    Only for who holds the lock under which `path` is written.
+    """
+    old = _old(path)
+    if old.is_dir() and path.exists():
+        shutil.rmtree(old)
+    elif old.is_dir():
+        os.replace(old, path)
+    for leftover in path.parent.glob(f".{glob.escape(path.name[:40])}*.tmp"):
+        if re.fullmatch(rf"\.({re.escape(path.name[:100])}|{re.escape(path.name[:40])})\.\w+\.tmp", leftover.name):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
 def bytes_of(path: Path) -> int:

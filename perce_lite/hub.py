@@ -30,3 +30,22 @@ def reachable() -> bool:
         say(f"No connection to {host.hostname}: of models, only those on this machine are used.")
         return False
     return True
+
+
+def is_of_the_hub(error: BaseException | None) -> bool:
+    """Whether `error`, or one that led to it, is the Hub's: not to be reached, not to be read, or no such thing there.
+
+    Told by types: what a message says may be said of anything. transformers wraps them in an OSError, or asks its cache
+    alone and says that there is nothing in it.
+    """
+    from httpx import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    kinds = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, HTTPError)
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, kinds):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

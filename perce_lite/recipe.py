@@ -97,9 +97,13 @@ class Evaluation(Section):
 
     max_rows: int = Field(24, ge=1, description="held-out rows of a split at the most, spread over users")
     max_new_tokens: int = Field(60, ge=1, description="tokens of a generated answer")
-    generated_rows: int = Field(8, ge=0, description="eval: rows whose answers are generated and scored; 0: none")
+    generated_rows: int = Field(
+        8, ge=0, description="eval, compare: rows whose answers are generated and scored; 0: none"
+    )
     samples: int = Field(
-        3, ge=0, description="eval: answers drawn at temperature 0.7 beside the greedy one, with the own profile"
+        3,
+        ge=0,
+        description="eval, compare: answers drawn at temperature 0.7 beside the greedy one, with the own profile",
     )
     personal: list[Annotated[float, Field(ge=0)]] = Field(
         [0.25, 0.5, 1.0], description="eval: strengths of --personal whose answers are judged too, beside plain ones"
@@ -111,7 +115,7 @@ class Evaluation(Section):
         3, ge=0, description="eval, compare: further users whose profiles a text's writer is told from"
     )
     generation: dict[str, Any] = Field(
-        {}, description="eval: options of transformers' generate, such as {do_sample: true, temperature: 0.7}"
+        {}, description="eval, compare: options of transformers' generate, such as {do_sample: true, temperature: 0.7}"
     )
     general: str | None = Field(
         None, description="eval: JSONL of prompt and completion that has nothing to do with the users; null: built in"
@@ -139,6 +143,12 @@ class Fleet(Section):
     max_examples: int | None = Field(
         None, ge=1, description="training rows of a user that are trained on at the most, the last ones; null: all"
     )
+    patience: int | None = Field(
+        None, ge=1, description="early_stopping.patience of users' adapters, each by the user's own validation rows"
+    )
+    adapter_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="what adapters are stored as from now on; training computes in float32 in any case"
+    )
 
     @field_validator("slots", mode="before")
     @classmethod
@@ -146,6 +156,20 @@ class Fleet(Section):
         if slots != "auto" and (not isinstance(slots, int) or isinstance(slots, bool) or slots < 1):
             raise ValueError("is neither auto nor a whole number of at least 1")
         return slots
+
+
+class EarlyStopping(Section):
+    """When training ends before its last step: `train`, and a fleet's shared and cohort adapters."""
+
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="measurements of the validation rows in a row without a lower loss after which training ends; the "
+        "adapter of the best step is kept; null: train to the last step",
+    )
+    every: int | None = Field(
+        None, ge=1, description="optimizer steps from one measurement to the next; null: an epoch"
+    )
 
 
 class Export(Section):
@@ -159,7 +183,7 @@ class Export(Section):
 class Recipe(Section):
     """All that a run depends on."""
 
-    model: str = Field("smollm2-135m", description="smollm2-135m (built in), a Hub id or a folder")
+    model: str = Field("smollm2-135m", description="smollm2-135m (built in), a Hub id, a folder or a GGUF file")
     quantization: Literal["nf4", "none"] = Field("nf4", description="nf4: 4 bit with double quantisation")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="compute dtype")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one")
@@ -170,6 +194,7 @@ class Recipe(Section):
     profile: Profile = Profile()
     template: Template = Template()
     split: Split = Split()
+    early_stopping: EarlyStopping = EarlyStopping()
     evaluation: Evaluation = Evaluation()
     fleet: Fleet = Fleet()
     export: Export = Export()
@@ -195,12 +220,23 @@ class Recipe(Section):
     @property
     def model_folder(self) -> Path | None:
         """The folder that `model` names, from the recipe's own on or as it stands; None where it names none."""
-        return next((place for place in self._places(self.model) if place.is_dir()), None)
+        places = self._places(self.model) if self.model else ()  # a script's model may have no name
+        return next((place for place in places if place.is_dir()), None)
 
     def model_is_there(self) -> bool:
         """Whether `model` is something; only a name that is spelt like a path can be told to be nothing."""
         as_path = self.model.startswith(("/", "./", "../", "~")) or self.model.endswith(".gguf")
         return not as_path or any(place.exists() for place in self._places(self.model))
+
+    @property
+    def model_file(self) -> Path | None:
+        """The GGUF file that `model` names, looked for as `model_folder` is; None where it names none."""
+        return next((place for place in self._places(self.model) if place.is_file()), None)
+
+    @property
+    def model_path(self) -> Path | None:
+        """The folder or the GGUF file that `model` names; None of a built-in model and a Hub id."""
+        return self.model_folder or self.model_file
 
     @property
     def chat_template_file(self) -> Path | None:
@@ -227,6 +263,10 @@ class Recipe(Section):
         """The recipe of a fleet's adapters that start from another: `fleet.train` goes before `train`."""
         return self.model_copy(update={"train": {**self.train, **self.fleet.train}})
 
+    def with_patience(self, patience: int | None) -> "Recipe":
+        """The same recipe with another `early_stopping.patience`."""
+        return self.model_copy(update={"early_stopping": self.early_stopping.model_copy(update={"patience": patience})})
+
     def fleet_fingerprint(self) -> str:
         """As `fingerprint`, without which users and rows there are; how many rows of a user at the most counts."""
         every = self.data.model_copy(update={"users": None, "max_rows": None})
@@ -241,11 +281,14 @@ class Recipe(Section):
     def fingerprint(self) -> str:
         """Equal for recipes that train the same adapter: where it goes, what is logged and how it fits do not count."""
         plain = self.model_dump(mode="json")
-        plain["train"] = {name: value for name, value in plain["train"].items() if not _NOT_TRAINED_BY.match(name)}
+        plain["train"] = {name: value for name, value in plain["train"].items() if trains(name)}
         template = self.chat_template_file
         if template is not None:  # what it says counts, not where it lies
             plain["train"]["chat_template_path"] = digest(template.read_bytes().hex())
         plain["data"].pop("path")
+        stopping = plain.pop("early_stopping")
+        if self.early_stopping.patience is not None:
+            plain["early_stopping"] = {**stopping, "rows": self.evaluation.max_rows}
         plain["lora"] = {**plain["lora"], CORE_ONLY: True} if self.core_only else self.without_cores().lora
         for name in ("embedding_on_host", "evaluation", "fleet", "export"):
             plain.pop(name)
@@ -264,6 +307,12 @@ _NOT_TRAINED_BY = re.compile(
     r"skip_memory_metrics|gradient_checkpointing|activation_offloading)$"
 )
 """Fields of `train:` that change places, logs or memory, not what is trained."""
+
+
+def trains(name: str) -> bool:
+    """Whether the field `name` of `train:` changes what is trained, not only where it goes or how it fits."""
+    return not _NOT_TRAINED_BY.match(name)
+
 
 _LORA_DEFAULTS = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
@@ -367,6 +416,22 @@ def lora_config(recipe: Recipe) -> Any:
         return LoraConfig(**{**_LORA_DEFAULTS, **recipe.without_cores().lora})
     except (ValueError, TypeError, AttributeError) as error:
         raise RecipeError(recipe.source, [f"lora: {error}"]) from error
+
+
+def refuse_early_stopping(recipe: Recipe, command: str) -> None:
+    """For commands whose trainings are compared at a number of steps that is given.
+
+    Raises:
+        RecipeError: `early_stopping.patience` is set.
+    """
+    if recipe.early_stopping.patience is not None:
+        raise RecipeError(
+            recipe.source,
+            [
+                f"early_stopping.patience: perce-lite {command} compares trainings of equal steps, which none may end "
+                "earlier. Here: --set early_stopping.patience=null"
+            ],
+        )
 
 
 def refuse_cores(recipe: Recipe, command: str) -> None:

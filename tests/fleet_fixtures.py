@@ -5,7 +5,7 @@ import json
 import toys
 
 from perce_lite.errors import NonFiniteLossError
-from perce_lite.fleet.engines.sequential import Outcome
+from perce_lite.fleet.engines.protocol import Outcome
 
 TEXT = """
 train: {max_steps: 3, learning_rate: 0.05, output_dir: out, store: store, clip_min: 0.05, warmup_steps: 0}

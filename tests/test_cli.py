@@ -48,7 +48,10 @@ FAULTS = {
         ["train", "mine.yaml", "--set", "model=no-such-owner/no-such-model"],
         ["model: no-such-owner/no-such-model", "neither built in", "Offline: copy the model's folder"],
     ),
-    "no model folder": (["check", "mine.yaml", "--set", "model=./nowhere"], ["model: ./nowhere", "Offline: copy"]),
+    "no model folder": (
+        ["check", "mine.yaml", "--set", "model=./nowhere"],
+        ["model: ./nowhere", "no such folder, here or beside the recipe"],
+    ),
     "no cuda": (["check", "mine.yaml", "--set", "device=cuda"], ["device: cuda", "no CUDA device", "auto or cpu"]),
     "limit below any response": (
         ["check", "mine.yaml", "--set", "train.max_length=3"],
@@ -152,7 +155,8 @@ def test_store(figures, run, tmp_path):
     shown = figures("store", "show", "--path", root)
     assert shown == {"store": str(root), "bases": [{"base": "0123abcd", "users": 2, "entries": 3, "bytes": size}]}
     assert figures("store", "clear", "--path", root) == {"store": str(root), "bytes_freed": size}
-    assert [file.name for file in root.rglob("*.*")] == ["kept.txt"]
+    left = {file.name for file in root.rglob("*.*")}
+    assert left == {"kept.txt", "store.lock", ".deleted"}, "who was deleted stays known to runs that are on"
 
 
 def test_the_store_of_the_recipes_is_the_default(figures, monkeypatch, tmp_path):
@@ -214,6 +218,11 @@ STOPPED = {
         "resumes from the last checkpoint; what was scored is kept",
     ),
     "check": ("perce_lite.evaluation.check.check", [], "Nothing was written; the same command starts over"),
+    "init": (
+        "perce_lite.planning.drafting.choose",
+        ["new.yaml", "--have", "rows", "--data", ".", "--want", "chat", "--gpu", "cpu"],
+        "Nothing was written",
+    ),
     "import": ("perce_lite.cli.importing.look", ["x", "--user", "ann"], "Nothing was written"),
     "inspect": (
         "perce_lite.evaluation.inspect.inspect",
@@ -222,23 +231,28 @@ STOPPED = {
     ),
     "plan": ("perce_lite.planning.plan.figures", [], "Nothing was kept but scores of --probe"),
     "generate": (
-        "perce_lite.model.generate.generate_from_folder",
+        "perce_lite.cli.generate.read_metadata",
         ["--adapter", "x", "--prompt", "x"],
         "Nothing was written",
     ),
-    "chat": ("perce_lite.model.adapter_files.read_metadata", ["x"], "Nothing was written"),
-    "serve": ("perce_lite.serve.server.make_server", ["x"], "Nothing was written"),
-    "eval": ("perce_lite.evaluation.evaluate.evaluate", ["--adapter", "x"], "What was scored and answered is kept"),
+    "weights": (
+        "perce_lite.training.weights.write_weights",
+        [],
+        "scored under the base is kept; the same command scores the rest",
+    ),
+    "chat": ("perce_lite.cli.chat.read_metadata", ["x"], "Nothing was written"),
+    "serve": ("perce_lite.cli.serve.read_metadata", ["x"], "Nothing was written"),
+    "eval": ("perce_lite.cli.eval.read_metadata", ["--adapter", "x"], "What was scored and answered is kept"),
     "compare": ("perce_lite.evaluation.compare.compare", [], "Finished trainings are kept"),
     "fleet": ("perce_lite.fleet.fleet.fleet", [], "Adapters that the registry has as trained stay so"),
-    "export": ("perce_lite.export.export.export", ["x", "--to", "peft"], "Nothing half-written stays"),
+    "export": ("perce_lite.cli.export.read_metadata", ["x", "--to", "peft"], "Nothing half-written stays"),
     "bench": (
         "perce_lite.evaluation.bench.bench.bench",
         [],
         "Nothing is kept: measurements are compared within one run",
     ),
-    "store show": ("perce_lite.model.logprob_store.usage", [], "Nothing was changed."),
-    "store clear": ("perce_lite.model.logprob_store.clear", [], "stays removed; the same command removes the rest"),
+    "store show": ("perce_lite.model.store_files.usage", [], "Nothing was changed."),
+    "store clear": ("perce_lite.model.store_files.clear", [], "stays removed; the same command removes the rest"),
 }
 
 
@@ -255,7 +269,11 @@ def test_ctrl_c_says_how_to_go_on(recipe, run, monkeypatch, command):
     called, words, told = STOPPED[command]
     monkeypatch.setattr(called, lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
     words = [
-        *([] if command.split()[0] in ("store", "generate", "chat", "serve", "export", "import") else [recipe()]),
+        *(
+            []
+            if command.split()[0] in ("store", "generate", "chat", "serve", "export", "import", "init")
+            else [recipe()]
+        ),
         *words,
     ]
     code, out, err = run(*command.split(), *words)

@@ -59,7 +59,7 @@ def test_commands_are_listed_in_the_order_of_work(run):
     _, out, _ = run("--help")
     names = [line.split()[1] for line in out.splitlines() if line.startswith("│ ") and line[2] not in " -"]
     assert names == list(COMMANDS)
-    assert names[:5] == ["import", "check", "inspect", "plan", "train"]
+    assert names[:6] == ["init", "import", "check", "inspect", "plan", "train"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)

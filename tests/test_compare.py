@@ -286,3 +286,59 @@ def test_grid_is_around_the_recipes_rate(path):
     assert grid(recipe, "1e-4, 3e-4") == [1e-4, 3e-4]
     with pytest.raises(RecipeError, match="above 0"):
         grid(recipe, "-1")
+
+
+def test_answers_of_arms_are_paired_by_query_and_seed(path, figures):
+    """Answers of each training, means over seeds; an arm that needs no profile is asked without one."""
+    arms = "uniform,base,base:train_on=counterfactual"
+    texts = figures("compare", path, "--arms", arms, "--rates", "0.02", "--seeds", "2")["texts"]
+    count = {(one["arm"], one["profile"], one["sampled"]): (one["rows"], one["answers"]) for one in texts["table"]}
+    assert count["base", "own", False] == (7, 14)
+    assert count["base", "own", True] == (7, 42)
+    assert count["untrained", "own", True] == (7, 21)
+    assert count["base:train_on=counterfactual", "none", False] == (7, 14)
+    assert ("base:train_on=counterfactual", "own", False) not in count
+    pairs = {(one["arm"], one["against"]) for one in texts["differences"]}
+    assert ("base", "uniform") in pairs
+    assert ("base:train_on=counterfactual", "uniform") not in pairs
+    [change] = [
+        one["change"]
+        for one in texts["differences"]
+        if (one["arm"], one["against"], one["sampled"]) == ("base", "uniform", False)
+    ]
+    by_arm = {
+        arm: {(one["arm"].rpartition("seed")[2], one["row"]): one["scores"]["chrf"] for one in texts["answers"]
+              if one["arm"].startswith(f"{arm}, rate") and not one["sampled"] and one["profile"] == "own"}
+        for arm in ("base", "uniform")
+    }  # fmt: skip
+    assert len(by_arm["base"]) == 14
+    by_hand = [value - by_arm["uniform"][key] for key, value in by_arm["base"].items()]
+    assert change["chrf"]["value"] == pytest.approx(sum(by_hand) / 14)
+    page = Path("out/compare.html").read_text("utf-8")
+    assert "Generated text: difference from uniform" in page
+
+
+def test_adapters_are_judged_on_another_task(recipe, figures, run, tmp_path):
+    """The rows of the other recipe, its users' words, its queries; rates by the own validation rows."""
+    rows = toys.toy_rows(users=6, per_user=6)
+    path = recipe(rows, TEXT)
+    other = tmp_path / "other.yaml"
+    turned = [{**row, "prompt": row["completion"], "completion": row["prompt"]} for row in rows]
+    recipe(turned, TEXT + "profile: {max_tokens: 60}").rename(other)
+    other.write_text(other.read_text().replace("rows.jsonl", "turned.jsonl"))
+    Path("rows.jsonl").rename("turned.jsonl")
+    recipe(rows, TEXT)
+    own = figures("compare", path, "--arms", "uniform,base", "--rates", "0.002,0.02", "--seeds", "1")
+    judged = figures(
+        "compare", path, "--arms", "uniform,base", "--rates", "0.002,0.02", "--seeds", "1", "--judge-on", other
+    )
+    assert judged["judged_on"] == str(other)
+    assert judged["arms"] == own["arms"]
+    assert judged["splits"]["test"]["losses"] != own["splits"]["test"]["losses"]
+    known = {row["completion"] for row in turned}
+    assert {one["written"] for one in judged["texts"]["answers"]} <= known
+    assert not {one["written"] for one in own["texts"]["answers"]} & known
+    other.write_text(other.read_text().replace("quantization: none", "quantization: nf4"))
+    code, _, err = run("compare", path, "--judge-on", other)
+    assert code == 2
+    assert "quantization" in err

@@ -20,8 +20,9 @@ from perce_lite.fleet.slot_lora import attach
 from perce_lite.fleet.slot_routing import BARE
 from perce_lite.fleet.slot_trainer import SlotTrainer
 from perce_lite.fleet.slot_user import UserJob
+from perce_lite.model import adapter_weights
 from perce_lite.model.fingerprint import fingerprint
-from perce_lite.model.lora_core import add_cores, faults, plain_state
+from perce_lite.model.lora_core import add_cores, cored_of, faults
 from perce_lite.recipe import load_recipe, lora_config
 
 pytest_plugins = ["cli_fixtures"]
@@ -84,7 +85,7 @@ def test_a_core_alone_is_autograds_and_starts_from_its_parent():
             assert first[path].abs().max() > 1e-6
             torch.testing.assert_close(one.grad, first[path], rtol=0, atol=1e-11)
         optimizer.step()
-    saved = get_peft_model_state_dict(model, state_dict=plain_state(model))
+    saved = cored_of(model).plain()
     assert saved.keys() == parent.keys()
     for name, tensor in parent.items():
         path = name.removeprefix("base_model.model.").rpartition(".lora_")[0]
@@ -187,12 +188,16 @@ LORA_TEXT = "lora: {r: 4, core_only: true}\n"
 
 
 def weights_of(folder, user):
-    [file] = Path(folder).rglob(f"{user}-*/adapter/adapter_model.safetensors")
-    return load_file(file)
+    return adapter_weights.tensors(folder_of(folder, user))
+
+
+def folder_of(fleet_folder, user):
+    [folder] = Path(fleet_folder).rglob(f"{user}-*/adapter")
+    return folder
 
 
 def test_a_fleet_of_cores(recipe, figures, run):
-    """Slots and one by one train the same; what comes out is a plain LoRA; the registry says what was trained."""
+    """Slots and one by one train the same; what is exported is a plain LoRA; the registry says what was trained."""
     path = recipe(rows_of(3), CORED + LORA_TEXT)
     told = figures("fleet", path)
     assert (told["trained"], told["failed"], told["gains"]["users"]) == (4, 0, 3)
@@ -208,11 +213,14 @@ def test_a_fleet_of_cores(recipe, figures, run):
             assert torch.equal(one[name], start[name]) == ("lora_A" in name)
         moved = max(float((one[name] - start[name]).abs().max()) for name in one)
         assert moved > 1e-3, "nothing was trained"
-    [folder] = Path("slots").rglob("user1-*/adapter")
-    text = ids_of(1)
-    model = PeftModel.from_pretrained(toys.toy_model("chatml", 600), folder).eval()
-    assert torch.isfinite(model(input_ids=text).logits).all()
-    config_read = (folder / "adapter_config.json").read_text()
+    folder = folder_of("slots", "user1")
+    assert {file.name for file in folder.iterdir()} == {"core.safetensors", "perce_lite.json", "README.md"}
+    assert run("export", folder, "--to", "peft", "--out", "plain")[0] == 0
+    model = PeftModel.from_pretrained(toys.toy_model("chatml", 600), "plain").eval()
+    assert torch.isfinite(model(input_ids=ids_of(1)).logits).all()
+    for name, tensor in load_file("plain/adapter_model.safetensors").items():
+        assert torch.equal(tensor, weights_of("slots", "user1")[name])
+    config_read = Path("plain/adapter_config.json").read_text()
     assert "core_only" not in config_read
     assert '"r": 4' in config_read
     with opened(Path("slots")) as one, opened(Path("out")) as other:
@@ -225,7 +233,6 @@ def test_a_fleet_of_cores(recipe, figures, run):
     assert shown["trained"].startswith(f"a core of {16 * layers} parameters between A and B of the shared adapter")
     assert "core" not in figures("adapters", "show", "all", "--fleet", "slots")["trained"]
     assert run("adapters", "verify", "--fleet", "slots")[0] == 0
-    assert run("export", folder, "--to", "peft", "--out", "plain")[0] == 0
     assert run("generate", "--adapter", folder, "--user", "user1", "--prompt", "Hi", "--max-new-tokens", "2")[0] == 0
 
 

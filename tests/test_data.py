@@ -9,11 +9,11 @@ import pytest
 import toys
 
 from perce_lite.data import retrieval
-from perce_lite.data.readers import read_rows, user_texts
+from perce_lite.data.readers import RowsByUser, read_rows, user_texts
 from perce_lite.data.retrieval import Item
 from perce_lite.data.rows import Row, spread_over_users
 from perce_lite.errors import DataError
-from perce_lite.recipe import Recipe
+from perce_lite.recipe import Profile, Recipe
 
 ALL = {"select": "all"}
 
@@ -261,3 +261,35 @@ def test_a_profile_never_holds_the_answer(recipe, monkeypatch):
         assert chosen
         assert document["text"] not in {item.text for item in chosen}
     assert built == [6], "one index for all questions"
+
+
+def _parts() -> list[dict]:
+    """Four whole texts of ann's and, last, one that was cut into five parts."""
+    whole = [{"user": "ann", "query": f"q{n}", "text": f"text {n}", "idx": n} for n in range(4)]
+    return whole + [
+        {"user": "ann", "query": f"p{n}", "text": f"part {n}", "idx": 4 + n, "part_of": "long"} for n in range(5)
+    ]
+
+
+def test_a_part_of_a_text_never_stands_in_the_profile_of_another(rows):
+    read = rows(_parts(), profile=ALL)
+    of_parts = [row for row in read if row.part_of]
+    assert len(of_parts) == 5
+    assert all({item.text for item in row.profile} <= {f"text {n}" for n in range(4)} for row in of_parts)
+    assert all(row.profile for row in of_parts)
+
+
+def test_the_parts_of_a_text_are_held_out_together(recipe):
+    made = recipe(_parts(), split={"by": "time", "test": 0.2, "validation": 0.2})
+    rows = read_rows(made)
+    assert {row.split for row in rows if row.part_of} == {"test"}
+    assert [row.split for row in rows if not row.part_of] == ["train", "train", "train", "validation"]
+    with RowsByUser(made) as by_user:
+        assert [row.split for row in by_user.rows_of("ann")] == [row.split for row in rows]
+
+
+def test_a_prompt_that_a_part_answers_is_asked_without_the_other_parts(recipe):
+    texts = user_texts(recipe(_parts(), split={"test": 0, "validation": 0}), "ann")
+    rule = Profile(select="all")
+    assert {item.text for item in texts.profile_for("p2", rule)} == {f"text {n}" for n in range(4)}
+    assert len(texts.profile_for("another", rule)) == 9

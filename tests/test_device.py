@@ -4,11 +4,11 @@ import os
 
 import pytest
 import torch
-from imitated_card import imitated
 
-from perce_lite.config import compute_dtype
+from perce_lite.config import PerCEConfig, compute_dtype
 from perce_lite.device import nvidia_gpus, say_device, warn_of_an_unused_gpu
 from perce_lite.errors import DeviceError
+from perce_lite.evaluation.bench.imitation.libraries import imitated
 from perce_lite.recipe import Recipe
 
 
@@ -67,3 +67,15 @@ def test_nothing_is_told_of_what_is_not_there(capsys, driver, monkeypatch):
 def test_a_device_that_is_asked_for_and_absent_is_refused():
     with pytest.raises(DeviceError):
         say_device(recipe(device="cuda"))
+
+
+def test_an_apple_gpu_is_refused_by_name(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    say_device(recipe())
+    assert "The Apple GPU (MPS) is not used" in capsys.readouterr().err
+    args = PerCEConfig(output_dir=str(tmp_path))
+    assert "The Apple GPU (MPS) is not used" in capsys.readouterr().err
+    assert args.use_cpu
+    assert args.device.type == "cpu"
+    PerCEConfig(output_dir=str(tmp_path), use_cpu=True)
+    assert capsys.readouterr().err == ""

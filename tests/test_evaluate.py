@@ -169,7 +169,7 @@ def test_personal_tokens_by_another_base(trained, figures, toy):
 
 def test_a_stopped_evaluation_goes_on(trained, run, figures, monkeypatch):
     """Stopped in the middle of the answers: what was scored and answered is not done again."""
-    real, calls = answers.generate_several, []
+    real, calls = answers.generate_batch, []
 
     def stops(*args, **options):
         calls.append(1)
@@ -177,13 +177,13 @@ def test_a_stopped_evaluation_goes_on(trained, run, figures, monkeypatch):
             raise cli._Interrupted
         return real(*args, **options)
 
-    monkeypatch.setattr(answers, "generate_several", stops)
+    monkeypatch.setattr(answers, "generate_batch", stops)
     assert run("eval", trained, "--adapter", "out/adapter")[0] == 130
     assert len(json.loads(Path("out/eval-answers.json").read_text())) == 3
     told = figures("eval", trained, "--adapter", "out/adapter")
-    assert len(calls) == 4 + 25
+    assert len(calls) == 4 + 11  # a batch for each of two arms and six ways, and for general questions
     again = figures("eval", trained, "--adapter", "out/adapter")
-    assert len(calls) == 29
+    assert len(calls) == 15
     assert told == again
 
 

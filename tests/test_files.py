@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from perce_lite.errors import DiskFullError
+from perce_lite.errors import DiskFullError, PerceLiteError
 from perce_lite.files import (
     digest,
     disk_full_is_clear,
@@ -22,6 +22,7 @@ from perce_lite.files import (
     home,
     read_json,
     safe_name,
+    settle,
     write_json,
     write_text,
     written_aside,
@@ -176,6 +177,51 @@ def test_another_error_stays_what_it_is(tmp_path, error):
     with pytest.raises(type(error)) as caught, disk_full_is_clear(tmp_path):
         raise error
     assert caught.value is error
+
+
+SAYS_SO = [
+    ValueError("row 3: 'No space left on device' is no date"),
+    RuntimeError("user bo wrote: unexpected pos"),
+    OSError(errno.EACCES, "No space left on device"),
+    PerceLiteError("No space left on device"),
+    RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 128 vs 22"),  # and the disk has room
+    OSError("1000 requested and 10 written"),
+]
+
+
+@pytest.mark.parametrize("error", SAYS_SO, ids=repr)
+def test_what_only_says_so_is_no_full_disk(tmp_path, error):
+    with pytest.raises(type(error)) as caught, disk_full_is_clear(tmp_path / "not there yet" / "a.pt"):
+        raise error
+    assert caught.value is error
+
+
+def test_torch_s_words_count_where_the_disk_is_full(small_disk):
+    disk = small_disk("size=1m")
+    with pytest.raises(DiskFullError, match=r"a\.pt"), written_aside(disk / "a.pt") as aside:
+        torch.save({"a": torch.ones(2_000_000)}, aside)
+    assert list(disk.iterdir()) == []
+
+
+def test_the_next_write_ends_what_a_killed_one_has_left(tmp_path):
+    path = tmp_path / "adapter"
+    others = [tmp_path / name for name in (".adapter-peft.abc12345.tmp", ".adapters.old", "adapter.tmp")]
+    for folder in others:
+        folder.mkdir()
+
+    def fill(folder: Path, text: str) -> None:
+        folder.mkdir()
+        (folder / "weights").write_text(text)
+
+    fill(tmp_path / ".adapter.old", "old")
+    fill(tmp_path / ".adapter.abc12345.tmp", "half")
+    settle(path)
+    assert (path / "weights").read_text() == "old", "killed between two renames: the old one is back"
+    fill(tmp_path / ".adapter.old", "old")
+    with folder_written_aside(path) as aside:
+        (aside / "weights").write_text("new")
+    assert (path / "weights").read_text() == "new"
+    assert sorted(tmp_path.iterdir()) == sorted([path, *others])
 
 
 def test_json_that_is_absent_or_torn_reads_as_none(tmp_path):

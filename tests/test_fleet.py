@@ -72,6 +72,18 @@ def test_a_failing_user_is_left_out_and_the_fleet_goes_on(run, recipe, figures, 
     assert names(engine) == ["user1"], "it is tried again, the others are not"
 
 
+def test_a_chat_with_a_fleets_folder_is_with_the_adapter_that_serves_the_user(recipe, run, figures, monkeypatch):
+    asked = []
+    monkeypatch.setattr("perce_lite.fleet.engines.slots.engine_for", Clock(fails=("user1",)))
+    monkeypatch.setattr("perce_lite.cli.chat.read_metadata", lambda folder, said: asked.append(folder) or 1 / 0)
+    run("fleet", recipe(rows_of(3), TEXT))
+    for user in ("user0", "user1"):
+        with pytest.raises(ZeroDivisionError):
+            run("chat", "out", "--user", user)
+        assert asked[-1] == Path(figures("adapters", "who", user, "--fleet", "out")["folder"])
+    assert "the fleet knows no such user" in run("chat", "out", "--user", "nobody")[2]
+
+
 def test_an_adapter_that_is_worse_is_held_back(recipe, run, figures, monkeypatch):
     path, engine = recipe(rows_of(2), TEXT.replace("gate: null", "gate: 0.0")), Clock(gain=-0.2)
     monkeypatch.setattr("perce_lite.fleet.engines.slots.engine_for", engine)
@@ -195,10 +207,10 @@ def test_a_slot_whose_weights_are_no_numbers_is_one_users_failure(recipe, monkey
     path = recipe(rows_of(2), TEXT.replace("gate: null", "gate: null, init_from: none, slots: 2"))
     real = slotted.save_slot
 
-    def save(model, state, folder, about):
+    def save(model, state, folder, about, storage):
         if "user0" in str(folder):
             state = {name: tensor * float("nan") for name, tensor in state.items()}
-        real(model, state, folder, about)
+        real(model, state, folder, about, storage)
 
     monkeypatch.setattr(slotted, "save_slot", save)
     told = fleet(load_recipe(path), engine_for)

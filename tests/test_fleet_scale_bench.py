@@ -16,6 +16,7 @@ def test_each_phase_runs_the_real_command(figures):
         "adapters who": None,
     }  # fmt: skip
     assert all(phase["seconds"] > 0 and phase["mib"] > 10 for phase in scale["phases"])
+    assert all(phase["cpu_seconds"] > 0 for phase in scale["phases"])
     assert (scale["texts"], scale["bars"]) == (20, [])
 
 

@@ -7,13 +7,13 @@ import datasets
 import pytest
 import torch
 import toys
-from imitated_card import imitated
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from perce_lite import PerCEConfig, PerCETrainer
 from perce_lite.config import compute_dtype
 from perce_lite.evaluation.bench.gpureport import gpu_report, markdown
+from perce_lite.evaluation.bench.imitation.libraries import imitated
 from perce_lite.model.fingerprint import fingerprint
 from perce_lite.model.host_embedding import keep_on_host
 from perce_lite.model.scoring import compute_log_probs

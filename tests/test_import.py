@@ -1,5 +1,6 @@
 """`perce-lite import`: planted writing of every kind becomes rows that check and train take."""
 
+import io
 import json
 import shlex
 import sys
@@ -100,7 +101,7 @@ def test_what_is_left_out_is_named_with_its_reason(figures, put):  # noqa: F811
         "a duplicate": 1,
         "fewer than 5 words": 2,
         "binary, or text in an encoding that is not known": 1,
-        "not a kind that is read: .docx": 1,
+        "a DOCX that cannot be read": 1,
         "not a kind that is read: no ending": 1,
         "hidden file": 1,
     }
@@ -257,19 +258,19 @@ def test_the_next_command_leaves_texts_a_profile(months, told):
     """The recipe takes texts of earlier months: where that would leave many without a profile, the command says so."""
     records = [{"user": "ann", "text": "x", "date": f"2024-{month:02d}-05"} for month in months]
     found = importing.Imported(Path("a b.jsonl"), "ann", records, records, Notes())
-    assert ["profile.earlier_by=document" in command for command in found.commands()] == [told, told]
+    assert ["profile.earlier_by=document" in command for command in found.commands()] == [told, told, False]
     undated = importing.Imported(Path("a.jsonl"), "ann", records, [*records, {"user": "bo", "text": "y"}], Notes())
     assert "profile.earlier_by=document" in undated.commands()[0]
 
 
-def test_the_commands_that_it_prints_check_and_train(run, figures, imported, toy):  # noqa: F811
-    """From a folder of mails and notes to an adapter, with the very commands that are printed."""
+def test_the_commands_that_it_prints_lead_to_a_chat(run, figures, imported, toy, monkeypatch):  # noqa: F811
+    """From a folder of mails and notes to a chat with an adapter, with the very commands that are printed."""
     mails = [mail("ann@example.org", f"Day {number}", prose(number), number) for number in range(1, 13)]
     imported(mails__mbox=mbox(*mails), **{name: f"{text} #1: yes" for name, text in notes(8).items()})
     target = "odd: name #1.jsonl"  # what YAML would read as something else
     out = run("import", "in", "--user", "ann", "--yes", "--out", target)[1]
     commands = [shlex.split(line)[1:] for line in out.splitlines() if line.startswith("perce-lite ")]
-    assert [command[0] for command in commands] == ["check", "train"]
+    assert [command[0] for command in commands] == ["check", "train", "chat"]
     tiny = ["--set", f"model={toy}", "--set", "device=cpu", "--set", "dtype=float32", "--set", "quantization=none"]
     short = ["--set", "train.max_steps=1", "--set", "evaluation.max_new_tokens=2"]
     (tmp := Path("recipes")).mkdir()
@@ -284,3 +285,22 @@ def test_the_commands_that_it_prints_check_and_train(run, figures, imported, toy
     trained = figures(*commands[1], *tiny, *short)
     assert trained["losses"]
     assert Path(trained["adapter"]) == Path("runs/odd: name #1/adapter")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who?\n"))
+    code, _, err = run(*commands[2], "--max-new-tokens", "3")
+    assert code == 0, err
+
+
+def test_a_long_note_does_not_swamp_the_rest(imported, figures):  # noqa: F811
+    """At most ten parts of it are taken, from all of it, and the others are counted."""
+    long = "\n\n".join(prose(number, 60) for number in range(30))
+    found = imported(long__txt=long, **notes(3))
+    parts = [row for row in found if "part" in row["source"]]
+    assert (len(found), len(parts), len({row["part_of"] for row in parts})) == (13, 10, 1)
+    assert [row["source"] for row in parts][::9] == ["long.txt, part 1 of 30", "long.txt, part 28 of 30"]
+    told = figures("import", "in", "--user", "ann", "--yes", "--force", "--max-parts", "28")
+    assert told["skipped"]["more than 28 parts of one text; --max-parts takes more"]["count"] == 2
+
+
+def test_parts_of_one_text_alone_are_too_few(run, put):  # noqa: F811
+    code, _, err = run("import", put(long__txt="\n\n".join(prose(n, 60) for n in range(3))), "--user", "ann")
+    assert (code, "one text of ann (in 3 parts, none of which stands in the profile of another)" in err) == (0, True)

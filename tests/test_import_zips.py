@@ -126,7 +126,11 @@ def test_a_file_without_rights_and_a_link_in_a_circle(tmp_path):
     planted.write(tmp_path, {"a.txt": prose(1), "sub/b.txt": prose(2)})
     (tmp_path / "sub/round").symlink_to(tmp_path)
     (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
-    assert [one.name for one in files_of(tmp_path)] == ["a.txt", "sub/b.txt"]
+    assert [one.name for one in files_of(tmp_path) if one.left_out is None] == ["a.txt", "sub/b.txt"]
+    assert {name: len(where) for name, where in read(tmp_path)[1].skipped.items()} == {
+        "a broken link, or no regular file": 1,
+        "a link to a folder": 1,
+    }
 
 
 def test_too_many_files(tmp_path, monkeypatch):

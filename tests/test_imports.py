@@ -58,7 +58,11 @@ def test_public_names_are_there():
         "PerceLiteError",
         "Recipe",
         "Template",
+        "export",
+        "fleet",
+        "load",
         "load_recipe",
+        "score",
     }
     for name in perce_lite.__all__:
         assert getattr(perce_lite, name).__doc__

@@ -148,7 +148,7 @@ def test_the_magic_says_what_went_wrong_and_stops(monkeypatch, capfd, tmp_path):
     with pytest.raises(NotebookError, match="exit code 2"):
         notebook.perce("check --wrong")
     with monkeypatch.context() as patched:
-        patched.setattr("perce_lite.model.logprob_store.usage", lambda *_: signal.raise_signal(signal.SIGINT))
+        patched.setattr("perce_lite.model.store_files.usage", lambda *_: signal.raise_signal(signal.SIGINT))
         with pytest.raises(NotebookError, match="exit code 130"):
             notebook.perce("store show")
     assert "Stopped. Nothing was changed." in capfd.readouterr().err

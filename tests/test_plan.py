@@ -110,11 +110,14 @@ def test_a_larger_card_a_smaller_rank_and_a_shorter_row_never_need_more(tmp_path
     assert total[4] < total[16] < total[64]
     by_length = [plan.parts(replace(plan.choice, length=length), here)["total"] for length in (256, 512, 1024, 2048)]
     assert by_length == sorted(by_length)
-    parts = plan.parts(plan.choice, here)
-    held = sum(parts[name] for name in ("base", "unquantized", "adapter", "gradients", "optimizer"))
-    assert 0 < parts["attention"] < parts["layer"]
-    at_work = max(parts["saved"] + max(parts["layer"], parts["head"]), parts["scoring"])
-    assert parts["total"] == held + at_work + parts["spill"] + parts["context"]
+    for accumulation in (1, 4):
+        parts = plan.parts(replace(plan.choice, accumulation=accumulation), here)
+        lasting = sum(parts[name] for name in ("base", "unquantized", "adapter"))
+        assert 0 < parts["attention"] < parts["layer"]
+        assert parts["gradients_ahead"] == (parts["gradients"] if accumulation > 1 else 0)
+        step = parts["gradients_ahead"] + parts["saved"] + max(parts["layer"], parts["head"])
+        at_work = max(parts["optimizer"] + step, parts["scoring_alone"])
+        assert parts["total"] == lasting + at_work + parts["spill"] + parts["context"]
 
 
 TIGHT = {
@@ -288,7 +291,8 @@ def test_a_probe_trains_the_longest_rows_for_one_step(recipe, figures, monkeypat
     assert list(measured.values()) == [GIB, 2 * GIB, 2 * GIB, GIB]
     parts = plan.parts(plan.choice, of_size(8))
     assert told["parts"]["base, as loaded"][0] == parts["base"] + parts["unquantized"]
-    assert parts["scoring"] < told["parts"]["peak of the step"][0] < parts["total"]
+    assert parts["scoring_alone"] < parts["scoring"] < parts["total"]
+    assert told["parts"]["peak of the step"][0] < parts["total"]
 
 
 @pytest.mark.gpu

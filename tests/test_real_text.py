@@ -6,7 +6,7 @@ import pytest
 from conftest import DATA
 
 from perce_lite.evaluation.summary import train_and_measure
-from perce_lite.model.adapters import read_metadata
+from perce_lite.model.adapter_files import read_metadata
 from perce_lite.model.generate import generate_from_folder
 from perce_lite.recipe import load_recipe
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import toys
-from imitated_card import imitated
 from imitated_card.runs import toy_recipe
 
+from perce_lite.evaluation.bench.imitation.libraries import imitated
 from perce_lite.model import repeated_heads
 from perce_lite.model.base import load_base
 from perce_lite.model.prefix_cache import plain_implementation

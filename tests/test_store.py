@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from perce_lite.data.pairs import IGNORED, PairMaker, Tokens
 from perce_lite.data.rows import from_columns
 from perce_lite.model import scoring as score
-from perce_lite.model.logprob_store import Store, clear, entry_key, usage
+from perce_lite.model.logprob_store import Store, entry_key
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, prefix_cache_of, store_key
+from perce_lite.model.store_files import clear, usage
 
 ODD = [0.0, -0.0, 1e-45, -1e-38, -3.4028235e38, float("inf"), float("nan"), -1.0000001, -17.25]
 
@@ -184,7 +185,8 @@ def test_usage_and_clear(tmp_path, capsys):
     assert [base["entries"] for base in usage(tmp_path)] == [3, 0]
     assert "warning" in capsys.readouterr().err
     assert clear(tmp_path) == size[first] + len(b"broken") + 5
-    assert sorted(tmp_path.rglob("*")) == sorted([second.folder, *foreign])
+    kept = [tmp_path / "store.lock", tmp_path / ".deleted", tmp_path / ".deleted/all", tmp_path / ".deleted/count"]
+    assert sorted(tmp_path.rglob("*")) == sorted([second.folder, *foreign, *kept])
     assert first.get("ann") == {}
 
 

@@ -152,7 +152,7 @@ def test_neftune_noise_does_not_reach_the_scores(toy_trainer):
         assert plain.train_dataset[name] == noisy.train_dataset[name]
 
 
-@pytest.mark.parametrize("name", ["data_collator", "compute_loss_func", "compute_metrics", "formatting_func"])
+@pytest.mark.parametrize("name", ["data_collator", "compute_loss_func", "formatting_func"])
 def test_arguments_that_would_replace_the_loss_are_refused(tmp_path, name):
     with pytest.raises(ConfigError, match=name):
         PerCETrainer(

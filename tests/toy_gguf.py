@@ -20,8 +20,13 @@ ARCHES = {
 F32 = gguf.GGMLQuantizationType.F32
 
 
-def write_base(folder: Path, path: Path, kind: gguf.GGMLQuantizationType = F32) -> Path:
-    """Writes the model of `folder`, its matrices as `kind`, and its byte-level BPE to `path`; returns `path`."""
+def write_base(
+    folder: Path, path: Path, kind: gguf.GGMLQuantizationType = F32, template: bool = False, **more: object
+) -> Path:
+    """Writes the model of `folder`, its matrices as `kind`, and its byte-level BPE to `path`; returns `path`.
+
+    template: its chat template too; more: further keys, general__type as general.type
+    """
     model = AutoModelForCausalLM.from_pretrained(folder)
     config = model.config
     arch = ARCHES[config.model_type]
@@ -48,6 +53,11 @@ def write_base(folder: Path, path: Path, kind: gguf.GGMLQuantizationType = F32) 
     if arch == "gemma3":
         writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
     _add_vocabulary(writer, json.loads((folder / "tokenizer.json").read_text("utf-8")))
+    if template:
+        writer.add_chat_template((folder / "chat_template.jinja").read_text("utf-8"))
+    for name, value in more.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_uint32
+        add(name.replace("__", "."), value)
     names = gguf.get_tensor_name_map({v: k for k, v in gguf.MODEL_ARCH_NAMES.items()}[arch], config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:

@@ -16,6 +16,12 @@ _DATA, _TRAIN, _USE, _JUDGE, _MORE = "Your data", "Train", "Use", "Judge", "Hous
 _START_OVER = "Nothing was written; the same command starts over."
 
 COMMANDS = {
+    "init": Command(
+        "init:init",
+        "Ask what you have and want, and write a commented recipe for it; without a terminal, flags say it.",
+        _DATA,
+        _START_OVER,
+    ),
     "import": Command(
         "importing:import_",
         "Make rows of a person's writing; shows the first ones before it writes.",
@@ -49,7 +55,13 @@ COMMANDS = {
         _TRAIN,
         "Adapters that the registry has as trained stay so; the same command trains the rest.",
     ),
-    "generate": Command("generate:generate", "Answer a prompt with an adapter, or with its base.", _USE, _START_OVER),
+    "weights": Command(
+        "weights:weights",
+        "Write token ids, labels, PIR and weights of every row, for other trainers.",
+        _TRAIN,
+        "What was scored under the base is kept; the same command scores the rest.",
+    ),
+    "generate": Command("generate:generate", "Answer prompts with an adapter, or with its base.", _USE, _START_OVER),
     "chat": Command(
         "chat:chat",
         "Talk to an adapter in the terminal; /help lists what else can be said there.",

@@ -15,6 +15,7 @@ from perce_lite.recipe import load_recipe
 
 benchmark = Lazy("perce_lite.evaluation.bench.bench")
 fleet_benchmark = Lazy("perce_lite.evaluation.bench.fleetbench")
+fleet_engines = Lazy("perce_lite.evaluation.bench.fleetengine")
 fleet_scales = Lazy("perce_lite.evaluation.bench.fleetscale")
 serve_benchmark = Lazy("perce_lite.serve.bench")
 generating = Lazy("perce_lite.evaluation.bench.generating")
@@ -34,8 +35,14 @@ def bench(
     fleet_scale: Annotated[
         bool, typer.Option("--fleet-scale", help="No recipe: what a fleet's commands take for thousands of users.")
     ] = False,
+    fleet_engine: Annotated[
+        bool, typer.Option("--fleet-engine", help="No recipe: what a fleet on a Ray cluster costs beside the training.")
+    ] = False,
     users: Annotated[
-        str | None, typer.Option(help="With --fleet-scale: numbers of users; else 1000,5000,10000,20000.")
+        str | None,
+        typer.Option(
+            help="With --fleet-scale: numbers of users, else 1000,2000,5000,10000,20000; --fleet-engine: 10000."
+        ),
     ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Tokens a row; with --fleet: else 32,64,96; with --gpu-report one: else 2048.")
@@ -63,12 +70,17 @@ def bench(
     given = {"RECIPE": recipe, "--arms": arms, "--slots": slots, "--lengths": lengths, "--set": set_, "--shape": shape}
     given |= {"--out": out, "--users": users}
     kinds = {"--fleet": fleet, "--gpu-report": gpu_report, "--fleet-scale": fleet_scale, "--serve": serve is not None}
-    _only(given, {**kinds, "--generation": generation})
+    _only(given, {**kinds, "--fleet-engine": fleet_engine, "--generation": generation})
     if serve is not None:
         return _show(serve_benchmark.serve_bench(serve, repeats or 3), terminal.show_serve_bench, json)
     if fleet_scale:
         counts = _numbers(users) or fleet_scales.USERS
         return _show(fleet_scales.fleet_scale(counts), terminal.show_fleet_scale, json)
+    if fleet_engine:
+        counts = _numbers(users) or [fleet_engines.USERS]
+        if len(counts) != 1:
+            raise typer.BadParameter(f"--users {users}: --fleet-engine takes one number")
+        return _show(fleet_engines.engine_cost(counts[0]), terminal.show_engine_cost, json)
     if gpu_report:
         return _report(shape, lengths, (steps or 3, warmup, repeats or 2, epochs), out or _GPU_REPORT, json)
     assert recipe is not None
@@ -112,6 +124,7 @@ def _only(given: dict[str, Any], chosen: dict[str, bool]) -> None:
         "--fleet": ("RECIPE", "--set", "--lengths", "--slots"),
         "--gpu-report": ("--lengths", "--shape", "--out"),
         "--fleet-scale": ("--users",),
+        "--fleet-engine": ("--users",),
         "--serve": (),
         "--generation": ("RECIPE", "--set"),
     }

@@ -1,11 +1,12 @@
 """The command `perce-lite compare`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from perce_lite.cli.lazy import Lazy
-from perce_lite.cli.options import Json, PagePath, RecipePath, Set, open_recipe, write
+from perce_lite.cli.options import Json, PagePath, RecipePath, Set, open_recipe, readable_recipe, write
 from perce_lite.cli.views import compare_sections, terminal
 
 device = Lazy("perce_lite.device")
@@ -23,16 +24,20 @@ def compare(
     rates: Annotated[
         str | None, typer.Option(help="Rates to choose from by validation; else half, once and twice the recipe's.")
     ] = None,
+    judge_on: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Another recipe: judge on its held-out rows, of another task.")
+    ] = None,
     out: PagePath = None,
     set_: Set = None,
     json: Json = None,
 ) -> None:
     """Train ways of weighting under one budget and judge them on held-out rows. Takes hours; resumes."""
     loaded = open_recipe(recipe, set_, trains=True)
+    other = None if judge_on is None else readable_recipe(judge_on, None)
     device.say_device(loaded)
     with oom_advice.explain_out_of_memory_in_scoring(loaded, own_folder=True):
         named, grid = comparison.arms_of(loaded, arms or comparison.ARMS), comparison.grid(loaded, rates)
-        figures = comparison.compare(loaded, named, grid, seeds)
+        figures = comparison.compare(loaded, named, grid, seeds, other)
     page = out or loaded.output_dir / "compare.html"
     sentences, tables = compare_sections.comparison_sentences(figures), compare_sections.comparison(figures)
     lead = f"{recipe}, {figures['model']}; {len(figures['arms'])} arms, {seeds} seed{'' if seeds == 1 else 's'}."

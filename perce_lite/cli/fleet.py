@@ -1,5 +1,6 @@
 """The command `perce-lite fleet`."""
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -11,9 +12,17 @@ from perce_lite.data.readers import user_texts
 from perce_lite.fleet import queries
 
 device = Lazy("perce_lite.device")
-engines = Lazy("perce_lite.fleet.engines.slots")
+clusters = Lazy("perce_lite.fleet.engines.ray")
 fleets = Lazy("perce_lite.fleet.fleet")
+fleet_results = Lazy("perce_lite.fleet.results")
 pages = Lazy("perce_lite.cli.views.page")
+
+
+class EngineName(StrEnum):
+    """`fleet.results.EngineName` for typer."""
+
+    LOCAL = "local"
+    RAY = "ray"
 
 
 def fleet(
@@ -23,16 +32,34 @@ def fleet(
         list[str] | None, typer.Option(help="Train this user, cohort:NAME or all again, though nothing has changed.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is due; train nothing.")] = False,
+    engine: Annotated[
+        EngineName, typer.Option(help="local: this process; ray: the workers of a Ray cluster, one a GPU.")
+    ] = EngineName.LOCAL,
+    address: Annotated[
+        str | None,
+        typer.Option(help="With --engine ray: host:port of the cluster, or auto; else RAY_ADDRESS, or here."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --engine ray: how many; else one for each GPU, or --cores.")
+    ] = None,
+    cores: Annotated[
+        int | None, typer.Option(min=1, help="With --engine ray: CPU cores of a worker, and its threads.")
+    ] = None,
     set_: Set = None,
     json: Json = None,
 ) -> None:
     """Train an adapter for every user (or cohort) who is due, over one base, or resume."""
+    for name, given in {"--address": address, "--workers": workers, "--cores": cores}.items():
+        if given is not None and engine is EngineName.LOCAL:
+            raise typer.BadParameter(f"{name} goes with --engine ray")
     loaded = open_recipe(recipe, set_, trains=True)
     for user in only or []:
         queries.refuse_deleted(loaded.output_dir, user)
         user_texts(loaded, user)
-    device.say_device(loaded)
-    result = fleets.fleet(loaded, engines.engine_for, only or [], retrain or [], dry_run)
+    if engine is EngineName.LOCAL:
+        device.say_device(loaded)
+    with fleet_results.engines(engine.value, clusters.RayOptions(address, workers, cores)) as make:
+        result = fleets.fleet(loaded, make, only or [], retrain or [], dry_run)
     write(json, result.figures())
     page = None if dry_run else loaded.output_dir / fleets.PAGE
     if page is not None:

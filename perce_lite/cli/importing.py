@@ -1,7 +1,7 @@
 """The command `perce-lite import`."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +12,7 @@ from rich.text import Text
 from perce_lite.cli.options import Json, writable, write
 from perce_lite.console import console, say, warn
 from perce_lite.data.importers.importing import FEW, Imported, Wanted, look
+from perce_lite.data.importers.masking import REGIONS, Mask, checked_regions, names_in, placeholder
 from perce_lite.data.importers.writings import Notes
 
 _SHOWN = 3
@@ -19,7 +20,9 @@ _SHOWN_LETTERS = 400
 
 
 def import_(
-    path: Annotated[Path, typer.Argument(help="A folder, a ZIP or a file: .txt .md .csv .json .jsonl .mbox .eml")],
+    path: Annotated[
+        Path, typer.Argument(help="A folder, a ZIP or a file: .txt .md .docx .html .pdf .csv .json .mbox .eml ...")
+    ],
     user: Annotated[str, typer.Option(help="What to call the person.")],
     out: Annotated[Path, typer.Option(dir_okay=False, callback=writable, help="The file of rows to write.")] = Path(
         "texts.jsonl"
@@ -34,6 +37,20 @@ def import_(
     me: Annotated[list[str] | None, typer.Option(help="Chats: the person's name in them; once for each.")] = None,
     min_words: Annotated[int, typer.Option(min=2, help="Shorter texts are left out.")] = 5,
     max_words: Annotated[int, typer.Option(min=20, help="Longer texts are cut, between paragraphs.")] = 100,
+    max_parts: Annotated[int, typer.Option(min=1, help="Of a longer text at most so many parts are taken.")] = 10,
+    mask: Annotated[
+        bool,
+        typer.Option(
+            "--mask",
+            help="Mask mail addresses, phones, IBANs, cards, links, street numbers and secrets; see what first.",
+        ),
+    ] = False,
+    mask_names: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="--mask: names to mask as well, one a line in this file.")
+    ] = None,
+    mask_region: Annotated[
+        list[str] | None, typer.Option(help=f"--mask: countries of phones without a code; else {' '.join(REGIONS)}.")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Make rows of a person's writing; shows the first ones before it writes."""
@@ -41,7 +58,10 @@ def import_(
         raise typer.BadParameter("--append adds and --force replaces; give one of them")
     if not user.strip():
         raise typer.BadParameter("--user: a name that is not empty")
-    wanted = Wanted(user, text_column, from_ or (), me or (), min_words, max_words)
+    if not mask and (mask_names or mask_region):
+        raise typer.BadParameter("--mask-names and --mask-region go with --mask")
+    masking = _mask(mask_names, mask_region) if mask else None
+    wanted = Wanted(user, text_column, from_ or (), me or (), min_words, max_words, max_parts, masking)
     found = look(path, wanted, out, append, force)
     _show(found)
     written = bool(found.new) and (yes or _agreed(found))
@@ -49,6 +69,10 @@ def import_(
         found.write()
         _show_written(found)
     write(json, {**found.figures(), "written": written})
+
+
+def _mask(names: Path | None, regions: Sequence[str] | None) -> Mask:
+    return Mask(names_in(names) if names else (), checked_regions(regions) if regions else REGIONS)
 
 
 def _agreed(found: Imported) -> bool:
@@ -65,6 +89,8 @@ def _agreed(found: Imported) -> bool:
 def _show(found: Imported) -> None:
     """What was read and left out, and the first rows."""
     console.print(_counts(found.notes, len(found.new)))
+    if found.mask is not None:
+        console.print(_masked(found.mask, found.masked()))
     for record in found.new[:_SHOWN]:
         console.print(_row(record))
     if len(found.new) > _SHOWN:
@@ -72,10 +98,11 @@ def _show(found: Imported) -> None:
     count = sum(record["user"] == found.user for record in found.records)
     if not found.new:
         say(f"Nothing is new: {found.out} holds these {count} texts already.")
-    elif count == 1:
+    elif found.texts == 1:
+        parts = f" (in {count} parts, none of which stands in the profile of another)" if count > 1 else ""
         warn(
-            f"one text of {found.user}, and it takes two or more to train: a profile is made of the earlier ones. "
-            f"Add more with --append."
+            f"one text of {found.user}{parts}, and it takes two or more to train: a profile is made of the earlier "
+            f"ones. Add more with --append."
         )
     elif count < FEW:
         warn(f"{count} texts of {found.user} are few: expect little, and hardly any to hold out")
@@ -94,6 +121,17 @@ def _counts(notes: Notes, rows: int) -> Table:
     return table
 
 
+def _masked(mask: Mask, counts: Mapping[str, int]) -> Table:
+    """How often each kind is masked in the new rows, and the first thing that was."""
+    table = Table(title="What is masked" if counts else "What is masked: nothing was found", title_justify="left")
+    table.add_column("")
+    table.add_column("how many", justify="right")
+    table.add_column("such as", overflow="fold")
+    for kind, count in counts.items():
+        table.add_row(Text(placeholder(kind)), str(count), Text(mask.first.get(kind, "")))
+    return table
+
+
 def _row(record: dict[str, str]) -> Table:
     table = Table(show_header=False)
     table.add_column(style="bold", no_wrap=True)
@@ -108,7 +146,10 @@ def _row(record: dict[str, str]) -> Table:
 def _show_written(found: Imported) -> None:
     users = sorted({str(record["user"]) for record in found.records})
     told = f", of {len(users)} users" if len(users) > 1 else ""
-    console.print(f"Written: {found.out} ({len(found.records)} rows{told}). Look at them, then train:", markup=False)
+    console.print(
+        f"Written: {found.out} ({len(found.records)} rows{told}). Look at them, train, talk to the adapter:",
+        markup=False,
+    )
     _commands(found.commands())
 
 

@@ -10,12 +10,16 @@ from perce_lite.recipe import training_config
 
 device = Lazy("perce_lite.device")
 gpus = Lazy("perce_lite.planning.gpus")
+imitating = Lazy("perce_lite.evaluation.bench.imitation.step")
 planning = Lazy("perce_lite.planning.plan")
 probing = Lazy("perce_lite.planning.probe")
 views = Lazy("perce_lite.cli.views.plan")
 
 _FOR_GPUS = ("activation_offloading", "bf16", "fp16", "tf32")
 """Fields of `train:` that a machine without a GPU refuses."""
+
+_IMITATED = 12
+"""GB of the GPU that is imitated where none is named and none is there; the peak does not depend on it."""
 
 
 def plan(
@@ -24,12 +28,17 @@ def plan(
         list[str] | None, typer.Option(help='A GPU, such as 8GB or "RTX 4070"; once for each. Else the one here.')
     ] = None,
     probe: Annotated[bool, typer.Option("--probe", help="Run one real step on the GPU here and compare.")] = False,
+    imitate: Annotated[
+        bool, typer.Option("--imitate", help="Run a real step with shapes alone on an imitated GPU and compare.")
+    ] = False,
     set_: Set = None,
     json: Json = None,
 ) -> None:
     """Say whether the recipe fits a GPU, what takes the memory and what to change. Loads no weights."""
-    if probe and gpu:
-        raise typer.BadParameter("--probe measures the GPU of this machine; leave --gpu out")
+    if probe and (gpu or imitate):
+        raise typer.BadParameter("--probe measures the GPU of this machine; leave --gpu and --imitate out")
+    if imitate and len(gpu or []) > 1:
+        raise typer.BadParameter("--imitate takes one --gpu")
     named = [gpus.gpu(name) for name in gpu or []]
     loaded = readable_recipe(recipe, set_)
     if probe:
@@ -44,6 +53,11 @@ def plan(
     # What a trainer refuses is refused here, less what needs a GPU, which this machine may not have.
     plain = {name: value for name, value in loaded.train.items() if name not in _FOR_GPUS}
     training_config(loaded.model_copy(update={"train": plain}), bf16=False, fp16=False)
+    if imitate:
+        imitated = imitating.imitate(loaded.without_cores(), chosen[0] if named or here else gpus.of_size(_IMITATED))
+        write(json, imitated)
+        views.show_imitation(imitated)
+        return
     figures: dict[str, Any] = planning.figures(loaded, chosen)
     write(json, figures)
     views.show_plan(figures, str(recipe), set_ or [])

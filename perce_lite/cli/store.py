@@ -11,20 +11,22 @@ from perce_lite.cli.views import terminal
 from perce_lite.console import errors
 from perce_lite.files import home
 
-logprob_store = Lazy("perce_lite.model.logprob_store")
+store_files = Lazy("perce_lite.model.store_files")
 
 store = typer.Typer(
     help="The log-probs kept between runs.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 
-StorePath = Annotated[Path | None, typer.Option("--path", help="The store's folder; default: that of the recipes.")]
+StorePath = Annotated[
+    Path | None, typer.Option("--path", file_okay=False, help="The store's folder; default: that of the recipes.")
+]
 
 
 @store.command("show")
 def show(path: StorePath = None, json: Json = None) -> None:
     """Entries and size, by base."""
     root = path or home() / "store"
-    bases = logprob_store.usage(root)
+    bases = store_files.usage(root)
     write(json, {"store": str(root), "bases": bases})
     terminal.show_store(root, bases)
 
@@ -33,6 +35,6 @@ def show(path: StorePath = None, json: Json = None) -> None:
 def clear(path: StorePath = None, json: Json = None) -> None:
     """Remove every entry; the next run scores anew."""
     root = path or home() / "store"
-    freed = logprob_store.clear(root)
+    freed = store_files.clear(root)
     write(json, {"store": str(root), "bytes_freed": freed})
     errors.print(f"Cleared {root}: {freed / 2**20:.2f} MiB freed.")

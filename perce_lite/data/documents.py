@@ -54,6 +54,7 @@ def from_documents(records: Sequence[Record], rule: Profile, profiles: bool = Tr
                     splits[place],
                     cohort_name(record),
                     is_held_out(record),
+                    part_of=whole_of(record),
                 )
             )
     return rows
@@ -62,15 +63,23 @@ def from_documents(records: Sequence[Record], rule: Profile, profiles: bool = Tr
 def _earlier(documents: Sequence[Record], splits: Sequence[str | None], place: int, by: str) -> list[int]:
     """Places of the documents that may stand in the profile of the one at `place`: older by the unit `by`.
 
-    A held-out document stands in no profile that is trained on.
+    A held-out document stands in no profile that is trained on, and no part of a text in that of another part of it.
     """
     held_out = ("validation", "test")
     record = documents[place][2]
+    whole = whole_of(record)
     return [
         other
         for other in range(place)
-        if (splits[place] in held_out or splits[other] not in held_out) and _is_earlier(documents[other][2], record, by)
+        if (splits[place] in held_out or splits[other] not in held_out)
+        and _is_earlier(documents[other][2], record, by)
+        and (whole is None or whole_of(documents[other][2]) != whole)
     ]
+
+
+def whole_of(record: Mapping[str, Any]) -> str | None:
+    """The text of which a document is a part (`part_of`); None where it stands alone."""
+    return None if record.get("part_of") is None else str(record["part_of"])
 
 
 def trained_documents(records: Sequence[Record], recipe: Recipe) -> set[str]:

@@ -6,13 +6,13 @@ import pickle
 import tempfile
 from array import array
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from perce_lite.console import warn
-from perce_lite.data.documents import Record, age, from_documents, item_of, trained_documents
+from perce_lite.data.documents import Record, age, from_documents, item_of, trained_documents, whole_of
 from perce_lite.data.retrieval import History, Item
 from perce_lite.data.rows import (
     SPLIT_NAMES,
@@ -97,6 +97,7 @@ class _Outline:
     split: str | None
     unseen_user: bool
     content: str
+    part_of: str | None
 
     def fingerprint(self) -> str:
         return self.content
@@ -205,7 +206,7 @@ class RowsByUser:
             cohorts[user] = tuple(named.items())
             for place, row in enumerate(rows):
                 content = "" if self._shape == "documents" else row.fingerprint()
-                outlines.append(_Outline(user, place, row.split, row.unseen_user, content))
+                outlines.append(_Outline(user, place, row.split, row.unseen_user, content, row.part_of))
         if not has_profiles:
             raise _nothing_to_contrast(self._recipe, self._shape, len(outlines))
         data, default = self._recipe.data, "time" if self._shape == "documents" else "row"
@@ -222,6 +223,7 @@ class UserTexts:
     history: else the documents, or the profile items of the rows, oldest first
     prompts: of each document what it answers, its query and its title
     trained: whether each document is of the training split
+    wholes: of each document the text that it is a part of, or None
     """
 
     def __init__(
@@ -230,20 +232,24 @@ class UserTexts:
         items: Sequence[Item] = (),
         prompts: Sequence[tuple[Any, ...]] = (),
         trained: Sequence[bool] = (),
+        wholes: Sequence[str | None] = (),
     ) -> None:
         self.text, self.history = text, History(items)
-        self._prompts, self._trained = prompts, trained
+        self._prompts, self._trained, self._wholes = prompts, trained, wholes
 
     def profile_for(self, prompt: str, rule: Profile) -> Profiled:
         """The profile for `prompt`, chosen by `rule`.
 
-        Held-out documents are left out, unless the user has no other; the document that answers `prompt` always is: an
-        answer must not stand in the profile that it is asked with.
+        Held-out documents are left out, unless the user has no other; the document that answers `prompt` always is, and
+        so are the other parts of its text: an answer must not stand in the profile that it is asked with.
         """
         if self.text is not None:
             return self.text
         places = range(len(self.history.items))
-        allowed = [place for place in places if not self._prompts or prompt not in self._prompts[place]]
+        answering = {place for place in places if self._prompts and prompt in self._prompts[place]}
+        answered = {self._wholes[place] for place in answering if self._wholes} - {None}
+        beside = {place for place in places if self._wholes and self._wholes[place] in answered}
+        allowed = [place for place in places if place not in answering | beside]
         if self._trained:
             allowed = [place for place in allowed if self._trained[place]] or allowed
         return tuple(self.history.choose(prompt, rule.select, rule.top_k, allowed))
@@ -255,28 +261,51 @@ def user_texts(recipe: Recipe, user: str) -> UserTexts:
     Raises:
         DataError: no such user, or the data cannot be read.
     """
+    return texts_of_users(recipe, [user])[user]
+
+
+def texts_of_users(recipe: Recipe, users: Collection[str]) -> dict[str, UserTexts]:
+    """The texts of each of `users`; the data are read once. Raises as `user_texts`."""
     records = list(_records(recipe))
     shape = recipe.data.format if recipe.data.format != "auto" else _shape(records[0])
-    if shape == "documents":
-        trained = trained_documents(records, recipe)
-        documents = [record for record in records if user_name(record[2].get("user")) == user]
-        documents.sort(key=age(documents))
-        if documents:
-            return UserTexts(
-                None,
-                [item_of(record) for _, _, record in documents],
-                [(record.get("query"), record.get("title")) for _, _, record in documents],
-                [where in trained for where, _, _ in documents],
-            )
-    else:
-        rows = [from_record(record, where, split, shape, None) for where, split, record in records]
+    by_document = shape == "documents"
+    texts = (_of_documents if by_document else _of_profiles)(records, recipe, shape, set(users))
+    for user in users:
+        if user not in texts:
+            known = _users_of(records, recipe)
+            raise DataError(f"user {user}: the data knows no such user; it has {', '.join(known[:20])}")
+    return texts
+
+
+def _of_documents(records: list[Record], recipe: Recipe, shape: str, users: Set[str]) -> dict[str, UserTexts]:
+    trained = trained_documents(records, recipe)
+    documents: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if (user := user_name(record[2].get("user"))) in users:
+            documents[user].append(record)
+    texts = {}
+    for user, theirs in documents.items():
+        theirs.sort(key=age(theirs))
+        texts[user] = UserTexts(
+            None,
+            [item_of(record) for _, _, record in theirs],
+            [(record.get("query"), record.get("title")) for _, _, record in theirs],
+            [where in trained for where, _, _ in theirs],
+            [whole_of(record) for _, _, record in theirs],
+        )
+    return texts
+
+
+def _of_profiles(records: list[Record], recipe: Recipe, shape: str, users: Set[str]) -> dict[str, UserTexts]:
+    rows = [from_record(record, where, split, shape, None) for where, split, record in records]
+    texts = {}
+    for user in users:
         profiles = [row.profile for row in rows if row.user == user]
-        texts = [profile for profile in profiles if isinstance(profile, str)]
+        plain = [profile for profile in profiles if isinstance(profile, str)]
         items = list(dict.fromkeys(item for profile in profiles for item in profile if isinstance(item, Item)))
-        if texts or items:
-            return UserTexts(texts[-1] if texts else None, items)
-    users = _users_of(records, recipe)
-    raise DataError(f"user {user}: the data knows no such user; it has {', '.join(users[:20])}")
+        if plain or items:
+            texts[user] = UserTexts(plain[-1] if plain else None, items)
+    return texts
 
 
 def known_users(recipe: Recipe) -> list[str]:
@@ -323,6 +352,11 @@ def plain_rows(path: Path) -> list[Row]:
 
 
 def _records(recipe: Recipe) -> Iterator[Record]:
+    if recipe.data.path is None and recipe.data.hub is None:
+        raise DataError(
+            "The data are not known: a script or another trainer made this adapter, or it is an export, which does not "
+            "say where they lie. Give --data FILE (in Python: data=...), or a profile instead of a user"
+        )
     path, renamed = recipe.data_path, {theirs: ours for ours, theirs in recipe.data.columns.items()}
     if path is None and recipe.data.hub is None:
         raise DataError(

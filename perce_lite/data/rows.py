@@ -93,6 +93,7 @@ class Row:
     split: train, validation, test, unseen (of a user whom training never meets), or None where the data does not say
     unseen_user: the data holds this user out of training
     template_options: what goes to the chat template beside the messages: `tools`, and the row's own keyword arguments
+    part_of: the text of which this is a part, for a document that was cut into several; else None
     """
 
     where: str
@@ -104,6 +105,7 @@ class Row:
     cohort: str | None = None
     unseen_user: bool = False
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    part_of: str | None = None
 
     @property
     def query(self) -> str:
@@ -112,6 +114,13 @@ class Row:
         if queries:
             return queries[-1]
         return next((content_of(message) for message in self.completion if message["role"] == "user"), "")
+
+    @property
+    def characters(self) -> int:
+        """Length of profile, prompt and completion: about that of the row in tokens, to compare rows by."""
+        texts = [item.title + item.text for item in items_of(self.profile)]
+        texts += [content_of(message) for message in (*self.prompt, *self.completion)]
+        return sum(map(len, texts))
 
     def fingerprint(self) -> str:
         """Equal for rows of equal content."""
@@ -160,6 +169,8 @@ class Splittable(Protocol):
     def split(self) -> str | None: ...
     @property
     def unseen_user(self) -> bool: ...
+    @property
+    def part_of(self) -> str | None: ...
     def fingerprint(self) -> str: ...
 
 
@@ -171,7 +182,8 @@ def split_rows(rows: Sequence[AnyRow], split: Split, source: str = "the data", o
 
     By row, a row's split depends on that row alone. Rows of users whom training must not meet become `unseen`:
     all of them, or by time the test rows alone. `otherwise` is what `by: auto` means where the data has none; "time"
-    holds out the last rows of each user, so that no held-out text stands in a profile that was trained on.
+    holds out the last rows of each user, so that no held-out text stands in a profile that was trained on; the parts of
+    one text stay together, and count as one.
     """
     has_split = any(row.split for row in rows)
     by = split.by if split.by != "auto" else "given" if has_split else otherwise
@@ -187,7 +199,7 @@ def split_rows(rows: Sequence[AnyRow], split: Split, source: str = "the data", o
     if by == "row":
         return _hold_out_users(_each_by_its_own(rows, split), split, tests_alone=False)
     if by == "time":
-        groups = [[[index] for index in reversed(indices)] for indices in by_user.values()]
+        groups = [_whole_texts(rows, indices) for indices in by_user.values()]
     else:
         users = [by_user[user] for user in sorted(by_user)]
         random.Random(split.seed).shuffle(users)
@@ -200,6 +212,15 @@ def split_rows(rows: Sequence[AnyRow], split: Split, source: str = "the data", o
             name_of.update(dict.fromkeys(unit, name))
     named = [replace(row, split=name_of[index]) for index, row in enumerate(rows)]
     return _hold_out_users(named, split, tests_alone=by == "time")
+
+
+def _whole_texts(rows: Sequence[AnyRow], indices: Sequence[int]) -> list[list[int]]:
+    """A user's rows, the last first, with the parts of one text as one unit."""
+    units: dict[tuple[str, str | int], list[int]] = defaultdict(list)
+    for index in reversed(indices):
+        whole = rows[index].part_of
+        units[("row", index) if whole is None else ("parts of", whole)].append(index)
+    return list(units.values())
 
 
 def _each_by_its_own(rows: Sequence[AnyRow], split: Split) -> list[AnyRow]:
@@ -291,6 +312,9 @@ def _option_columns(options: Mapping[str, Any]) -> dict[str, Any]:
 
 # Rows from records
 
+NOT_TEXT = ("image", "images", "video", "videos", "audio", "audios")
+"""Columns that a text model cannot be shown."""
+
 DIALOGUES = ("messages", "conversations", "conversation")
 """Columns that hold a whole dialogue."""
 
@@ -323,11 +347,13 @@ def from_record(record: Mapping[str, Any], where: str, split: str | None, shape:
         record = {**record, "prompt": record.get("input"), "completion": record.get("output")}
     elif shape == "alpaca":
         record = {**record, **_of_alpaca(record, where)}
+    if seen := [name for name in NOT_TEXT if record.get(name)]:
+        raise DataError(f"{where}: {', '.join(seen)}: text alone is trained on; leave such rows out")
     prompt, completion = _conversation(record, where)
     row = Row(
         where=where,
         user=user_of(record, shape),
-        profile=_profile(record.get("profile"), where),
+        profile=profile_of(record.get("profile"), where),
         prompt=prompt,
         completion=completion,
         split=split_name(record.get("split"), where) or split,
@@ -344,12 +370,14 @@ def _conversation(record: Mapping[str, Any], where: str) -> tuple[tuple[Message,
     """Prompt and completion as messages; a dialogue is cut ahead of its first assistant turn."""
     dialogue = next((name for name in DIALOGUES if record.get(name) is not None), None)
     if dialogue is not None:
-        messages = _messages(record[dialogue], dialogue, "user", where)
+        if isinstance(record[dialogue], str):  # of a text it is not known who says what
+            raise _no_messages(record[dialogue], dialogue, where)
+        messages = messages_of(record[dialogue], dialogue, "user", where)
         first = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
         prompt, completion = messages[:first], messages[first:]
     else:
-        prompt = _messages(record.get("prompt"), "prompt", "user", where)
-        completion = _messages(record.get("completion"), "completion", "assistant", where)
+        prompt = messages_of(record.get("prompt"), "prompt", "user", where)
+        completion = messages_of(record.get("completion"), "completion", "assistant", where)
     if not prompt:
         raise DataError(f"{where}: no prompt: nothing is said ahead of the response")
     return prompt, completion
@@ -390,7 +418,8 @@ def _present(value: Any) -> Any:
     return [_present(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _messages(value: Any, column: str, role: str, where: str) -> tuple[Message, ...]:
+def messages_of(value: Any, column: str, role: str, where: str) -> tuple[Message, ...]:
+    """Messages of a text, which `role` says, or of a list of messages; raises DataError, which names `column`."""
     if value is None:
         raise DataError(f"{where}: no {column}; rename yours with data.columns.{column}=YOUR_COLUMN")
     if isinstance(value, str):
@@ -459,7 +488,7 @@ _TITLES = ("title", "summary", "input")
 _MARKS = ("tag", "score", "overall", "category", "rating")
 
 
-def _profile(value: Any, where: str) -> Profiled:
+def profile_of(value: Any, where: str) -> Profiled:
     """A profile as a text or as items, in the field names of rows, LaMP and LongLaMP."""
     if value is None:
         return ""

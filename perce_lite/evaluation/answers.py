@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +19,20 @@ from perce_lite.evaluation.authorship import Style, UserWords, written
 from perce_lite.evaluation.conditions import Case
 from perce_lite.evaluation.metrics import Bootstrap, has_meteor, text_scores
 from perce_lite.files import digest, read_json, write_json
-from perce_lite.model.generate import Personal, generate_several
-from perce_lite.recipe import Recipe
+from perce_lite.model.generate import Personal, generate_batch
+from perce_lite.recipe import Evaluation, Recipe
 
 PERSON = "the person"
 """The arm of the held-out texts themselves: what is attributed, copied and repeated in what the users wrote."""
 
 SAMPLING = {"do_sample": True, "temperature": 0.7}
+
+_AT_ONCE = {"cpu": 16, "cuda": 4}
+"""Answers of one batch, by the device: a CPU has the memory, and de-quantises the base once for all of them."""
+
+
+Asked = tuple[Row, str]
+"""A row whose query is asked, and the profile in its prompt."""
 
 
 class Way(NamedTuple):
@@ -34,6 +41,17 @@ class Way(NamedTuple):
     profile: str
     sampled: bool = False
     personal: float = 0.0
+
+
+def ways_of(options: Evaluation, profile: str = "own") -> list[Way]:
+    """How `compare` has each query answered: greedy, and drawn where `evaluation.samples` are wanted."""
+    return [Way(profile), *([Way(profile, True)] if options.samples else [])]
+
+
+def all_ways(options: Evaluation) -> list[Way]:
+    """How `eval` has each query answered: without a profile and at every strength of `Personal` as well."""
+    greedy, *drawn = ways_of(options)
+    return [greedy, Way("none"), *drawn, *(Way("own", False, strength) for strength in options.personal if strength)]
 
 
 class WrittenTexts:
@@ -55,46 +73,57 @@ class WrittenTexts:
         }
 
 
+class Writer(NamedTuple):
+    """Who answers: an arm's model, adapters `on` or off, with the prompts that it was trained with.
+
+    key: `store_key` of the model, adapters on or off
+    """
+
+    arm: str
+    model: PreTrainedModel
+    maker: PairMaker
+    on: bool
+    key: str
+
+
 class Answers:
     """Answers of every arm; the texts are kept in `path`, as generating is what an evaluation spends its time on.
 
-    ways: how each query is answered
     records: every answer: arm, the fields of its `Way`, row, user, query, written, text, scores
     spilled: by arm, for each general question 1 where the answer has words that only the profile has, else 0
     """
 
-    def __init__(
-        self, recipe: Recipe, config: PerCEConfig, maker: PairMaker, path: Path, written_texts: WrittenTexts
-    ) -> None:
-        self.options, self.config, self.maker, self.written_texts = recipe.evaluation, config, maker, written_texts
-        sampled = [Way("own", True)] if self.options.samples else []
-        self.ways = [
-            Way("own"),
-            Way("none"),
-            *sampled,
-            *(Way("own", False, strength) for strength in self.options.personal if strength),
-        ]
+    def __init__(self, recipe: Recipe, config: PerCEConfig, path: Path, written_texts: WrittenTexts) -> None:
+        self.options, self.config, self.written_texts = recipe.evaluation, config, written_texts
         self.path = path
-        self.known: dict[str, list[str]] = read_json(path) or {}
+        self.known: dict[str, list[list[str]]] = read_json(path) or {}
         self.records: list[dict[str, Any]] = []
         self.spilled: dict[str, list[float]] = {}
         if self.options.generated_rows and not has_meteor():
             say("METEOR is left out: nltk has no WordNet here (python -m nltk.downloader wordnet)")
 
-    def add(self, model: PreTrainedModel, found: Sequence[Case], arm: str, on: bool, key: str) -> None:
-        """One arm's answers to the queries of `found`: with the own profile, with none, and sampled with the own.
-
-        key: `store_key` of the model, adapters on or off
-        """
+    def add(self, writer: Writer, found: Sequence[Case], ways: Sequence[Way]) -> None:
+        """The answers of `writer` to the queries of `found`, in each of `ways`."""
         with progress_bar() as bar:
-            task = bar.add_task(f"{arm}, answers", total=len(found) * len(self.ways), note="")
-            for way in self.ways:
-                for case in found:
-                    row = case.pair.row
-                    profile = "" if way.profile == "none" else case.pair.profile
-                    for text in self._texts(model, row, profile, key, on, way):
-                        self._record(arm, way, row, text)
-                    bar.advance(task)
+            task = bar.add_task(f"{writer.arm}, answers", total=len(found) * len(ways), note="")
+            for way in ways:
+                asked = [(case.pair.row, "" if way.profile == "none" else case.pair.profile) for case in found]
+                for batch in self._batches(writer, asked, way):
+                    for (row, _), texts in zip(batch, self._texts(writer, batch, way), strict=True):
+                        for text in texts:
+                            self._record(writer.arm, way, row, text)
+                    bar.advance(task, len(batch))
+
+    def _count(self, way: Way) -> int:
+        """Answers to each query."""
+        drawn = {**(SAMPLING if way.sampled else {}), **self.options.generation}.get("do_sample", False)
+        return self.options.samples if way.sampled and drawn else 1
+
+    def _batches(self, writer: Writer, asked: Sequence[Asked], way: Way) -> Iterator[Sequence[Asked]]:
+        device = next(writer.model.parameters()).device.type
+        size = max(1, _AT_ONCE.get(device, 1) // self._count(way))
+        for start in range(0, len(asked), size):
+            yield asked[start : start + size]
 
     def _record(self, arm: str, way: Way, row: Row, text: str) -> None:
         reference = written(row)[0]
@@ -107,67 +136,77 @@ class Answers:
         known = {"row": row.where, "user": row.user, "query": row.query, "written": reference}
         self.records.append({"arm": arm, **way._asdict(), **known, "text": text, "scores": scores})
 
-    def add_general(
-        self, model: PreTrainedModel, general: Sequence[Pair], words: UserWords, arm: str, on: bool, key: str
-    ) -> None:
-        """One arm's answers to general questions under the profiles of users: whether the profile shows in them."""
-        for pair in general[: self.options.generated_rows]:
-            [text] = self._texts(model, pair.row, pair.profile, key, on, Way("own"))
+    def add_general(self, writer: Writer, general: Sequence[Pair], words: UserWords) -> None:
+        """Answers to general questions under the profiles of users: whether the profile shows in them."""
+        asked = [(pair.row, pair.profile) for pair in general[: self.options.generated_rows]]
+        batches = self._batches(writer, asked, Way("own"))
+        answered = [text for batch in batches for [text] in self._texts(writer, batch, Way("own"))]
+        for pair, text in zip(general, answered, strict=False):
             own = set(tokens_of(pair.profile)) & words.of(
                 pair.row.user, [item.text for item in items_of(pair.row.profile)]
             )
             expected = set(tokens_of(f"{pair.row.query} {written(pair.row)[0]}"))
-            self.spilled.setdefault(arm, []).append(float(bool(set(tokens_of(text)) & own - expected)))
+            self.spilled.setdefault(writer.arm, []).append(float(bool(set(tokens_of(text)) & own - expected)))
 
-    def _texts(self, model: PreTrainedModel, row: Row, profile: str, key: str, on: bool, way: Way) -> list[str]:
-        """The answer, or `evaluation.samples` of them; those that are known are not generated again."""
-        limit, seed = self.options.max_new_tokens, self.config.seed
+    def _texts(self, writer: Writer, batch: Sequence[Asked], way: Way) -> list[list[str]]:
+        """The answers to each prompt of `batch`; a batch that is known is not generated again."""
+        limit, seed, count = self.options.max_new_tokens, self.config.seed, self._count(way)
         options = {**(SAMPLING if way.sampled else {}), **self.options.generation}
-        count = self.options.samples if way.sampled and options["do_sample"] else 1
         personal = Personal(way.personal, self.config.estimator != "bootstrap")
-        ids = self.maker.prompt_ids(row.prompt, profile)
-        asked = digest([key, ids, limit, options, seed, count, *(astuple(personal) if way.personal else ())])
+        model, maker = writer.model, writer.maker
+        ids = [maker.prompt_ids(row.prompt, profile) for row, profile in batch]
+        asked = digest([writer.key, ids, limit, options, seed, count, *(astuple(personal) if way.personal else ())])
         if asked not in self.known:
             set_seed(seed)
-            self.known[asked] = generate_several(
-                model,
-                self.maker,
-                row.prompt,
-                profile,
-                limit,
-                count,
-                on,
-                self.config.autocast,
-                personal=personal,
-                **options,
+            prompts = [(row.prompt, profile) for row, profile in batch]
+            self.known[asked] = generate_batch(
+                model, maker, prompts, limit, count, writer.on, self.config.autocast, personal, **options
             )
             write_json(self.path, self.known)
         return self.known[asked]
 
-    def table(self, arms: Sequence[str]) -> list[dict[str, Any]]:
-        """Figures of every arm's answers by profile and way, and the change against the base; the person's own last.
+    def table(self, arms: Mapping[str, Sequence[str]], ways: Sequence[Way]) -> list[dict[str, Any]]:
+        """Figures of every arm's answers by way, and the change against the first, the base; the person's own last.
 
-        The first of `arms` is the base. A figure that no answer has is left out.
+        arms: by name, what its trainings were added as; a training of each seed, or one
+        A figure that no answer has is left out.
         """
-        rows = [self._row(arm, arms[0], way) for way in self.ways for arm in arms]
-        return [row for row in [*rows, self._persons()] if row is not None]
+        base = next(iter(arms))
+        rows = []
+        for way in ways:
+            for arm, trainings in arms.items():
+                figures = self._figures(trainings, way)
+                if figures is not None:
+                    change = None if arm == base else self.difference(trainings, arms[base], way)
+                    rows.append({"arm": arm, **way._asdict(), **figures, "change": change})
+        persons = self._persons()
+        return rows if persons is None else [*rows, persons]
 
-    def _row(self, arm: str, base: str, way: Way) -> dict[str, Any] | None:
-        mine = self._of(arm, way)
+    def _figures(self, trainings: Sequence[str], way: Way) -> dict[str, Any] | None:
+        mine = [answer for training in trainings for answer in self._of(training, way)]
         if not mine:
             return None
-        theirs = self._of(base, way)
-        bootstrap = Bootstrap([answer["user"] for answer in mine])
-        changes = None
-        if arm != base:
-            paired = zip(mine, theirs, strict=True)
-            changes = _means(bootstrap, [_less(answer["scores"], other["scores"]) for answer, other in paired])
-        scores = _means(bootstrap, [answer["scores"] for answer in mine])
-        known = {"arm": arm, **way._asdict(), "rows": len({answer["row"] for answer in mine})}
-        return {**known, "answers": len(mine), "scores": scores, "change": changes}
+        scores = _means(Bootstrap([answer["user"] for answer in mine]), [answer["scores"] for answer in mine])
+        return {"rows": len({answer["row"] for answer in mine}), "answers": len(mine), "scores": scores}
 
-    def _of(self, arm: str, way: Way) -> list[dict[str, Any]]:
-        wanted = {"arm": arm, **way._asdict()}
+    def difference(self, mine: Sequence[str], theirs: Sequence[str], way: Way) -> dict[str, Any] | None:
+        """What separates the answers of `mine` from those of `theirs`, paired by training and query; None: no answers.
+
+        Where `theirs` is one training, as of the base, every one of `mine` is set against it.
+        """
+        others = [*theirs] * len(mine) if len(theirs) == 1 else theirs
+        paired = [
+            both
+            for one, other in zip(mine, others, strict=True)
+            for both in zip(self._of(one, way), self._of(other, way), strict=True)
+        ]
+        if not paired:
+            return None
+        bootstrap = Bootstrap([answer["user"] for answer, _ in paired])
+        return _means(bootstrap, [_less(answer["scores"], other["scores"]) for answer, other in paired])
+
+    def _of(self, training: str, way: Way) -> list[dict[str, Any]]:
+        wanted = {"arm": training, **way._asdict()}
         return [answer for answer in self.records if {name: answer[name] for name in wanted} == wanted]
 
     def _persons(self) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from perce_lite.console import warn
 from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, require
 from perce_lite.data.readers import read_rows
 from perce_lite.data.rows import SPLIT_NAMES, of_split
+from perce_lite.evaluation.findings import findings
 from perce_lite.model.base import load_tokenizer
 from perce_lite.model.float16 import overflow_of
 from perce_lite.model.footprint import adapter_bytes, config_of, refuse_exports
@@ -44,7 +45,13 @@ def check(recipe: Recipe) -> dict[str, Any]:
             "response_tokens": _spread([sum(label != IGNORED for label in pair.factual.labels) for pair in pairs]),
             "rows_with_items_left_out": sum(pair.items_left_out > 0 for pair in pairs),
         }
-    return {"max_length": config.max_length, "adapter_bytes": size, "splits": splits, "example": example}
+    return {
+        "max_length": config.max_length,
+        "adapter_bytes": size,
+        "findings": [finding.figures() for finding in findings(rows)],
+        "splits": splits,
+        "example": example,
+    }
 
 
 def shown(maker: PairMaker, pair: Pair) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Arms against arms: one budget, seeds, data order and grid of rates; rates chosen on validation, judged on test."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,17 +11,19 @@ from perce_lite.console import say, warn
 from perce_lite.data.pairs import PairMaker
 from perce_lite.data.readers import library, read_rows
 from perce_lite.data.rows import Row, of_split
-from perce_lite.errors import DataError, NonFiniteLossError, RecipeError
+from perce_lite.errors import DataError, NonFiniteLossError, RecipeError, RunError
+from perce_lite.evaluation.answers import Answers, Writer, WrittenTexts, ways_of
 from perce_lite.evaluation.authorship import UserWords, training_texts
 from perce_lite.evaluation.conditions import MATCH, OTHER, Case, Topics, is_candidate, score_cases
 from perce_lite.evaluation.evaluate import chosen_tokens, held_out
 from perce_lite.evaluation.judging import ArmSums, Judge, chance
-from perce_lite.files import folder_written_aside, safe_name
+from perce_lite.files import folder_written_aside, named
+from perce_lite.locks import held_alone
 from perce_lite.model import adapters
 from perce_lite.model.base import load_base, load_tokenizer
-from perce_lite.model.scoring import store_of
+from perce_lite.model.scoring import store_key, store_of
 from perce_lite.planning.oom_advice import explain_out_of_memory, free_gpu_memory
-from perce_lite.recipe import Recipe, refuse_cores, training_config, with_train
+from perce_lite.recipe import Recipe, refuse_cores, refuse_early_stopping, training_config, with_train
 from perce_lite.training.run import Run, checkpoints_in, newest_checkpoint, run_of
 from perce_lite.training.train import train
 
@@ -43,6 +45,9 @@ _STEPS = "steps"
 
 _KEPT_STEPS = 6
 """Adapters that are kept on the way of a plain-SFT training, at equal distances, its end among them."""
+
+_BASE = ("model", "quantization", "dtype")
+"""Keys of a recipe that say which base adapters are of."""
 
 AGAINST = ("uniform", "shuffled")
 """Estimators that all others are compared with: plain SFT, and the same weights on the wrong tokens."""
@@ -90,7 +95,7 @@ class Training:
     def run(self, rows: Sequence[Row]) -> tuple[Recipe, Run]:
         """Its recipe, and its run in a folder of its own under `<output_dir>/compare`."""
         recipe = self.arm.recipe
-        folder = recipe.output_dir / "compare" / safe_name(self.arm.name) / f"rate-{self.rate:g}-seed-{self.seed}"
+        folder = named(_folder(recipe), self.arm.name) / f"rate-{self.rate:g}-seed-{self.seed}"
         mine: dict[str, Any] = {
             "learning_rate": self.rate,
             "seed": self.seed,
@@ -138,35 +143,80 @@ def grid(recipe: Recipe, spec: str | None) -> list[float]:
     return rates
 
 
-def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class JudgedOn:
+    """What trainings are judged on: rows of a recipe, which is that of training or another.
+
+    cases: by `profile_pass`, the same rows in the same order
+    """
+
+    recipe: Recipe
+    rows: Sequence[Row]
+    cases: dict[str, Cases]
+
+
+def compare(
+    recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: int, judge_on: Recipe | None = None
+) -> dict[str, Any]:
     """The figures that `perce-lite compare` shows.
 
     Every arm is trained with every rate on the first of `seeds` seeds, the recipe's own, then with the rate of the
     lowest validation loss on the others. A training that was finished before is not repeated; one that was stopped goes
     on from its checkpoint.
 
+    judge_on: another recipe, whose held-out rows the adapters are judged on: whether what is learned on one task shows
+        in another. Rates are chosen on the recipe's own validation rows
+
     Raises:
-        DataError: no validation rows to choose a rate by, or none to judge by; and what training raises.
+        DataError: no validation rows to choose a rate by, or none to judge by; RecipeError: `judge_on` has another
+            base; RunError: another comparison is on in the folder; and what training raises.
     """
     refuse_cores(recipe, "compare")
+    refuse_early_stopping(recipe, "compare")
     rows = read_rows(recipe)
+
+    def refuse(who: str) -> RunError:
+        return RunError(
+            f"{_folder(recipe)}: another comparison is on here ({who}). Wait for it or stop it, or take another folder "
+            "with --set train.output_dir=FOLDER. Nothing was touched."
+        )
+
+    with held_alone(_folder(recipe) / ".compare.lock", refuse):
+        return _compared(recipe, rows, arms, rates, seeds, judge_on)
+
+
+def _folder(recipe: Recipe) -> Path:
+    """Where the trainings of a comparison lie."""
+    return recipe.output_dir / "compare"
+
+
+def _compared(
+    recipe: Recipe,
+    rows: Sequence[Row],
+    arms: Sequence[Arm],
+    rates: Sequence[float],
+    seeds: int,
+    judge_on: Recipe | None,
+) -> dict[str, Any]:
+    """As `compare`, of rows that were read; nobody else trains in the folder."""
     say(PRIMARY)
     trained = {row.user for row in of_split(rows, "train")}
     passes = dict.fromkeys(arm.recipe.profile_pass for arm in arms)
-    found = {one: _cases(recipe, rows, one, tuning=len(rates) > 1) for one in passes}
+    judged_on = _judged_on(recipe, rows, judge_on, passes)
+    tuned_on = {name: _tuning_cases(recipe, rows, name) for name in passes} if len(rates) > 1 else {}
     seed = training_config(recipe).seed
     total = len(arms) * (len(rates) + seeds - 1)
     first = [Training(arm, rate, seed) for arm in arms for rate in rates]
     failed = _train(first, rows, 0, total)
-    only = {name: {"validation": cases.pop("validation")} for name, cases in found.items()} if len(rates) > 1 else {}
-    tuning = _validation_losses(recipe, [one for one in first if one not in failed], rows, only) if only else {}
+    tuning = _validation_losses(recipe, [one for one in first if one not in failed], rows, tuned_on)
     chosen = {arm.name: _best([one for one in first if one.arm == arm], tuning, failed) for arm in arms}
     usable = [one for one in chosen.values() if one is not None]
     rest = [Training(one.arm, one.rate, seed + more) for more in range(1, seeds) for one in usable]
     failed |= _train(rest, rows, len(first), total)
     done = [one for one in [*usable, *rest] if one not in failed]
-    equal = _equal_loss(recipe, [chosen[arm.name] for arm in arms], rows, only, tuning) if tuning else {}
-    scored = _score(recipe, [*done, *dict.fromkeys(equal.values())], rows, found, False)
+    equal = _equal_loss(recipe, [chosen[arm.name] for arm in arms], rows, tuned_on, tuning) if tuning else {}
+    answers = _answers(judged_on)
+    scored = _score(judged_on, [*done, *dict.fromkeys(equal.values())], rows, answers)
     return {
         "model": recipe.model,
         "train_rows": sum(row.split == "train" for row in rows),
@@ -174,6 +224,7 @@ def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: 
         "seeds": [seed + more for more in range(seeds)],
         "clip_min": training_config(recipe).clip_min,
         "primary": PRIMARY,
+        "judged_on": None if judge_on is None else judge_on.source,
         "arms": [_arm_figures(arm, chosen[arm.name], first, tuning, failed, equal) for arm in arms],
         "splits": {
             name: {
@@ -183,14 +234,43 @@ def compare(recipe: Recipe, arms: Sequence[Arm], rates: Sequence[float], seeds: 
             }
             for name, (judge, sums) in scored.items()
         },
+        "texts": _texts(arms, done, answers),
     }
+
+
+def _answers(judged_on: JudgedOn) -> Answers:
+    """The answers to the queries of `judged_on`, those of an earlier comparison among them."""
+    recipe, texts = judged_on.recipe, WrittenTexts(training_texts(judged_on.rows))
+    return Answers(recipe, training_config(recipe), recipe.output_dir / "compare" / "answers.json", texts)
+
+
+def _texts(arms: Sequence[Arm], done: Sequence[Training], answers: Answers) -> dict[str, Any] | None:
+    """What the answers of each arm's trainings say, means over its seeds, and what separates comparable arms."""
+    if not answers.records:
+        return None
+    names = {arm.name: [one.told for one in done if one.arm == arm] for arm in arms}
+    known = {UNTRAINED: [UNTRAINED], **{name: mine for name, mine in names.items() if mine}}
+    profiles = dict.fromkeys(arm.judged for arm in arms)
+    ways = [way for profile in profiles for way in ways_of(answers.options, profile)]
+    differences = []
+    for arm, other in _comparable(arms):
+        pairs = _pairs_of_a_seed([one for one in done if one.arm in (arm, other)], arm, other)
+        for way in ways_of(answers.options, arm.judged) if pairs else []:
+            change = answers.difference([one.told for one, _ in pairs], [two.told for _, two in pairs], way)
+            differences.append({"arm": arm.name, "against": other.name, **way._asdict(), "change": change})
+    return {"table": answers.table(known, ways), "differences": differences, "answers": answers.records}
 
 
 def _validation_losses(
     recipe: Recipe, trainings: Sequence[Training], rows: Sequence[Row], cases: dict[str, Cases]
 ) -> dict[Training, float]:
-    """Loss a token of each training on the validation rows, nats, with the profile that its arm is used with."""
-    judge, sums = _score(recipe, trainings, rows, cases, True)["validation"]
+    """Loss a token of each training on the validation rows, nats, with the profile that its arm is used with.
+
+    Empty where there are no `cases`: nothing is to be chosen.
+    """
+    if not cases:
+        return {}
+    judge, sums = _score(JudgedOn(recipe, rows, cases), trainings, rows, None)["validation"]
     tokens = judge.tokens["all"].sum()
     return {training: float(sums[training].losses[training.arm.judged]["all"].sum() / tokens) for training in trainings}
 
@@ -218,24 +298,44 @@ def _arm_figures(
     }
 
 
-def _cases(recipe: Recipe, rows: Sequence[Row], profile_pass: str, tuning: bool) -> Cases:
-    """Held-out cases: test and unseen to judge by, validation to choose rates by.
-
-    They are those of the recipe, whatever else an arm changes: all arms are judged on the same tokens.
-    """
+def _maker(recipe: Recipe, profile_pass: str) -> PairMaker:
+    """Makes pairs as the recipe has them, whatever else an arm changes: all arms are judged on the same tokens."""
     limits = training_config(recipe).max_length, recipe.profile.max_tokens
-    maker = PairMaker(load_tokenizer(recipe), recipe.template, *limits, profile_pass)
+    return PairMaker(load_tokenizer(recipe), recipe.template, *limits, profile_pass)
+
+
+def _judged_on(recipe: Recipe, rows: Sequence[Row], other: Recipe | None, passes: Iterable[str]) -> JudgedOn:
+    """Test and unseen rows of `recipe`, or of `other`.
+
+    Raises:
+        DataError: there are no test rows; RecipeError: `other` has another base.
+    """
+    if other is not None:
+        differ = [key for key in _BASE if getattr(other, key) != getattr(recipe, key)]
+        if differ:
+            bases = [f"{key}: here {getattr(other, key)}, {getattr(recipe, key)} in {recipe.source}" for key in differ]
+            raise RecipeError(f"--judge-on {other.source}", bases)
+        recipe, rows = with_train(other, "--judge-on", [f"output_dir={recipe.output_dir}"]), read_rows(other)
     topics = Topics(library(recipe), recipe.profile.top_k)
-    found = held_out(recipe, maker, rows, topics, recipe.evaluation.candidates)
-    if "validation" in found:
+    cases = {
+        name: held_out(recipe, _maker(recipe, name), rows, topics, recipe.evaluation.candidates) for name in passes
+    }
+    if any("validation" in found for found in cases.values()):
         raise DataError("No test rows: compare chooses rates on validation and must judge on others. Raise split.test.")
-    if not tuning:
-        return found
+    return JudgedOn(recipe, rows, cases)
+
+
+def _tuning_cases(recipe: Recipe, rows: Sequence[Row], profile_pass: str) -> Cases:
+    """Validation rows to choose rates by.
+
+    Raises:
+        DataError: there are none.
+    """
     if not of_split(rows, "validation"):
         raise DataError(
             "No validation rows to choose a rate by: raise split.validation, or give one rate with --rates."
         )
-    return {**found, **held_out(recipe, maker, rows, splits=("validation",))}
+    return held_out(recipe, _maker(recipe, profile_pass), rows, splits=("validation",))
 
 
 def _train(trainings: Sequence[Training], rows: Sequence[Row], before: int, total: int) -> set[Training]:
@@ -306,15 +406,17 @@ def _at_equal_loss(
 
 
 def _score(
-    recipe: Recipe, trainings: Sequence[Training], rows: Sequence[Row], found: dict[str, Cases], tuning: bool
+    judged_on: JudgedOn, trainings: Sequence[Training], rows: Sequence[Row], answers: Answers | None
 ) -> dict[str, tuple[Judge, dict[Training | None, ArmSums]]]:
     """By split: what every training's adapter, and the base (None), loses under every condition.
 
-    found: by `profile_pass`, the same rows in the same order
-    tuning: with the profile alone that the arm is judged with
+    rows: those of training, which name its folder
+    answers: gains those of the base and of each training's end to the queries of the first split; None: a rate is to
+        be chosen, by the loss with the profile alone that the arm is judged with
     """
+    recipe, found, tuning = judged_on.recipe, judged_on.cases, answers is None
     config = training_config(recipe)
-    words = UserWords(training_texts(rows))
+    words = UserWords(training_texts(judged_on.rows))
     one_way = next(iter(found.values()))
     chosen = {} if tuning else chosen_tokens(recipe, one_way, words, load_tokenizer(recipe))
     base = load_base(recipe)
@@ -335,6 +437,13 @@ def _score(
                     judged[split] = Judge(some, scored, config.clip_min, chosen.get(split)), {}
                 judge, sums = judged[split]
                 sums[training] = judge.sums(scored)
+            if answers is not None and (training is None or training.step is None):
+                judged_with = [one.arm.judged for one in ([training] if training else trainings)]
+                answered = next(iter(found[mine].values()))[: answers.options.generated_rows]
+                key = store_key(model, config.autocast, folder is not None)
+                writer = Writer(what, model, _maker(recipe, mine), folder is not None, key)
+                for profile in dict.fromkeys(judged_with):
+                    answers.add(writer, answered, ways_of(answers.options, profile))
     return judged
 
 
@@ -354,17 +463,11 @@ def _figures(arms: Sequence[Arm], judge: Judge, sums: dict[Training | None, ArmS
     means = {name: ArmSums.mean([sums[one] for one in some]) for name, some in by_arm.items() if some}
     every = {UNTRAINED: sums[None], **means}
     differences = []
-    for arm in arms:
-        for other in arms:
-            control = arm.estimator != "uniform" and other.estimator in AGAINST
-            comparable = (control or other.name == arm.estimator) and other.judged == arm.judged
-            if other == arm or arm.name not in means or other.name not in means or not comparable:
-                continue
-            pairs = [(one, two) for one in by_arm[arm.name] for two in by_arm[other.name] if one.seed == two.seed]
-            if pairs:
-                paired = [(sums[one], sums[two]) for one, two in pairs]
-                known = {"arm": arm.name, "against": other.name, "profile": arm.judged}
-                differences.append({**known, **_difference(judge, paired, arm.judged)})
+    for arm, other in _comparable(arms):
+        paired = [(sums[one], sums[two]) for one, two in _pairs_of_a_seed(ends, arm, other)]
+        if paired:
+            known = {"arm": arm.name, "against": other.name, "profile": arm.judged}
+            differences.append({**known, **_difference(judge, paired, arm.judged)})
     return {
         "losses": [
             {"arm": name, "profile": profile, **judge.figures(by_part)}
@@ -381,6 +484,23 @@ def _figures(arms: Sequence[Arm], judge: Judge, sums: dict[Training | None, ArmS
         "who": _who(judge, every),
         "differences": differences,
     }
+
+
+def _comparable(arms: Sequence[Arm]) -> list[tuple[Arm, Arm]]:
+    """Which arms are set against which: all against plain SFT and shuffled weights; one with options, without them."""
+    return [
+        (arm, other)
+        for arm in arms
+        for other in arms
+        if arm != other
+        and other.judged == arm.judged
+        and (other.name == arm.estimator or (arm.estimator != "uniform" and other.estimator in AGAINST))
+    ]
+
+
+def _pairs_of_a_seed(ends: Sequence[Training], arm: Arm, other: Arm) -> list[tuple[Training, Training]]:
+    mine, theirs = ([one for one in ends if one.arm == each] for each in (arm, other))
+    return [(one, two) for one in mine for two in theirs if one.seed == two.seed]
 
 
 def _who(judge: Judge, every: dict[str, ArmSums]) -> dict[str, Any] | None:

@@ -16,17 +16,19 @@ from perce_lite.data.pairs import Pair, PairMaker
 from perce_lite.data.readers import library, plain_rows, read_rows
 from perce_lite.data.rows import Row, of_split, spread_over_users
 from perce_lite.errors import AdapterError, DataError
-from perce_lite.evaluation.answers import Answers, WrittenTexts
+from perce_lite.evaluation.answers import Answers, Writer, WrittenTexts, all_ways
 from perce_lite.evaluation.authorship import UserWords, tokens_by_words, training_texts
 from perce_lite.evaluation.conditions import Case, Topics, cases, is_candidate, score_cases
 from perce_lite.evaluation.judging import BY_MODEL, BY_WORDS, ArmSums, Judge, chance, losses, sizes
 from perce_lite.evaluation.metrics import Bootstrap
 from perce_lite.evaluation.other_base import tokens_by_other_base
 from perce_lite.model import adapter_files, adapters
+from perce_lite.model.adapter_files import FOREIGN
 from perce_lite.model.base import load_base, load_tokenizer
 from perce_lite.model.logprob_store import Store
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_key
 from perce_lite.recipe import Recipe, training_config
+from perce_lite.training.metadata import SCRIPT
 
 BASE = "base"
 
@@ -77,17 +79,19 @@ def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
     words = UserWords(texts)
     material = _material(recipe, maker, rows, words)
     base = load_base(recipe)
-    answers = Answers(recipe, config, maker, recipe.output_dir / "eval-answers.json", WrittenTexts(texts))
+    answers = Answers(recipe, config, recipe.output_dir / "eval-answers.json", WrittenTexts(texts))
     answered = next(iter(material.found.values()))[: recipe.evaluation.generated_rows]
+    ways = all_ways(recipe.evaluation)
     scored: dict[str, ArmScores] = {}
     for arm, folder in arms.items():
         with adapters.attached(base.model, folder) as model:
             on = folder is not None
             key = store_key(model, config.autocast, on)
             store = Store(Path(config.store), key) if config.store else None
+            writer = Writer(arm, model, maker, on, key)
             scored[arm] = _score(model, material, store, config, arm, on)
-            answers.add(model, answered, arm, on, key)
-            answers.add_general(model, material.general, words, arm, on, key)
+            answers.add(writer, answered, ways)
+            answers.add_general(writer, material.general, words)
     trained = {row.user for row in of_split(rows, "train")}
     judges = {
         name: Judge(some, scored[BASE].splits[name], config.clip_min, material.chosen[name])
@@ -102,7 +106,7 @@ def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
         "arms": {arm: None if folder is None else str(folder) for arm, folder in arms.items()},
         "clip_min": config.clip_min,
         "splits": splits,
-        "texts": answers.table(list(arms)),
+        "texts": answers.table({arm: [arm] for arm in arms}, ways),
         "general": _changes({arm: mine.general for arm, mine in scored.items()}),
         "spill_over": _spill_over(material.general, scored, answers.spilled),
         "memory": _memory(material.learned, scored),
@@ -190,7 +194,9 @@ def _named(folders: Sequence[Path], recipe: Recipe) -> dict[str, Path | None]:
     for folder, name in zip(folders, short_names(folders), strict=True):
         metadata = adapter_files.read_metadata(folder)  # all faults before any scoring
         adapter_files.require_profile_pass(folder, recipe)
-        if _split_of(metadata["recipe"]) != _split_of(recipe.model_dump(mode="json")):
+        if metadata.get(SCRIPT) or metadata.get(FOREIGN):
+            warn(f"{folder} was not trained by a recipe: rows it is judged on may be rows it has seen")
+        elif _split_of(metadata["recipe"]) != _split_of(recipe.model_dump(mode="json")):
             warn(f"{folder} was trained with another split of the data: rows it is judged on may be rows it has seen")
         if name in named or name == BASE:
             raise AdapterError(f"{folder}: two arms would be called {name}; give each adapter once.")

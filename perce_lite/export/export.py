@@ -17,11 +17,12 @@ from perce_lite.export.gguf import model as gguf_model
 from perce_lite.export.gguf import proof as gguf_proof
 from perce_lite.export.gguf.vocabulary import splitting
 from perce_lite.export.proof import PROOF, QUESTION, Proof, gap, on_cpu, read_proof
-from perce_lite.export.writers import Job, Metadata, write
+from perce_lite.export.writers import Job, Metadata, source_hash, write
 from perce_lite.export_targets import TARGETS, faults, refuse_unknown
 from perce_lite.files import folder_written_aside, read_json
+from perce_lite.locks import held_alone
 from perce_lite.model import adapter_files
-from perce_lite.model.adapter_files import recipe_of
+from perce_lite.model.adapter_files import lora_options, recipe_of
 from perce_lite.model.base import load_tokenizer
 from perce_lite.model.footprint import base_faults, config_of
 
@@ -38,6 +39,7 @@ def export(
     quant: str | None = None,
     evaluation: Path | None = None,
     user: str | None = None,
+    said: adapter_files.Said | None = None,
 ) -> dict[str, Any]:
     """Exports the adapter in `folder`; gives what `--json` writes. What lies at `out` in the end was proven.
 
@@ -47,6 +49,7 @@ def export(
     quant: for gguf and ollama, what the weights are written as; None: F16
     evaluation: what `perce-lite eval --json` wrote, for the model card
     user: a user of the adapter's data, whose texts the export carries as its profile; None: it carries none
+    said: of the adapter, where its files do not say it
 
     Raises:
         DataError: no such user.
@@ -54,7 +57,7 @@ def export(
         AdapterError: no adapter, or one of another base; DiskFullError: no space left, and nothing was written.
     """
     check_options(target, base_gguf, quant)
-    metadata = adapter_files.read_metadata(folder)
+    metadata = adapter_files.read_metadata(folder, said)
     source = Path(metadata["folder"])
     preflight(metadata, target)
     place = out or source.with_name(f"{source.name}-{target}")
@@ -64,16 +67,36 @@ def export(
     if user is None and (lacks := usage.without_profile(metadata)):
         say(lacks)
     job = Job(target, metadata, source, place, quant or QUANT, evaluated, profile)
-    with folder_written_aside(place) as aside:
-        say(f"Writing {target} ...")
-        figures = write(job, aside)
-        say("Loading it again, to prove it ...")
-        try:
-            figures |= {"proof": verify(aside, base_gguf)["proof"]}
-        except ExportError as error:
-            told = str(error).replace(str(aside), str(place))
-            raise ExportError(f"The proof failed, so nothing was kept. {told}") from error
+
+    def refuse(who: str) -> ExportError:
+        return ExportError(f"{place}: another export is writing there ({who}). Wait for it, or give another --out.")
+
+    with held_alone(place.with_name(f".{place.name}.lock"), refuse):
+        figures = _written(job, base_gguf)
     return {"target": target, "adapter": str(source), "folder": str(place), "profile": profile, **figures}
+
+
+def _written(job: Job, base_gguf: Path | None) -> dict[str, Any]:
+    """Writes an export and proves it; gives figures of its own. Nobody else writes to its place."""
+    exported = source_hash(job.source)
+    changed = f"{job.source}: was removed or replaced while it was exported, so nothing was kept. Export it again."
+    try:
+        with folder_written_aside(job.place) as aside:
+            say(f"Writing {job.target} ...")
+            figures = write(job, aside)
+            say("Loading it again, to prove it ...")
+            try:
+                figures |= {"proof": verify(aside, base_gguf)["proof"]}
+            except ExportError as error:
+                told = str(error).replace(str(aside), str(job.place))
+                raise ExportError(f"The proof failed, so nothing was kept. {told}") from error
+            if source_hash(job.source) != exported:
+                raise ExportError(changed)
+    except OSError as error:
+        if not job.source.is_dir():  # a user who was deleted, with what was being written of theirs
+            raise ExportError(changed) from error
+        raise
+    return figures
 
 
 def verify(folder: Path, base_gguf: Path | None = None) -> dict[str, Any]:
@@ -119,9 +142,7 @@ def preflight(metadata: Metadata, target: str) -> None:
     Raises:
         ExportError: with every reason why it cannot.
     """
-    config = read_json(Path(metadata["folder"]) / "adapter_config.json")
-    if not isinstance(config, dict):
-        raise ExportError(f"{metadata['folder']}: its adapter_config.json cannot be read")
+    config = lora_options(Path(metadata["folder"]))
     shape = metadata["base"]["shape"]
     recipe = on_cpu(metadata, quantised=False)
     adapters_own = faults(target, config, shape[0], bool(shape[-1]), recipe.profile_pass)

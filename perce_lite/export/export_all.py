@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from perce_lite.console import no_bars, progress_bar, warn
+from perce_lite.console import no_bars, progress_bar, say, warn
 from perce_lite.errors import DiskFullError, ExportError, PerceLiteError
+from perce_lite.export import resolver_folder
 from perce_lite.export.export import QUANT, check_options, export, verify
 from perce_lite.export.proof import read_proof
 from perce_lite.export.reuse import kept
 from perce_lite.export.writers import source_hash
-from perce_lite.files import safe_name
-from perce_lite.fleet.groups import Key
+from perce_lite.fleet.groups import Key, served_name
 from perce_lite.fleet.queries import find, who
 from perce_lite.fleet.registry import Registry, opened
 
@@ -38,7 +38,8 @@ def export_all(
     Exports that are there, of the very adapter, and still hold their proof are left alone; so a stopped run resumes.
 
     fleet: the fleet's folder; None: the only one under runs/
-    out: a folder to put them in; None: each beside its adapter, where `adapters delete` finds it
+    out: a folder to put them in; None: each beside its adapter, for vllm all in one folder of the fleet's, where
+        `adapters delete` finds them
     force: make even those anew; base_gguf, quant: as `export`
 
     Raises:
@@ -49,16 +50,23 @@ def export_all(
     folder = find(fleet)
     with opened(folder) as registry:
         serving, bare = served(registry)
+    if target == "vllm" and out is None:
+        out = resolver_folder.default_place(folder)
+        for left in resolver_folder.remove_others(out, {served_name(one.key) for one in serving}):
+            say(f"{left}: removed, for it serves nobody any more")
     told = []
     with progress_bar() as bar, no_bars(), kept():
         progress = bar.add_task("Exports", total=len(serving), note="")
         for one in serving:
-            place = one.folder.with_name(f"{one.folder.name}-{target}") if out is None else out / _name(one.key)
+            place = one.folder.with_name(f"{one.folder.name}-{target}") if out is None else out / served_name(one.key)
             done = {"adapter": " ".join(one.key), "users": one.users, "folder": str(place)}
             told.append(done | _export(one, target, place, force, base_gguf, quant))
             bar.update(progress, advance=1, note=done["adapter"])
     failed = sum(one["state"] == "failed" for one in told)
-    return {"fleet": str(folder), "target": target, "exports": told, "served_by_base": bare, "failed": failed}
+    figures = {"fleet": str(folder), "target": target, "exports": told, "served_by_base": bare, "failed": failed}
+    if target == "vllm" and out is not None and (laid_out := resolver_folder.finish(out, told, bare)) is not None:
+        figures |= {"folder": str(laid_out.place), "serve": laid_out.serve}
+    return figures
 
 
 def served(registry: Registry) -> tuple[list[Served], list[str]]:
@@ -72,11 +80,6 @@ def served(registry: Registry) -> tuple[list[Served], list[str]]:
             continue
         found.setdefault(serves.adapter, Served(serves.adapter, Path(serves.folder))).users.append(user)
     return list(found.values()), bare
-
-
-def _name(key: Key) -> str:
-    """The folder of an adapter's export under `--out`."""
-    return safe_name(key[1] if key[0] == "user" else " ".join(key))
 
 
 def _export(

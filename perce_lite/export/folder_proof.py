@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from perce_lite.errors import AdapterError, ExportError, ModelError
 from perce_lite.export.proof import (
@@ -25,6 +25,7 @@ from perce_lite.export.proof import (
     tensors_of,
 )
 from perce_lite.model import adapter_files
+from perce_lite.model.architecture import model_class
 from perce_lite.model.fingerprint import same_base
 from perce_lite.recipe import Recipe
 
@@ -53,11 +54,18 @@ def check_tokenizer(folder: Path, proof: Proof) -> None:
 
 
 def check_base(found: Sketch, proof: Proof, where: str) -> None:
-    """Raises ExportError where the sketch `found` is of another base than the proof's."""
-    if not same_base(found.model_dump(), proof.sketch.model_dump()):
-        raise ExportError(
-            f"{where}: another base: its embedding is not that of {proof.model}, which the adapter is for."
-        )
+    """Raises ExportError where the sketch `found` is of another base than the proof's.
+
+    Layers of a merged model are left to its log-probs and hashes, which say more of what is wrong.
+    """
+    theirs, ours = found.model_dump(), proof.sketch.model_dump()
+    if not same_base({**theirs, "layers": []}, ours):
+        what = "its embedding is not that"
+    elif proof.target != "merged" and not same_base(theirs, ours):
+        what = "the weights of its layers are not those"
+    else:
+        return
+    raise ExportError(f"{where}: another base: {what} of {proof.model}, which the adapter is for.")
 
 
 # Whole folders
@@ -73,7 +81,11 @@ def verify_peft(folder: Path, proof: Proof) -> dict[str, float]:
     check_tensors(tensors_of(folder), proof, folder)
     check_tokenizer(folder, proof)
     try:
-        recipe = on_cpu(adapter_files.read_metadata(folder), quantised=True)
+        metadata = adapter_files.read_metadata(folder)
+    except AdapterError as error:
+        raise ExportError(f"{folder}: peft cannot load it: {error}") from error
+    try:
+        recipe = on_cpu(metadata, quantised=True)
         with base_for(recipe) as base:
             return _with_peft(base.model, recipe, folder, proof)
     except (AdapterError, ModelError) as error:
@@ -105,7 +117,7 @@ def verify_merged(folder: Path, proof: Proof) -> dict[str, float]:
     """
     check_tokenizer(folder, proof)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
         raise ExportError(f"{folder}: transformers cannot load it: {error}. Export again.") from error
     check_base(sketched(model), proof, str(folder))

@@ -54,12 +54,14 @@ _MEASURABLE = 1e-4  # nats: less than this is the noise of float32
 
 
 class Sketch(BaseModel):
-    """What `sketch` gives: a model's type, layers, width, vocabulary and tied head; values of its embedding."""
+    """What `sketch` gives: a model's type, layers, width, vocabulary and tied head; values of embedding and layers."""
 
     model_config = ConfigDict(extra="forbid")
 
     shape: tuple[str, int, int, int, bool]
     embedding: list[float] = Field(min_length=64, max_length=64)
+    layers: list[float] = []
+    numbers: str = ""
 
 
 class Proof(BaseModel):
@@ -201,8 +203,7 @@ def record(
 
 def sketched(model: PreTrainedModel) -> Sketch:
     """`fingerprint.sketch` of `model`."""
-    found = sketch(model)
-    return Sketch(shape=tuple(found["shape"]), embedding=found["embedding"])
+    return Sketch.model_validate(sketch(model))
 
 
 def fixed_ids(tokenizer: PreTrainedTokenizerBase, template: Template, profile: str) -> list[int]:

@@ -17,7 +17,7 @@ SYSTEM = "system.txt"
 
 def vllm(place: Path, metadata: Mapping[str, Any], recipe: Recipe, rank: int) -> str:
     """How vLLM and LoRAX are given the adapter whose files will lie at `place`."""
-    base = model_source(recipe) if recipe.model in BUILT_IN else recipe.model
+    base = model_source(recipe) if recipe.model in BUILT_IN or recipe.model_file else recipe.model
     place = place.absolute()
     named, path = shlex.quote(f"personal={place}"), json.dumps(str(place), ensure_ascii=False)
     model, template = json.dumps(str(base), ensure_ascii=False), shlex.quote(str(place / "chat_template.jinja"))

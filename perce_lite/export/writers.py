@@ -1,6 +1,5 @@
 """What each target of an export consists of: written into a folder aside, with the proof that it will be held to."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +32,10 @@ from perce_lite.export.proof import (
     sketched,
     tensors_of,
 )
+from perce_lite.export.transformers4 import make_readable
 from perce_lite.export_targets import max_rank, merge_drift
 from perce_lite.files import bytes_of, digest, read_json, write_json, write_text
-from perce_lite.model import adapter_files, adapters
+from perce_lite.model import adapter_files, adapter_weights, adapters
 from perce_lite.model.base import load_base
 from perce_lite.model.footprint import config_of
 from perce_lite.model.model_card import licence_of, model_card, write_licence
@@ -67,7 +67,7 @@ class Job:
 
 def write(job: Job, aside: Path) -> dict[str, Any]:
     """Writes the export into `aside`; gives figures of its own."""
-    check_not_idle(tensors_of(job.source), job.source)
+    check_not_idle(adapter_weights.tensors(job.source).items(), job.source)
     return _WRITERS[job.target](job, aside)
 
 
@@ -78,8 +78,7 @@ def _write_adapter(job: Job, aside: Path) -> dict[str, Any]:
         model, tokenizer = _on(base.model, base.tokenizer, job)
         proof = record(model, tokenizer, recipe, job.target, TIGHT, job.profile)
         tokenizer.save_pretrained(aside)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        shutil.copyfile(job.source / name, aside / name)
+    adapter_weights.copy_plain(job.source, aside)
     write_json(aside / adapters.METADATA, adapter_files.given_away(dict(job.metadata)))
     if proof.invocation:
         config = read_json(aside / "adapter_config.json")
@@ -170,29 +169,33 @@ def _on(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Base and adapter, and the tokenizer with the chat template that training saw."""
     tokenizer.chat_template = job.metadata["chat_template"]
-    return adapters.load(base, job.source), tokenizer
+    return adapters.load(base, job.source, metadata=dict(job.metadata)), tokenizer
 
 
 def _finish(job: Job, recipe: Recipe, aside: Path, proof: Proof, more: str) -> None:
     """Proof, model card and licence. more: what this model card says beside the rest."""
-    weights = job.source / "adapter_model.safetensors"
     proof.source = source_hash(job.source)
     write_json(aside / PROOF, proof.model_dump(mode="json"))
     whole = job.target in ("merged", "gguf", "ollama")
     kinds = ("*.gguf", "*.safetensors")
     if job.profile and job.target != "ollama":
         write_text(aside / usage.SYSTEM, modelfile.system_of(proof.messages))
-    size = sum(bytes_of(path) for kind in kinds for path in aside.glob(kind)) if whole else bytes_of(weights)
+    size = (
+        sum(bytes_of(path) for kind in kinds for path in aside.glob(kind))
+        if whole
+        else adapter_files.weights_bytes(job.source)
+    )
     text = model_card(job.metadata, whole, size, job.evaluated, licence_of(recipe))
     parts = [text, more, usage.as_trained(job.target, job.metadata, recipe, job.profile)]
     write_text(aside / "README.md", "\n".join(part for part in parts if part))
     write_licence(recipe, aside)
+    make_readable(aside)
 
 
 def source_hash(folder: Path) -> str:
     """Hash of the weights and the scale of an adapter in `folder`, by which an export is known to be of it."""
-    config = read_json(folder / "adapter_config.json")
-    return digest([config, *([name, fingerprint(tensor)] for name, tensor in tensors_of(folder))])
+    tensors = sorted(adapter_weights.tensors(folder).items())
+    return digest([adapter_files.lora_options(folder), *([name, fingerprint(tensor)] for name, tensor in tensors)])
 
 
 def _kept_dtype(recipe: Recipe) -> torch.dtype:

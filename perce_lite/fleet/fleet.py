@@ -4,30 +4,33 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from perce_lite.console import progress_bar, say, warn
 from perce_lite.data.readers import RowsByUser
-from perce_lite.errors import FleetError, PerceLiteError
-from perce_lite.fleet.engines.sequential import Engine, Outcome, Task
-from perce_lite.fleet.groups import Group, Key, Plan, key_of, plan, run_fingerprint
+from perce_lite.errors import DataError, FleetError, PerceLiteError
+from perce_lite.fleet.disk import DiskSize
+from perce_lite.fleet.engines.protocol import Engine, OrderingEngine, Outcome, Task
+from perce_lite.fleet.groups import PARENTS, Group, Key, Plan, key_of, plan, run_fingerprint
 from perce_lite.fleet.queries import refuse_deleted
-from perce_lite.fleet.registry import KEPT, KINDS, Adapter, Registry, held, imagined
-from perce_lite.fleet.result import FleetResult, gains
+from perce_lite.fleet.registry import KEPT, KINDS, PACKS, Adapter, Registry, held, imagined
+from perce_lite.fleet.result import AdapterResult, FleetResult, gains
+from perce_lite.model.adapter_weights import drop_unused_parents
 from perce_lite.model.fingerprint import same_base
-from perce_lite.model.footprint import adapter_bytes, refuse_exports, source_fingerprint, trained_bytes
-from perce_lite.planning.plan import MOST_USERS
+from perce_lite.model.footprint import refuse_exports, source_fingerprint
 from perce_lite.recipe import Recipe, training_config
+from perce_lite.training.early_stopping import NEEDS
 
 PAGE = "fleet.html"
 
 
 @dataclass
 class Tally:
-    """Adapters that a run has finished so far."""
+    """Adapters that a run has finished so far. report: takes each as it ends, and None in between."""
 
+    report: Callable[[AdapterResult | None], None] = field(default=lambda result: None)
     trained: int = 0
     held_back: int = 0
     failed: int = 0
@@ -39,6 +42,7 @@ def fleet(
     only: Sequence[str] = (),
     retrain: Sequence[str] = (),
     dry_run: bool = False,
+    report: Callable[[AdapterResult | None], None] = lambda result: None,
 ) -> FleetResult:
     """Trains every adapter that is due, parents before the adapters that start from them.
 
@@ -46,6 +50,7 @@ def fleet(
     only: users to train now, with what they start from; the others wait
     retrain: users to train again, though nothing has changed; "cohort:NAME" or "all" for what others start from
     dry_run: nothing is trained, and the registry stays as it was
+    report: called with every adapter that was due as it ends, and with None while others are trained
 
     Raises:
         FleetError: another run is on this folder, it is of another base, or a name is not known.
@@ -63,23 +68,28 @@ def fleet(
             say(f"{len(gone)} users who were deleted are left out, though the data has them; --retrain takes one in")
         planned = plan(data, recipe, gone)
         _report_users_without_adapter(planned, recipe)
+        _require_validation_rows(planned, recipe)
         keys = [key_of(name) for name in retrain]
         _require_known(planned, [*(("user", name) for name in only), *keys])
         work = Work.of(recipe, planned, only)
         for key in keys:
             registry.ask(*key, "asked for")
-        _enrol(registry, planned, work.recipes)
+        lengths = _enrol(registry, planned, work.recipes)
         _apply_new_gate(registry, recipe)
         _store_settings(registry, recipe)
         due = {kind: sum(1 for _ in registry.due(kind, work.wanted(kind))) for kind in KINDS}
-        bytes_needed = _disk(recipe, sum(due.values()))
-        tally = Tally()
+        parents = sum(group.key[0] != "user" for group in planned.groups)
+        bytes_needed = _disk(recipe, parents, due)
+        tally = Tally(report)
         if sum(due.values()) and not dry_run:
             trainer = engine(recipe)
+            order = _order(registry, work, trainer, lengths, due)
             _same_base(registry, trainer, recipe)
-            _train(registry, work, trainer, sum(due.values()), tally)
-            if next(registry.due("user"), None) is None:  # its users were trained without slots since
+            _train(registry, work, trainer, order, sum(due.values()), tally)
+            if next(registry.due("user"), None) is None:  # its users were trained in another way since
                 (recipe.output_dir / KEPT).unlink(missing_ok=True)
+                shutil.rmtree(recipe.output_dir / PACKS, ignore_errors=True)
+            _drop_unused_parents(registry)
         adapters = tuple(registry.all())
         return FleetResult(
             folder=str(recipe.output_dir),
@@ -116,12 +126,17 @@ class Work:
 
     @classmethod
     def of(cls, recipe: Recipe, planned: Plan, only: Sequence[str]) -> "Work":
-        """`fleet.train` and `lora.core_only` count for groups that start from another."""
-        first = recipe.without_cores()
-        later = recipe.of_users()
+        """`fleet.train` and `lora.core_only` count for groups that start from another, `fleet.patience` for users."""
+        first, later = recipe.without_cores(), recipe.of_users()
         training_config(later)  # its faults, before anything is trained
+        patience = recipe.fleet.patience
+        of_others = {False: first, True: later}
+        of_users = {starts: made.with_patience(patience) for starts, made in of_others.items()}
         groups = {group.key: group for group in planned.groups}
-        recipes = {key: first if group.parent is None else later for key, group in groups.items()}
+        recipes = {
+            group.key: (of_users if group.key[0] == "user" else of_others)[group.parent is not None]
+            for group in planned.groups
+        }
         if not only:
             return cls(planned, groups, recipes, None)
         wanted: dict[str, set[str]] = {kind: set() for kind in KINDS}
@@ -146,6 +161,20 @@ def _report_users_without_adapter(planned: Plan, recipe: Recipe) -> None:
         say(f"{len(few)} users have {reason}, so no adapter of their own: {names}")
 
 
+def _require_validation_rows(planned: Plan, recipe: Recipe) -> None:
+    """Raises DataError where early stopping is asked for and nobody has validation rows; reports users without any."""
+    held_out = {entry.user: "validation" in planned.data.outline(entry.user).splits for entry in planned.users}
+    if recipe.early_stopping.patience is not None and not any(held_out.values()):
+        raise DataError(f"early_stopping.patience {NEEDS}; there are none. Raise split.validation, or leave it out.")
+    own = [entry.user for entry in planned.users if entry.own] if recipe.fleet.patience is not None else []
+    without = [user for user in own if not held_out[user]]
+    if without and len(without) == len(own):
+        raise DataError(f"fleet.patience {NEEDS}; nobody has any. Raise split.validation, or leave it out.")
+    if without:
+        names = ", ".join(without[:10]) + (" ..." if len(without) > 10 else "")
+        say(f"{len(without)} users have no validation rows, so they train to their last step (fleet.patience): {names}")
+
+
 def _require_known(planned: Plan, keys: Sequence[Key]) -> None:
     """Raises FleetError where a key is of no group: a user who is not in the data, or gets no adapter of their own."""
     users = {entry.user: entry.own for entry in planned.users}
@@ -160,13 +189,17 @@ def _require_known(planned: Plan, keys: Sequence[Key]) -> None:
             raise FleetError(f"user {name} gets no adapter of their own (fleet.min_examples, fleet.group_by)")
 
 
-def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> None:
-    """Writes users and adapters into the registry. An adapter whose inputs changed becomes due."""
+def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> dict[str, int]:
+    """Writes users and adapters into the registry. An adapter whose inputs changed becomes due.
+
+    Returns the characters of each user's longest row.
+    """
     sources = {
         id(recipe): f"{recipe.fleet_fingerprint()} {source_fingerprint(recipe)}"
         for recipe in {id(recipe): recipe for recipe in recipes.values()}.values()
     }
     runs: dict[Key, str] = {}
+    lengths: dict[str, int] = {}
 
     def records() -> Iterator[dict[str, Any]]:
         """A line an adapter; only one user's rows are in memory at a time."""
@@ -177,6 +210,8 @@ def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> 
             run = run_fingerprint(group, sources[id(recipes[group.key])], generation, parent, rows)
             if group.key[0] != "user":
                 runs[group.key] = run
+            else:
+                lengths[group.key[1]] = max((row.characters for row in rows), default=0)
             (kind, name), (parent_kind, parent_name) = group.key, group.parent or (None, None)
             yield {
                 "kind": kind, "name": name, "folder": group.folder, "parent_kind": parent_kind,
@@ -184,6 +219,17 @@ def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> 
             }  # fmt: skip
 
     registry.enrol(planned.users, records())
+    return lengths
+
+
+def _order(
+    registry: Registry, work: Work, engine: Engine, lengths: Mapping[str, int], due: Mapping[str, int]
+) -> list[str] | None:
+    """The users in the order that the engine chooses; None: by name."""
+    if not isinstance(engine, OrderingEngine):
+        return None
+    users = {adapter.name: lengths[adapter.name] for adapter in registry.due("user", work.wanted("user"))}
+    return engine.order(users, sum(due.values()) - len(users))
 
 
 def _apply_new_gate(registry: Registry, recipe: Recipe) -> None:
@@ -206,29 +252,34 @@ def _store_settings(registry: Registry, recipe: Recipe) -> None:
     registry.set_meta("min_examples", str(recipe.fleet.min_examples))
 
 
-def _disk(recipe: Recipe, count: int) -> int:
-    """Bytes that `count` adapters and the checkpoints of one will take.
+def _disk(recipe: Recipe, parents: int, due: Mapping[str, int]) -> int:
+    """Bytes that the adapters which are due, and the checkpoints of those at work, will take.
+
+    parents: how many adapters others start from; due: adapters by kind
 
     Raises:
         FleetError: there is not so much space.
     """
+    count, users = sum(due.values()), due["user"]
     if not count:
         return 0
-    size = adapter_bytes(recipe)
-    at_once = min(count, MOST_USERS if recipe.fleet.slots == "auto" else recipe.fleet.slots)
-    need = size * (count + 6 * at_once)  # two checkpoints of those at work, each with two moments of the optimizer
+    size = DiskSize.of(recipe)
+    need = size.need(parents, count - users, users)
     folder = recipe.output_dir.absolute()
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    kinds = [(count - users, size.whole), (users, size.of_a_user)] if size.core else [(count, size.whole)]
+    sizes = " and ".join(f"{many} adapters of {each / 2**20:.1f} MiB" for many, each in kinds if many)
     say(
-        f"{count} adapters of {size / 2**20:.1f} MiB, with checkpoints in training: {need / 2**30:.2f} GiB of disk at "
-        f"the most, {free / 2**30:.1f} GiB are free"
+        f"{sizes}, with checkpoints in training: {need / 2**30:.2f} GiB of disk at the most, "
+        f"{free / 2**30:.1f} GiB are free"
     )
-    if recipe.core_only:
-        say(f"Users train a core of {trained_bytes(recipe) // 4:,} parameters, of {size // 4:,} in an adapter")
+    if size.core:
+        say(f"Users train a core of {size.trained // 4:,} parameters, of {size.numbers // 4:,} in an adapter")
     if need > free:
         raise FleetError(
             f"{folder}: the fleet needs {need / 2**30:.2f} GiB of disk, {free / 2**30:.2f} GiB are free. Nothing was "
-            "trained. Free some, lower lora.r, or raise fleet.min_examples."
+            "trained. Free some, lower lora.r, take fleet.adapter_dtype: bfloat16 or lora.core_only: true, or raise "
+            "fleet.min_examples."
         )
     return need
 
@@ -237,17 +288,18 @@ def _same_base(registry: Registry, engine: Engine, recipe: Recipe) -> None:
     """Stores the base's identity; raises FleetError where the fleet's adapters are of another base."""
     base = engine.base()
     known = registry.meta("base")
-    if known is None:
-        registry.set_meta("base", json.dumps(base))
-    elif not same_base(json.loads(known), base):
+    if known is not None and not same_base(json.loads(known), base):
         raise FleetError(
             f"{recipe.output_dir}: the adapters of this fleet are of another base than {recipe.model}. Nothing was "
             "touched. Take another folder with --set train.output_dir=FOLDER."
         )
+    registry.set_meta("base", json.dumps(base))  # an earlier version noted less of it
 
 
-def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Tally) -> None:
-    """Trains what is due: the shared adapter, then cohorts, then users."""
+def _train(
+    registry: Registry, work: Work, engine: Engine, order: Sequence[str] | None, total: int, tally: Tally
+) -> None:
+    """Trains what is due: the shared adapter, then cohorts, then users. order: of the users; None: by name."""
     at_work: dict[Key, Adapter] = {}
     with progress_bar() as bar:
         progress = bar.add_task("Adapters", total=total, note="")
@@ -260,9 +312,10 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
             note = ", ".join(part for part in (rate, now, failures) if part)
             so_far = tally.trained + tally.failed + share
             bar.update(progress, completed=max(so_far, bar.tasks[0].completed), note=note)
+            tally.report(None)
 
         def tasks(kind: str) -> Iterator[Task]:
-            for adapter in registry.due(kind, work.wanted(kind)):
+            for adapter in _due(registry, work, kind, order):
                 group = work.groups[adapter.key]
                 parent = None if group.parent is None else registry.get(*group.parent)
                 if parent is not None and parent.due:
@@ -272,7 +325,7 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
                 start = None if parent is None else registry.folder / parent.folder / "adapter"
                 at_work[adapter.key] = adapter
                 registry.starts(adapter, group.users)
-                folder = registry.folder / group.folder
+                folder = registry.folder / adapter.folder  # an earlier version may have named it
                 rows = work.planned.rows_of(group)
                 yield Task(adapter.key, work.recipes[adapter.key], rows, folder, adapter.run, start)
 
@@ -284,10 +337,28 @@ def _train(registry: Registry, work: Work, engine: Engine, total: int, tally: Ta
             engine.run(tasks(kind), done, show)
 
 
+def _drop_unused_parents(registry: Registry) -> None:
+    """Removes what cores stood in and none stands in any more, since all were trained anew."""
+    folders = (registry.folder / adapter.folder / "adapter" for adapter in registry.all())
+    drop_unused_parents(registry.folder / "adapters" / PARENTS, folders)
+
+
+def _due(registry: Registry, work: Work, kind: str, order: Sequence[str] | None) -> Iterator[Adapter]:
+    """The adapters of a kind that are to be trained, users in `order`, each read when it is needed."""
+    if kind != "user" or order is None:
+        yield from registry.due(kind, work.wanted(kind))
+        return
+    for name in order:
+        adapter = registry.get(kind, name)
+        assert adapter is not None
+        yield adapter
+
+
 def _failed(registry: Registry, adapter: Adapter, why: str, tally: Tally) -> None:
     registry.failed(adapter, why)
     warn(f"{adapter.kind} {adapter.name}: left out. {why}")
     tally.failed += 1
+    tally.report(AdapterResult(*adapter.key, None, None, "failed", why))
 
 
 def _record(
@@ -301,10 +372,13 @@ def _record(
     test = outcome.losses.get("test") or outcome.losses.get("validation")
     gain = None if test is None else test["start"] - test["own"]
     trained = {"core_only": recipe.core_only, "parameters": outcome.parameters}
-    metrics = {"losses": outcome.losses, "weights": outcome.weights, **trained}
+    stopping = {} if outcome.stopping is None else {"early_stopping": outcome.stopping}
+    metrics = {"losses": outcome.losses, "weights": outcome.weights, **trained, **stopping}
     registry.done(adapter, decision, why, outcome.bytes, gain, metrics)
     tally.trained += 1
     tally.held_back += decision == "held back"
+    folder = registry.folder / adapter.folder / "adapter"
+    tally.report(AdapterResult(*adapter.key, folder, gain, decision, None))
 
 
 def verdict(recipe: Recipe, kind: str, losses: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:

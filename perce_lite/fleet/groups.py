@@ -18,6 +18,9 @@ Key = tuple[str, str]
 
 SHARED: Key = ("all", "all")
 
+PARENTS = "parents"
+"""Folder beside those of the kinds, of what cores stand in (see `model.adapter_files`)."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -119,6 +122,11 @@ def _parents(rule: Fleet, cohorts: Sequence[str], some_without: bool) -> list[tu
         parent = SHARED if rule.group_by == "cohort" and rule.init_from == "all" else None
         keys += [(("cohort", cohort), parent) for cohort in cohorts]
     return keys
+
+
+def served_name(key: Key) -> str:
+    """What an adapter is called where it is served or exported beside others: no path, a user's name before all."""
+    return safe_name(key[1] if key[0] == "user" else " ".join(key))
 
 
 def key_of(name: str) -> Key:

@@ -7,15 +7,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from perce_lite.errors import FleetError
-from perce_lite.files import METADATA, bytes_of, read_json, safe_name
-from perce_lite.fleet.groups import SHARED, Key, key_of
-from perce_lite.fleet.registry import FILE, KEPT, Adapter, Registry, held, imagined, opened
+from perce_lite.errors import AdapterError, FleetError
+from perce_lite.files import METADATA, bytes_of, earlier_name, read_json, safe_name
+from perce_lite.fleet.groups import SHARED, Key, key_of, served_name
+from perce_lite.fleet.registry import FILE, KEPT, PACKS, SERVED, Adapter, Registry, held, imagined, opened
+from perce_lite.model import store_files
+from perce_lite.model.adapter_files import is_core, require_whole
 
 PERSONAL = (
-    KEPT, "fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json", "train.html",
+    KEPT, PACKS, f"{SERVED}/users.json",
+    "fleet.html", "eval.html", "inspect.html", "compare.html", "figures.json", "eval-answers.json", "train.html",
 )  # fmt: skip
 """Files in a fleet's folder, written by other commands, that quote users' texts or are trained on them."""
 
@@ -215,7 +216,7 @@ def trained(adapter: Adapter) -> str:
         if adapter.parent_kind == "all"
         else f"{adapter.parent_kind} {adapter.parent_name}'s adapter"
     )
-    return f"a core of {count:,} parameters between A and B of {start} (lora.core_only); saved as a whole LoRA"
+    return f"a core of {count:,} parameters between A and B of {start} (lora.core_only)"
 
 
 def verify(registry: Registry) -> list[str]:
@@ -232,14 +233,23 @@ def verify(registry: Registry) -> list[str]:
         elif metadata.get("run") != adapter.trained_run:
             fault = f"{folder} holds an adapter of another training than the registry says"
         else:
-            try:
-                with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-                    fault = None if list(file.keys()) else f"{folder} holds no weights"
-            except (SafetensorError, OSError) as error:
-                fault = f"{folder / 'adapter_model.safetensors'} cannot be read: {error}"
+            fault = _damage(folder)
         if fault is not None:
             faults.append(f"{_called(adapter)}: {fault}")
     return faults
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with an adapter's files; of a core its parent is read too, which is another's file."""
+    try:
+        require_whole(folder)
+        if is_core(folder):
+            from perce_lite.model.adapter_weights import tensors  # brings torch, which no other question needs
+
+            tensors(folder)
+    except AdapterError as error:
+        return str(error)
+    return None
 
 
 @dataclass
@@ -276,6 +286,10 @@ def delete(folder: Path, user: str, dry_run: bool = False) -> Receipt:
             _known(registry, user)
         for path in _written_of(registry, user):
             _remove(path, receipt, dry_run)
+        for store in map(Path, json.loads(registry.meta("stores") or "[]")):
+            for path, size in store_files.delete(store, user, dry_run).items():
+                receipt.bytes += size
+                receipt.removed.append(str(path))
         for key in registry.forget(user):
             called = "the shared adapter" if key == SHARED else f"the adapter of {' '.join(key)}"
             receipt.due.append(called)
@@ -290,33 +304,41 @@ def delete(folder: Path, user: str, dry_run: bool = False) -> Receipt:
 
 
 def _written_of(registry: Registry, user: str) -> Iterator[Path]:
-    """Every file and folder that a fleet's commands wrote of `user`, whether it is there or not."""
+    """Every file and folder that a fleet's commands wrote of `user` beside the store, whether it is there or not."""
     folder = registry.folder
-    yield folder / "adapters" / "user" / safe_name(user)
+    for name in (safe_name(user), earlier_name(user)):
+        yield folder / "adapters" / "user" / name
+    yield folder / SERVED / served_name(("user", user))
     for personal in PERSONAL:
         yield from (folder / personal, *folder.glob(f".{personal}.*.tmp"))
-    for store in map(Path, json.loads(registry.meta("stores") or "[]")):
-        for base in sorted(store.iterdir()) if store.is_dir() else []:
-            yield from base.glob(f"*{safe_name(user)}.safetensors*")
 
 
 def _exports(registry: Registry, key: Key, called: str) -> list[str]:
     """What lies exported beside an adapter that has seen a deleted user's texts, and others may be served with."""
     adapter = registry.get(*key)
     beside = [] if adapter is None else sorted((registry.folder / adapter.folder).glob("adapter-*"))
+    beside += [place for place in [registry.folder / SERVED / served_name(key)] if place.is_dir()]
     why = f"exported from {called} as it was; remove it, or export it anew (export --all) after the next fleet run"
     return [f"{place}: {why}" for place in beside]
 
 
+_ATTEMPTS = 20
+
+
 def _remove(path: Path, receipt: Receipt, dry_run: bool) -> None:
-    """Removes `path`, if it is there, and enters it in `receipt`."""
-    if not path.exists():
-        return
-    receipt.bytes += bytes_of(path)
-    if dry_run:
-        pass
-    elif path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-    receipt.removed.append(str(path))
+    """Removes `path`, if it is there and also while an export is still writing into it; enters it in `receipt`."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        if not path.exists():
+            return
+        try:
+            size = bytes_of(path)
+            if not dry_run:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError as error:  # what was counted has gone, or something new has come
+            if attempt == _ATTEMPTS:
+                raise FleetError(f"{path} cannot be removed: {error}. Run the same command again.") from error
+            continue
+        receipt.bytes += size
+        receipt.removed.append(str(path))
+        if dry_run:
+            return

@@ -10,10 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from perce_lite.errors import DiskFullError, FleetError
 from perce_lite.files import safe_name
+from perce_lite.locks import held_alone
 
 VERSION = 2
 """Schema version of the tables below (`PRAGMA user_version`)."""
@@ -22,6 +21,12 @@ FILE = "fleet.sqlite"
 
 KEPT = "slots.pt"
 """File beside the registry with the training state of users who were interrupted in slots."""
+
+PACKS = "packs"
+"""Folder beside the registry with the training state of users who were interrupted on a cluster, by pack."""
+
+SERVED = "vllm"
+"""Folder beside the registry with the adapters as `perce-lite export --all --to vllm` lays them out, by user."""
 
 STATES = ("due", "in service", "held back", "failed")
 """due: to be trained; held back: trained, but worse than what it would replace; failed: training raised an error."""
@@ -331,15 +336,15 @@ def held(folder: Path) -> Iterator[Registry]:
     Raises:
         FleetError: another run holds the lock; and as `opened`.
     """
+
+    def refuse(who: str) -> FleetError:
+        return FleetError(
+            f"{folder}: another fleet run is using it ({who}). Wait for it or stop it. Nothing was touched."
+        )
+
     _folder(folder)
-    lock = FileLock(folder / "fleet.lock")
-    try:
-        with lock.acquire(timeout=0), opened(folder, create=True) as registry:
-            yield registry
-    except Timeout as error:
-        raise FleetError(
-            f"{folder}: another fleet run is using it. Wait for it or stop it. Nothing was touched."
-        ) from error
+    with held_alone(folder / "fleet.lock", refuse), opened(folder, create=True) as registry:
+        yield registry
 
 
 @contextmanager

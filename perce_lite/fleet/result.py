@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from perce_lite.fleet.registry import Adapter, held_out
@@ -28,6 +29,28 @@ class Gains:
     def figures(self) -> dict[str, float]:
         """The JSON object `gains` of `perce-lite fleet --json`: only `users` where that is 0."""
         return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class AdapterResult:
+    """What became of one adapter that was due.
+
+    kind, name: in the registry; adapter: its folder; None: it was not trained
+    gain: nats a token on test rows by which it is better than what it started from; None where none are held out
+    state: "in service", "held back" (worse than what it would replace) or "failed"; error: why it failed
+    """
+
+    kind: str
+    name: str
+    adapter: Path | None
+    gain: float | None
+    state: str
+    error: str | None
+
+    @property
+    def user(self) -> str | None:
+        """The user whose adapter it is; None: it is what users start from, or a cohort's."""
+        return self.name if self.kind == "user" else None
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,18 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from perce_lite.errors import AdapterError, ConfigError, NonFiniteLossError
-from perce_lite.files import folder_written_aside, write_json, write_text
+from perce_lite.errors import AdapterError, ConfigError
+from perce_lite.files import folder_written_aside
 from perce_lite.fleet.slot_routing import Route
-from perce_lite.model.adapters import METADATA, all_finite, versions
+from perce_lite.model.adapter_files import PLAIN, Storage
+from perce_lite.model.adapters import require_finite, versions, write_about, write_cored, write_plain
 from perce_lite.model.compat import LoraLayer, keep_base_constant
 from perce_lite.model.compat import LoraLinear as PeftLinear
 from perce_lite.model.fingerprint import fingerprint, sketch
-from perce_lite.model.lora_core import folded
-from perce_lite.model.model_card import model_card
+from perce_lite.model.lora_core import Cored
 
 _ADAPTER = "default"  # peft's own name for a model's only adapter
 
@@ -186,13 +185,17 @@ class SlotModel:
 
     def read_slot(self, slot: int) -> dict[str, Tensor]:
         """A slot's adapter by PEFT's names, copied to the CPU; a core is folded into B."""
-        state: dict[str, Tensor] = {}
-        for path, layer in self.layers.items():
-            place = slot if layer.lora_core is None else self.route.homes[slot]
-            a, b = layer.lora_A[place].detach().cpu().clone(), layer.lora_B[place].detach().cpu().clone()
-            core = None if layer.lora_core is None else layer.lora_core[slot].detach()
-            state |= zip(_names(path), (a, b if core is None else folded(b, core)), strict=True)
-        return state
+        cored = self.read_core(slot)
+        if cored is not None:
+            return cored.plain()
+        return {name: parameter.detach()[slot].cpu().clone() for name, parameter in self._trained()}
+
+    def read_core(self, slot: int) -> Cored | None:
+        """A slot's core, copied to the CPU, with the parent that the slot was given; None where slots have none."""
+        if not self.core:
+            return None
+        cores = {_prefixed(path): parameter.detach()[slot].cpu().clone() for path, parameter in self._trained()}
+        return Cored(self.parents[self.route.homes[slot]], cores)
 
     def parameters_of(self, slot: int) -> list[Tensor]:
         """A slot's tensors for an optimizer of its own: leaves that share their storage with the model's."""
@@ -255,7 +258,12 @@ class SlotModel:
 
 def _names(path: str) -> tuple[str, str]:
     """PEFT's names of a layer's two matrices."""
-    return f"base_model.model.{path}.lora_A.weight", f"base_model.model.{path}.lora_B.weight"
+    return f"{_prefixed(path)}.lora_A.weight", f"{_prefixed(path)}.lora_B.weight"
+
+
+def _prefixed(path: str) -> str:
+    """A layer's part of PEFT's names."""
+    return f"base_model.model.{path}"
 
 
 def attach(
@@ -334,16 +342,25 @@ def _layer_faults(targets: Mapping[str, LoraLayer]) -> list[str]:
     return faults
 
 
-def save_slot(model: SlotModel, state: Mapping[str, Tensor], folder: Path, about: dict[str, Any]) -> None:
-    """Writes one user's adapter (of `read_slot`) to `folder`, as `adapters.save` does; `about` as there.
+def save_slot(
+    model: SlotModel,
+    adapter: Mapping[str, Tensor] | Cored,
+    folder: Path,
+    about: dict[str, Any],
+    storage: Storage = PLAIN,
+) -> None:
+    """Writes one user's adapter (of `read_slot` or `read_core`) to `folder`, as `adapters.save` does.
+
+    about: as there; storage: how it is stored
 
     Raises:
         DiskFullError: no space left; NonFiniteLossError: weights that are no numbers. What was there before stays.
     """
-    if not all_finite(state.values()):
-        raise NonFiniteLossError(f"The adapter's weights are not finite, so {folder} was not written. Lower the rate.")
+    require_finite((adapter.cores if isinstance(adapter, Cored) else adapter).values(), folder)
     with folder_written_aside(folder) as aside:
-        save_file(dict(state), aside / "adapter_model.safetensors", metadata={"format": "pt"})
-        model.config.save_pretrained(str(aside))
-        write_json(aside / METADATA, {**about, **model.provenance})
-        write_text(aside / "README.md", model_card(about))
+        origin = dict(model.provenance)
+        if isinstance(adapter, Cored):
+            origin |= write_cored(aside, folder, adapter, model.config, storage)
+        else:
+            write_plain(aside, adapter, model.config, storage)
+        write_about(aside, {**about, **origin})

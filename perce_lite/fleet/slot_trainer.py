@@ -21,6 +21,7 @@ from perce_lite.data.pairs import IGNORED
 from perce_lite.errors import AdapterError, ConfigError, DataError, PerceLiteError
 from perce_lite.fleet.slot_lora import SlotModel, attach
 from perce_lite.fleet.slot_user import Result, SlotUser, Unfinished, UserJob
+from perce_lite.model.compat import forward_hooks, restore_forward_hooks
 from perce_lite.model.fused_head import head_adapter_faults, scoring_forward, training_forward, without_needless_mask
 from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
 from perce_lite.model.scoring import (
@@ -32,6 +33,7 @@ from perce_lite.model.scoring import (
     store_of,
     with_prefix,
 )
+from perce_lite.training.early_stopping import validation_loss
 from perce_lite.training.loss import weighted_nll
 from perce_lite.training.reference_logprobs import reference_log_probs, scored_passes
 
@@ -92,6 +94,7 @@ class SlotTrainer:
         base = self.model.base
         running: dict[int, SlotUser] = {}
         base.train()
+        hooks = forward_hooks(base)
         if self.args.gradient_checkpointing:
             options = {**(self.args.gradient_checkpointing_kwargs or {}), "use_reentrant": False}
             base.activation_checkpointing_enable(options)
@@ -100,6 +103,7 @@ class SlotTrainer:
                 if not self._fill(running, waiting, on_done, kept):
                     break
                 errors = self._step([running[slot] for slot in sorted(running)])
+                self._validate(user for slot, user in running.items() if slot not in errors)
                 begun = [user for user in running.values() if user.log]
                 if on_progress is not None and begun:
                     loss = sum(user.log[-1]["unweighted_loss"] for user in begun) / len(begun)
@@ -115,6 +119,7 @@ class SlotTrainer:
         finally:
             if self.args.gradient_checkpointing:
                 base.activation_checkpointing_disable()
+            restore_forward_hooks(base, hooks)
             base.eval()
 
     def _is_due(self, batch: int, running: Iterable[SlotUser]) -> bool:
@@ -165,10 +170,23 @@ class SlotTrainer:
         return user
 
     def _result(self, user: SlotUser, error: PerceLiteError | None) -> Result:
-        adapter = {} if error is not None else self.model.read_slot(user.slot)
+        adapter, core, stopping = {}, None, None
+        if error is None and user.best is not None:
+            user.best.put_back(user.parameters)
+            stopping = user.best.figures(len(user.log))
+        if error is None:
+            adapter, core = self.model.read_slot(user.slot), self.model.read_core(user.slot)
         self.model.clear_gradients(user.slot)
         self.prefixes.forget(user.features)
-        return Result(user.job.user, user.slot, adapter, user.log, user.reference.store_hits, error)
+        return Result(user.job.user, user.slot, adapter, core, user.log, user.reference.store_hits, stopping, error)
+
+    def _validate(self, users: Iterable[SlotUser]) -> None:
+        """Measures the validation rows of those users whose early stopping asks for it after their last step."""
+        for user in users:
+            if user.best is not None and user.best.is_due(len(user.log)):
+                with self.model.route.everything_to(user.slot):
+                    loss = validation_loss(self.model.base, user.job.validation, self.args.autocast, self.prefixes)
+                user.best.add(len(user.log), loss, user.parameters)
 
     def _step(self, users: Sequence[SlotUser]) -> dict[int, PerceLiteError]:
         """Runs one batch of every user: one forward, one backward, and the due steps. Returns errors by slot."""

@@ -14,8 +14,12 @@ from perce_lite.config import PerCEConfig
 from perce_lite.console import warn
 from perce_lite.data.pairs import IGNORED, Pair
 from perce_lite.errors import PerceLiteError
-from perce_lite.files import written_aside
+from perce_lite.files import settle, written_aside
+from perce_lite.model.lora_core import Cored
 from perce_lite.model.prefix_cache import PrefixCache
+from perce_lite.model.scoring import ScoringJob
+from perce_lite.recipe import EarlyStopping
+from perce_lite.training.early_stopping import BestStep
 from perce_lite.training.loss import Weighting, weight_statistics
 from perce_lite.training.order import steps_of, windows
 from perce_lite.training.reference_logprobs import ReferenceLogProbs, trained_tokens
@@ -35,6 +39,7 @@ class UserJob:
     adapter: where training starts, by PEFT's names; None: fresh weights. With cores it is what is frozen: users who
         are given the very same mapping share it
     begun: fingerprint of the inputs; a saved state is resumed only if it has the same
+    validation: rows whose loss says when training ends, as `stopping` has it; none: it goes to its last step
     """
 
     user: str
@@ -43,6 +48,8 @@ class UserJob:
     seed: int | None = None
     adapter: Mapping[str, Tensor] | None = None
     begun: str = ""
+    validation: Sequence[ScoringJob] = ()
+    stopping: EarlyStopping = field(default_factory=EarlyStopping)
 
 
 @dataclass(frozen=True)
@@ -51,16 +58,20 @@ class Result:
 
     slot: where it was trained; its weights stay there until the next user takes the slot
     adapter: by PEFT's names, on the CPU; empty where the user failed
+    core: the same as a core in its parent; None where slots have no cores
     log: a step each: epoch, loss, unweighted_loss (nats a token), grad_norm, learning_rate, health of the weights
     store_hits: share of the scored sequences that came from the store
+    stopping: `BestStep.figures`, whose step the adapter is; None: it is the last one
     error: why the user failed; None: the adapter is whole
     """
 
     user: str
     slot: int
     adapter: dict[str, Tensor] = field(default_factory=dict)
+    core: Cored | None = None
     log: list[dict[str, float]] = field(default_factory=list)
     store_hits: float = 0.0
+    stopping: dict[str, Any] | None = None
     error: PerceLiteError | None = None
 
     @property
@@ -103,6 +114,8 @@ class SlotUser:
         ]
         self.windows = windows(args, [features["input_ids"] for features in self.features], seed)
         self.total = job.steps if job.steps is not None else steps_of(args, len(self.features))
+        stops = job.stopping.patience is not None and job.validation
+        self.best = BestStep.of(job.stopping, args, len(self.features), self.total) if stops else None
         # The trainer's own optimizer and schedule, over this slot's tensors alone; peft's matrices all decay.
         kind, options = Trainer.get_optimizer_cls_and_kwargs(args)
         self.optimizer = kind([{"params": parameters, "weight_decay": args.weight_decay}], **options)
@@ -137,7 +150,7 @@ class SlotUser:
 
     @property
     def finished(self) -> bool:
-        return len(self.log) >= self.total
+        return len(self.log) >= self.total or (self.best is not None and self.best.stopped)
 
     def record(self, loss: float) -> None:
         """Notes the figures of the batch that was taken; read after the backward is under way, as a GPU would wait."""
@@ -180,6 +193,7 @@ class SlotUser:
             "log": self.log,
             "figures": self.figures,
             "waiting": len(self.waiting),
+            "best": None if self.best is None else self.best.state(),
         }
 
     @torch.no_grad()
@@ -195,6 +209,8 @@ class SlotUser:
             self._open()
         self.waiting = self.waiting[len(self.waiting) - state["waiting"] :]
         self.figures = list(state["figures"])
+        if self.best is not None:
+            self.best.restore(state["best"])
 
     def named(self, rows: Sequence[int], what: str) -> PerceLiteError:
         of_rows = [self.job.pairs[row].row for row in sorted(set(rows))]
@@ -210,8 +226,7 @@ class Unfinished:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        for torn in file.parent.glob(f".{file.name}.*.tmp"):  # of a run that was killed while it wrote
-            torn.unlink()
+        settle(file)
         self._states: dict[str, dict[str, Any]] = {}
         if file.is_file():
             try:

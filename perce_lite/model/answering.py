@@ -112,8 +112,3 @@ class Answerer:
     def forget(self) -> None:
         """Drops the keys and values of the last prompt."""
         self._kept = None
-
-
-def sampling(temperature: float, top_p: float) -> dict[str, Any]:
-    """Options of transformers' `generate`; greedy at 0."""
-    return {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}

@@ -1,30 +1,44 @@
 """The frozen base: loaded in 4 bit or unquantised, in the dtype that suits its device, with its tokenizer."""
 
+import copy
 import re
 import shlex
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from perce_lite.config import chosen_dtype, pick_device
 from perce_lite.data.chat_template import dated
-from perce_lite.errors import BaseTooLargeError, ModelError, RecipeError, TemplateError, first_line
-from perce_lite.hub import hub_options
+from perce_lite.errors import BaseTooLargeError, DeviceError, ModelError, RecipeError, TemplateError, first_line
+from perce_lite.files import read_json
+from perce_lite.hub import hub_options, is_of_the_hub
+from perce_lite.model.architecture import (
+    LARGE_SHARE,
+    experts_in_16_bit,
+    experts_share,
+    has_experts,
+    model_class,
+    reads_images,
+    refuse_storage,
+)
 from perce_lite.model.builtin import BUILT_IN, built_in_folder
 from perce_lite.model.compat import error_of_a_conversion, keep_base_constant
 from perce_lite.model.fingerprint import remember_fingerprint
-from perce_lite.model.full_gpu import gpu_is_full, why_no_room
+from perce_lite.model.full_gpu import gpu_has_failed, gpu_is_full, on_meta, why_no_room
+from perce_lite.model.gguf_base import gguf_folder
 from perce_lite.model.host_embedding import keep_on_host
 from perce_lite.model.repeated_heads import repeat_heads_where_needed
 from perce_lite.recipe import Recipe, lora_config
@@ -79,20 +93,25 @@ def _load_model(recipe: Recipe, **options: Any) -> PreTrainedModel:
     Raises:
         ModelError, BaseTooLargeError: as `load_base`.
     """
-    source = model_source(recipe)
+    source, config = model_source(recipe), config_of(recipe)
     try:
         if options["device_map"] == {"": "cuda"}:
-            config = AutoConfig.from_pretrained(source, **hub_options(source))
             why = why_no_room(config, options["dtype"], recipe.quantization == "nf4")
             if why is not None:
                 raise _too_large(recipe, why)
-        return AutoModelForCausalLM.from_pretrained(source, **options, **hub_options(source))
+        return model_class(config).from_pretrained(source, **options, **hub_options(source))
     except ImportError as error:
         raise ModelError(f"model: {recipe.model} could not be loaded here: {first_line(error)}") from error
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
-        full = error if gpu_is_full(error) else error_of_a_conversion(error)
+        inner = error_of_a_conversion(error)
+        full = error if gpu_is_full(error) else inner
         if full is not None and gpu_is_full(full):
             raise _too_large(recipe, first_line(full)) from full
+        if gpu_has_failed(fault := inner or error):
+            raise DeviceError(
+                f"The GPU failed while {recipe.model} was loaded: {first_line(fault)}. nvidia-smi shows whether it is "
+                "well; device: cpu goes without it."
+            ) from error
         raise ModelError(not_there(recipe, error)) from error
 
 
@@ -101,6 +120,42 @@ def _too_large(recipe: Recipe, why: str) -> BaseTooLargeError:
         f"model: {recipe.model} does not fit the GPU: {why}. Close other programs that use the GPU (nvidia-smi lists "
         "them), or set CUDA_VISIBLE_DEVICES= to go without it."
     )
+
+
+def config_of(recipe: Recipe) -> PretrainedConfig:
+    """The model's configuration; no weights are read.
+
+    Raises:
+        ModelError: as `load_base`; also for weights that are stored in what no adapter is trained over, and for experts
+            that `quantization: nf4` would leave in 16 bit.
+    """
+    try:
+        source = model_source(recipe)
+        config = AutoConfig.from_pretrained(source, **hub_options(source))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(not_there(recipe, error)) from error
+    refuse_storage(config, recipe.model)
+    if recipe.quantization == "nf4" and has_experts(config):
+        share = experts_share(on_meta(config))
+        if share > LARGE_SHARE:
+            raise ModelError(
+                f"model: {recipe.model}: {experts_in_16_bit(share)}. Take a dense model, or quantization: none"
+            )
+    return config
+
+
+def text_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint; of one that reads images too, that of its processor, without the rest of it.
+
+    options: of `from_pretrained`
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    for name in ("chat_template.json", "processor_config.json"):  # where only the processor has a chat template
+        if tokenizer.chat_template is None:
+            file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options)
+            told = None if file is None else read_json(Path(file))
+            tokenizer.chat_template = told.get("chat_template") if isinstance(told, dict) else None
+    return tokenizer
 
 
 def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -113,7 +168,7 @@ def load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """
     try:
         source = model_source(recipe)
-        tokenizer = AutoTokenizer.from_pretrained(source, **hub_options(source))
+        tokenizer = text_tokenizer(source, **hub_options(source))
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(not_there(recipe, error)) from error
     template_path = recipe.train.get("chat_template_path")
@@ -144,13 +199,19 @@ def with_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
     Raises:
         RecipeError: a `lora` section that does not go with the model.
     """
-    config = lora_config(recipe)
     try:
-        if beside := modules_beside_text(model):
-            config.exclude_modules = _excluded(config.exclude_modules, beside)
-        return get_peft_model(model, config)
+        return get_peft_model(model, on_text_alone(lora_config(recipe), model))
     except (ValueError, TypeError, NotImplementedError) as error:
         raise RecipeError(recipe.source, [f"lora: does not go with {recipe.model}: {error}"]) from error
+
+
+def on_text_alone(lora: LoraConfig, model: PreTrainedModel) -> LoraConfig:
+    """`lora`, or of a model that reads more than text a copy that leaves the rest of it out."""
+    if not (beside := modules_beside_text(model)):
+        return lora
+    lora = copy.copy(lora)
+    lora.exclude_modules = _excluded(lora.exclude_modules, beside)
+    return lora
 
 
 def modules_beside_text(model: PreTrainedModel) -> list[str]:
@@ -158,7 +219,7 @@ def modules_beside_text(model: PreTrainedModel) -> list[str]:
 
     They never get LoRA: training is on text, and neither llama.cpp nor vLLM takes an adapter on them.
     """
-    if model.config is model.config.get_text_config():
+    if not reads_images(model.config):
         return []
     of_text = {*model.get_decoder().modules(), model.get_output_embeddings()}
     return [path for path, module in model.named_modules() if not list(module.children()) and module not in of_text]
@@ -172,14 +233,22 @@ def _excluded(own: list[str] | str | None, paths: list[str]) -> list[str] | str:
 
 
 def model_source(recipe: Recipe) -> str:
-    """What transformers loads: the built-in model's folder, the recipe's own folder, or a Hub id.
+    """What transformers loads: the built-in model's folder, the recipe's own, that of its GGUF file, or a Hub id.
 
     Raises:
-        ModelError: the built-in model cannot be downloaded.
+        ModelError: the built-in model cannot be downloaded; the GGUF file is not there, or not one that is read.
     """
     if recipe.model in BUILT_IN:
         return str(built_in_folder(recipe.model))
-    return recipe.model if recipe.model_folder is None else str(recipe.model_folder)
+    if recipe.model_folder is not None:
+        return str(recipe.model_folder)
+    if recipe.model_file is not None:
+        return str(gguf_folder(recipe.model_file))
+    if recipe.model.endswith(".gguf"):
+        raise ModelError(
+            f"model: {recipe.model}: there is no such file. A GGUF that was moved: set model: to its path."
+        )
+    return recipe.model
 
 
 def not_there(recipe: Recipe, error: Exception) -> str:
@@ -188,9 +257,15 @@ def not_there(recipe: Recipe, error: Exception) -> str:
     if name in BUILT_IN:
         command = f"rm -r {shlex.quote(model_source(recipe))}"
         return f"model: {name} cannot be loaded: {first_line(error)} Its folder is made anew after: {command}"
+    if recipe.model_file is not None:
+        command = f"rm -r {shlex.quote(model_source(recipe))}"
+        return f"model: {name} cannot be loaded: {first_line(error)} What was made of it is made anew after: {command}"
     if recipe.model_folder is not None:
         return f"model: {name} is a folder, but holds no language model with a tokenizer: {first_line(error)}"
+    if not is_of_the_hub(error):
+        return f"model: {name} was found, but cannot be loaded here: {type(error).__name__}: {first_line(error)}"
     return (
-        f"model: {name} is neither built in ({', '.join(BUILT_IN)}), nor a folder, nor could it be loaded from the "
-        f"Hub: {first_line(error)} Offline: copy the model's folder to this machine and set model: to its path."
+        f"model: {name} is neither built in ({', '.join(BUILT_IN)}), nor a folder, nor a GGUF file, nor could it be "
+        f"loaded from the Hub: {first_line(error)} Offline: copy the model's folder to this machine and set model: to "
+        "its path."
     )

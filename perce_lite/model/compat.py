@@ -67,6 +67,22 @@ def write_count(tensor: Tensor) -> int:
     return int(tensor._version)
 
 
+def forward_hooks(model: nn.Module) -> dict[nn.Module, set[int]]:
+    """The forward hooks of each module that has some, by number.
+
+    WHY: with checkpointing peft, trl and transformers each hook the embedding for every training, and no one removes
+    the hooks: in a fleet they pile up. IF CHANGED: loud (AttributeError). That none piles up is tested.
+    """
+    return {module: set(module._forward_hooks) for module in model.modules() if module._forward_hooks}
+
+
+def restore_forward_hooks(model: nn.Module, before: dict[nn.Module, set[int]]) -> None:
+    """Removes the forward hooks of `model` that are not among those `before`."""
+    for module in model.modules():
+        for number in [number for number in module._forward_hooks if number not in before.get(module, ())]:
+            del module._forward_hooks[number]
+
+
 # bitsandbytes
 
 
@@ -340,6 +356,7 @@ TRAINER_HOOKS = {
     "_prepare_dataset": ("dataset", "processing_class", "args", "packing", "formatting_func", "dataset_name"),
     "_set_signature_columns_if_needed": (),
     "_get_train_sampler": ("train_dataset",),
+    "_save": ("output_dir", "state_dict"),
     "_save_checkpoint": ("model", "trial"),
     "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
     "_prepare_inputs": ("inputs",),
@@ -349,8 +366,9 @@ TRAINER_HOOKS = {
 
 WHY: rows become pairs in `_prepare_dataset`; our columns survive `_set_signature_columns_if_needed`; the order of rows
 is a resumed run's too (`_get_train_sampler`); a checkpoint with weights that are not finite is refused
-(`_save_checkpoint`); a run that was finished before is loaded (`_load_from_checkpoint`); the benchmark looks at a batch
-(`_prepare_inputs`). IF CHANGED: an override that is never called is silent, so `require_trainer_hooks` asserts them.
+(`_save_checkpoint`); metadata lie beside the weights (`_save`); a run that was finished before is loaded
+(`_load_from_checkpoint`); the benchmark looks at a batch (`_prepare_inputs`). IF CHANGED: an override that is never
+called is silent, so `require_trainer_hooks` asserts them.
 """
 
 TRAINER_ATTRIBUTES = ("_metrics", "_signature_columns", "_tokenizer", "_total_train_tokens")

@@ -7,11 +7,14 @@ again only if one of its weights was replaced or written to. Files are read agai
 import functools
 import hashlib
 import math
+import re
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bitsandbytes as bnb
+import numpy as np
 import torch
 import xxhash
 from peft import PeftModel
@@ -135,7 +138,8 @@ def hash_tensor(state: xxhash.xxh3_128, name: str, tensor: torch.Tensor) -> None
 def sketch(model: PreTrainedModel) -> dict[str, Any]:
     """A few numbers by which a base is recognised on any device, in any dtype, in 4 bit or not.
 
-    `shape`: model type, layers, width, vocabulary size, tied head; `embedding`: 64 of its values.
+    `shape`: model type, layers, width, vocabulary size, tied head; `embedding`: 64 of its values; `layers`: values of
+    the matrices of the first, the middle and the last layer; `numbers`: what kind of numbers those are
     """
     embedding = model.get_input_embeddings().weight
     rows = torch.linspace(0, embedding.shape[0] - 1, 64, device=embedding.device).long()
@@ -149,17 +153,108 @@ def sketch(model: PreTrainedModel) -> dict[str, Any]:
         int(embedding.shape[0]),
         config.tie_word_embeddings,
     ]
-    return {"shape": shape, "embedding": [round(float(value), 6) for value in values]}
+    matrices = _matrices_of_three_layers(model)
+    return {
+        "shape": shape,
+        "embedding": [round(float(value), 6) for value in values],
+        "layers": [value for matrix in matrices for value in _values_of(matrix)],
+        "numbers": ", ".join(sorted({_kind_of(matrix) for matrix in matrices})),
+    }
+
+
+_MATRICES = 8
+"""At the most, of a layer: a mixture of experts has hundreds."""
+
+_FOUR_BIT = "4 bit"
+
+
+def _matrices_of_three_layers(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Matrices of the first, the middle and the last layer of the decoder, each layer's by name."""
+    layers: dict[int, list[tuple[str, torch.Tensor]]] = {}
+    for name, weight in model.get_decoder().named_parameters():
+        layer = re.search(r"(?:^|\.)(\d+)\.", name)
+        if layer and is_base_weight(name) and (weight.ndim > 1 or quantisation_state(weight) is not None):
+            layers.setdefault(int(layer[1]), []).append((base_weight_name(name), weight))
+    order = sorted(layers)
+    chosen = dict.fromkeys(order[place] for place in (0, len(order) // 2, -1)) if order else ()
+    matrices = []
+    for number in chosen:
+        of_layer = [weight for _, weight in sorted(layers[number], key=lambda named: named[0])]
+        places = dict.fromkeys(round(place) for place in np.linspace(0, len(of_layer) - 1, _MATRICES))
+        matrices += [of_layer[place] for place in places]
+    return matrices
+
+
+def _kind_of(matrix: torch.Tensor) -> str:
+    return str(matrix.dtype).removeprefix("torch.") if quantisation_state(matrix) is None else _FOUR_BIT
+
+
+_values: dict[int, tuple[_State, list[float]]] = {}
+"""Of matrices in 4 bit, by `id`: to read a value, the whole matrix has to be dequantised."""
+
+
+def _values_of(matrix: torch.Tensor) -> list[float]:
+    """Eight values of a matrix, from corner to corner, with six digits."""
+    state = quantisation_state(matrix)
+    if state is None:
+        return _eight_of(matrix.detach())
+    known = _values.get(id(matrix))
+    if known is None or not known[0].still(matrix):
+        for gone in [key for key, (of, _) in _values.items() if of.tensor() is None]:
+            del _values[gone]
+        known = _State.of(matrix), _eight_of(bnb.functional.dequantize_4bit(matrix.data, state))
+        _values[id(matrix)] = known
+    return known[1]
+
+
+def _eight_of(matrix: torch.Tensor) -> list[float]:
+    flat = matrix.reshape(-1, matrix.shape[-1])
+    rows = torch.linspace(0, flat.shape[0] - 1, 8, device=flat.device).long()
+    columns = torch.linspace(0, flat.shape[1] - 1, 8, device=flat.device).long()
+    return [float(f"{value:.6g}") for value in flat[rows, columns].float().tolist()]
 
 
 def same_base(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether two sketches are of one base; the tolerance is that of rounding to bf16."""
-    if first["shape"] != second["shape"]:
+    """Whether two sketches are of one base: its shape, its embedding and, where both have them, its layers.
+
+    The tolerance of the embedding is that of rounding to bf16; that of the layers depends on what numbers they are.
+    """
+    if first["shape"] != second["shape"] or not _near(first["embedding"], second["embedding"], 2**-8):
         return False
-    return all(
-        math.isclose(a, b, rel_tol=2**-8, abs_tol=1e-6)
-        for a, b in zip(first["embedding"], second["embedding"], strict=True)
-    )
+    if not (has_layers(first) and has_layers(second)):
+        return True
+    ours, theirs = first["layers"], second["layers"]
+    if len(ours) != len(theirs):
+        return False
+    in_4_bit = [_FOUR_BIT in one["numbers"] for one in (first, second)]
+    if not any(in_4_bit):
+        return _near(ours, theirs, 1e-5 if first["numbers"] == second["numbers"] else 2**-8)
+    return _alike(ours, theirs, _LEAST_EQUAL if all(in_4_bit) else None)
+
+
+_LEAST_EQUAL = 0.95
+"""Share of the values in 4 bit that two devices, or two dtypes that were quantised, have alike."""
+
+_QUANTISED_AWAY = 0.2
+"""What 4 bit may take of a matrix, by norm: half of that is usual, and two trainings from scratch are 1.4 apart."""
+
+
+def has_layers(sketched: dict[str, Any]) -> bool:
+    """Whether a sketch holds values of layers; those of earlier versions do not."""
+    return bool(sketched.get("layers"))
+
+
+def _near(ours: Sequence[float], theirs: Sequence[float], share: float) -> bool:
+    pairs = zip(ours, theirs, strict=True)
+    return all(math.isclose(one, other, rel_tol=share, abs_tol=1e-6) for one, other in pairs)
+
+
+def _alike(ours: Sequence[float], theirs: Sequence[float], least_equal: float | None) -> bool:
+    """Whether values of which some or all are in 4 bit may be of one base."""
+    one, other = np.asarray(ours), np.asarray(theirs)
+    if least_equal is not None:
+        return bool(np.isclose(one, other, rtol=1e-3, atol=1e-6).mean() >= least_equal)
+    return bool(np.linalg.norm(one - other) <= _QUANTISED_AWAY * max(np.linalg.norm(one), np.linalg.norm(other)))
 
 
 # Files, each read once a process

@@ -2,29 +2,15 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
-
 from perce_lite import export_targets as targets
-from perce_lite.errors import ModelError, RecipeError
-from perce_lite.hub import hub_options
-from perce_lite.model.base import model_source, not_there, with_adapter
+from perce_lite.errors import RecipeError
+from perce_lite.files import digest
+from perce_lite.model.base import config_of as config_of
+from perce_lite.model.base import model_source, with_adapter
 from perce_lite.model.compat import is_lora_weight, lora_layers
-from perce_lite.model.fingerprint import sampled_hash
+from perce_lite.model.fingerprint import FileStamp, sampled_hash
 from perce_lite.model.full_gpu import on_meta as on_meta
 from perce_lite.recipe import Recipe, lora_config
-
-
-def config_of(recipe: Recipe) -> PretrainedConfig:
-    """The model's configuration; no weights are read.
-
-    Raises:
-        ModelError: as `load_base`.
-    """
-    try:
-        source = model_source(recipe)
-        return AutoConfig.from_pretrained(source, **hub_options(source))
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(not_there(recipe, error)) from error
 
 
 def source_fingerprint(recipe: Recipe) -> str:
@@ -32,9 +18,18 @@ def source_fingerprint(recipe: Recipe) -> str:
 
     For a Hub id it is a hash of the id alone. Files that have not changed are read once a process.
     """
+    named = recipe.model if recipe.model_path is None else ""
+    return sampled_hash(f"{named} {recipe.quantization}", _weights_files(recipe))
+
+
+def source_stamp(recipe: Recipe) -> str:
+    """As `source_fingerprint`, and it changes whenever a file of the weights is written, whatever is written."""
+    return digest([source_fingerprint(recipe), [str(FileStamp.of(path)) for path in _weights_files(recipe)]])
+
+
+def _weights_files(recipe: Recipe) -> list[Path]:
     folder = Path(model_source(recipe))
-    weights = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return sampled_hash(f"{recipe.model if recipe.model_folder is None else ''} {recipe.quantization}", weights)
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]) if folder.is_dir() else []
 
 
 def refuse_exports(recipe: Recipe) -> None:

@@ -1,8 +1,12 @@
 """A GPU whose memory is full: by which errors that shows, and whether a base has room before it is loaded."""
 
+import re
+
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+
+from perce_lite.model.architecture import model_class
 
 _GIB = 2**30
 
@@ -15,6 +19,17 @@ def gpu_is_full(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in _WORDS)
+
+
+_FAILED = re.compile(r"CUDA (driver )?error|CUBLAS_STATUS_|CUDNN_STATUS_")
+"""What torch and CUDA's libraries say of a GPU that fails."""
+
+
+def gpu_has_failed(error: BaseException) -> bool:
+    """Whether `error` is a GPU's own: by torch's type for it, or by the words of its libraries."""
+    if isinstance(error, torch.AcceleratorError):
+        return True
+    return type(error) is RuntimeError and _FAILED.search(str(error)) is not None
 
 
 def why_no_room(config: PretrainedConfig, dtype: torch.dtype, in_4_bit: bool) -> str | None:
@@ -32,7 +47,9 @@ def why_no_room(config: PretrainedConfig, dtype: torch.dtype, in_4_bit: bool) ->
 def on_meta(config: PretrainedConfig) -> PreTrainedModel:
     """The model of a configuration on the meta device: shapes only, no memory for weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        kind = model_class(config)
+        automatic = issubclass(kind, AutoModelForCausalLM | AutoModelForImageTextToText)
+        return kind.from_config(config) if automatic else kind(config)
 
 
 def _at_least(config: PretrainedConfig, dtype: torch.dtype, in_4_bit: bool) -> int:

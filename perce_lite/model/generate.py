@@ -1,7 +1,7 @@
 """Generation with base or adapter, with a profile or without, from the prompt that training would make."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ from transformers.generation import BaseStreamer
 
 from perce_lite.config import chosen_dtype, pick_device
 from perce_lite.data.pairs import PairMaker
-from perce_lite.data.readers import user_texts
 from perce_lite.data.rows import Message, Profiled
 from perce_lite.errors import DataError
 from perce_lite.model import adapter_files, adapters
-from perce_lite.model.adapter_files import recipe_of, require_profile
+from perce_lite.model.adapter_files import recipe_of
 from perce_lite.model.base import load_base
 from perce_lite.model.fused_head import base_of
 from perce_lite.model.personal_decoding import PersonalContrast
+from perce_lite.model.questions import Asked, Question, question_of, wanted_profiles
 from perce_lite.model.scoring import autocast_to, encode_prefix, no_grad_eval
 from perce_lite.recipe import Recipe
 
@@ -81,10 +81,7 @@ def generate_several(
     Raises:
         DataError: `personal` without a profile to contrast, or with beams.
     """
-    tokenizer: PreTrainedTokenizerBase = maker.tokenizer
-    device = next(model.parameters()).device
     tokens = maker.prompt(prompt, profile)
-    ids = torch.tensor([tokens.ids], device=device)
     cache = options.get("past_key_values")
     cached_length = 0 if cache is None else cache.get_seq_length()
     if use_adapter and tokens.prefix_length > cached_length:
@@ -95,19 +92,75 @@ def generate_several(
     if personal is not None and personal.strength:
         contrast = _contrast(model, maker, prompt, profile, personal, use_adapter, autocast, options)
         options["logits_processor"] = LogitsProcessorList([contrast])
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream is True else stream or None
+    tokenizer: PreTrainedTokenizerBase = maker.tokenizer
+    options["streamer"] = (
+        TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream is True else stream or None
+    )
+    [answers] = _decoded(model, maker, [tokens.ids], max_new_tokens, count, use_adapter, autocast, options)
+    return answers
+
+
+def generate_batch(
+    model: torch.nn.Module,
+    maker: PairMaker,
+    asked: Sequence[tuple[Sequence[Message], Profiled]],
+    max_new_tokens: int,
+    count: int = 1,
+    use_adapter: bool = True,
+    autocast: torch.dtype | None = None,
+    personal: Personal | None = None,
+    **options: Any,
+) -> list[list[str]]:
+    """`count` answers to each of several prompts with their profiles; all in one batch, padded on the left.
+
+    One prompt after another where a batch cannot be had: with `personal`, or where the adapter is on only behind the
+    profile (`profile_pass: frozen`).
+
+    Raises:
+        DataError: `personal` without a profile to contrast, or with beams.
+    """
+    prompts = [maker.prompt(prompt, profile) for prompt, profile in asked]
+    alone = (use_adapter and any(tokens.prefix_length for tokens in prompts)) or (personal and personal.strength)
+    if len(asked) > 1 and not alone:
+        ids = [tokens.ids for tokens in prompts]
+        return _decoded(model, maker, ids, max_new_tokens, count, use_adapter, autocast, options)
+    return [
+        generate_several(
+            model, maker, prompt, profile, max_new_tokens, count, use_adapter, autocast, personal=personal, **options
+        )
+        for prompt, profile in asked
+    ]
+
+
+def _decoded(
+    model: torch.nn.Module,
+    maker: PairMaker,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    count: int,
+    use_adapter: bool,
+    autocast: torch.dtype | None,
+    options: dict[str, Any],
+) -> list[list[str]]:
+    """`count` answers to each of `prompts`, ids of any length, in one batch."""
+    tokenizer: PreTrainedTokenizerBase = maker.tokenizer
+    device = next(model.parameters()).device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    read = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     with no_grad_eval(model, adapters=use_adapter), autocast_to(device, autocast):
         out = base_of(model).generate(
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=read,
             max_new_tokens=max_new_tokens,
             eos_token_id=maker.stop_ids(),
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            streamer=streamer,
+            pad_token_id=pad,
             num_return_sequences=count,
             **{"do_sample": False, **options},
         )
-    return [str(text).strip() for text in tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)]
+    texts = [str(text).strip() for text in tokenizer.batch_decode(out[:, longest:], skip_special_tokens=True)]
+    return [texts[start : start + count] for start in range(0, len(texts), count)]
 
 
 def _contrast(
@@ -145,6 +198,98 @@ class LoadedAdapter:
         """The contrast at `strength`, against what this adapter was trained to be contrasted with."""
         return Personal(strength, self.metadata["estimator"] != "bootstrap")
 
+    def generate(
+        self,
+        prompts: Asked | Sequence[Asked],
+        *,
+        profile: str | Sequence[Any] | None = None,
+        user: str | None = None,
+        max_new_tokens: int = 200,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        personal: float = 0.0,
+        use_adapter: bool = True,
+        seed: int = 0,
+        batch_size: int = 8,
+    ) -> Any:
+        """The answer to a prompt, or the answers to a list of prompts, in order.
+
+        >>> writer = perce_lite.load("out/adapter", data="rows.jsonl")
+        >>> writer.generate("Write a note about the snow.", profile="Short sentences. No adjectives.", max_new_tokens=8)
+        '...'
+        >>> prompts = ["Write a title.", {"prompt": "Write a note.", "user": "user0"}]
+        >>> writer.generate(prompts, profile="", temperature=0.7, seed=1, max_new_tokens=8)
+        ['...', '...']
+
+        prompts: a text, messages, or a record {prompt, profile, user}; or several of these, in batches of `batch_size`
+        profile: of prompts that name none: a text, or a list of texts or {title, text}; "": without one
+        user: instead, a user of the adapter's data; their texts nearest to each prompt become its profile
+        temperature: 0 is greedy; answers are drawn by `seed` otherwise, whatever was drawn before
+        personal: how much more like the user than the model alone would write, see `Personal`
+
+        Raises:
+            AdapterError: no profile, and the adapter was trained with them; DataError: a prompt that is none, no such
+                user, `personal` without a profile.
+        """
+        several = not isinstance(prompts, str | Mapping) and not _is_dialogue(prompts)
+        asked: Sequence[Any] = prompts if several else [prompts]  # type: ignore[assignment]
+        questions = [question_of(one, f"prompt {number}", profile, user) for number, one in enumerate(asked, 1)]
+        wanted = wanted_profiles(self.metadata, questions)
+        options = sampling(temperature, top_p)
+        answered = self.answers(questions, wanted, max_new_tokens, use_adapter, personal, seed, batch_size, **options)
+        answers = [figures["answer"] for figures in answered]
+        return answers if several else answers[0]
+
+    def answers(
+        self,
+        questions: Sequence[Question],
+        wanted: Sequence[Profiled],
+        max_new_tokens: int,
+        use_adapter: bool = True,
+        personal: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 8,
+        **options: Any,
+    ) -> Iterator[dict[str, Any]]:
+        """Each question's record with the profile that was in the prompt, who answered, and the answer; as they come.
+
+        wanted: `wanted_profiles` of the questions
+        options: of transformers' `generate`
+        """
+        device = next(self.model.parameters()).device
+        for start in range(0, len(questions), batch_size):
+            batch = questions[start : start + batch_size]
+            fitting = [
+                (one.prompt, self.maker.fitting(one.prompt, profile))
+                for one, profile in zip(batch, wanted[start : start + batch_size], strict=True)
+            ]
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                torch.manual_seed(seed + start)
+                texts = generate_batch(
+                    self.model,
+                    self.maker,
+                    fitting,
+                    max_new_tokens,
+                    use_adapter=use_adapter,
+                    autocast=self.autocast,
+                    personal=self.personal(personal),
+                    **options,
+                )
+            for question, (_, profile), [answer] in zip(batch, fitting, texts, strict=True):
+                said = {"profile": self.maker.profile_text(profile), "model": "adapter" if use_adapter else "base"}
+                named = {} if question.user is None else {"user": question.user}
+                yield {**question.record, **named, **said, "answer": answer}
+
+
+def _is_dialogue(prompts: Any) -> bool:
+    """Whether `prompts` is one prompt in messages, not several prompts."""
+    return bool(prompts) and all(isinstance(one, Mapping) and "role" in one for one in prompts)
+
+
+def sampling(temperature: float, top_p: float) -> dict[str, Any]:
+    """Options of transformers' `generate`; greedy at 0."""
+    return {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
+
 
 def load_adapter(metadata: dict[str, Any]) -> LoadedAdapter:
     """The adapter with this metadata (`adapter_files.read_metadata`) on its base, in eval mode.
@@ -153,7 +298,7 @@ def load_adapter(metadata: dict[str, Any]) -> LoadedAdapter:
         ModelError, DeviceError: its base cannot be loaded; AdapterError: the base has changed since.
     """
     base = load_base(recipe_of(metadata))
-    return loaded_on(adapters.load(base.model, Path(metadata["folder"])), base.tokenizer, metadata)
+    return loaded_on(adapters.load(base.model, Path(metadata["folder"]), metadata=metadata), base.tokenizer, metadata)
 
 
 def loaded_on(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, metadata: dict[str, Any]) -> LoadedAdapter:
@@ -178,6 +323,7 @@ def generate_from_folder(
     use_adapter: bool = True,
     stream: bool = False,
     strength: float = 0.0,
+    said: adapter_files.Said | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """The answer to `prompt` of the adapter in `folder`, or of its base; with the profile that was in the prompt.
@@ -185,15 +331,17 @@ def generate_from_folder(
     profile: the profile's text; "": without one
     user: instead of a profile, a user of the adapter's data; the texts nearest to the prompt become the profile
     strength: see `Personal`
+    said: of the adapter, where its files do not say it
 
     Raises:
         AdapterError: no adapter there, or the profile is missing that the adapter was trained with.
         DataError: `strength` without a profile.
     """
-    metadata = adapter_files.read_metadata(folder)
-    wanted = _wanted_profile(metadata, prompt, profile, user)
+    metadata = adapter_files.read_metadata(folder, said)
+    question = question_of(prompt, "--prompt", None if user is not None else profile, user)
+    [wanted] = wanted_profiles(metadata, [question])
     loaded = load_adapter(metadata)
-    messages = [{"role": "user", "content": prompt}]
+    messages = question.prompt
     fitting = loaded.maker.fitting(messages, wanted)
     answer = generate(
         loaded.model,
@@ -213,16 +361,3 @@ def generate_from_folder(
         "model": "adapter" if use_adapter else "base",
         "answer": answer,
     }
-
-
-def _wanted_profile(metadata: dict[str, Any], prompt: str, profile: str | None, user: str | None) -> Profiled:
-    """The profile to answer with, before it is cut to what fits; arguments as in `generate_from_folder`.
-
-    Raises:
-        AdapterError: as `adapter_files.require_profile`.
-    """
-    require_profile(metadata, profile, user)
-    if user is not None:
-        recipe = Recipe.model_validate(metadata["recipe"])
-        return user_texts(recipe, user).profile_for(prompt, recipe.profile)
-    return profile or ""

@@ -1,10 +1,11 @@
 """A core: what a user with very few texts trains, a LoRA-XS style r x r matrix (arXiv 2405.17604).
 
 A and B of a parent adapter are frozen, and a matrix C of r x r stands between them: W + s * B C A. C is the identity at
-first, so training starts at the parent. What is saved is a plain LoRA: B C in the place of B.
+first, so training starts at the parent. For other programs it becomes a plain LoRA: B C in the place of B.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
@@ -75,13 +76,32 @@ def folded(b: Tensor, core: Tensor) -> Tensor:
     return (b.cpu().double() @ core.cpu().double()).to(b.dtype)
 
 
-def plain_state(model: PeftModel) -> dict[str, Tensor] | None:
-    """The state of `model` with every core folded into its B, by peft's names; None if there is no core."""
-    cores = {path: module for path, module in model.named_modules() if isinstance(module, CoreB)}
-    if not cores:
-        return None
-    state: dict[str, Tensor] = model.state_dict()
-    for path, module in cores.items():
-        del state[f"{path}.frozen"], state[f"{path}.core"]
-        state[f"{path}.weight"] = folded(module.frozen, module.core.detach())
-    return state
+@dataclass(frozen=True)
+class Cored:
+    """An adapter that is a core in each layer of its parent.
+
+    parent: A (r, in) and B (out, r), by PEFT's names; cores: C (r, r), by the layer's part of these names
+    """
+
+    parent: Mapping[str, Tensor]
+    cores: Mapping[str, Tensor]
+
+    def plain(self) -> dict[str, Tensor]:
+        """The plain LoRA that it makes, on the CPU: A as it is, B C in the place of B."""
+        return {
+            name: tensor.detach().cpu() if matrix == "lora_A" else folded(tensor.detach(), self.cores[path])
+            for name, tensor in self.parent.items()
+            for path, matrix in [name.removesuffix(".weight").rsplit(".", 1)]
+        }
+
+
+def cored_of(model: PeftModel) -> Cored | None:
+    """The cores of `model` and what they stand in; None if there is no core."""
+    parent, cores = {}, {}
+    for path, module in model.named_modules():
+        if isinstance(module, CoreB):
+            layer, _, name = path.rpartition(".lora_B.")
+            parent[f"{layer}.lora_A.weight"] = model.get_submodule(f"{layer}.lora_A.{name}").get_buffer("weight")
+            parent[f"{layer}.lora_B.weight"] = module.frozen
+            cores[layer] = module.core.detach()
+    return Cored(parent, cores) if cores else None

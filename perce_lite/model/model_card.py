@@ -42,10 +42,16 @@ def model_card(
         "",
         f"# {what} {Path(name).name}",
         "",
-        f"Trained with PerCE Lite: {_weighting(metadata)}. {_profile_use(metadata)}",
+        _trained(metadata),
         "",
     ]
     return "\n".join([*head, *_facts(metadata, base_licence, size), *_use(metadata), *_held_out(metadata, evaluated)])
+
+
+def _trained(metadata: Mapping[str, Any]) -> str:
+    if metadata.get("foreign"):
+        return "Trained by another program than PerCE Lite, which exported it."
+    return f"Trained with PerCE Lite: {_weighting(metadata)}. {_profile_use(metadata)}"
 
 
 def _facts(metadata: Mapping[str, Any], licence: str | None, size: int | None) -> Iterable[str]:
@@ -56,7 +62,8 @@ def _facts(metadata: Mapping[str, Any], licence: str | None, size: int | None) -
     rank = ", ".join(f"{name} {value}" for name, value in lora.items()) or "the default LoRA"
     steps = f", {metadata['steps']} steps" if "steps" in metadata else ""
     users = "1 user" if data["users"] == 1 else f"{data['users']} users"
-    yield f"- Data: {data['rows']} rows of {users} (fingerprint `{data['fingerprint']}`)"
+    if data["rows"]:
+        yield f"- Data: {data['rows']} rows of {users} (fingerprint `{data['fingerprint']}`)"
     yield (
         f"- Base: `{recipe['model']}`, quantization `{recipe['quantization']}`, licence {licence or 'see its files'}; "
         "it applies to what is derived from the base too"
@@ -64,7 +71,8 @@ def _facts(metadata: Mapping[str, Any], licence: str | None, size: int | None) -
     if lora.get(CORE_ONLY):
         yield "- One r x r matrix a layer was trained, between the A and B of the adapter that it started from."
     mark = f" `{metadata['recipe_fingerprint']}`" if "recipe_fingerprint" in metadata else ""
-    yield f"- Recipe{mark}: {rank}{steps}{f'; {options}' if options else ''}"
+    if not metadata.get("foreign"):
+        yield f"- Recipe{mark}: {rank}{steps}{f'; {options}' if options else ''}"
     if size is not None:
         yield f"- Size: {size / 2**20:.1f} MiB of weights"
     yield "- An adapter can leak the texts it was trained on: share it as you would share them."

@@ -313,14 +313,19 @@ def _attention_faults(base: PreTrainedModel, implementation: str) -> list[str]:
     """Why the attention of `base` cannot attend to prefixes, as far as its configuration tells."""
     config = base.config.get_text_config().to_dict()
     faults = []
-    others = {str(kind) for kind in config.get("layer_types") or ()} - {"full_attention", "sliding_attention"}
-    if others:
+    if others := layers_without_attention(base):
         faults.append(f"profile_pass: frozen needs attention in every layer; this model also has {', '.join(others)}")
     if implementation not in _ATTENTIONS:
         faults.append(f"profile_pass: frozen works with attn_implementation sdpa or eager, not {implementation}")
     if config.get("attention_dropout"):
         faults.append(f"profile_pass: frozen needs an attention_dropout of 0, not {config['attention_dropout']}")
     return faults
+
+
+def layers_without_attention(base: PreTrainedModel) -> list[str]:
+    """Kinds of layers of `base` that carry a state from token to token, where attention would look at a mask."""
+    kinds = base.config.get_text_config().to_dict().get("layer_types") or ()
+    return sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention", "chunked_attention"})
 
 
 def _every_layer_reached(base: PreTrainedModel, prefixes: PrefixCache) -> bool:

@@ -30,8 +30,11 @@ from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention, 
 SCORING_VERSION = 2
 """Part of a store's key; raise it when the arithmetic in this room changes."""
 
-_GPU_TOKENS = 8192  # of a padded batch; the head is tiled, so the hidden states decide what fits
 _SECONDS_BETWEEN_WRITES = 20.0
+
+
+GPU_TOKENS = 8192
+"""Of a padded batch that is scored on a GPU; the head is tiled, so the hidden states decide what fits."""
 
 
 class ScoringJob(NamedTuple):
@@ -210,7 +213,7 @@ def _batches(sequences: Sequence[Tokens], alone: bool) -> Iterator[list[int]]:
         return
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index].ids))
     while order:
-        size = max(1, _GPU_TOKENS // len(sequences[order[0]].ids))
+        size = max(1, GPU_TOKENS // len(sequences[order[0]].ids))
         yield order[:size]
         order = order[size:]
 

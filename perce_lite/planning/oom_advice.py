@@ -11,6 +11,7 @@ import torch
 
 from perce_lite.data.rows import Row
 from perce_lite.errors import BaseTooLargeError, DataError, GpuOutOfMemoryError, ModelError, PlanError, TemplateError
+from perce_lite.memory import return_free_memory
 from perce_lite.model.full_gpu import gpu_is_full
 from perce_lite.planning.gpus import GIB, Gpu, of_size, present
 from perce_lite.planning.plan import CONTEXT, Plan
@@ -62,8 +63,9 @@ def explain_out_of_memory_in_fleet(
 
 
 def free_gpu_memory() -> None:
-    """Frees what an error that is forgotten had kept on the GPU."""
+    """Frees what a training that is over, or an error that is forgotten, had kept on the GPU and on the host."""
     gc.collect()
+    return_free_memory()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -24,8 +24,12 @@ from perce_lite.recipe import Recipe, lora_config
 FLOAT32 = 4
 """Bytes of a float32."""
 
-_STASH = 5
-"""Tensors that TRL's activation offloading leaves on the GPU while they are on their way to the host."""
+_STASH, _WIDE_IN_STASH = 5, 4
+"""Tensors that TRL's activation offloading leaves on the GPU while they are on their way to the host; of a layer that
+is not computed again so many of these are as wide as its MLP."""
+
+_WITHOUT_TRITON = 7 * FLOAT32 + 1
+"""Bytes of a logit beside itself where TRL folds a tile without Triton: seven copies in float32, and a mask."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Step(NamedTuple):
     itemsize: bytes of the compute dtype
     packed: whether rows lie end to end, so that attention takes a mask
     shared: whether attention takes keys and values that several heads share; else they are repeated for every head
+    triton: whether TRL's head runs in Triton's kernels, which is not installed on Windows
     users: whose rows these are, in slots; each has an adapter of their own
     """
 
@@ -82,6 +87,7 @@ class Step(NamedTuple):
     itemsize: int = 2
     packed: bool = False
     shared: bool = True
+    triton: bool = True
     users: int = 1
 
 
@@ -219,12 +225,11 @@ def kept_by_offloading(shape: Shape, weights: Weights, step: Step, checkpointing
     with LoRA share, the result of attention in front of one.
     """
     tokens = step.rows * (step.length - step.prefix)
-    width = shape.hidden if checkpointing else shape.intermediate
-    moving = _STASH * width * step.itemsize * tokens
     if checkpointing:
-        return moving
+        return _STASH * shape.hidden * step.itemsize * tokens
+    moving = _WIDE_IN_STASH * shape.intermediate * step.itemsize * tokens
     norms = FLOAT32 * (shape.norms * shape.hidden + shape.head_norms * (shape.heads + shape.kv_heads) * shape.head_dim)
-    twice = shape.layers * norms
+    twice = shape.layers * norms - FLOAT32 * shape.hidden  # nothing ahead of the first norm has a gradient
     for ranks in weights.adapters:
         shared = [len({*group} & {*ranks}) > 1 for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))]
         result = shape.heads * shape.head_dim if "o_proj" in ranks else 0
@@ -297,7 +302,8 @@ def layer_at_work(shape: Shape, weights: Weights, step: Step, checkpointing: boo
 
     A checkpointed layer is computed again first, so all that it saves is there. Its MLP goes first: the gradients of
     the product's two factors are there at once, or one of them beside the largest 4-bit weight, whole. When attention's
-    turn comes, what the MLP and its norms had saved is gone.
+    turn comes, what the MLP and its norms had saved is gone. What was saved behind the layers is gone from the start.
+    The layer's own gradients are there; see `gradients_ahead` for those of the others.
     """
     tokens = step.rows * (step.length - step.prefix)
     again = 0
@@ -306,13 +312,14 @@ def layer_at_work(shape: Shape, weights: Weights, step: Step, checkpointing: boo
         again += casts(weights, step) // shape.layers
     wide = shape.intermediate * step.itemsize * tokens
     weight = weights.largest * step.itemsize
-    stream = 2 * shape.hidden * step.itemsize * tokens
+    stream = shape.hidden * step.itemsize * tokens
+    own = FLOAT32 * step.users * sum(weights.by_user) // shape.layers
     gone = 4 * wide + (shape.norms // 2) * FLOAT32 * shape.hidden * tokens
     queries = 4 * shape.heads * shape.head_dim * step.itemsize * tokens
     scores = 2 * FLOAT32 * shape.heads * tokens * step.length if shape.eager else 0
     mlp = max(2 * wide, wide + weight)
-    attention = queries + scores + _joined(shape, step) - gone
-    return again + max(mlp, attention) + stream + _masks(shape, step)
+    attention = queries + scores + _joined(shape, step) + stream - gone
+    return again + max(mlp, attention) + stream + own + _masks(shape, step) - _after_the_layers(shape, step, tokens)
 
 
 def _masks(shape: Shape, step: Step) -> int:
@@ -329,23 +336,39 @@ def _masks(shape: Shape, step: Step) -> int:
     return len(windows) * step.rows * step.length**2 * (step.itemsize if shape.eager else 1)
 
 
+def gradients_ahead(weights: Weights, step: Step, accumulation: int) -> int:
+    """Gradients that are there before a backward pass: those of the batches ahead of it in the accumulation window."""
+    return FLOAT32 * step.users * sum(weights.by_user) if accumulation > 1 else 0
+
+
+def gradients_behind(shape: Shape, weights: Weights, step: Step, kept: int) -> int:
+    """By how much a backward pass has grown when it comes to its last layer: gradients come, what was saved goes.
+
+    kept: bytes that were saved and go layer by layer
+    """
+    grown = FLOAT32 * step.users * sum(weights.by_user) - kept
+    return max(0, grown * (shape.layers - 1) // shape.layers)
+
+
 def head_at_work(shape: Shape, step: Step) -> int:
     """TRL's chunked head in training: one tile of logits, and the gradient of the scored hidden states in float32."""
     scored = step.rows * step.scored
-    tile = min(scored, TOKEN_CHUNK_SIZE) * VOCABULARY_CHUNK_SIZE * step.itemsize
+    beside = 0 if step.triton else _WITHOUT_TRITON
+    tile = min(scored, TOKEN_CHUNK_SIZE) * min(shape.vocabulary, VOCABULARY_CHUNK_SIZE) * (step.itemsize + beside)
     return tile + scored * shape.hidden * (FLOAT32 + step.itemsize)
 
 
-def scoring(shape: Shape, weights: Weights, step: Step) -> int:
-    """A no-grad pass of one row in `step`'s dtype: the wide tensors of one MLP, or the head in float32.
+def scoring(shape: Shape, weights: Weights, step: Step, adapters: bool = False) -> int:
+    """A no-grad pass of a batch in `step`'s dtype: the wide tensors of one MLP, or the head in float32.
 
-    The head has a tile of logits, the part of its weight that goes with it, and the scored hidden states, all float32.
-    A batch of several rows that does not fit is halved by itself, down to one row.
+    The head has a tile of logits, the part of its weight that goes with it, and the scored hidden states, all float32,
+    beside the last hidden states.
     """
-    layer = _layer_without_gradients(shape, weights, step, step.length)
-    tile = min(step.scored, TOKEN_CHUNK_SIZE) * VOCABULARY_CHUNK_SIZE * FLOAT32
-    part = min(shape.vocabulary, VOCABULARY_CHUNK_SIZE) * shape.hidden * FLOAT32
-    return max(layer, tile + part + step.scored * shape.hidden * FLOAT32)
+    layer = _layer_without_gradients(shape, weights, step, step.length, step.rows, adapters)
+    scored, words = step.rows * step.scored, min(shape.vocabulary, VOCABULARY_CHUNK_SIZE)
+    tile, part = min(scored, TOKEN_CHUNK_SIZE) * words * FLOAT32, words * shape.hidden * FLOAT32
+    states = (scored * FLOAT32 + step.rows * step.length * step.itemsize) * shape.hidden
+    return max(layer, tile + part + states)
 
 
 def reading(shape: Shape, weights: Weights, step: Step) -> int:
@@ -355,9 +378,14 @@ def reading(shape: Shape, weights: Weights, step: Step) -> int:
     return prefixes(shape, step) + _layer_without_gradients(shape, weights, step, step.prefix, step.rows)
 
 
-def _layer_without_gradients(shape: Shape, weights: Weights, step: Step, length: int, rows: int = 1) -> int:
-    """The wide tensors of one MLP over rows of `length` tokens, and a weight that is whole for a moment."""
-    wide = (4 * shape.intermediate + 3 * shape.hidden) * step.itemsize * length
+def _layer_without_gradients(
+    shape: Shape, weights: Weights, step: Step, length: int, rows: int, adapters: bool = False
+) -> int:
+    """The wide tensors of one MLP over rows of `length` tokens, and a weight that is whole for a moment.
+
+    adapters: whether they are on; what LoRA adds is then one wide tensor more
+    """
+    wide = ((3 + adapters) * shape.intermediate + 3 * shape.hidden) * step.itemsize * length
     if shape.eager:
         wide += 2 * FLOAT32 * shape.heads * length**2
     return rows * wide + weights.largest * step.itemsize

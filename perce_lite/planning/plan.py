@@ -11,13 +11,15 @@ from transformers import PretrainedConfig
 
 from perce_lite.config import PerCEConfig
 from perce_lite.data.pairs import most_that_fit
+from perce_lite.model.compat import head_projects_scored_positions_only
 from perce_lite.model.float16 import overflow_of
 from perce_lite.model.host_embedding import tied
 from perce_lite.model.prefix_cache import MAX_CACHED_BYTES
 from perce_lite.model.repeated_heads import fused_attention_shares_heads
+from perce_lite.model.scoring import GPU_TOKENS
 from perce_lite.planning import parts as memory
 from perce_lite.planning.gpus import GIB, Gpu
-from perce_lite.planning.row_lengths import Rows, packed, rows_of
+from perce_lite.planning.row_lengths import NO_LIMIT, Rows, packed, rows_of
 from perce_lite.planning.shapes import KNOWN, model_config, shape_of
 from perce_lite.recipe import Recipe, train_defaults
 
@@ -26,6 +28,8 @@ CONTEXT = int(0.45 * GIB)
 
 SPILL = 0.06
 """Share of what a step allocates and frees that the allocator cannot use again. Experience, not measured here."""
+
+CUDA = torch.device("cuda")
 
 MOST_USERS = 16
 """Users at once that `fleet.slots: auto` takes at the most."""
@@ -60,6 +64,7 @@ class Plan:
 
     rows: what batches are made of; None: as the recipe's data says, else `train.max_length`
     on_cpu: with a recipe's defaults for a CPU, which has no context of CUDA and works in float32
+    triton: whether the GPU's machine has Triton; None: as this machine, where that has a GPU
 
     Raises:
         ModelError: the model's configuration can neither be read nor is it known by heart; or its head is tied to the
@@ -67,18 +72,23 @@ class Plan:
         PlanError: a family whose memory is not known beforehand.
     """
 
-    def __init__(self, recipe: Recipe, rows: Rows | None = None, on_cpu: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, rows: Rows | None = None, on_cpu: bool = False, triton: bool | None = None
+    ) -> None:
         self.recipe, self.on_cpu = recipe, on_cpu
+        self.triton = (
+            not torch.cuda.is_available() or head_projects_scored_positions_only(CUDA) if triton is None else triton
+        )
         self.config, self.at_hand = model_config(recipe)
         self.shape = shape_of(self.config)
         if recipe.embedding_on_host and _is_tied(self.config):
             raise tied(self.config.model_type)
         self._train = {**train_defaults(on_cpu), **recipe.train}
         self.positions: int = self.config.get_text_config().max_position_embeddings
-        limit = self._option("max_length")
+        self.limit: int | None = self._option("max_length")
         self.packs = bool(self._option("packing"))
-        full = packed(limit) if self.packs else None
-        self.rows = rows or full or rows_of(recipe, limit, self.positions, self.at_hand)
+        full = packed(self.limit or NO_LIMIT) if self.packs else None
+        self.rows = rows or full or rows_of(recipe, self.limit, self.positions, self.at_hand)
         self.itemsize = memory.FLOAT32 if on_cpu or recipe.dtype == "float32" else 2
         self.context = 0 if on_cpu else CONTEXT
         self.choice = Choice(
@@ -100,8 +110,12 @@ class Plan:
         step = self._step(choice, gpu)
         kept = {name: memory.saved(self.shape, weights, step, name) for name in (True, False)}
         saved = kept[choice.checkpointing]
+        goes = 0 if choice.offload else saved
         if choice.offload:
             saved = min(saved, memory.kept_by_offloading(self.shape, weights, step, choice.checkpointing))
+        layer = memory.layer_at_work(self.shape, weights, step, choice.checkpointing)
+        ahead = memory.gradients_ahead(weights, step, choice.accumulation)
+        behind = 0 if ahead else memory.gradients_behind(self.shape, weights, step, goes)
         found = {
             "base": weights.base,
             "unquantized": weights.unquantized - (weights.table if choice.embedding_on_host else 0),
@@ -111,16 +125,31 @@ class Plan:
             "saved": saved,
             "saved_with_checkpointing": kept[True],
             "saved_without": kept[False],
-            "layer": memory.layer_at_work(self.shape, weights, step, choice.checkpointing),
+            "layer": layer + behind,
             "attention": memory.attention(self.shape, step),
             "head": memory.head_at_work(self.shape, step) + memory.casts(weights, step),
             "prefixes": max(memory.prefixes(self.shape, step), MAX_CACHED_BYTES) if step.prefix else 0,
             "reading": memory.reading(self.shape, weights, step),
-            "scoring": 0 if self._option("estimator") == "uniform" else self._pass(choice, gpu),
+            "gradients_ahead": ahead,
+            **self._scoring(choice, gpu),
         }
-        peak = max(peak_of_a_step(found), found["scoring"])
-        found["spill"], found["context"] = int(SPILL * peak), self.context
-        return {**found, "total": held(found) + peak + found["spill"] + found["context"]}
+        return {**found, **self._sum(found)}
+
+    def _sum(self, parts: dict[str, int]) -> dict[str, int]:
+        """The peak of training or of the scoring before it, with what is lost and what CUDA takes."""
+        step, scoring = peak_of_a_step(parts), parts["scoring_alone"]
+        training = held(parts) + int((1 + SPILL) * step)
+        before = parts["base"] + parts["unquantized"] + parts["adapter"] + int((1 + SPILL) * scoring)
+        spill = int(SPILL * (step if training >= before else scoring))
+        return {"spill": spill, "context": self.context, "total": max(training, before) + self.context}
+
+    def _scoring(self, choice: Choice, gpu: Gpu) -> dict[str, int]:
+        """What the scoring pass takes with the batches that it tries first, and with one row at a time."""
+        if self._option("estimator") == "uniform":
+            return {"scoring": 0, "scoring_alone": 0, "scoring_rows": 0}
+        rows = 1 if self.on_cpu else max(1, GPU_TOKENS // self._read(choice.length))
+        many, alone = (self.scoring_pass(choice, gpu, count) for count in (rows, 1))
+        return {"scoring": many, "scoring_alone": alone, "scoring_rows": rows}
 
     def training(self, choice: Choice, gpu: Gpu) -> int:
         """Bytes of training at its peak."""
@@ -130,13 +159,13 @@ class Plan:
         """Bytes of scoring with an adapter on, at its peak: what `eval` and `inspect` need."""
         parts = self.parts(choice, gpu)
         lasting = parts["base"] + parts["unquantized"] + parts["adapter"] + parts["prefixes"]
-        return lasting + int((1 + SPILL) * self._pass(choice, gpu)) + parts["context"]
+        return lasting + int((1 + SPILL) * self.scoring_pass(choice, gpu, adapters=True)) + parts["context"]
 
-    def _pass(self, choice: Choice, gpu: Gpu) -> int:
-        """Bytes that work while the longest row is scored alone."""
+    def scoring_pass(self, choice: Choice, gpu: Gpu, rows: int = 1, adapters: bool = False) -> int:
+        """Bytes that work while `rows` of the longest rows are scored together, with the adapters off or on."""
         step = self._step(choice, gpu)
-        alone = step._replace(rows=1, length=self._read(choice.length), scored=min(step.scored, choice.length))
-        return memory.scoring(self.shape, self._weights(choice.rank, choice.quantization), alone)
+        batch = step._replace(rows=rows, length=self._read(choice.length), scored=min(step.scored, choice.length))
+        return memory.scoring(self.shape, self._weights(choice.rank, choice.quantization), batch, adapters)
 
     def fits(self, choice: Choice, gpu: Gpu, need: Need | None = None) -> bool:
         """Whether `need` (training where it is None) stays within what a program sees of the GPU."""
@@ -266,7 +295,7 @@ class Plan:
         sizes = rows, many * (prefix + awake), many * scored, many * prefix
         dtype = torch.float32 if self.itemsize == memory.FLOAT32 else torch.float16
         shared = self.on_cpu or fused_attention_shares_heads(gpu.bf16, dtype)
-        return memory.Step(*sizes, self.itemsize, self.packs, shared, choice.users)
+        return memory.Step(*sizes, self.itemsize, self.packs, shared, self.triton, choice.users)
 
     def _read(self, length: int) -> int:
         """Tokens of the longest scored row where the longest trained one has `length`."""
@@ -283,14 +312,16 @@ class Plan:
 def peak_of_a_step(parts: dict[str, int]) -> int:
     """The most that a training step holds beside weights and optimizer: saved, with a layer or the head at work.
 
+    Gradients of earlier batches of the accumulation window are there from the start; all are at the optimizer's step.
     With `profile_pass: frozen` prefixes are there all the while, and each is read before anything is saved.
     """
-    return parts["prefixes"] + max(parts["saved"] + max(parts["layer"], parts["head"]), parts["reading"])
+    passes = max(parts["saved"] + max(parts["layer"], parts["head"]), parts["reading"])
+    return max(parts["gradients_ahead"] + parts["prefixes"] + passes, parts["gradients"])
 
 
 def held(parts: dict[str, int]) -> int:
     """What lies on the GPU all the time in training."""
-    return sum(parts[name] for name in ("base", "unquantized", "adapter", "gradients", "optimizer"))
+    return sum(parts[name] for name in ("base", "unquantized", "adapter", "optimizer"))
 
 
 def _is_tied(config: PretrainedConfig) -> bool:

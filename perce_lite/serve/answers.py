@@ -13,7 +13,8 @@ from perce_lite.data.readers import UserTexts, user_texts
 from perce_lite.data.rows import Message, Profiled
 from perce_lite.errors import DataError, TemplateError
 from perce_lite.model.adapter_files import recipe_of
-from perce_lite.model.answering import Answerer, Stop, sampling
+from perce_lite.model.answering import Answerer, Stop
+from perce_lite.model.generate import sampling
 from perce_lite.model.scoring import compute_log_probs
 from perce_lite.serve.directory import Directory, Entry, Metadata
 from perce_lite.serve.pool import Pool

@@ -26,8 +26,13 @@ def steps_of(args: PerCEConfig, rows: int) -> int:
     """Optimizer steps that transformers' Trainer takes over `rows` rows."""
     if args.max_steps > 0:
         return args.max_steps
+    return math.ceil(args.num_train_epochs * steps_of_an_epoch(args, rows))
+
+
+def steps_of_an_epoch(args: PerCEConfig, rows: int) -> int:
+    """Optimizer steps of one pass over `rows` rows."""
     batches = len(_batches(range(rows), args))
-    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
 
 
 def windows(

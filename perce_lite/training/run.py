@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from perce_lite.console import say
 from perce_lite.data.rows import Row
 from perce_lite.errors import RunError
-from perce_lite.files import digest, read_json, write_json
+from perce_lite.files import digest, read_json, settle, write_json
+from perce_lite.locks import held_alone
 from perce_lite.model import adapters
+from perce_lite.model.adapter_files import PLAIN, Storage
 from perce_lite.recipe import Recipe
 
 
@@ -39,11 +39,13 @@ class Run:
 
     fingerprint: hash of the recipe and its rows
     name: what the adapter's metadata calls the run; None: its fingerprint
+    storage: how its adapter is stored
     """
 
     folder: Path
     fingerprint: str
     name: str | None = None
+    storage: Storage = PLAIN
 
     @property
     def name_in_metadata(self) -> str:
@@ -86,25 +88,27 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the folder's lock: one training at a time writes checkpoints there. The lock file stays.
+        """Holds the folder's lock: one training at a time writes there. What a killed one has left half done is ended.
 
         Raises:
             RunError: another process is training in the folder, or the folder is another program's.
         """
+
+        def refuse(who: str) -> RunError:
+            return RunError(
+                f"{self.folder}: another run is training here ({who}). Wait for it or stop it, or take another folder "
+                "with --set train.output_dir=FOLDER. Nothing was touched."
+            )
+
         self._known()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".run.lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise RunError(
-                f"{self.folder}: another run is training here. Wait for it or stop it, or take another folder with "
-                "--set train.output_dir=FOLDER. Nothing was touched."
-            ) from error
-        try:
+        with held_alone(self.folder / ".run.lock", refuse):
+            self.settle()
             yield
-        finally:
-            lock.release()
+
+    def settle(self) -> None:
+        """Ends what a killed run has left half written; only for who holds the lock."""
+        for path in (self.adapter, self.figures, self._marker):
+            settle(path)
 
     def claim(self, base: str) -> None:
         """Marks the folder as this run's, over the base with fingerprint `base`.
@@ -112,8 +116,6 @@ class Run:
         Raises:
             RunError: it is marked as another run's.
         """
-        for leftover in self.folder.glob(".adapter.*.tmp"):  # a run was killed while it wrote
-            shutil.rmtree(leftover)
         marker = {"run": self.fingerprint, "base": base}
         if not self._known():
             write_json(self._marker, marker)
@@ -145,6 +147,7 @@ class Run:
 
         Only for a folder that is known to be ours: a fleet's.
         """
+        self.settle()
         if read_json(self._marker) != {"run": self.fingerprint, "base": base}:
             self.drop_checkpoints()
         if self.adapter.is_dir() and not _has_run(self.adapter / adapters.METADATA):  # torn: it cannot be loaded

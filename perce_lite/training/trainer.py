@@ -14,7 +14,7 @@ from typing import Any
 
 import datasets
 import torch
-from peft import LoraConfig, PeftModel, PeftType
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
@@ -25,46 +25,56 @@ from perce_lite.console import say, warn
 from perce_lite.data.chat_template import Chat
 from perce_lite.data.collator import LOG_PROB_COLUMNS, PairCollator
 from perce_lite.data.pairs import IGNORED, Audit, Pair, PairMaker, require
-from perce_lite.data.rows import DIALOGUES, Row, from_columns, shape_of
+from perce_lite.data.rows import Row, from_columns
 from perce_lite.errors import ConfigError, DataError, NonFiniteLossError
-from perce_lite.files import disk_full_is_clear
-from perce_lite.model.adapters import all_finite
+from perce_lite.files import METADATA, disk_full_is_clear, write_json
+from perce_lite.model.adapters import all_finite, origin_of
+from perce_lite.model.base import on_text_alone
 from perce_lite.model.compat import keep_base_constant, require_trainer_hooks
 from perce_lite.model.end_of_turn import warn_of_untrained_end
 from perce_lite.model.float16 import advice
 from perce_lite.model.fused_head import (
     base_of,
-    head_adapter_faults,
     project_scored_positions_only,
     scoring_forward,
     without_needless_mask,
 )
-from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention
+from perce_lite.model.prefix_cache import PrefixCache, enable_prefix_attention, layers_without_attention
 from perce_lite.model.repeated_heads import repeat_heads_where_needed
-from perce_lite.model.scoring import batch_log_probs, encode_prefixes, no_grad_eval, with_prefix
-from perce_lite.recipe import Template
+from perce_lite.model.scoring import ScoringJob, batch_log_probs, encode_prefixes, no_grad_eval, with_prefix
+from perce_lite.recipe import Recipe, Template
+from perce_lite.training.arguments import as_trl_takes_them, check_arguments, check_rows, shapes_of, tokenizer_for
+from perce_lite.training.early_stopping import BestStep, Validation
 from perce_lite.training.loss import Weighting, weight_statistics, weighted_nll
+from perce_lite.training.metadata import SCRIPT, mean_statistics, script_recipe, trainer_metadata
 from perce_lite.training.order import train_sampler
 from perce_lite.training.reference_logprobs import reference_log_probs, trained_tokens
 
 require_trainer_hooks(SFTTrainer)
 
+_BEST_STEP = "best_step.pt"
+"""File of a checkpoint with the best step so far."""
+
 TAG = "perce"
 """Tag of a model card that PerCE Lite wrote."""
-
-_REFUSED_ARGUMENTS = {
-    "data_collator": "the batch carries columns of its own",
-    "compute_loss_func": "it would replace the weighted loss",
-    "compute_metrics": "it needs full logits; use the loss, or perce_lite's own evaluation",
-    "preprocess_logits_for_metrics": "it needs full logits",
-    "formatting_func": "a formatted text has no profile to drop; give prompt, completion and profile columns",
-}
 
 
 class PerCETrainer(SFTTrainer):
     """`SFTTrainer` whose data set has a `profile` column beside `prompt` and `completion` (or `messages`).
 
-    Args beyond `SFTTrainer`'s:
+    >>> from peft import LoraConfig
+    >>> trainer = PerCETrainer(
+    ...     model="toy",
+    ...     args=PerCEConfig(output_dir="script", max_steps=2, report_to="none", disable_tqdm=True),
+    ...     train_dataset=datasets.load_dataset("json", data_files="rows.jsonl", split="train"),
+    ...     peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    ... )
+    >>> trainer.train().global_step
+    {...}
+    2
+    >>> trainer.save_model("script/adapter")  # for perce_lite.load and every command
+
+    Arguments are `SFTTrainer`'s, in its order; beyond them:
         template: how profile and query become chat messages
         max_profile_tokens: tokens of the profile at the most; None: what `args.max_length` leaves
 
@@ -89,31 +99,36 @@ class PerCETrainer(SFTTrainer):
         self,
         model: Any,
         args: PerCEConfig | None = None,
-        *,
-        train_dataset: datasets.Dataset | Sequence[Row] | None = None,
-        eval_dataset: datasets.Dataset | Sequence[Row] | dict[str, Any] | None = None,
+        *in_order: Any,
         template: Template | None = None,
         max_profile_tokens: int | None = None,
-        **kwargs: Any,
+        **named: Any,
     ) -> None:
         args = args if args is not None else PerCEConfig(output_dir="perce-output")
-        _refuse(model, args, train_dataset, {**kwargs, "eval_dataset": eval_dataset})
+        given = as_trl_takes_them(self, model, args, *in_order, **named)
+        check_arguments(model, args, given)
+        train_dataset, eval_dataset = given.pop("train_dataset"), given.pop("eval_dataset", None)
         if isinstance(model, str):
             args.model_init_kwargs = _on_one_device(args)
+        given["processing_class"] = tokenizer_for(model, args, given.get("processing_class"))
+        if given.get("peft_config") is not None:
+            given["peft_config"] = on_text_alone(given["peft_config"], shapes_of(model, args))
         self._train_dataset_seen, self._told_card = False, False
+        self.best_step: BestStep | None = None  # kept with every checkpoint
+        self.recipe: Recipe | None = None  # of the command that trains; None: a script does
         self.audits: dict[str, Audit] = {}
         self.pairs: dict[str, list[Pair]] = {}
         self._template, self._max_profile_tokens = template, max_profile_tokens
         self._prefixes = PrefixCache(lambda several: encode_prefixes(self.model, several, self.autocast))
         self.scoring_seconds, self.weight_scale, self.store_hits, self._prepared = 0.0, 1.0, 0.0, False
-        tokenized = functools.partial(self._tokenized_rows, kwargs.get("processing_class"), args)
+        tokenized = functools.partial(self._tokenized_rows, given["processing_class"], args)
         train_dataset = tokenized("train", train_dataset)
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: tokenized(_eval_name(name), rows) for name, rows in eval_dataset.items()}
         else:
             eval_dataset = tokenized("eval", eval_dataset)
         initial = {name: p.data for name, p in model.named_parameters()} if isinstance(model, PeftModel) else {}
-        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
+        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **given)
         # TRL makes a 4-bit model's adapter bf16, in which small updates round away and fp16's scaler fails.
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -123,20 +138,22 @@ class PerCETrainer(SFTTrainer):
         self.autocast = args.autocast
         repeat_heads_where_needed(base_of(self.model), self.autocast)
         project_scored_positions_only(self.model)
+        if args.packing and (others := layers_without_attention(base_of(self.model))):
+            raise ConfigError(
+                [f"packing: rows would leak into the next in this model's layers of {', '.join(others)}; leave it out"]
+            )
         if args.profile_pass == "frozen":
             enable_prefix_attention(base_of(self.model), self._prefixes)
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the training loop counts
         bootstrap = args.estimator == "bootstrap"
         self._scoring_forward = scoring_forward(self.model) if bootstrap else None
-        self.data_collator = PairCollator(
-            pad_token_id=self._tokenizer.pad_token_id,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-            counterfactuals=[
-                self._prefixes.features(pair.counterfactual, args.profile_pass) for pair in self.pairs["train"]
-            ]
-            if bootstrap
-            else None,
-        )
+        self.data_collator = self._collator(bootstrap)
+
+    def _collator(self, bootstrap: bool) -> PairCollator:
+        args, pairs = self.args, self.pairs["train"]
+        twins = [self._prefixes.features(pair.counterfactual, args.profile_pass) for pair in pairs if bootstrap]
+        padding = {"pad_token_id": self._tokenizer.pad_token_id, "pad_to_multiple_of": args.pad_to_multiple_of}
+        return PairCollator(**padding, counterfactuals=twins if bootstrap else None)
 
     # Before training: rows become pairs, pairs get their reference log-probs
 
@@ -153,9 +170,11 @@ class PerCETrainer(SFTTrainer):
         if self._train_dataset_seen:  # TRL prepares it first
             dataset_name = _eval_name(dataset_name)
         self._train_dataset_seen = True
+        check_rows(dataset, dataset_name)
         if "input_ids" in dataset.column_names:
             return dataset
-        rows = [from_columns(record, f"{dataset_name} row {number}") for number, record in enumerate(dataset)]
+        records = dataset.with_format(None)  # as they were read, not as arrays
+        rows = [from_columns(record, f"{dataset_name} row {number}") for number, record in enumerate(records)]
         tokenized = self._tokenized(rows, processing_class, args, dataset_name)
         audit = self.audits[dataset_name]
         if audit.dropped:  # rows of our own commands are told of by these
@@ -218,6 +237,14 @@ class PerCETrainer(SFTTrainer):
         return super().get_train_dataloader()
 
     # In training
+
+    def stop_early(self, best: BestStep, validation: Sequence[ScoringJob]) -> None:
+        """Measures `validation` where `best` is due, and ends the training where its patience has run out.
+
+        `best` is saved with every checkpoint. Whoever trains puts the best step's weights back.
+        """
+        self.best_step = best
+        self.add_callback(Validation(best, validation, self.autocast, self._prefixes))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -309,6 +336,11 @@ class PerCETrainer(SFTTrainer):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             return super().evaluate(*args, **kwargs)
 
+    def predict(self, test_dataset: datasets.Dataset, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's, of rows as `train_dataset` has them too."""
+        prepared = self._prepare_dataset(test_dataset, self.processing_class, self.args, False, None, "test")
+        return super().predict(prepared, *args, **kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As TRL's; a README.md in the output folder that no trainer of ours wrote is left as it is."""
         card = Path(self.args.output_dir) / "README.md"
@@ -319,6 +351,29 @@ class PerCETrainer(SFTTrainer):
             return
         super().create_model_card(*args, **kwargs)
 
+    @functools.cached_property
+    def _origin(self) -> dict[str, Any]:
+        """Of the adapter's base, which no training changes: it is hashed once."""
+        return origin_of(self.model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As TRL's, with the metadata by which our commands load the adapter."""
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        rows = [pair.row for pair in self.pairs["train"]]
+        about = trainer_metadata(
+            self.recipe or script_recipe(self.model, self.args, self._template, self._max_profile_tokens),
+            self.args,
+            str(self._tokenizer.chat_template),
+            rows,
+            self.state.global_step,
+            mean_statistics(self.state.log_history, self.store_hits),
+        )
+        name = self.model.active_adapter
+        folder = Path(output_dir or self.args.output_dir) / ("" if name == "default" else name)  # as peft has it
+        write_json(folder / METADATA, {**about, SCRIPT: self.recipe is None, **self._origin})
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         advice = "Free some space and run the same command again: it resumes from the last whole checkpoint."
         if not all_finite(parameter for parameter in self.model.parameters() if parameter.requires_grad):
@@ -327,7 +382,17 @@ class PerCETrainer(SFTTrainer):
                 "Nothing of it was saved. Lower train.learning_rate."
             )
         with disk_full_is_clear(Path(self.args.output_dir), advice):
+            if self.best_step is not None:  # ahead of trainer_state.json, which says that a checkpoint is whole
+                folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+                folder.mkdir(parents=True, exist_ok=True)
+                torch.save(self.best_step.state(), folder / _BEST_STEP)
             super()._save_checkpoint(model, trial)
+
+    @staticmethod
+    def load_best_step(checkpoint: str | Path) -> dict[str, Any]:
+        """The state of `best_step` in a checkpoint."""
+        state: dict[str, Any] = torch.load(Path(checkpoint) / _BEST_STEP, map_location="cpu", weights_only=True)
+        return state
 
 
 def _eval_name(name: str) -> str:
@@ -351,75 +416,7 @@ def non_finite_error(
     )
 
 
-def _refuse(model: Any, args: PerCEConfig, train_dataset: Any, kwargs: dict[str, Any]) -> None:
-    """Raises ConfigError with every reason why these arguments would not train what PerCE means."""
-    faults = [f"{name}: {why}" for name, why in _REFUSED_ARGUMENTS.items() if kwargs.get(name) is not None]
-    if not isinstance(args, PerCEConfig):
-        faults.append(f"args: a PerCEConfig is needed, this is {type(args).__name__}")
-    elif isinstance(model, str):
-        faults += _device_faults((args.model_init_kwargs or {}).get("device_map"))
-    if isinstance(model, torch.nn.Module):
-        faults += _spread_faults(model)
-    peft = model.active_peft_config if isinstance(model, PeftModel) else kwargs.get("peft_config")
-    if peft is None:
-        faults.append("peft_config: the counterfactual is the base with its adapters off, so there must be an adapter")
-    elif peft.peft_type != PeftType.LORA:
-        faults.append(f"peft_config: a LoraConfig is needed, this is {peft.peft_type.value}")
-    else:
-        faults += _lora_faults(peft)
-    if isinstance(train_dataset, datasets.IterableDataset):
-        faults.append("train_dataset: a streaming data set cannot be scored before training; use datasets.Dataset")
-    if isinstance(kwargs.get("eval_dataset"), datasets.IterableDataset):
-        faults.append("eval_dataset: a streaming data set has no length to report on; use datasets.Dataset")
-    if isinstance(train_dataset, datasets.Dataset):
-        faults += _column_faults(train_dataset.column_names)
-    if faults:
-        raise ConfigError(faults)
-
-
 def _on_one_device(args: PerCEConfig) -> dict[str, Any]:
     """What TRL loads a model's name with: on the training's own device, where TRL's "auto" takes every GPU it sees."""
     options = args.model_init_kwargs or {}
-    return options if args.device.type in ("cpu", "mps") else {"device_map": {"": args.device}, **options}
-
-
-def _device_faults(device_map: Any) -> list[str]:
-    """Why a `device_map` may put a model on several devices, which would train but not as it is scored."""
-    several = device_map in ("auto", "balanced", "balanced_low_0", "sequential")
-    if several or (isinstance(device_map, dict) and len(set(map(str, device_map.values()))) > 1):
-        return [
-            f"model_init_kwargs: device_map {device_map!r} may spread the model over several devices, and PerCE Lite "
-            "trains on one; leave device_map out"
-        ]
-    return []
-
-
-def _spread_faults(model: torch.nn.Module) -> list[str]:
-    devices = sorted({str(parameter.device) for parameter in model.parameters()})
-    if len(devices) < 2:
-        return []
-    where = ", ".join(devices)
-    return [f"model: it lies on {where}, and PerCE Lite trains on one device; load it with device_map={{'': 0}}"]
-
-
-def _lora_faults(lora: LoraConfig) -> list[str]:
-    """What would change the base itself, so that adapters off is not the base any more."""
-    faults = []
-    if lora.bias != "none":
-        faults.append(f"lora: bias {lora.bias!r} trains the base's own biases; use 'none'")
-    if str(lora.init_lora_weights).lower().startswith(("pissa", "olora", "loftq", "corda", "lora_ga")):
-        faults.append(f"lora: init_lora_weights {lora.init_lora_weights!r} rewrites the base's weights; use true")
-    return faults + head_adapter_faults(lora)
-
-
-def _column_faults(names: Sequence[str]) -> list[str]:
-    has = set(names)
-    if "input_ids" in has:
-        return ["train_dataset: it is tokenised already (input_ids), so there is no profile to drop; give texts"]
-    if "profile" not in has:
-        return [f"train_dataset: no profile column among {', '.join(names)}"]
-    if shape_of(has) != "alpaca" and not has & set(DIALOGUES) and not {"prompt", "completion"} <= has:
-        return [
-            f"train_dataset: prompt and completion, or messages, are needed beside profile; it has {', '.join(names)}"
-        ]
-    return []
+    return options if args.device.type == "cpu" else {"device_map": {"": args.device}, **options}

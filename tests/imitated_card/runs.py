@@ -1,30 +1,20 @@
 """What the tests run on the imitated card: recipes over toys, and steps of an 8B's shape."""
 
-import gc
 import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import toys
 
-from imitated_card.card import Card
-from imitated_card.libraries import imitated
 from perce_lite.evaluation.bench.gpumeasuring import Place
 from perce_lite.evaluation.bench.gpureport import recipe_of_report
-from perce_lite.evaluation.bench.randombase import random_base, write_shape
+from perce_lite.evaluation.bench.imitation.libraries import imitated
+from perce_lite.evaluation.bench.imitation.step import ENDLESS, Step, step_of
+from perce_lite.evaluation.bench.randombase import write_shape
 from perce_lite.evaluation.summary import train_and_measure
-from perce_lite.model.host_embedding import keep_on_host
-from perce_lite.planning.gpus import Gpu
-from perce_lite.planning.plan import Plan, held, peak_of_a_step
-from perce_lite.planning.row_lengths import Rows
 from perce_lite.planning.shapes import known_config
 from perce_lite.recipe import Recipe, load_recipe
-from perce_lite.training.train import make_trainer
-from perce_lite.training.trainer import PerCETrainer
 
 _RECIPE = """
 model: model
@@ -53,29 +43,6 @@ def train(recipe: Recipe) -> dict[str, float]:
     return {name: loss[name] for name in ("base", "adapter")}
 
 
-@dataclass(frozen=True)
-class Step:
-    """The second step of a training whose tensors have shapes alone.
-
-    peak, scoring: most live bytes in the step, and while the rows were scored; planned: the parts of `plan`
-    counts, places: of the step alone, as those of `Card`
-    """
-
-    peak: int
-    scoring: int
-    planned: dict[str, int]
-    counts: Counter[str]
-    places: Counter[str]
-
-    @property
-    def planned_peak(self) -> int:
-        return held(self.planned) + peak_of_a_step(self.planned)
-
-    @property
-    def planned_scoring(self) -> int:
-        return sum(self.planned[part] for part in ("base", "unquantized", "adapter", "scoring"))
-
-
 def step_of_shape(
     folder: Path,
     shape: str = "Llama-3.1-8B",
@@ -94,51 +61,10 @@ def step_of_shape(
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[-layers:]
-    with imitated(shapes=True, memory=2**36, **(card or {})) as gpu:
-        write_shape(config, folder / "shape")
-        recipe = recipe_of_report(folder / "shape", max(lengths))
-        own = {"per_device_train_batch_size": len(lengths), "max_steps": 2, "save_strategy": "no", "store": None}
-        recipe = recipe.model_copy(
-            update={
-                "train": {**recipe.train, "output_dir": str(folder / "out"), **own, **train},
-                "embedding_on_host": hosted,
-            }
-        )
-        base = random_base(config, torch.bfloat16 if gpu.capability[0] >= 8 else torch.float16, torch.device("cuda", 0))
-        if hosted:
-            keep_on_host(base.model)
-        place = Place(recipe, folder, 2, 0)
-        rows = [place.rows(length, 1, 1)[0] for length in lengths]
-        torch.cuda.reset_peak_memory_stats()
-        trainer = make_trainer(recipe, base, rows)
-        trainer.prepare()
-        scoring = gpu.peak
-        peak, counts, places = _watched(trainer, gpu)
-    planned = _planned(recipe, trainer, gpu)
-    return Step(peak, scoring, planned, counts, places)
-
-
-def _watched(trainer: PerCETrainer, card: Card) -> tuple[int, Counter[str], Counter[str]]:
-    """Trains; gives the peak, the counts and the places of the last step."""
-    step, last = trainer.training_step, {}
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        gc.collect()
-        torch.cuda.reset_peak_memory_stats()
-        last["counts"], last["places"] = Counter(card.counts), Counter(card.places)
-        return step(*args, **kwargs)
-
-    trainer.training_step = watched
-    trainer.train()
-    return card.peak, card.counts - last["counts"], card.places - last["places"]
-
-
-def _planned(recipe: Recipe, trainer: PerCETrainer, card: Card) -> dict[str, int]:
-    """What `plan` says of the rows that were trained."""
-    pairs = trainer.pairs["train"]
-    longest = max(len(pair.factual.ids) for pair in pairs)
-    scored = max(sum(label != -100 for label in pair.factual.labels) for pair in pairs)
-    prefix = max(pair.factual.prefix_length for pair in pairs)
-    rows = Rows(longest, scored, longest, "as trained", prefix, longest - prefix)
-    plan = Plan(recipe, None if trainer.args.packing else rows)
-    return plan.parts(plan.choice, Gpu(card.name, card.memory, card.capability[0] >= 8))
+    write_shape(config, folder / "shape")
+    recipe = recipe_of_report(folder / "shape", max(lengths))
+    own = {"output_dir": str(folder / "out"), "per_device_train_batch_size": len(lengths)}
+    recipe = recipe.model_copy(update={"train": {**recipe.train, **own, **train}, "embedding_on_host": hosted})
+    rows = [Place(recipe, folder, 2, 0).rows(length, 1, 1)[0] for length in lengths]
+    with imitated(shapes=True, memory=ENDLESS, **(card or {})) as gpu:
+        return step_of(gpu, recipe, config, rows)

@@ -5,8 +5,8 @@ import sys
 
 from fleet_fixtures import rows_of
 
-from imitated_card import imitated
 from imitated_card.runs import toy_recipe
+from perce_lite.evaluation.bench.imitation.libraries import imitated
 
 pytest_plugins = ["cli_fixtures"]
 

@@ -4,9 +4,9 @@ import pytest
 from memory_fixtures import recipe_for
 from safetensors.torch import load_file, save_file
 
-from imitated_card import imitated
 from imitated_card.runs import toy_recipe, train
 from perce_lite.errors import NonFiniteLossError
+from perce_lite.evaluation.bench.imitation.libraries import imitated
 from perce_lite.evaluation.check import check
 from perce_lite.planning.gpus import gpu
 from perce_lite.planning.plan import figures

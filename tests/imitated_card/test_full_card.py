@@ -4,9 +4,10 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from imitated_card import GIB, imitated
 from imitated_card.runs import toy_recipe, train
 from perce_lite.errors import BaseTooLargeError, GpuOutOfMemoryError, ModelError
+from perce_lite.evaluation.bench.imitation.card import GIB
+from perce_lite.evaluation.bench.imitation.libraries import imitated
 from perce_lite.model.base import load_base
 from perce_lite.model.full_gpu import gpu_is_full
 from perce_lite.planning.oom_advice import explain_out_of_memory

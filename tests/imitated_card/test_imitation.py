@@ -5,8 +5,9 @@ import contextlib
 import pytest
 import torch
 
-from imitated_card import CUDA, DeviceMismatchError, imitated
 from imitated_card.runs import toy_recipe, train
+from perce_lite.evaluation.bench.imitation.libraries import imitated
+from perce_lite.evaluation.bench.imitation.tensors import CUDA, DeviceMismatchError
 from perce_lite.model import scoring
 from perce_lite.model.host_embedding import HostEmbedding
 from perce_lite.model.prefix_cache import BatchPrefixes

@@ -6,10 +6,11 @@ import pytest
 import torch
 from fleet_fixtures import rows_of
 
-from imitated_card import GIB, imitated
 from imitated_card.runs import toy_recipe, train
 from perce_lite.evaluation.bench import gpumeasuring, gpureport
 from perce_lite.evaluation.bench.gpureport import gpu_report, markdown, planned_parts
+from perce_lite.evaluation.bench.imitation.card import GIB
+from perce_lite.evaluation.bench.imitation.libraries import imitated
 from perce_lite.fleet.capacity import optimizer_of
 from perce_lite.fleet.engines.slots import engine_for
 from perce_lite.fleet.fleet import fleet
@@ -80,7 +81,7 @@ def test_users_at_once_take_torchs_optimizer_where_it_has_room(tmp_path):
     with imitated() as card:
         assert optimizer_of(recipe, 4) == "adamw_torch_fused"
         assert optimizer_of(named, 4) is None
-        others = torch.empty(card.memory - GIB // 8, dtype=torch.uint8, device="cuda")
+        others = torch.empty(card.memory - GIB // 256, dtype=torch.uint8, device="cuda")
         assert optimizer_of(recipe, 4) is None
         del others
     assert optimizer_of(recipe, 4) is None  # a CPU

@@ -3,8 +3,8 @@
 import bitsandbytes as bnb
 from fleet_fixtures import rows_of
 
-from imitated_card import imitated
 from imitated_card.runs import toy_recipe
+from perce_lite.evaluation.bench.imitation.libraries import imitated
 from perce_lite.fleet.engines.sequential import SequentialEngine
 from perce_lite.fleet.fleet import fleet
 

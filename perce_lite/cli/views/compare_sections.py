@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from perce_lite.cli.views.eval_sections import side
+from perce_lite.cli.views.eval_sections import generated_texts, side, text_differences
 from perce_lite.cli.views.sections import (
     CHOSEN,
     CHOSEN_NOTE,
@@ -44,6 +44,8 @@ def comparison(figures: Mapping[str, Any]) -> list[Section]:
         made += [_chosen(name, split, *each) for each in by_against.items()]
         made += _equal_loss(name, split["equal_loss"])
         made += _who(name, split)
+    if figures["texts"] is not None:
+        made += [*generated_texts(figures["texts"]["table"]), *text_differences(figures["texts"]["differences"])]
     return made
 
 
@@ -210,17 +212,36 @@ def comparison_sentences(figures: Mapping[str, Any]) -> list[str]:
     differences = [one for one in split["differences"] if one["against"] == against]
     told = []
     for what, wanted, figure_of in _DECISIVE:
-        groups: dict[str, list[str]] = {"better": [], "worse": [], "not told from chance": []}
-        for one in differences:
-            figure = figure_of(one)
-            if figure is not None:
-                came = side(figure)
-                group = "not told from chance" if came == "same" else "better" if came == wanted else "worse"
-                groups[group].append(f"{named(one['arm'])} ({figure['value']:+.3f})")
-        said = "; ".join(f"{group}: {', '.join(arms)}" for group, arms in groups.items() if arms)
+        said = _grouped([(one["arm"], figure_of(one)) for one in differences], wanted)
         if said:
             told.append(f"{name}, against {against}, {what}: {said}.")
+    told += _said_of_texts(figures["texts"], against)
     edges = [arm["arm"] for arm in figures["arms"] if arm["at_edge"]]
     if edges:
         told.append(f"The best rate lies at the edge of the grid for {', '.join(edges)}: widen --rates.")
     return told + caution(figures["splits"])
+
+
+def _grouped(figures: Sequence[tuple[str, Mapping[str, Any] | None]], wanted: str) -> str:
+    """Arms by whether they are better, worse or not told from chance, each with its difference."""
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "not told from chance": []}
+    for arm, figure in figures:
+        if figure is not None:
+            came = side(figure)
+            group = "not told from chance" if came == "same" else "better" if came == wanted else "worse"
+            groups[group].append(f"{named(arm)} ({figure['value']:+.3f})")
+    return "; ".join(f"{group}: {', '.join(arms)}" for group, arms in groups.items() if arms)
+
+
+def _said_of_texts(texts: Mapping[str, Any] | None, against: str | None) -> list[str]:
+    """Style and content of generated answers in a sentence: of the drawn ones, which are more, where there are any."""
+    if texts is None:
+        return []
+    mine = [one for one in texts["differences"] if one["against"] == against and one["change"] is not None]
+    drawn = [one for one in mine if one["sampled"]] or mine
+    said = [
+        f"{what}: {grouped}"
+        for figure, what in (("masked_style", "style of the user, content words masked"), ("content", "content kept"))
+        if (grouped := _grouped([(one["arm"], one["change"].get(figure)) for one in drawn], "higher"))
+    ]
+    return [f"Generated answers, against {against}: {'. '.join(said)}."] if said else []

@@ -12,13 +12,16 @@ from perce_lite.cli.views.sections import (
     Section,
     caution,
     held_out_texts,
+    named,
     plain,
     point,
     signed,
 )
 
-RAG = "base (RAG: no training)"
+UNTRAINED = {"base": "base (RAG: no training)", "untrained": "untrained (RAG: no training)"}
 """The base with a profile in its prompt: what retrieval alone gives."""
+
+_LIKENESS = ("rouge1", "rougeL", "chrf", "meteor")
 
 
 def evaluation(figures: Mapping[str, Any]) -> list[Section]:
@@ -32,7 +35,7 @@ def evaluation(figures: Mapping[str, Any]) -> list[Section]:
         )
         made += [_worth(name, split), _losses(name, counted, split), _changes(name, split), *_chosen(name, split)]
         made += _who(name, split)
-    return [*made, *_texts(figures["texts"]), *_general(figures), *_memory(figures)]
+    return [*made, *generated_texts(figures["texts"]), *_general(figures), *_memory(figures)]
 
 
 def _worth(name: str, split: Mapping[str, Any]) -> Section:
@@ -119,11 +122,12 @@ def _who(name: str, split: Mapping[str, Any]) -> list[Section]:
 _FOUND = ("top1", "mrr")
 
 
-def _texts(table: Sequence[Mapping[str, Any]]) -> list[Section]:
+def generated_texts(table: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """What generated answers are like, by arm and way."""
     if not table:
         return []
     shown = [figure for figure in TEXT_FIGURES if any(figure in one["scores"] for one in table)]
-    usual = [figure for figure in shown if figure in ("rouge1", "rougeL", "chrf", "meteor")]
+    usual = [figure for figure in shown if figure in _LIKENESS]
     person = [figure for figure in shown if figure not in usual]
     drawn = next((one["answers"] // one["rows"] for one in table if one["sampled"]), None)
     answers = f"{table[0]['rows']} queries, an answer each" + ("" if drawn is None else f", {drawn} where sampled")
@@ -152,10 +156,35 @@ def _text_table(title: str, note: str, table: Sequence[Mapping[str, Any]], shown
     rows = []
     for one in table:
         told = [_text_figure(one, figure) for figure in shown]
-        way = one["profile"] + (", sampled" if one["sampled"] else "")
-        way += f", personal {one['personal']:g}" if one["personal"] else ""
-        rows.append((RAG if one["arm"] == "base" and one["profile"] == "own" else one["arm"], way, *told))
+        arm = UNTRAINED.get(one["arm"], named(one["arm"])) if one["profile"] == "own" else named(one["arm"])
+        rows.append((arm, way_of(one), *told))
     return Section(title, note, head, rows)
+
+
+def way_of(one: Mapping[str, Any]) -> str:
+    """How answers were had: "own", "own, sampled", "own, personal 0.5"."""
+    sampled, personal = ", sampled" if one["sampled"] else "", f", personal {one['personal']:g}"
+    return f"{one['profile']}{sampled}{personal if one['personal'] else ''}"
+
+
+def text_differences(differences: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """What separates the answers of two arms, a table for each arm that others are set against."""
+    made = []
+    for against in dict.fromkeys(one["against"] for one in differences):
+        mine = [one for one in differences if one["against"] == against and one["change"] is not None]
+        shown = [figure for figure in TEXT_FIGURES if any(figure in one["change"] for one in mine)]
+        made.append(
+            Section(
+                f"Generated text: difference from {named(against)}",
+                "Paired over the same queries and seeds, 95 % interval over queries grouped by user.",
+                ("arm", "profile", *(TEXT_FIGURES[figure] for figure in shown)),
+                [
+                    (named(one["arm"]), way_of(one), *(signed(one["change"].get(figure)) for figure in shown))
+                    for one in mine
+                ],
+            )
+        )
+    return made
 
 
 def _text_figure(one: Mapping[str, Any], figure: str) -> str:

@@ -14,15 +14,17 @@ _HELD = {
     "base": "base in 4 bit, with its quantisation constants",
     "unquantized": "what stays whole: embeddings, norms, head",
     "adapter": "LoRA weights, float32",
-    "gradients": "gradients, float32",
     "optimizer": "optimizer state",
 }
 _AT_WORK = {
+    "gradients": "gradients, float32, all of them: at the optimizer's step",
+    "gradients_ahead": "gradients of the batches ahead of one in its accumulation window",
     "saved": "saved for the backward pass",
-    "layer": "one layer at work: computed again, de-quantised, its gradients",
+    "layer": "one layer at work: computed again, de-quantised, its gradients, less what is gone by then",
     "attention": "(a part of these: one layer's attention and the masks)",
     "head": "head: a tile of logits",
-    "scoring": "scoring pass",
+    "scoring_alone": "scoring before training, a row at a time",
+    "scoring": "the same with the batches that are tried first, halved where they do not fit",
 }
 _PREFIX_PARTS = {
     "prefixes": "keys and values of prefixes, with those kept for later rows",
@@ -61,8 +63,8 @@ def show_plan(figures: dict[str, Any], recipe: str, overrides: Sequence[str] = (
     told = [
         f"Longest row: {rows['longest']} tokens, {rows['with_loss']} with loss ({rows['source']}).",
         f"Saved for the backward pass: {with_} GiB with gradient checkpointing, {without} without.",
-        "The peak: the first five, what is saved with a layer or the head at work (or scoring, which is never there "
-        "at the same time), and the last two. No weights were loaded.",
+        "The peak: the first four, gradients of batches ahead, what is saved with a layer or the head at work (or "
+        "scoring, before there is an optimizer), and the last two. No weights were loaded.",
     ]
     if frozen:
         told.append(f"With profile_pass: frozen the prefixes are there too; the longest has {rows['prefix']} tokens.")
@@ -123,12 +125,33 @@ def _with(overrides: Sequence[str], words: Sequence[str]) -> str:
 
 def show_probe(figures: dict[str, Any]) -> None:
     """`perce-lite plan --probe`: the estimate beside what one real step took."""
-    table = Table(title=Text(f"One real step on {figures['card']}"), title_justify="left")
-    for name in ("GiB", "estimate", "measured"):
+    console.print(_beside_the_estimate(f"One real step on {figures['card']}", figures["parts"], "measured"))
+
+
+def show_imitation(figures: dict[str, Any]) -> None:
+    """`perce-lite plan --imitate`: the estimate beside what a step with shapes alone took."""
+    rows, card = figures["rows"], figures["card"]
+    title = f"One imitated step: {card}"
+    console.print(_beside_the_estimate(title, figures["parts"], "imitated"))
+    kernels = ", ".join(figures["attention"]) or "plain mathematics"
+    fits = "fits" if figures["fits"] else "does not fit"
+    for sentence in (
+        f"Longest row: {rows['longest']} tokens, {rows['with_loss']} with loss ({rows['source']}).",
+        f"Attention: {kernels}. The host waits {figures['waits']} times a step for the GPU.",
+        f"{card}: {fits}: {_gib(figures['total'])} of {_gib(figures['bytes'])} GiB with what the allocator loses and "
+        f"CUDA takes, both estimates. It took {figures['seconds']:.0f} s; no weights were loaded.",
+    ):
+        console.print(Text(sentence), soft_wrap=True)
+
+
+def _beside_the_estimate(title: str, parts: dict[str, Sequence[int]], how: str) -> Table:
+    """A part a line: bytes by the formulas, and as they came out."""
+    table = Table(title=Text(title), title_justify="left")
+    for name in ("GiB", "estimate", how):
         table.add_column(name, justify="left" if name == "GiB" else "right")
-    for name, (estimate, measured) in figures["parts"].items():
-        table.add_row(name, _gib(estimate), _gib(measured))
-    console.print(table)
+    for name, (estimate, found) in parts.items():
+        table.add_row(name, _gib(estimate), _gib(found))
+    return table
 
 
 def _gib(size: int) -> str:

@@ -1,5 +1,6 @@
 """Figures as tables and sentences: written once, shown by the terminal and by the page."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,11 +132,35 @@ def fleet_sentences(result: FleetResult) -> list[str]:
     """A fleet's result in sentences."""
     gains = [adapter.gain for adapter in result.adapters if adapter.kind == "user" and adapter.gain is not None]
     sentences = [", ".join(f"{count} {state}" for state, count in result.states.items() if count) + "."]
+    sentences += stopped_early(result.adapters)
     if gains:
         better = sum(gain > 0 for gain in gains)
         sentences.append(f"Of {len(gains)} users with held-out rows {better} are better served by their own adapter.")
         sentences.append(mean_gain(result.gains))
     return sentences
+
+
+def stopped_early(adapters: Sequence[Adapter]) -> list[str]:
+    """How many adapters ended their training early; nothing where none had early stopping."""
+    stops = [adapter.metrics["early_stopping"] for adapter in adapters if "early_stopping" in adapter.metrics]
+    if not stops:
+        return []
+    early = sum(stop["steps"] < stop["of"] for stop in stops)
+    earlier = sum(stop["kept_step"] < stop["steps"] for stop in stops)
+    taken = sum(stop["steps"] for stop in stops) / sum(stop["of"] for stop in stops)
+    return [
+        f"Early stopping: of {len(stops)} adapters {early} ended before their last step (in all {taken:.0%} of the "
+        f"steps were taken), and {earlier} are of an earlier step than they ended at."
+    ]
+
+
+def kept_step(stopping: Mapping[str, Any]) -> str:
+    """Which step a training with early stopping kept, in a sentence; `stopping`: `BestStep.figures`."""
+    loss = next((one["loss"] for one in stopping["validation"] if one["step"] == stopping["kept_step"]), math.nan)
+    return (
+        f"Early stopping: kept step {stopping['kept_step']}, with {loss:.3f} nats a token on validation rows; ended at "
+        f"step {stopping['steps']} of {stopping['of']}."
+    )
 
 
 def mean_gain(gains: Gains) -> str:

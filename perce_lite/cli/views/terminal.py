@@ -11,12 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from perce_lite.cli.views.page import HEALTH, words
-from perce_lite.cli.views.sections import Section, mean_gain
+from perce_lite.cli.views.sections import Section, kept_step, mean_gain, stopped_early
 from perce_lite.console import console
 from perce_lite.export_targets import merge_drift
 from perce_lite.fleet.result import FleetResult
 
 if TYPE_CHECKING:  # importing them would import torch
+    from perce_lite.evaluation.bench.fleetengine import EngineCost
     from perce_lite.evaluation.bench.fleetscale import FleetScale
     from perce_lite.evaluation.bench.generating import GenerationCost
 
@@ -33,6 +34,8 @@ def show_training(figures: dict[str, Any]) -> None:
         console.print(_worth(figures["losses"]), soft_wrap=True)
     else:
         console.print("No held-out rows: raise split.test to see what training did.", style="yellow")
+    if "early_stopping" in figures:
+        console.print(kept_step(figures["early_stopping"]), soft_wrap=True)
     weights = figures["weights"]
     if "weight_mean" in weights:
         console.print(
@@ -103,6 +106,19 @@ def _answers(sample: dict[str, Any]) -> Table:
     return table
 
 
+def _show_findings(findings: list[dict[str, Any]]) -> None:
+    """What spoils a run, and what mends it."""
+    if not findings:
+        console.print("Nothing was found that spoils a run.")
+        return
+    table = Table(title="What may spoil a run", title_justify="left")
+    for name in ("found", "rows", "such as", "what to do"):
+        table.add_column(name, justify="right" if name == "rows" else "left", overflow="fold")
+    for one in findings:
+        table.add_row(Text(one["what"]), str(one["count"]), Text("\n".join(one["first"])), Text(one["mend"]))
+    console.print(table)
+
+
 def show_check(figures: dict[str, Any]) -> None:
     """`perce-lite check`: rows, drops, lengths and the example."""
     table = Table(title="Rows", title_justify="left")
@@ -127,6 +143,7 @@ def show_check(figures: dict[str, Any]) -> None:
         for one in split["dropped"]:
             drops.add_row(name, Text(one["user"]), one["reason"], str(one["rows"]), Text(one["such_as"]))
     console.print(table, lengths, *([drops] if drops.row_count else []))
+    _show_findings(figures["findings"])
     console.print(f"An adapter has {figures['adapter_bytes'] / 2**20:.1f} MiB.")
     broken = sum(split["control_tokens_broken"] for split in figures["splits"].values())
     if broken:
@@ -171,6 +188,8 @@ def show_fleet(result: FleetResult, page: Path | None) -> None:
     if not result.dry_run:
         console.print(f"Trained {result.trained}, of them held back {result.held_back}; failed {result.failed}.")
     console.print(", ".join(f"{count} {state}" for state, count in result.states.items()))
+    for sentence in stopped_early(result.adapters):
+        console.print(sentence, soft_wrap=True)
     if result.gains.users:
         console.print(Text(mean_gain(result.gains)))
     if page is not None:
@@ -287,16 +306,31 @@ def show_fleet_scale(scale: "FleetScale") -> None:
     """`perce-lite bench --fleet-scale`: a line a phase, then the bars."""
     title = f"A fleet's commands, {scale.texts} texts a user, one thread; enrolment: with an engine that trains nothing"
     table = Table(title=Text(title), title_justify="left", box=None)
-    for name in ("users", "phase", "due", "seconds", "MiB"):
+    for name in ("users", "phase", "due", "seconds", "CPU seconds", "MiB"):
         table.add_column(name, justify="left" if name == "phase" else "right")
     for phase in scale.phases:
         due = "" if phase.due is None else f"{phase.due}"
-        table.add_row(str(phase.users), phase.name, due, f"{phase.seconds:.1f}", f"{phase.mib:.0f}")
+        times = f"{phase.seconds:.1f}", f"{phase.cpu_seconds:.1f}"
+        table.add_row(str(phase.users), phase.name, due, *times, f"{phase.mib:.0f}")
     console.print(table)
     for bar in scale.bars:
         word, style = ("met", "green") if bar.met else ("not met", "red")
         limit = f"  10,000 users, {bar.name}, at most {bar.limit:g} {bar.unit}: {bar.measured:.2f} {bar.unit}"
         console.print(Text.assemble((f"{word:10}", style), limit))
+
+
+def show_engine_cost(cost: "EngineCost") -> None:
+    """`perce-lite bench --fleet-engine`: what a user costs beside the training, and the bars."""
+    console.print(f"{cost.users} users who train nothing, over {cost.workers} workers: {cost.seconds:.1f} s")
+    bars = (
+        (cost.cheap, f"a user, at most 5 % of a second: {cost.ms:.1f} ms"),
+        (
+            cost.flat,
+            f"the driver's memory stays: {cost.mib_early:.0f} MiB after a tenth, {cost.mib_late:.0f} at the end",
+        ),
+    )
+    for met, text in bars:
+        console.print(Text.assemble(("met" if met else "not met", "green" if met else "red"), f"  {text}"))
 
 
 def show_serve_bench(figures: dict[str, Any]) -> None:
@@ -393,3 +427,6 @@ def show_exports(figures: dict[str, Any]) -> None:
         console.print(
             f"{len(figures['served_by_base'])} users are served by the base alone: there is nothing to export."
         )
+    if "serve" in figures:
+        console.print("Serve them (SGLang, LoRAX: README.md there), and ask for a user's model, users.json:")
+        console.print(figures["serve"], markup=False, soft_wrap=True)

@@ -24,16 +24,22 @@ MOST_FILES = 100_000
 """Files in a folder or a ZIP."""
 
 
+LINK, HIDDEN_FOLDER, NO_FILE = "a link to a folder", "hidden folder", "a broken link, or no regular file"
+"""Reasons for which something in a folder is not looked into."""
+
+
 @dataclass(frozen=True)
 class Found:
     """A file that was found.
 
     name: as it stands in the folder or the ZIP, what no terminal and no file in UTF-8 takes replaced; never a path
     open: gives it for reading; OSError where it cannot be read
+    left_out: why it is not looked into, if it is a link, no regular file or a hidden folder
     """
 
     name: str
     open: Callable[[], IO[bytes]]
+    left_out: str | None = None
 
     @property
     def ending(self) -> str:
@@ -101,11 +107,19 @@ def _file(path: Path) -> IO[bytes]:
 def _in_folder(folder: Path) -> list[Found]:
     found = []
     for root, folders, names in os.walk(folder, followlinks=False):  # a link may lead round in a circle
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = [Path(root) / name for name in names]
-        files = [path for path in paths if path.is_file()]
-        found += [Found(_shown(file.relative_to(folder).as_posix()), partial(_file, file)) for file in files]
+        for path in [Path(root) / name for name in (*folders, *names)]:
+            left_out = _why_left_out(path)
+            if left_out is not None or path.name in names:
+                found.append(Found(_shown(path.relative_to(folder).as_posix()), partial(_file, path), left_out))
+        folders[:] = [name for name in folders if not name.startswith(".") or name == ".obsidian"]
     return found
+
+
+def _why_left_out(path: Path) -> str | None:
+    if path.is_dir():
+        hidden = path.name.startswith(".") and path.name != ".obsidian"  # which says where a vault's templates are
+        return LINK if path.is_symlink() else HIDDEN_FOLDER if hidden else None
+    return None if path.is_file() else NO_FILE
 
 
 def _in_zip(path: Path) -> list[Found]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from perce_lite.data.importers.chat_marks import FORWARDED, SERVICE, without_marks
+from perce_lite.data.importers.chat_texts import written_date
 from perce_lite.data.importers.chats import Chat, Message, clean_name
 from perce_lite.data.importers.writings import date_of, tidy
 
@@ -46,6 +47,10 @@ _DATES = (
     "data",
     *DATES,
 )
+_IDS, _THREADS = ("id", "messageid", "eventid", "ts"), ("threadts", "topicid", "threadid")
+_REPLIES = ("replytomessageid", "replytoid", "replyto", "inreplyto", "reference", "quotedmessageid")
+"""Fields that name a message, the thread that it is in, and the message that it replies to."""
+
 _WRAPPERS = (
     "message",
     "messagecreate",
@@ -206,8 +211,9 @@ def _read(fields: Mapping[str, Any]) -> tuple[Message | None, str | None]:
     shown, reason = without_marks(tidy_marks(text), of_meta)
     if not shown:
         return None, reason or SERVICE
-    date = next((day for name in _DATES if fields.get(name) and (day := date_of(_moment(fields[name])))), None)
-    return Message(author, tidy(shown), date), None
+    date = next((day for name in _DATES if fields.get(name) and (day := _date(fields[name]))), None)
+    keys = tuple(str(fields[name]) for name in (*_IDS, *_THREADS) if _is_key(fields.get(name)))
+    return Message(author, tidy(shown), date, keys, _replies_to(fields)), None
 
 
 def _is_forwarded(fields: Mapping[str, Any]) -> bool:
@@ -225,9 +231,31 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _moment(value: Any) -> Any:
-    """The date in {"$date": ...}."""
-    return next(iter(value.values()), None) if isinstance(value, Mapping) else value
+def _date(value: Any) -> str | None:
+    """The date of a message: see `date_of`; that in {"$date": ...}; one in words."""
+    moment = next(iter(value.values()), None) if isinstance(value, Mapping) else value
+    return date_of(moment) or (written_date(moment) if isinstance(moment, str) else None)
+
+
+def _is_key(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool) and value != ""
+
+
+def _replies_to(fields: Mapping[str, Any]) -> str | None:
+    """The key of the message, or of the thread, that a message replies to."""
+    content = {_plain(name): value for name, value in _mapping(fields.get("content")).items()}
+    relation = {_plain(name): value for name, value in _mapping(content.get("mrelatesto")).items()}
+    places = [fields.get(name) for name in _REPLIES] + [relation.get("minreplyto")]
+    named = [_replied_id(place) for place in places] + [fields.get(name) for name in _THREADS]
+    return next((str(key) for key in named if _is_key(key)), None)
+
+
+def _replied_id(place: Any) -> Any:
+    """The id in "17", or in {"messageId": "17"} (Discord), {"event_id": "17"} (Matrix)."""
+    if not isinstance(place, Mapping):
+        return place
+    inner = {_plain(name): value for name, value in place.items()}
+    return next((inner[name] for name in _IDS if _is_key(inner.get(name))), None)
 
 
 def _slack(text: str) -> str:
@@ -279,7 +307,8 @@ def flat(value: Any, depth: int = 0) -> str:
 
 
 _USED = {
-    *_AUTHORS, *_TEXTS, *_DATES, *_WRAPPERS, *_TELEGRAM_FORWARDS, *_FORWARDS, *_FORWARD_FLAGS, *_FLAGS, *_HIDDEN,
+    *_AUTHORS, *_TEXTS, *_DATES, *_IDS, *_THREADS, *_REPLIES, *_WRAPPERS, *_TELEGRAM_FORWARDS, *_FORWARDS,
+    *_FORWARD_FLAGS, *_FLAGS, *_HIDDEN,
     "type", "subtype", "messagetype", "msgtype", "kind", "metadata",
 }  # fmt: skip
 

@@ -206,6 +206,15 @@ def _when(stamp: _Stamp | None, day: _Stamp | None, orders: dict[str, str]) -> s
     return numbers_to_date([*numbers, *(stamp.time if stamp and stamp.time else ())])
 
 
+def written_date(text: str) -> str | None:
+    """The moment of "Tuesday, January 5, 2021 at 3:04:05 PM UTC", in any language, as ISO text.
+
+    None where it is another form, or day and month cannot be told apart.
+    """
+    stamp = _stamp(re.sub(r"^[^\W\d_]{2,12},\s", "", " ".join(text.split())))
+    return _when(stamp, None, {}) if stamp is not None and stamp.fixed == "ymd" else None
+
+
 # Where messages start
 
 

@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
@@ -24,11 +24,19 @@ _PAUSE = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a chat; `date` as in `Writing`."""
+    """One message of a chat; `date` as in `Writing`.
+
+    keys: what other messages call it by: its id, and the thread that it is in
+    replies_to: the key of the message or the thread that it replies to, where the chat says so
+    answered: the message of another person that it replies to; see `with_answered`
+    """
 
     author: str
     text: str
     date: str | None = None
+    keys: tuple[str, ...] = ()
+    replies_to: str | None = None
+    answered: "Message | None" = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ def _key(name: str) -> str:
 def answers(
     chats: Sequence[Chat], me: Sequence[str], notes: Notes, aliases: Mapping[str, Iterable[str]] | None = None
 ) -> list[Writing]:
-    """What one person wrote in the chats: each turn of theirs, its query what the others said since their last one.
+    """What one person wrote in the chats: each turn of theirs, its query the message that it replies to, where the chat
+    says which, else what the others said since their last one.
 
     me: their names; in chats with an assistant it need not be given
     aliases: other names of the people whom an export names by an id
@@ -70,10 +79,11 @@ def answers(
         if not any(_key(message.author) in mine for message in chat.messages):
             notes.skip("a chat without a message of the person", chat.source)
         before: list[Message] = []
-        for number, turn in enumerate(turns(chat.messages), 1):
+        for number, turn in enumerate(turns(with_answered(chat.messages)), 1):
             if _key(turn.author) in mine:
                 where = f"{chat.source}, turn {number}"
-                written.append(Writing(turn.text, where, query=_said(before), date=turn.date, kind="message"))
+                query = _said([turn.answered] if turn.answered is not None else before)
+                written.append(Writing(turn.text, where, query=query, date=turn.date, kind="message"))
                 before = []
             else:
                 before.append(replace(turn, author=shown.get(turn.author, turn.author)))
@@ -105,12 +115,28 @@ def _people(
     return shown, {_key(author) for author in wrote if keys[author] & wanted}
 
 
+def with_answered(messages: Sequence[Message]) -> list[Message]:
+    """The messages, each with the one of another person that it replies to: the last one ahead of it of that key."""
+    latest: dict[str, list[Message]] = defaultdict(list)  # by key: the last message, and the last of another author
+    resolved = []
+    for message in messages:
+        others = [earlier for earlier in latest[message.replies_to or ""] if earlier.author != message.author]
+        resolved.append(replace(message, answered=others[0] if others else None))
+        for key in message.keys:
+            latest[key] = [message, *(one for one in latest[key] if one.author != message.author)][:2]
+    return resolved
+
+
 def turns(messages: Sequence[Message]) -> list[Message]:
-    """The messages, with those that one person sent in a row, within an hour of each other, made one."""
+    """The messages, with those that one person sent in a row, within an hour of each other, made one.
+
+    One that replies to another message than the last one did stands alone.
+    """
     joined: list[Message] = []
     last: Message | None = None
     for message in messages:
-        if last is not None and last.author == message.author and _soon(last, message):
+        same = last is not None and message.answered in (None, joined[-1].answered)
+        if last is not None and same and last.author == message.author and _soon(last, message):
             joined[-1] = replace(joined[-1], text=f"{joined[-1].text}\n{message.text}")
         else:
             joined.append(message)

@@ -4,6 +4,7 @@ Chats become documents too, with what was said before as the query: then the pro
 person's earlier ones, never later ones, and a held-out answer never stands in a profile that was trained on.
 """
 
+import hashlib
 import json
 import re
 import shlex
@@ -15,11 +16,13 @@ from typing import Any
 
 from perce_lite.data.importers.archives import files_of
 from perce_lite.data.importers.mails import Mail
+from perce_lite.data.importers.masking import Mask, masked_in
 from perce_lite.data.importers.reading import KINDS, Reader
 from perce_lite.data.importers.writings import Notes, Writing, count_words, first_words, pieces
 from perce_lite.data.readers import json_lines
 from perce_lite.errors import DataError
-from perce_lite.files import digest, write_text
+from perce_lite.files import digest, settle, write_text
+from perce_lite.locks import held_alone
 
 RECIPE = "recipes/documents.yaml"
 
@@ -36,6 +39,8 @@ class Wanted:
     text_column: of tables
     senders, me: their addresses in mailboxes, their names in chats
     min_words, max_words: of a text; a longer one is cut into several
+    max_parts: of a text, taken evenly from all of it, so that a long one does not swamp the rest
+    mask: masks what tells who and where people are; None: nothing is masked
     """
 
     user: str
@@ -44,6 +49,8 @@ class Wanted:
     me: Sequence[str] = ()
     min_words: int = 5
     max_words: int = 100
+    max_parts: int = 10
+    mask: Mask | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,8 @@ class Imported:
 
     new: the user's records that were not there before, in the order of time
     records: all that goes into `out`, those of other users unchanged
+    before: hash of `out` when its records were read; None: it was not there
+    mask: what `new` was masked with; None: it was not
     """
 
     out: Path
@@ -59,31 +68,70 @@ class Imported:
     new: list[dict[str, Any]]
     records: list[dict[str, Any]]
     notes: Notes
+    mask: Mask | None = None
+    before: bytes | None = None
 
     def write(self) -> None:
         """Writes `out`, whole or not at all.
 
         Raises:
             DiskFullError: no space left; what was there stays.
+            DataError: somebody else has written `out` since its records were read, or is writing it.
         """
-        write_text(self.out, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records))
+        text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in self.records)
+
+        def refuse(who: str) -> DataError:
+            return DataError(f"{self.out}: another import is writing it ({who}). Nothing was written; run it again.")
+
+        with held_alone(self.out.with_name(f".{self.out.name}.lock"), refuse):
+            settle(self.out)
+            if _hash(self.out) != self.before:
+                raise DataError(
+                    f"{self.out}: was written by another program since it was read. Nothing was written; run the same "
+                    "command again, with --append to add to what it holds now."
+                )
+            write_text(self.out, text)
+
+    @property
+    def texts(self) -> int:
+        """Whole texts of the user; parts of one count as one."""
+        mine = [record for record in self.records if record["user"] == self.user]
+        return len({record.get("part_of") or f"row {number}" for number, record in enumerate(mine)})
 
     def commands(self) -> list[str]:
-        """The commands that look at `out` and train on it."""
-        words = [RECIPE, "--set", f"data.path={_yaml(str(self.out.absolute()))}"]
+        """The commands that lead to a chat: look at `out`, train on it, talk to the adapter."""
+        words = [_recipe(), "--set", f"data.path={_yaml(str(self.out.absolute()))}"]
         if not _months_apart(self.records):
             words += ["--set", "profile.earlier_by=document"]
-        folder = ["--set", f"train.output_dir={_yaml(f'runs/{self.out.stem}')}"]
+        run = f"runs/{self.out.stem}"
+        folder = ["--set", f"train.output_dir={_yaml(run)}"]
         several = len({record["user"] for record in self.records}) > 1
         trains = "fleet" if several else "train"  # an adapter for each, or the one
-        return [shlex.join(["perce-lite", "check", *words]), shlex.join(["perce-lite", trains, *words, *folder])]
+        adapter = run if several else f"{run}/adapter"
+        return [
+            shlex.join(["perce-lite", "check", *words]),
+            shlex.join(["perce-lite", trains, *words, *folder]),
+            shlex.join(["perce-lite", "chat", adapter, "--user", self.user]),
+        ]
+
+    def masked(self) -> dict[str, int]:
+        """How often each kind is masked in the new records."""
+        return masked_in(str(value) for record in self.new for name, value in record.items() if name != "user")
 
     def figures(self) -> dict[str, Any]:
         """What `--json` holds, less whether it was written."""
         skipped = {reason: {"count": len(where), "such_as": where[0]} for reason, where in self.notes.skipped.items()}
         users = Counter(str(record.get("user")) for record in self.records)
-        told = {"read": dict(self.notes.read), "skipped": skipped, "commands": self.commands()}
+        told: dict[str, Any] = {"read": dict(self.notes.read), "skipped": skipped, "commands": self.commands()}
+        if self.mask is not None:
+            told["masked"] = self.masked()
         return {"out": str(self.out), "user": self.user, "new": len(self.new), "users": dict(users), **told}
+
+
+def _recipe() -> str:
+    """The recipe of documents: as a clone has it, from whatever folder this is."""
+    clone = Path(__file__).parents[3] / RECIPE
+    return str(clone) if clone.is_file() and not Path(RECIPE).is_file() else RECIPE
 
 
 def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: bool = False) -> Imported:
@@ -94,7 +142,7 @@ def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: boo
     Raises:
         DataError: nothing to read, nothing of the person's, an `out` that is in the way or holds something else.
     """
-    files = files_of(path)
+    files, as_it_was = files_of(path), _hash(out)
     if out.suffix != ".jsonl":
         raise DataError(f"--out {out}: what is written is JSON, one record a line; end the name with .jsonl")
     if out.exists() and not (append or force):
@@ -107,6 +155,8 @@ def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: boo
     reader = Reader(notes, wanted.text_column, alone=len(files) == 1)
     reader.read(files)
     _require_sender(reader.mails, wanted)
+    if wanted.mask is not None:
+        reader.mask(wanted.mask)
     texts = list(_prepared(reader.of(wanted.senders, wanted.me), wanted, notes))
     if not texts:
         raise DataError(_nothing(path, notes))
@@ -114,14 +164,22 @@ def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: boo
     for one in texts:
         if one.text in said:
             notes.skip(f"in {out.name} already", one.source)
-    new = _in_order([_record(wanted.user, text) for text in texts if text.text not in said])
+    new = _in_order([_record(wanted, text) for text in texts if text.text not in said])
     records = _merged(before, new, wanted.user)
-    return Imported(out, wanted.user, new, records, notes)
+    return Imported(out, wanted.user, new, records, notes, wanted.mask, as_it_was)
+
+
+def _hash(path: Path) -> bytes | None:
+    """Hash of the content of `path`; None: there is no such file, or it is none that could be read twice."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def _require_sender(mails: Sequence[Mail], wanted: Wanted) -> None:
     """Raises DataError where all mails are from one person, who is not called as the user is: they may be received."""
-    senders = {(address, name) for address, name, _ in mails}
+    senders = {(mail.address, mail.name) for mail in mails}
     if wanted.senders or len({address for address, _ in senders}) != 1:
         return
     user = re.sub(r"\W+", "", wanted.user).casefold()
@@ -161,11 +219,25 @@ def _prepared(texts: Sequence[Writing], wanted: Wanted, notes: Notes) -> Iterato
         elif key in seen:
             notes.skip("a duplicate", text.source)
         else:
-            parts = pieces(text.text, wanted.max_words, wanted.min_words)
-            for number, part in enumerate(parts, 1):
-                source = f"{text.source}, part {number} of {len(parts)}" if len(parts) > 1 else text.source
-                yield replace(text, text=part, source=source, query=_query(text, part, number))
+            yield from _parts(text, wanted, notes)
         seen.add(key)
+
+
+def _parts(text: Writing, wanted: Wanted, notes: Notes) -> Iterator[Writing]:
+    """The text cut to size; of a long one at most `max_parts`, evenly from all of it."""
+    parts = pieces(text.text, wanted.max_words, wanted.min_words)
+    if len(parts) == 1:
+        yield replace(text, query=_query(text, text.text, 1))
+        return
+    count = min(len(parts), wanted.max_parts)
+    taken = {place * len(parts) // count for place in range(count)}
+    for place, part in enumerate(parts):
+        source = f"{text.source}, part {place + 1} of {len(parts)}"
+        if place in taken:
+            query = _query(text, part, place + 1)
+            yield replace(text, text=part, source=source, query=query, part_of=digest(text.text))
+        else:
+            notes.skip(f"more than {wanted.max_parts} parts of one text; --max-parts takes more", source)
 
 
 def _query(text: Writing, part: str, number: int) -> str:
@@ -183,9 +255,12 @@ def _query(text: Writing, part: str, number: int) -> str:
     return f"Write a {titled}." if number == 1 else f"Write part {number} of a {titled}."
 
 
-def _record(user: str, text: Writing) -> dict[str, Any]:
-    record = {"user": user, "date": text.date, "title": text.title, "query": text.query, "text": text.text}
-    return {name: value for name, value in {**record, "source": text.source}.items() if value}
+def _record(wanted: Wanted, text: Writing) -> dict[str, Any]:
+    query, source = text.query, text.source
+    if wanted.mask is not None:  # chats name their speakers in queries, and files are called by names
+        query, source = wanted.mask(query), wanted.mask(source)
+    record = {"user": wanted.user, "date": text.date, "title": text.title, "query": query, "text": text.text}
+    return {name: value for name, value in {**record, "part_of": text.part_of, "source": source}.items() if value}
 
 
 def _in_order(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,25 +2,41 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import replace
 from email import message_from_bytes
 from email.errors import HeaderParseError, MessageError
 from email.header import decode_header, make_header
 from email.message import Message
 from email.utils import parseaddr
 from html.parser import HTMLParser
-from typing import Any
+from typing import Any, NamedTuple
 
 from perce_lite.data.importers.charsets import decoded
-from perce_lite.data.importers.quotes import RULE, own_words
-from perce_lite.data.importers.writings import Notes, Writing, date_of, tidy
+from perce_lite.data.importers.quotes import RULE, own_words, quoted_words
+from perce_lite.data.importers.writings import Notes, Writing, date_of, first_words, tidy
 from perce_lite.errors import DataError
 
 LARGEST_MAIL = 64 * 2**20
 """Bytes of a mail, attachments included."""
 
-Mail = tuple[str, str, Writing]
-"""Address and name of the sender, and what they wrote."""
+_ANSWERED_WORDS = 80
+"""Words that a query has of the mail that was answered."""
+
+
+class Mail(NamedTuple):
+    """Who wrote a mail, and what is theirs in it.
+
+    id: its Message-ID; answers: the ids of the mails that it answers, the nearest first
+    quoted: what it quotes of the one that it answers; "" in a mail that answers none
+    """
+
+    address: str
+    name: str
+    writing: Writing
+    id: str = ""
+    answers: tuple[str, ...] = ()
+    quoted: str = ""
 
 
 _ENVELOPE = re.compile(
@@ -67,6 +83,10 @@ def _starts_mail(line: bytes, following: bytes, blank: bool) -> bool:
     return bool(_ENVELOPE.match(line[:1000]) or (blank and _BARE_ENVELOPE.match(line[:1000])))
 
 
+_ANSWERS, _FORWARDS = "re|aw|sv|antw", "fwd?|wg|tr"
+"""What subjects of answers, and of forwarded mails, begin with."""
+
+
 def read_mail(content: bytes, source: str, notes: Notes) -> Mail | None:
     """Who wrote a mail, and what is theirs in it; None, and a note, where it has no text."""
     message = message_from_bytes(content)
@@ -75,28 +95,47 @@ def read_mail(content: bytes, source: str, notes: Notes) -> Mail | None:
     if body is None:
         notes.skip("a mail without text", source)
         return None
-    subject = re.sub(r"^((re|fwd?|aw|wg|sv|tr|antw)\s*(\[\d+\])?:\s*)+", "", _header(message, "Subject"), flags=re.I)
+    subject = _header(message, "Subject")
+    title = re.sub(rf"^(({_ANSWERS}|{_FORWARDS})\s*(\[\d+\])?:\s*)+", "", subject, flags=re.I)
     date = date_of(_header(message, "Date"))
-    return address.lower(), name, Writing(own_words(body), source, tidy(subject), date=date, kind="mail")
+    ids = re.findall(r"<[^<>\s]+>", f"{_header(message, 'References')} {_header(message, 'In-Reply-To')}")
+    is_answer = bool(ids or re.match(rf"(?:{_ANSWERS})\b", subject, re.I))
+    forwards = re.match(rf"(?:{_FORWARDS})\b", subject, re.I) is not None
+    return Mail(
+        address.lower(),
+        name,
+        Writing(own_words(body), source, tidy(title), date=date, kind="mail"),
+        _header(message, "Message-ID"),
+        () if forwards else tuple(reversed(ids)),
+        quoted_words(body) if is_answer and not forwards else "",
+    )
 
 
 def written_by(mails: Sequence[Mail], addresses: Sequence[str], notes: Notes) -> list[Writing]:
-    """The mails from `addresses`; all, where there is one sender only and no address is given.
+    """The mails from `addresses`, the query of each what it answers; all, where there is one sender and no address.
 
     Raises:
         DataError: several senders and no address, or an address that wrote none; names the most frequent ones.
     """
-    wrote = Counter(address for address, _, _ in mails)
+    wrote = Counter(mail.address for mail in mails)
     wanted = {address.strip().lower() for address in addresses} or (set(wrote) if len(wrote) == 1 else set())
     absent = [address for address in addresses if address.strip().lower() not in wrote]
     if absent or (mails and not wanted):
         there = ", ".join(f"{address or 'nobody'} ({count})" for address, count in wrote.most_common(10)) or "none"
         what = f"--from {absent[0]}: wrote none of these mails" if absent else "these mails are from several people"
         raise DataError(f"{what}. Say whose to take with --from ADDRESS; senders, with their mails: {there}")
-    for address, _, writing in mails:
-        if address not in wanted:
-            notes.skip("a mail from somebody else", writing.source)
-    return [writing for address, _, writing in mails if address in wanted]
+    by_id = {mail.id: mail for mail in mails if mail.id}
+    for mail in mails:
+        if mail.address not in wanted:
+            notes.skip("a mail from somebody else", mail.writing.source)
+    mine = [mail for mail in mails if mail.address in wanted]
+    return [replace(mail.writing, query=_answered(mail, by_id, wanted)) for mail in mine]
+
+
+def _answered(mail: Mail, by_id: Mapping[str, Mail], wanted: Set[str]) -> str:
+    """The beginning of the mail of another person that `mail` answers, or of what is quoted of it; "" for none."""
+    answered = [by_id[id].writing.text for id in mail.answers if id in by_id and by_id[id].address not in wanted]
+    return first_words(next(filter(None, [*answered[:1], mail.quoted]), ""), _ANSWERED_WORDS)
 
 
 def _header(message: Message, name: str) -> str:

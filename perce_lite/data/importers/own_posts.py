@@ -1,5 +1,8 @@
-"""What exports hold that is the person's own and names no author: posts of Facebook and Instagram, notes of Keep."""
+"""What exports hold that is the person's own and names no author: posts of Facebook, Instagram and X, notes of Keep."""
 
+import html
+import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -65,3 +68,66 @@ def _post(record: Any, source: str) -> Iterator[Writing]:
         record = {**media[0], **record} if media else record
     date = date_of(record.get("timestamp") or record.get("creation_timestamp"))
     yield from (Writing(tidy(text), source, date=date, kind="post") for text in posts if text.strip())
+
+
+# X's archive: scripts that set window.YTD.NAME.part0 to a list
+
+_SCRIPT = re.compile(r"\s*window\.(?:YTD\.(\w+)\.part\d+|__THAR_CONFIG)\s*=\s*")
+_X_POSTS = ("tweet", "tweets", "community_tweet", "note_tweet")
+X_SIDE_FILE = "a file of an X archive that holds no posts of one's own"
+X_MESSAGES = "direct messages of an X archive, which are not read"
+
+
+def script_of_x(script: str) -> tuple[str, Any] | None:
+    """What a script of an X archive holds, tweets or another thing, and its records; None where it is no such script.
+
+    Raises:
+        ValueError: a script that is torn.
+    """
+    head = _SCRIPT.match(script)
+    return None if head is None else (head[1] or "", json.loads(script[head.end() :].rstrip().rstrip(";")))
+
+
+def posts_of_x(kind: str, records: Any, source: str, notes: Notes) -> list[Writing]:
+    """The person's own posts in a script of an X archive; reposts and all else are noted."""
+    if kind not in _X_POSTS or not isinstance(records, list):
+        notes.skip(X_MESSAGES if "message" in kind else X_SIDE_FILE, source)
+        return []
+    posts = []
+    for number, record in enumerate(records, 1):
+        where = f"{source}, post {number}"
+        inner = next(iter(record.values()), None) if isinstance(record, Mapping) and len(record) == 1 else record
+        post, reason = _post_of_x(inner if isinstance(inner, Mapping) else {}, where)
+        if post is not None:
+            posts.append(post)
+        else:
+            notes.skip(reason, where)
+    return posts
+
+
+def _post_of_x(post: Mapping[str, Any], where: str) -> tuple[Writing | None, str]:
+    """A post as its writer wrote it, or why it is left out."""
+    core = post.get("core")
+    text = str(
+        post.get("full_text") or post.get("text") or (core.get("text") if isinstance(core, Mapping) else "") or ""
+    )
+    if text.startswith("RT @") or post.get("retweeted_status"):
+        return None, "a repost on X"
+    text = _with_links(text, post.get("entities"))
+    if text.endswith("…"):
+        return None, "a long post on X that is cut short; the whole of it is in note-tweet.js"
+    if post.get("in_reply_to_status_id_str") or post.get("in_reply_to_user_id_str"):
+        text = re.sub(r"^(?:@\w{1,15}\s+)+", "", text)
+    body = tidy(html.unescape(text))
+    date = date_of(post.get("created_at") or post.get("createdAt"))
+    return (Writing(body, where, date=date, kind="post"), "") if body else (None, "a post on X without text")
+
+
+def _with_links(text: str, entities: Any) -> str:
+    """`text` with links as they were written in place of t.co's, and without those of pictures."""
+    entities = entities if isinstance(entities, Mapping) else {}
+    for kind in ("urls", "media"):
+        for link in entities.get(kind) or ():
+            if isinstance(link, Mapping) and link.get("url"):
+                text = text.replace(str(link["url"]), "" if kind == "media" else str(link.get("expanded_url") or ""))
+    return re.sub(r"\s*https://t\.co/\w+\s*$", "", text).strip()

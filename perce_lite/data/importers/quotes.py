@@ -102,6 +102,13 @@ def own_words(body: str) -> str:
     return tidy("\n".join(kept))
 
 
+def quoted_words(body: str) -> str:
+    """What a mail's text quotes of the mail that it answers: quotes of the first level, without what those quote."""
+    lines = INVISIBLE.sub("", body.replace("\r\n", "\n").replace("\r", "\n")).split("\n")
+    quotes = [re.sub(r"^\s*> ?", "", line) for line in lines if re.match(r"\s*>", line)]
+    return own_words("\n".join(quotes))
+
+
 def _end(lines: list[str]) -> int:
     """The number of the line at which the mail's own text ends: a signature, a forwarded mail, an unmarked quote."""
     for number, line in enumerate(lines):

@@ -3,6 +3,8 @@
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -12,15 +14,18 @@ from perce_lite.data.importers.charsets import decoded
 from perce_lite.data.importers.chat_exports import chats_in, people_in, renamed, without_mojibake
 from perce_lite.data.importers.chat_texts import chat_of_text
 from perce_lite.data.importers.chats import Chat, answers
+from perce_lite.data.importers.formatted import from_docx, from_html, from_pdf
 from perce_lite.data.importers.large_json import TornJsonError, read_large
 from perce_lite.data.importers.mails import Mail, read_mail, split_mbox, written_by
-from perce_lite.data.importers.own_posts import SIDE_FILE, is_side_file, posts_in
+from perce_lite.data.importers.own_posts import SIDE_FILE, is_side_file, posts_in, posts_of_x, script_of_x
 from perce_lite.data.importers.quotes import is_mail
 from perce_lite.data.importers.texts import from_markdown, from_records, from_text, table
+from perce_lite.data.importers.unsupported import unsupported
+from perce_lite.data.importers.vaults import TEMPLATE, Vaults, without_marks
 from perce_lite.data.importers.writings import Notes, Writing
 from perce_lite.errors import DataError
 
-KINDS = ".txt, .md, .csv, .tsv, .json, .jsonl, .mbox, .eml"
+KINDS = ".txt, .md, .docx, .html, .pdf, .csv, .tsv, .json, .jsonl, .mbox, .eml, an X archive's .js"
 
 _UNCLEAR = "it looks like a chat or a log, and whose words it holds is not clear"
 
@@ -49,12 +54,16 @@ class Reader:
         self.dialogues: list[Chat] = []
         self.people: dict[str, tuple[str, ...]] = {}
         self.of_export = False
+        self._vaults = Vaults(())
         self._of_ending: dict[str, Callable[[str, str], None]] = {
             ".txt": self._text,
             **dict.fromkeys((".md", ".markdown"), self._markdown),
             **dict.fromkeys((".csv", ".tsv"), self._table),
             **dict.fromkeys((".json", ".jsonl", ".ndjson"), self._json),
+            **dict.fromkeys((".html", ".htm", ".xhtml"), self._html),
+            ".js": self._script,
         }
+        self._of_bytes = {".docx": from_docx, ".pdf": from_pdf}
 
     def read(self, files: Sequence[Found]) -> None:
         """Reads `files`, with a bar; one that cannot be read is noted and left out.
@@ -62,6 +71,7 @@ class Reader:
         Raises:
             DataError: a ZIP that unpacks to too much; with `alone`, a table without texts.
         """
+        self._vaults = Vaults(files)
         with progress_bar() as bar:
             task = bar.add_task("Reading", total=len(files), note="")
             for file in files:
@@ -84,6 +94,19 @@ class Reader:
         chats = renamed([*self.chats, *self._dialogues_of(me)], self.people)
         return [*self.texts, *mails, *answers(chats, me, self.notes, self.people)]
 
+    def mask(self, mask: Callable[[str], str]) -> None:
+        """Masks every text that was read, before any is cut; who wrote it stays known to `of`."""
+
+        def masked(writing: Writing) -> Writing:
+            return replace(writing, text=mask(writing.text), title=mask(writing.title), query=mask(writing.query))
+
+        def masked_chat(chat: Chat) -> Chat:
+            return replace(chat, messages=tuple(replace(one, text=mask(one.text)) for one in chat.messages))
+
+        self.texts = list(map(masked, self.texts))
+        self.mails = [mail._replace(writing=masked(mail.writing), quoted=mask(mail.quoted)) for mail in self.mails]
+        self.chats, self.dialogues = list(map(masked_chat, self.chats)), list(map(masked_chat, self.dialogues))
+
     def _dialogues_of(self, me: Sequence[str]) -> list[Chat]:
         """The dialogues in which the person speaks; whose words the others are is not known."""
         wanted = {name.strip().casefold() for name in me}
@@ -97,14 +120,20 @@ class Reader:
         return mine
 
     def _read(self, file: Found) -> None:
-        if file.hidden:
+        if file.left_out is not None:
+            self.notes.skip(file.left_out, file.name)
+        elif file.hidden:
             self.notes.skip("hidden file", file.name)
+        elif self._vaults.is_template(file.name):
+            self.notes.skip(TEMPLATE, file.name)
         elif PurePosixPath(file.name).name.lower() == "no-data.txt":
             self.notes.skip(SIDE_FILE, file.name)
-        elif file.ending == ".mbox" or (file.ending not in {*self._of_ending, ".eml"} and self._starts_as_mbox(file)):
-            self._mbox(file)
-        elif file.ending == ".eml" or file.ending in self._of_ending:
+        elif (reason := unsupported(file)) is not None:
+            self.notes.skip(reason, file.name)
+        elif file.ending == ".eml" or file.ending in self._of_ending or file.ending in self._of_bytes:
             self._whole(file)
+        elif file.ending == ".mbox" or self._starts_as_mbox(file):
+            self._mbox(file)
         else:
             self.notes.skip(f"not a kind that is read: {file.ending or 'no ending'}", file.name)
 
@@ -134,6 +163,8 @@ class Reader:
             self.notes.skip(f"larger than {LARGEST_FILE / 2**20:.0f} MiB", file.name)
         elif file.ending == ".eml":
             self._mail(content, file.name)
+        elif file.ending in self._of_bytes:
+            self._document(self._of_bytes[file.ending](content, file.name, self.notes))
         else:
             text = decoded(content)
             if text is None:
@@ -145,7 +176,30 @@ class Reader:
         self._prose(text, source, from_text)
 
     def _markdown(self, text: str, source: str) -> None:
-        self._prose(text, source, from_markdown)
+        shown = without_marks(text) if self._vaults.hold(source) else text
+        self._prose(shown, source, partial(from_markdown, notes=self.notes))
+
+    def _html(self, text: str, source: str) -> None:
+        self._document(from_html(text, source, self.notes))
+
+    def _document(self, writing: Writing | None) -> None:
+        """What a DOCX, a page or a PDF says: it may be a saved chat or a mail as well as a text."""
+        if writing is not None:
+            self._prose(writing.text, writing.source, lambda text, source: writing)
+
+    def _script(self, text: str, source: str) -> None:
+        """A script of an X archive."""
+        try:
+            held = script_of_x(text)
+        except ValueError as error:
+            self.notes.skip("a script of an X archive that is torn", f"{source} ({error})")
+            return
+        if held is None:
+            self.notes.skip("not a kind that is read: .js", source)
+            return
+        posts = posts_of_x(*held, source, self.notes)
+        self.notes.read["posts and notes"] += len(posts)
+        self._pending += posts
 
     def _prose(self, text: str, source: str, read: Callable[[str, str], Writing]) -> None:
         """A text file: a mail, a chat, a dialogue that may be one, or a text of the person's."""

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
@@ -28,9 +29,14 @@ def from_text(text: str, source: str) -> Writing:
     return Writing(tidy(text), source, date=_date_in(source))
 
 
-def from_markdown(text: str, source: str) -> Writing:
-    """A Markdown file: title and date of its front matter, else its first heading and a date in the file's name."""
-    body, front = _front_matter(tidy(text))
+def from_markdown(text: str, source: str, notes: Notes | None = None) -> Writing:
+    """A Markdown file: title and date of its front matter, else its first heading and a date in the file's name.
+
+    Front matter that is broken is no part of the text: it is noted, and its title and date are read line by line.
+    """
+    body, front, sound = _front_matter(tidy(text))
+    if notes is not None and not sound:
+        notes.skip("front matter that is broken, of which title and date alone are read", source)
     title = tidy(str(front.get("title") or ""))  # YAML may write a control as letters
     heading = re.match(r"\s*#\s+([^\n]+?)\s*#*\s*(?:\n|\Z)", body)
     if heading and title in ("", heading[1]):
@@ -38,16 +44,27 @@ def from_markdown(text: str, source: str) -> Writing:
     return Writing(body.strip(), source, title, date=date_of(front.get("date")) or _date_in(source))
 
 
-def _front_matter(text: str) -> tuple[str, dict[str, Any]]:
-    """The text below a head between two lines of ---, and what the head says; all of it, where that is not YAML."""
-    found = re.match(r"---[ \t]*\n(.*?)\n(?:---|\.\.\.)[ \t]*(?:\n|\Z)", text, re.S)
-    if found is None:
-        return text, {}
+_FRONT = re.compile(r"(---|\+\+\+)[ \t]*\n(.*?)\n(?:\1|\.\.\.)[ \t]*(?:\n|\Z)", re.S)
+_UNENDED_FRONT = re.compile(r"(---|\+\+\+)[ \t]*\n((?:[\w-]+[ \t]*[:=](?:[ \t].*)?\n|[ \t]+.*\n|- .*\n)+)(?:\n|\Z)")
+_FIELD = re.compile(r"(?m)^([\w-]+)[ \t]*[:=][ \t]*[\"']?(.*?)[\"']?[ \t]*$")
+
+
+def _front_matter(text: str) -> tuple[str, dict[str, Any], bool]:
+    """The text below a head between two lines of --- (YAML) or +++ (TOML), what the head says, and if it is sound."""
+    front = _FRONT.match(text)
+    if front is None or (front[1] == "---" and not re.search(r"(?m)^[\w-]+[ \t]*:", front[2])):
+        unended = _UNENDED_FRONT.match(text)
+        if unended is None:  # a rule at the top of a text
+            return text, {}, True
+        return text[unended.end() :], dict(_FIELD.findall(unended[2])), False
     try:
-        front = YAML(typ="base", pure=True).load(found[1])  # base: every value as it is written, dates too
-    except YAMLError:
-        return text, {}
-    return (text[found.end() :], front) if isinstance(front, dict) else (text, {})
+        # base: every value as it is written, dates too
+        said = YAML(typ="base", pure=True).load(front[2]) if front[1] == "---" else tomllib.loads(front[2])
+    except (YAMLError, tomllib.TOMLDecodeError):
+        said = None
+    if isinstance(said, dict):
+        return text[front.end() :], said, True
+    return text[front.end() :], dict(_FIELD.findall(front[2])), False
 
 
 def _date_in(source: str) -> str | None:

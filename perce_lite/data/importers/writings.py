@@ -16,6 +16,7 @@ class Writing:
     query: what it answers, word for word; empty where nothing was asked
     date: 2024-05-31, or 2024-05-31T10:15:00 in the writer's time; None where nobody says
     kind: text, post, mail or message
+    part_of: names the text that it is a part of, where one was cut into several
     """
 
     text: str
@@ -24,6 +25,7 @@ class Writing:
     query: str = ""
     date: str | None = None
     kind: str = "text"
+    part_of: str | None = None
 
 
 @dataclass

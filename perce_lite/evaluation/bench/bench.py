@@ -21,7 +21,7 @@ from perce_lite.errors import BenchError
 from perce_lite.evaluation.bench import children
 from perce_lite.evaluation.bench.measuring import ARMS, Job, recipe_of
 from perce_lite.evaluation.bench.workload import Workload, workload
-from perce_lite.recipe import Recipe, refuse_cores, training_config
+from perce_lite.recipe import Recipe, refuse_cores, refuse_early_stopping, training_config
 from perce_lite.recipe_checks import nearest
 
 REFERENCE = "sft"
@@ -77,6 +77,7 @@ def bench(
         BenchError: rows for not even one step, or a measurement that failed; and what reading the recipe's rows raises.
     """
     refuse_cores(recipe, "bench")
+    refuse_early_stopping(recipe, "bench")
     load = workload(recipe, steps)
     names = [name for name in ARMS if name in arms or name == REFERENCE]
     with tempfile.TemporaryDirectory(prefix="perce-lite-bench-") as folder:
@@ -118,7 +119,7 @@ def arms_of(spec: str | None) -> list[str]:
 
 def portable(recipe: Recipe) -> Recipe:
     """The recipe as a process can read it that does not know where its file lies."""
-    folder, template = recipe.model_folder, recipe.chat_template_file
+    folder, template = recipe.model_path, recipe.chat_template_file
     train = recipe.train if template is None else {**recipe.train, "chat_template_path": str(template)}
     return recipe.model_copy(update={"model": recipe.model if folder is None else str(folder), "train": train})
 

@@ -22,7 +22,7 @@ from perce_lite.evaluation.bench.exactrows import CHAT_TEMPLATE, SHORTEST, TEMPL
 from perce_lite.evaluation.bench.fleetmeasuring import FleetJob
 from perce_lite.evaluation.bench.measuring import STILL
 from perce_lite.files import write_text
-from perce_lite.recipe import Profile, Recipe, refuse_cores, training_config
+from perce_lite.recipe import Profile, Recipe, refuse_cores, refuse_early_stopping, training_config
 
 PROCESSES, REFERENCE = "processes", "one-by-one"
 """A process a user, its start and the loading of the base counted; and the arm that the others are ratios to."""
@@ -71,6 +71,7 @@ def fleet_bench(
         BenchError: rows that cannot be made, or a measurement that failed; and what reading the recipe's rows raises.
     """
     refuse_cores(recipe, "bench --fleet")
+    refuse_early_stopping(recipe, "bench --fleet")
     with tempfile.TemporaryDirectory(prefix="perce-lite-bench-") as folder:
         measurements = _Measurements(recipe, Path(folder), steps, warmup)
         measurements.make_rows(lengths, max(users, *slots))

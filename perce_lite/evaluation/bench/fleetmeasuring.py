@@ -14,7 +14,8 @@ from perce_lite.data.rows import Row, from_columns
 from perce_lite.errors import PerceLiteError
 from perce_lite.evaluation.bench import children
 from perce_lite.evaluation.bench.measuring import machine, peak_bytes, reset_peak
-from perce_lite.fleet.engines.sequential import Outcome, SequentialEngine, Task
+from perce_lite.fleet.engines.protocol import Outcome, Task
+from perce_lite.fleet.engines.sequential import SequentialEngine
 from perce_lite.fleet.engines.slots import SlotsEngine
 from perce_lite.fleet.groups import Group
 from perce_lite.model.base import load_base
@@ -65,7 +66,7 @@ def measure(job: FleetJob) -> dict[str, Any]:
             raise outcome
         outcomes.append(outcome)
 
-    def told(loss: float, share: float) -> None:
+    def told(loss: float | None, share: float) -> None:
         """Nobody watches."""
 
     if job.warmup:

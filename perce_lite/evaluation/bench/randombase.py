@@ -59,8 +59,12 @@ def elements(config: PretrainedConfig) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def random_base(config: PretrainedConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Base:
+def random_base(
+    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, seed: int = 0, quantized: bool = True
+) -> Base:
     """A base in NF4 with double quantisation, its other weights in `dtype`, frozen, in eval mode, and a tokenizer.
+
+    quantized: else all of its weights are in `dtype`
 
     Never is more than one weight whole, and all of it on `device`: host memory stays small.
     """
@@ -70,7 +74,8 @@ def random_base(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     quantizer = Bnb4BitHfQuantizer(quantization, pre_quantized=False)
-    quantizer.preprocess_model(model, device_map={"": device.type})
+    if quantized:
+        quantizer.preprocess_model(model, device_map={"": device.type})
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
         for module in model.modules():
@@ -80,8 +85,9 @@ def random_base(config: PretrainedConfig, dtype: torch.dtype, device: torch.devi
                 module.to_empty(device=device, recurse=False)
                 initialise(model, module)
         model.tie_weights()
-    quantizer.postprocess_model(model)
-    model.hf_quantizer, model.config.quantization_config = quantizer, quantization
+    if quantized:
+        quantizer.postprocess_model(model)
+        model.hf_quantizer, model.config.quantization_config = quantizer, quantization
     keep_base_constant(model)
     return Base(model.eval().requires_grad_(False), byte_tokenizer())
 

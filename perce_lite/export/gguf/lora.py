@@ -29,7 +29,7 @@ from perce_lite.export.gguf.proof import NOT_DONE
 from perce_lite.export.proof import Proof, base_for, check_not_idle, does_as_recorded, fingerprint, gap
 from perce_lite.export.reuse import reused
 from perce_lite.files import disk_full_is_clear
-from perce_lite.model.builtin import BUILT_IN, built_in_gguf
+from perce_lite.model.builtin import gguf_of
 from perce_lite.model.compat import LoraLayer
 from perce_lite.recipe import Recipe
 
@@ -103,8 +103,8 @@ def verify(folder: Path, proof: Proof, base: Path | None) -> dict[str, Any]:
     if base is None and not llamacpp.installed():
         return {"off_adapter": None, "off_base": None, "not_done": NOT_DONE}
     given = base is not None
-    if base is None and proof.model in BUILT_IN:
-        base = built_in_gguf(proof.model)
+    if base is None:
+        base = gguf_of(proof.model)
     loose: dict[str, Any] = {}
     if base is not None:
         known = llamacpp.read_base(base)

@@ -14,7 +14,7 @@ from perce_lite.export.gguf.common import ARCHITECTURES, finish, heads_of, permu
 from perce_lite.export.gguf.vocabulary import add_vocabulary
 from perce_lite.export.proof import fingerprint
 from perce_lite.export_targets import QUANTS
-from perce_lite.model.compat import llama3_frequencies
+from perce_lite.model.gguf_base import llama3_factors
 
 FILE = "model.gguf"
 
@@ -137,9 +137,7 @@ def _llama3_factors(config: Any) -> Tensor | None:
     given = config.rope_parameters
     if given.get("rope_type") != "llama3":
         return None
-    size = _head_size(config)
-    plain = 1 / given["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
-    return plain / llama3_frequencies(config)
+    return llama3_factors(config)
 
 
 def _tensors(model: PreTrainedModel, config: Any, architecture: gguf.MODEL_ARCH) -> Iterator[tuple[str, Tensor]]:

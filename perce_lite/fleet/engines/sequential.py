@@ -1,107 +1,51 @@
-"""The engine interface of a fleet, and the engine that trains one adapter after another."""
+"""The engine that trains one adapter after another."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
-from perce_lite.config import PerCEConfig
 from perce_lite.console import no_bars
 from perce_lite.data.pairs import PairMaker
-from perce_lite.data.rows import Row, of_split, spread_over_users
-from perce_lite.errors import ConfigError, DeviceError, DiskFullError, ModelError, PerceLiteError, RecipeError
-from perce_lite.files import bytes_of, digest
-from perce_lite.fleet.groups import Key
+from perce_lite.data.rows import Row
+from perce_lite.errors import PerceLiteError
+from perce_lite.files import bytes_of
+from perce_lite.fleet.engines.protocol import FATAL_ERRORS, OnDone, OnProgress, Outcome, Task
 from perce_lite.model import adapters
 from perce_lite.model.base import Base, load_base
+from perce_lite.model.compat import forward_hooks, restore_forward_hooks
 from perce_lite.model.fingerprint import fingerprint, sketch
-from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
+from perce_lite.model.scoring import cached_log_probs, store_of
 from perce_lite.planning.oom_advice import explain_out_of_memory_in_fleet, free_gpu_memory
 from perce_lite.recipe import Recipe
-from perce_lite.training.reference_logprobs import trained_tokens
+from perce_lite.training.held_out import held_out_jobs, loss_of
+from perce_lite.training.metadata import mean_statistics
 from perce_lite.training.run import Run
-from perce_lite.training.train import make_trainer, mean_statistics, train_to_end
+from perce_lite.training.train import make_trainer, train_to_end
 from perce_lite.training.trainer import PerCETrainer
-
-
-@dataclass(frozen=True)
-class Task:
-    """One adapter to train.
-
-    key: (kind, name) in the fleet's registry
-    folder: the task's own; the adapter is saved to `folder/adapter`
-    run: fingerprint of the inputs of the training (see `groups.run_fingerprint`)
-    start: folder of the adapter that training starts from; None: fresh weights
-    """
-
-    key: Key
-    recipe: Recipe
-    rows: Sequence[Row]
-    folder: Path
-    run: str
-    start: Path | None
-
-    @property
-    def begun(self) -> str:
-        """As `run`, with the rows: a cohort's `run` does not depend on them, but a resumed one needs the same."""
-        return digest([self.run, [row.fingerprint() for row in self.rows]])
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of a task.
-
-    losses: split -> {base, start, own, tokens}, loss a token with the own profile, nats; a split without rows is absent
-    bytes: of the adapter's folder; parameters: how many were trained
-    """
-
-    losses: dict[str, dict[str, float]]
-    weights: dict[str, float]
-    bytes: int
-    parameters: int
-
-
-OnDone = Callable[[Task, Outcome | PerceLiteError], None]
-OnProgress = Callable[[float, float], None]
-"""Called after each step with the mean loss of the users in training, nats a token, and their summed progress in
-adapters: three users who are halfway are 1.5.
-"""
-
-
-class Engine(Protocol):
-    """Trains the tasks of a fleet."""
-
-    def base(self) -> dict[str, Any]:
-        """A sketch of its base (`model.fingerprint.sketch`), stored in the registry to recognise the base."""
-
-    def run(self, tasks: Iterator[Task], on_done: OnDone, on_progress: OnProgress) -> None:
-        """Trains each task and calls `on_done` with its outcome or its error; reads `tasks` as it has room.
-
-        Errors in FATAL_ERRORS are raised.
-        """
-
-
-FATAL_ERRORS = (DiskFullError, DeviceError, ModelError, RecipeError, ConfigError)
-"""Errors that the next user would meet as well. After any other error the run continues with the next user."""
 
 
 class SequentialEngine:
     """Trains with `PerCETrainer`, one adapter after another, over a base that is loaded once.
 
-    users: how many are to be trained at once, for the message where not even the base fits
+    users: how many are trained at once; here it is for the message where not even the base fits
+    kept: file with the states of users who were interrupted in slots; None: `registry.KEPT` in the fleet's folder
     """
 
     def __init__(self, recipe: Recipe, users: int = 1) -> None:
-        self._recipe, self._slots = recipe, users
+        self._recipe, self.users = recipe, users
+        self.kept: Path | None = None
         self._loaded: Base | None = None
 
     def base(self) -> dict[str, Any]:
         return sketch(self._base().model)
+
+    def fingerprint(self) -> str:
+        """Hash of the base as loaded."""
+        return fingerprint(self._base().model)
 
     def run(self, tasks: Iterator[Task], on_done: OnDone, on_progress: OnProgress) -> None:
         for task in tasks:
@@ -122,7 +66,7 @@ class SequentialEngine:
             return self._train_task(task, on_progress)
 
     def _train_task(self, task: Task, on_progress: OnProgress) -> Outcome:
-        run = Run(task.folder, task.begun, task.run)
+        run = Run(task.folder, task.begun, task.run, task.storage)
         recipe = task.recipe.model_copy(update={"train": {**task.recipe.train, "output_dir": str(task.folder)}})
         base = self._base()
         with no_bars(), bare(base.model):
@@ -132,17 +76,18 @@ class SequentialEngine:
             before = _losses(trainer, recipe, task.rows, ("base", "start"))
             train_to_end(trainer, recipe, task.rows, run)
             after = _losses(trainer, recipe, task.rows, ("own",))
-            weights = mean_statistics(trainer)
+            weights = mean_statistics(trainer.state.log_history, trainer.store_hits)
             trained_parameters = sum(
                 parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad
             )
         run.drop_checkpoints()
         losses = {split: {**before[split], **after[split]} for split in before}
-        return Outcome(losses, weights, bytes_of(run.adapter), trained_parameters)
+        stopping = None if trainer.best_step is None else trainer.best_step.figures(trainer.state.global_step)
+        return Outcome(losses, weights, bytes_of(run.adapter), trained_parameters, stopping)
 
     def _base(self) -> Base:
         if self._loaded is None:
-            with explain_out_of_memory_in_fleet(self._recipe, self._slots, lambda: (), of_users=False):
+            with explain_out_of_memory_in_fleet(self._recipe, self.users, lambda: (), of_users=False):
                 self._loaded = load_base(self._recipe)
         return self._loaded
 
@@ -160,12 +105,13 @@ class _Progress(TrainerCallback):
 
 @contextmanager
 def bare(model: PreTrainedModel) -> Iterator[None]:
-    """Restores the base at the end: a trainer inserts adapter layers and wraps `forward`."""
-    before = model.__dict__.get("forward")
+    """Restores the base at the end: a trainer inserts adapter layers, wraps `forward`, and hooks the embedding."""
+    before, hooks = model.__dict__.get("forward"), forward_hooks(model)
     try:
         yield
     finally:
         adapters.strip(model)
+        restore_forward_hooks(model, hooks)
         model.__dict__.pop("forward", None)
         if before is not None:
             model.forward = before
@@ -183,24 +129,10 @@ def _losses(
         for name in who:
             on = name != "base"
             scored = cached_log_probs(trainer.model, jobs, None if on else base, trainer.autocast, split, on).log_probs
-            losses[split] |= loss_of(name, scored)
+            losses[split] |= figures_of(name, scored)
     return losses
 
 
-def held_out_jobs(
-    maker: PairMaker, recipe: Recipe, args: PerCEConfig, rows: Sequence[Row]
-) -> dict[str, list[ScoringJob]]:
-    """Scoring jobs of a user's held-out rows, by split, with the profile."""
-    jobs = {}
-    for split in ("validation", "test"):
-        pairs = maker.make(
-            spread_over_users([row for row in of_split(rows, split) if row.profile], recipe.evaluation.max_rows)
-        )
-        if pairs:
-            jobs[split] = [ScoringJob(pair.row.user, trained_tokens(pair, args)) for pair in pairs]
-    return jobs
-
-
-def loss_of(name: str, scored: Sequence[Tensor]) -> dict[str, float]:
+def figures_of(name: str, scored: Sequence[Tensor]) -> dict[str, float]:
     """{name: loss a token, nats, "tokens": their number} of log-probs (R,) a row."""
-    return {name: -float(torch.cat(list(scored)).double().mean()), "tokens": float(sum(map(len, scored)))}
+    return {name: loss_of(scored), "tokens": float(sum(map(len, scored)))}

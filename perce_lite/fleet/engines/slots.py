@@ -5,7 +5,6 @@ import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from perce_lite.console import no_bars, say
@@ -14,27 +13,20 @@ from perce_lite.data.rows import Row, of_split
 from perce_lite.errors import ConfigError, NonFiniteLossError, PerceLiteError
 from perce_lite.files import bytes_of, digest
 from perce_lite.fleet.capacity import optimizer_of, users_at_once
-from perce_lite.fleet.engines.sequential import (
-    FATAL_ERRORS,
-    Engine,
-    OnDone,
-    OnProgress,
-    Outcome,
-    SequentialEngine,
-    Task,
-    held_out_jobs,
-    loss_of,
-)
+from perce_lite.fleet.engines.protocol import FATAL_ERRORS, OnDone, OnProgress, Outcome, Task
+from perce_lite.fleet.engines.sequential import SequentialEngine, figures_of
 from perce_lite.fleet.registry import KEPT
 from perce_lite.fleet.slot_lora import save_slot
 from perce_lite.fleet.slot_trainer import SlotTrainer
 from perce_lite.fleet.slot_user import Result, Unfinished, UserJob
 from perce_lite.model.adapter_files import read_metadata
+from perce_lite.model.adapter_weights import tensors
 from perce_lite.model.fingerprint import fingerprint
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
 from perce_lite.planning.oom_advice import explain_out_of_memory_in_fleet
 from perce_lite.recipe import Recipe, lora_config, training_config
-from perce_lite.training.train import run_metadata
+from perce_lite.training.held_out import held_out_jobs
+from perce_lite.training.metadata import run_metadata
 
 
 class SlotsEngine(SequentialEngine):
@@ -60,12 +52,12 @@ class SlotsEngine(SequentialEngine):
     def _train_in_slots(self, recipe: Recipe, tasks: Iterator[Task], on_done: OnDone, on_progress: OnProgress) -> None:
         """Trains tasks that share a recipe; evaluates and saves each when it ends."""
         base, args = self._base(), training_config(recipe, **self._options)
-        kept = Unfinished(Path(args.output_dir) / KEPT)
+        kept = Unfinished(self.kept or Path(args.output_dir) / KEPT)
         # Users who resume come first, in the order in which they shared a batch, those who failed included.
         order = {user: place for place, user in enumerate(kept.users)}
-        first = list(itertools.islice(tasks, self._slots + len(order)))
+        first = list(itertools.islice(tasks, self.users + len(order)))
         first.sort(key=lambda task: order.get(task.key[1], len(order)))
-        count = min(self._slots, len(first))
+        count = min(self.users, len(first))
         at_work: dict[str, tuple[Task, UserJob]] = {}
 
         def rows() -> list[Row]:
@@ -103,7 +95,7 @@ class _Users:
         args = engine.args
         self._store = engine.store or store_of(args.store, engine.model.base, args.autocast)
         # What users start from, of each slot at the most: a cohort's users come from one mapping, which cores share.
-        self._start_of = functools.lru_cache(maxsize=engine.model.slots)(_weights)
+        self._start_of = functools.lru_cache(maxsize=engine.model.slots)(_tensors)
 
     def train(self, tasks: Iterator[Task], kept: Unfinished, base: str, on_progress: OnProgress) -> None:
         """base: its fingerprint."""
@@ -112,18 +104,22 @@ class _Users:
     def _jobs(self, tasks: Iterator[Task], base: str) -> Iterator[UserJob]:
         for task in tasks:
             audit = Audit()
+            stopping = task.recipe.early_stopping
+            validation: list[ScoringJob] = []
             try:
                 pairs = self._maker.make(of_split(task.rows, "train"), audit)
                 require(pairs, audit, "training")
+                if stopping.patience is not None:
+                    jobs = held_out_jobs(self._maker, task.recipe, self._engine.args, task.rows, ["validation"])
+                    validation = jobs.get("validation", [])
                 start = None if task.start is None else self._start_of(task.start)
             except FATAL_ERRORS:
                 raise
             except PerceLiteError as error:
                 self._on_done(task, error)
                 continue
-            job = UserJob(
-                task.key[1], pairs, adapter=start, begun=digest([task.begun, base, str(self._engine.args.optim)])
-            )
+            begun = digest([task.begun, base, str(self._engine.args.optim)])
+            job = UserJob(task.key[1], pairs, adapter=start, begun=begun, validation=validation, stopping=stopping)
             self._at_work[job.user] = task, job
             yield job
 
@@ -140,17 +136,19 @@ class _Users:
             if name == "start":
                 model.load_slot(result.slot, model.fresh(args.seed) if job.adapter is None else job.adapter)
             for split, split_jobs in jobs.items():
-                losses[split] |= loss_of(name, self._scored(split_jobs, None if name == "base" else result.slot))
+                losses[split] |= figures_of(name, self._scored(split_jobs, None if name == "base" else result.slot))
         figures = {"losses": [], "weights": result.weights}
         template, kept = self._maker.tokenizer.chat_template, len(job.pairs)
-        metadata = run_metadata(task.recipe, args, template, task.rows, kept, result.steps, task.run, figures)
+        metadata = run_metadata(
+            task.recipe, args, template, task.rows, kept, result.steps, task.run, figures, result.stopping
+        )
         folder = task.folder / "adapter"
         try:
-            save_slot(model, result.adapter, folder, metadata)
+            save_slot(model, result.core or result.adapter, folder, metadata, task.storage)
         except NonFiniteLossError as error:
             return error
         weights = {**result.weights, "store_hits": result.store_hits}
-        return Outcome(losses, weights, bytes_of(folder), model.parameters)
+        return Outcome(losses, weights, bytes_of(folder), model.parameters, result.stopping)
 
     def _scored(self, jobs: Sequence[ScoringJob], slot: int | None) -> list[Tensor]:
         """Log-probs of `jobs` with the adapter in `slot`, or under the bare base, from the store where it has them."""
@@ -161,14 +159,17 @@ class _Users:
             return cached_log_probs(model.base, jobs, None, autocast, "adapter", True, self._engine.prefixes).log_probs
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
+def _tensors(folder: Path) -> dict[str, Tensor]:
     """An adapter's tensors by PEFT's names."""
-    return load_file(Path(read_metadata(folder)["folder"]) / "adapter_model.safetensors")
+    return tensors(Path(read_metadata(folder)["folder"]))
 
 
-def engine_for(recipe: Recipe) -> Engine:
-    """The engine for a recipe: `fleet.slots` users at once, or one after another where that is 1."""
-    count = users_at_once(recipe)
+def engine_for(recipe: Recipe, sharers: int = 1) -> SequentialEngine:
+    """The engine for a recipe: `fleet.slots` users at once, or one after another where that is 1.
+
+    sharers: as `users_at_once`
+    """
+    count = users_at_once(recipe, sharers)
     if count == 1:
         return SequentialEngine(recipe)
     return SlotsEngine(recipe, count, recipe.fleet.slots == "auto", optimizer_of(recipe, count))

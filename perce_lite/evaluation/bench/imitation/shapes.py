@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from imitated_card import fused
+from perce_lite.evaluation.bench.imitation import fused
 
 _LARGE = 2**24  # elements; beyond, the ones of `values` share a place
 
@@ -66,8 +66,10 @@ def _places(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]
     """Indices with each boolean mask replaced by the places where it is true, which meta cannot count."""
     places: list[torch.Tensor | None] = []
     for index in indices:
-        mask = index is not None and index.dtype == torch.bool
-        places += list(values(index).nonzero(as_tuple=True)) if mask else [index]
+        if index is not None and index.dtype == torch.bool:
+            places += list(values(index).nonzero(as_tuple=True))
+        else:
+            places.append(index)
     return places
 
 

@@ -13,9 +13,9 @@ import torch
 import trl.kernels.chunked_logprob as chunked
 import trl.trainer.utils
 
-from imitated_card import functions
-from imitated_card.card import Card, current, put_in
-from imitated_card.tensors import CUDA, CardTensor, MadeOnCard, is_card
+from perce_lite.evaluation.bench.imitation import functions
+from perce_lite.evaluation.bench.imitation.card import Card, current, put_in
+from perce_lite.evaluation.bench.imitation.tensors import CUDA, CardTensor, MadeOnCard, is_card
 from perce_lite.model import compat
 
 Patch = contextlib.AbstractContextManager[Any]
@@ -104,7 +104,7 @@ class Stream:
 
 _STREAM = Stream()
 
-_RANDOM = {
+_RANDOM: dict[str, Callable[..., Any]] = {
     "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
     "set_rng_state": lambda state, device=None: None,
     "get_rng_state_all": lambda: [torch.zeros(16, dtype=torch.uint8)],
@@ -185,6 +185,15 @@ def _of_torch(card: Card) -> Iterator[Patch]:
     yield mock.patch.object(torch.Tensor, "pin_memory", lambda self, *args, **kwargs: self)
     yield mock.patch("torch.utils.data._utils.pin_memory.pin_memory", lambda data, device=None: data)
     yield mock.patch.object(torch._C, "_storage_Use_Count", return_value=1)
+    if card.shapes:
+        yield mock.patch.object(torch.amp.GradScaler, "_maybe_opt_step", _step_of_a_scaler)
+
+
+def _step_of_a_scaler(scaler: Any, optimizer: Any, state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """A scaler's step without an overflow, which gradients without values cannot show; the host asks all the same."""
+    for overflows in state["found_inf_per_device"].values():
+        overflows.item()
+    return optimizer.step(*args, **kwargs)
 
 
 def _never_pinned(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -205,7 +214,10 @@ def _tensor(original: Callable[..., Any]) -> Callable[..., Any]:
 class Params4bit(CardTensor):
     """bitsandbytes' parameter on the card; peft knows it by its class's name."""
 
-    def to(self, *args, **kwargs):
+    bnb_quantized: bool
+    module: Any
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
         device, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if not self.bnb_quantized:
             return self._quantized()
@@ -221,13 +233,13 @@ class Params4bit(CardTensor):
             self.module.quant_state = state
         return made
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
             memo[id(self)] = params_4bit(self.detach().clone(), vars(self))
         return memo[id(self)]
 
 
-def params_4bit(tensor: CardTensor, attributes: dict[str, Any]) -> Params4bit:
+def params_4bit(tensor: Any, attributes: dict[str, Any]) -> Params4bit:
     """A parameter over what `tensor` holds, with bitsandbytes' attributes."""
     made = Params4bit(tensor.inner)
     vars(made).update({name: value for name, value in attributes.items() if name != "inner"})
@@ -267,7 +279,7 @@ def _new_params_4bit(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _of_bitsandbytes(card: Card) -> Iterator[Patch]:
     def paged(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) -> torch.Tensor:
-        state = torch.zeros(*shape, dtype=dtype)
+        state: Any = torch.zeros(*shape, dtype=dtype)
         state.is_paged, state.page_deviceid = True, device.index
         card.managed += state.nbytes
         return state
@@ -291,6 +303,7 @@ def _of_trl(card: Card) -> Iterator[Patch]:
 
     yield mock.patch.object(trl.trainer.utils, "_use_triton", use_triton)
     yield mock.patch.object(compat, "_use_triton", use_triton)
+    yield mock.patch.object(chunked, "_use_triton", return_value=False)  # a CUDA build has Triton, which needs a GPU
     for name in ("_forward_tile", "_backward_tile") if card.triton else ():
         tile = _counted_only if card.shapes else _as_one_kernel(vars(chunked)[name])
         yield mock.patch.object(chunked, name, tile)

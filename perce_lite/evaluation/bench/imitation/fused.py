@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imitated_card.card import current
+from perce_lite.evaluation.bench.imitation.card import current
 
 
 def is_mixed_addmm(func: Any, kwargs: Mapping[str, Any]) -> bool:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from imitated_card.card import current
-from imitated_card.tensors import CUDA, CardTensor, is_card, operate
+from perce_lite.evaluation.bench.imitation.card import current
+from perce_lite.evaluation.bench.imitation.tensors import CUDA, CardTensor, is_card, operate
 
 aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ casts: dict[int, tuple[Tensor, Tensor]] = {}
 """Autocast's copies of float32 leaves in its dtype, kept until the outermost context ends; by the leaf's id."""
 
 
-def call(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A torch function with a tensor of the card among its arguments."""
     # Torch would run a whole backward with our functions switched off, and with it what checkpoints compute again.
     if func in (torch.Tensor.backward, torch.autograd.backward):
@@ -51,7 +51,9 @@ def call(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 # Autocast
 
 
-def _as_autocast_takes(func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _as_autocast_takes(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if func in _IN_LOWER_PRECISION:
         dtype = torch.get_autocast_dtype("cuda")
         return tree_map(lambda value: _lower(value, dtype), (args, kwargs))

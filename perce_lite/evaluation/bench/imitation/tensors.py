@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from imitated_card import fused, shapes
-from imitated_card.card import current, place_in_code
+from perce_lite.evaluation.bench.imitation import fused, shapes
+from perce_lite.evaluation.bench.imitation.card import current, place_in_code
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
@@ -22,32 +22,34 @@ class DeviceMismatchError(RuntimeError):
 class CardTensor(torch.Tensor):
     """A tensor on the card; `inner` is what holds its values or its shape."""
 
-    inner: torch.Tensor
+    inner: Any  # a tensor; in C++ a product of vectors has this name
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> "CardTensor":
+    def __new__(cls: type, inner: torch.Tensor) -> "CardTensor":
         current().hold(inner)
-        made = torch.Tensor._make_wrapper_subclass(
+        made: CardTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             inner.shape,
             strides=inner.stride(),
             storage_offset=inner.storage_offset(),
             dtype=inner.dtype,
             layout=inner.layout,
-            device="lazy",
+            device=torch.device("lazy"),
             requires_grad=False,
         )
         made.inner = inner
         return made
 
     @classmethod
-    def __torch_function__(cls, func, kinds, args=(), kwargs=None):
-        from imitated_card.functions import call  # it needs this class
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        from perce_lite.evaluation.bench.imitation.functions import call  # it needs this class
 
         return call(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func, kinds, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         return operate(func, args, kwargs or {})
 
     device = property(lambda self: CUDA)
@@ -56,57 +58,57 @@ class CardTensor(torch.Tensor):
     is_meta = property(lambda self: False)
 
     @property
-    def data(self):
+    def data(self) -> torch.Tensor:
         return self.detach()
 
     @data.setter
-    def data(self, new):
+    def data(self, new: torch.Tensor) -> None:
         if not isinstance(new, CardTensor):
             raise DeviceMismatchError(f".data of a tensor on the card set to one on {new.device}: it leaves the card")
-        torch.Tensor.data.__set__(self, new)
+        torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
         self.inner = new.inner
 
     # What C++ would read from memory
 
-    def tolist(self):
+    def tolist(self) -> Any:
         current().synchronise("tolist")
         return shapes.values(self.inner).tolist()
 
-    def numpy(self, *args, **kwargs):
+    def numpy(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
 
-    def __array__(self, *args, **kwargs):
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return self.numpy()
 
-    def data_ptr(self):
+    def data_ptr(self) -> Any:
         return _address(self.inner.untyped_storage()) + self.inner.storage_offset() * self.inner.element_size()
 
-    def untyped_storage(self):
+    def untyped_storage(self) -> "StorageView":  # type: ignore[override]
         return StorageView(self.inner.untyped_storage())
 
-    def get_device(self):
+    def get_device(self) -> Any:
         return 0
 
-    def pin_memory(self, *args, **kwargs):
+    def pin_memory(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
 
-    def record_stream(self, stream):
+    def record_stream(self, stream: Any) -> None:
         pass
 
-    def type(self, *args, **kwargs):
+    def type(self, *args: Any, **kwargs: Any) -> Any:
         return super().type(*args, **kwargs) if args or kwargs else f"torch.cuda.{self.dtype}"
 
-    def __repr__(self, **kwargs):
+    def __repr__(self, **kwargs: Any) -> str:  # type: ignore[override]
         return f"CardTensor({tuple(self.shape)}, {self.dtype}, cuda:0)"
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
             made = self.detach().clone().requires_grad_(self.requires_grad)
             vars(made).update({name: value for name, value in vars(self).items() if name != "inner"})
             memo[id(self)] = made
         return memo[id(self)]
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> Any:
         made = shapes.values(self.inner).clone()
         if getattr(self, "_is_param", False):
             made = torch.nn.Parameter(made, requires_grad=self.requires_grad)
@@ -120,7 +122,7 @@ class StorageView:
         self._storage = storage
         self._cdata = storage._cdata
 
-    def data_ptr(self) -> int:
+    def data_ptr(self) -> Any:
         return _address(self._storage)
 
     def nbytes(self) -> int:
@@ -137,7 +139,7 @@ def _address(storage: torch.UntypedStorage) -> int:
 class MadeOnCard(TorchDispatchMode):
     """Catches what has no tensor of the card among its arguments: what is made there, or brought there."""
 
-    def __torch_dispatch__(self, func, kinds, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return operate(func, args, kwargs or {})
 
 
@@ -168,7 +170,7 @@ def is_card(device: Any) -> bool:
     return device is not None and torch.device(device).type in ("cuda", "lazy")
 
 
-def operate(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One operation, whatever its tensors are."""
     flat, _ = tree_flatten((args, kwargs))
     name, device = func._schema.name, kwargs.get("device")
@@ -202,7 +204,7 @@ def _require_one_device(func: Any, tensors: Sequence[torch.Tensor]) -> None:
     )
 
 
-def _count(name: str, args: tuple) -> None:
+def _count(name: str, args: tuple[Any, ...]) -> None:
     """Counts a kernel, and a synchronisation where the host has to know a value."""
     card, short = current(), name.split("::")[-1]
     if short not in _NO_KERNEL:
@@ -213,7 +215,7 @@ def _count(name: str, args: tuple) -> None:
         card.synchronise(f"{short} by a boolean mask")
 
 
-def _computed(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The operation over what the tensors hold; its results are on the card unless it names another device."""
     device = kwargs.get("device")
     if "pin_memory" in kwargs:
@@ -258,7 +260,7 @@ def _with_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 # Copies between devices, and casts
 
 
-def _copied_into(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+def _copied_into(target: torch.Tensor, source: Any) -> torch.Tensor:
     """`copy_` from one device to the other."""
     card = current()
     card.counts["launches"] += 1

@@ -1,0 +1,49 @@
+"""Locks between processes. A lock file stays where it is: one that is unlinked can be held by two at once."""
+
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import psutil
+from filelock import FileLock, Timeout
+
+from perce_lite.errors import PerceLiteError
+from perce_lite.files import read_json, settle, write_json
+
+
+@contextmanager
+def held_alone(path: Path, refuse: Callable[[str], PerceLiteError]) -> Iterator[None]:
+    """Holds the lock file `path` for the block; who holds it is written beside it, for the next who asks.
+
+    refuse: makes the error for who comes second, from "process 12 on HOST, since TIME"
+
+    Raises:
+        what `refuse` makes: another process, or another thread, holds it. Nothing was waited for.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(path, timeout=0), path.with_name(f"{path.name}.holder")
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise refuse(_who(holder)) from error
+    try:
+        settle(holder)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since": now})
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def _who(holder: Path) -> str:
+    """Who holds a lock, as far as that is written; not who held it before and was killed."""
+    known = read_json(holder)
+    if not isinstance(known, dict) or not {"pid", "host", "since"} <= set(known):
+        return "another process"
+    if known["host"] == socket.gethostname() and not psutil.pid_exists(known["pid"]):
+        return "another process"
+    return f"process {known['pid']} on {known['host']}, since {known['since']}"

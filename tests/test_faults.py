@@ -1,0 +1,43 @@
+"""Faults at every write, rename and removal of a command: whatever the moment, the next run ends in the same bytes.
+
+A few points of each command here; `pytest -m slow tests/test_faults.py -s` tries every one and counts them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fault_points import COMMANDS
+
+SAMPLES = {"train": 53, "fleet": 150, "slots": 110, "export": 19, "import": 4, "delete": 19}
+"""Every which point is tried in the fast test: some three of each command."""
+
+
+def tried(command: str, kind: str, every: int) -> dict:
+    words = [sys.executable, str(Path(__file__).with_name("fault_points.py")), command, kind, str(every)]
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check(told: dict) -> None:
+    print(f"{told['command']}, {told['kind']}: {told['tried']} of {told['points']} points")
+    assert told["tried"] > 1
+    assert told["bad"] == []
+    assert told["tracebacks"] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_kill_at_some_points(command):
+    check(tried(command, "kill", SAMPLES[command]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["kill", "raise"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_fault_at_every_point(command, kind):
+    check(tried(command, kind, 1))
