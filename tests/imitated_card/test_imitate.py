@@ -11,7 +11,7 @@ pytest_plugins = ["cli_fixtures"]
 
 RECIPES = {
     "its own rows, a window of batches": ("chatml", ["train.gradient_accumulation_steps=8"], "8GB", "flash"),
-    "made rows, profiles frozen": ("chatml", ["data.path=none.jsonl", "train.profile_pass=frozen"], "8GB", None),
+    "made rows, profiles frozen": ("chatml", ["train.profile_pass=frozen"], "8GB", None),
     "packed, on a T4": ("chatml", ["train.packing=true"], "T4", "memory-efficient with a mask"),
     "whole, its table on the host": ("llama3", ["quantization=none", "embedding_on_host=true"], "8GB", "flash"),
     "bootstrap": ("chatml", ["train.estimator=bootstrap"], "8GB", "flash"),
@@ -23,6 +23,8 @@ RECIPES = {
 def test_a_recipe_is_imitated(tmp_path, run, name):
     family, more, gpu, kernel = RECIPES[name]
     recipe = toy_recipe(tmp_path, family)
+    if "made rows" in name:
+        (tmp_path / "model" / "tokenizer.json").unlink()  # as of a model that is known by its configuration alone
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     overrides = [word for one in more for word in ("--set", one)]
     code, out, err = run("plan", recipe.source, "--gpu", gpu, "--imitate", "--json", tmp_path / "step.json", *overrides)
@@ -35,7 +37,7 @@ def test_a_recipe_is_imitated(tmp_path, run, name):
     assert figures["fits"]
     assert figures["parts"]["peak of the step"][1] > made[1]
     assert kernel is None or set(figures["attention"]) == {kernel}
-    made_up = "none.jsonl" in more[0] or "packing" in more[0]
+    made_up = "made rows" in name or "packed" in name
     assert made_up == (figures["rows"]["longest"] in (512, 256))
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before | {tmp_path / "step.json"}
     assert not torch.cuda.is_available()

@@ -36,6 +36,8 @@ class Card:
         self.places: Counter[str] = Counter()
         self.allocated = self.peak = self.managed = 0
         self._live: dict[int, int] = {}
+        self._addresses: dict[int, int] = {}
+        self._next_address = _BLOCK
 
     def hold(self, tensor: torch.Tensor) -> None:
         """Counts the storage of `tensor`, once, until it is freed.
@@ -50,12 +52,19 @@ class Card:
         size = -(-storage.nbytes() // _BLOCK) * _BLOCK
         self._require(size)
         self._live[key] = size
+        self._addresses[key] = self._next_address
+        self._next_address += max(size, _BLOCK)
         self.allocated += size
         self.peak = max(self.peak, self.allocated)
         weakref.finalize(storage, self._drop, key)
 
     def _drop(self, key: int) -> None:
         self.allocated -= self._live.pop(key, 0)
+        self._addresses.pop(key, None)
+
+    def address(self, storage: torch.UntypedStorage) -> int:
+        """Where a storage begins; none overlaps another, and none takes the place of one that was freed."""
+        return self._addresses[storage._cdata]
 
     def take_for_a_moment(self, size: int) -> None:
         """Bytes that a kernel takes and gives back.

@@ -81,7 +81,7 @@ class CardTensor(torch.Tensor):
         return self.numpy()
 
     def data_ptr(self) -> Any:
-        return _address(self.inner.untyped_storage()) + self.inner.storage_offset() * self.inner.element_size()
+        return current().address(self.inner.untyped_storage()) + self.inner.storage_offset() * self.inner.element_size()
 
     def untyped_storage(self) -> "StorageView":  # type: ignore[override]
         return StorageView(self.inner.untyped_storage())
@@ -123,17 +123,12 @@ class StorageView:
         self._cdata = storage._cdata
 
     def data_ptr(self) -> Any:
-        return _address(self._storage)
+        return current().address(self._storage)
 
     def nbytes(self) -> int:
         return self._storage.nbytes()
 
     size = __len__ = nbytes
-
-
-def _address(storage: torch.UntypedStorage) -> int:
-    """An address of its own for every storage, those of shapes alone included."""
-    return storage._cdata * 4096
 
 
 class MadeOnCard(TorchDispatchMode):
