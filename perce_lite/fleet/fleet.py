@@ -22,6 +22,7 @@ from perce_lite.model.fingerprint import same_base
 from perce_lite.model.footprint import refuse_exports, source_fingerprint
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.training.early_stopping import NEEDS
+from perce_lite.words import counted
 
 PAGE = "fleet.html"
 
@@ -65,7 +66,8 @@ def fleet(
             refuse_deleted(recipe.output_dir, name)
         gone = {user for user in data.users if registry.was_deleted(user)}
         if gone:
-            say(f"{len(gone)} users who were deleted are left out, though the data has them; --retrain takes one in")
+            users = counted(len(gone), "user who was deleted is", "users who were deleted are")
+            say(f"{users} left out, though the data has them; --retrain takes one in")
         planned = plan(data, recipe, gone)
         _report_users_without_adapter(planned, recipe)
         _require_validation_rows(planned, recipe)
@@ -158,7 +160,7 @@ def _report_users_without_adapter(planned: Plan, recipe: Recipe) -> None:
     if few and recipe.fleet.group_by == "user":
         names = ", ".join(few[:10]) + (" ..." if len(few) > 10 else "")
         reason = f"fewer than {recipe.fleet.min_examples} training rows (fleet.min_examples)"
-        say(f"{len(few)} users have {reason}, so no adapter of their own: {names}")
+        say(f"{counted(len(few), 'user has', 'users have')} {reason}, so no adapter of their own: {names}")
 
 
 def _require_validation_rows(planned: Plan, recipe: Recipe) -> None:
@@ -172,7 +174,8 @@ def _require_validation_rows(planned: Plan, recipe: Recipe) -> None:
         raise DataError(f"fleet.patience {NEEDS}; nobody has any. Raise split.validation, or leave it out.")
     if without:
         names = ", ".join(without[:10]) + (" ..." if len(without) > 10 else "")
-        say(f"{len(without)} users have no validation rows, so they train to their last step (fleet.patience): {names}")
+        users = counted(len(without), "user has no validation rows", "users have no validation rows")
+        say(f"{users}, so training goes to its last step (fleet.patience): {names}")
 
 
 def _require_known(planned: Plan, keys: Sequence[Key]) -> None:

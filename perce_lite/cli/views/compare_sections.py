@@ -17,14 +17,16 @@ from perce_lite.cli.views.sections import (
     point,
     signed,
 )
+from perce_lite.words import counted
 
 
 def comparison(figures: Mapping[str, Any]) -> list[Section]:
     """The tables of `perce-lite compare`, the primary figure first."""
     rates = [f"{rate:g}" for rate in figures["rates"]]
+    rows = counted(figures["train_rows"], "row")
     chosen = Section(
         "Arms",
-        f"Trained on {figures['train_rows']} rows, seeds {', '.join(map(str, figures['seeds']))}. Validation loss a "
+        f"Trained on {rows}, seeds {', '.join(map(str, figures['seeds']))}. Validation loss a "
         "token of the first seed at each rate, nats; the lowest was chosen.",
         ("arm", "judged with profile", *(f"rate {rate}" for rate in rates), "chosen"),
         [_arm(arm, rates) for arm in figures["arms"]],

@@ -17,6 +17,7 @@ from perce_lite.cli.views.sections import (
     point,
     signed,
 )
+from perce_lite.words import counted
 
 UNTRAINED = {"base": "base (RAG: no training)", "untrained": "untrained (RAG: no training)"}
 """The base with a profile in its prompt: what retrieval alone gives."""
@@ -130,7 +131,8 @@ def generated_texts(table: Sequence[Mapping[str, Any]]) -> list[Section]:
     usual = [figure for figure in shown if figure in _LIKENESS]
     person = [figure for figure in shown if figure not in usual]
     drawn = next((one["answers"] // one["rows"] for one in table if one["sampled"]), None)
-    answers = f"{table[0]['rows']} queries, an answer each" + ("" if drawn is None else f", {drawn} where sampled")
+    queries = counted(table[0]["rows"], "query", "queries")
+    answers = f"{queries}, an answer each" + ("" if drawn is None else f", {drawn} where sampled")
     return [
         _text_table(
             "Generated text: likeness to what the user wrote",

@@ -8,6 +8,7 @@ from typing import Any
 from perce_lite.evaluation.metrics import FEW_USERS
 from perce_lite.fleet.registry import Adapter, held_out
 from perce_lite.fleet.result import FleetResult, Gains
+from perce_lite.words import counted
 
 PARTS = {"all": "all tokens", "personal": "personal", "others": "others"}
 
@@ -101,8 +102,8 @@ def point(row: str, series: str, figure: Mapping[str, Any]) -> Point:
 def held_out_texts(name: str, split: Mapping[str, Any]) -> str:
     """How many texts of how many users, and whether training knew them."""
     instead = " (there is no test split)" if name == "validation" else ""
-    known = f"{split['users']} users, {split['trained_users']} of them in training"
-    return f"{split['rows']} held-out texts{instead} of {known}"
+    known = f"{counted(split['users'], 'user')}, {split['trained_users']} of them in training"
+    return f"{counted(split['rows'], 'held-out text')}{instead} of {known}"
 
 
 def caution(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -145,7 +146,8 @@ def fleet_sentences(result: FleetResult) -> list[str]:
     sentences += stopped_early(result.adapters)
     if gains:
         better = sum(gain > 0 for gain in gains)
-        sentences.append(f"Of {len(gains)} users with held-out rows {better} are better served by their own adapter.")
+        users, served = counted(len(gains), "user"), counted(better, "is", "are")
+        sentences.append(f"Of {users} with held-out rows {served} better served by their own adapter.")
         sentences.append(mean_gain(result.gains))
     return sentences
 
@@ -158,8 +160,9 @@ def stopped_early(adapters: Sequence[Adapter]) -> list[str]:
     early = sum(stop["steps"] < stop["of"] for stop in stops)
     earlier = sum(stop["kept_step"] < stop["steps"] for stop in stops)
     taken = sum(stop["steps"] for stop in stops) / sum(stop["of"] for stop in stops)
+    adapters_with = counted(len(stops), "adapter")
     return [
-        f"Early stopping: of {len(stops)} adapters {early} ended before their last step (in all {taken:.0%} of the "
+        f"Early stopping: of {adapters_with} {early} ended before their last step (in all {taken:.0%} of the "
         f"steps were taken), and {earlier} are of an earlier step than they ended at."
     ]
 
@@ -178,7 +181,7 @@ def mean_gain(gains: Gains) -> str:
     if not gains.users:
         return "No user of this run has held-out rows."
     return (
-        f"In the mean over {gains.users} users their own adapter gains {gains.over_start:+.3f} nats a token "
+        f"In the mean over {counted(gains.users, 'user')} their own adapter gains {gains.over_start:+.3f} nats a token "
         f"over what it started from, {gains.over_base:+.3f} over the base."
     )
 
