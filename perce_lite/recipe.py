@@ -356,10 +356,11 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     except ValidationError as error:
         faults += [pydantic_fault(fault, Recipe, lines) for fault in error.errors()]
     faults += cross_faults(plain, lines) + third_party_faults(plain, lines)
+    faults += choice_faults(plain, lines)
     if not faults:
         faults = export_faults(plain, lines)
     if faults:
-        raise RecipeError(str(path), faults + choice_faults(plain, lines))
+        raise RecipeError(str(path), faults)
     assert recipe is not None
     return recipe
 

@@ -172,14 +172,19 @@ _TRACKERS = {
 }
 """What `report_to` may name, with the packages of which it needs one."""
 
+_OTHER_TRACKERS = ("none", "all", "azure_ml", "flyte", "kubeflow")
+"""What else it may name, where transformers itself says what is absent."""
+
 _EXTRAS = ("tensorboard", "wandb", "trackio")
 
 
 def tracker_faults(report_to: Any) -> list[str]:
-    """Trackers that `report_to` names and that are not installed, each with the line that installs it."""
+    """Trackers that `report_to` names and that are unknown or not installed, the latter with what installs them."""
     faults = []
     for name in [report_to] if isinstance(report_to, str) else report_to or []:
         packages = _TRACKERS.get(name, ())
+        if name not in (*_TRACKERS, *_OTHER_TRACKERS):
+            faults.append(f"report_to: there is no tracker {name}; {nearest(str(name), [*_TRACKERS, 'none'])}")
         if packages and not any(importlib.util.find_spec(package) for package in packages):
             source = f"'perce-lite[{name}]'" if name in _EXTRAS else packages[0]
             faults.append(f"report_to: {name} is not installed; pip install {source} brings it; or say none")

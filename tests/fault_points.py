@@ -9,6 +9,8 @@ process, which has loaded torch and the toy model's files but no more, so that a
 """
 
 import json
+import math
+import operator
 import os
 import shutil
 import signal
@@ -195,6 +197,26 @@ def constant(value: Any) -> Any:
     return [constant(part) for part in value] if isinstance(value, list) else value
 
 
+def nearly(one: Any, other: Any) -> bool:
+    """Alike but for the last bits: for slots, where a user goes on alone whose neighbour had ended and been saved.
+
+    The rows are the same and so is their order; but a batch of fewer users has another shape.
+    """
+    if isinstance(one, bytes) and isinstance(other, bytes) and one != other:
+        from safetensors.torch import load
+
+        return nearly(
+            *({name: tensor.flatten().tolist() for name, tensor in load(file).items()} for file in (one, other))
+        )
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(nearly(one[name], other[name]) for name in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(nearly, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-3, abs_tol=1e-5)
+    return bool(one == other)
+
+
 def main(command: str, kind: str, every: int = 1, first: int = 1) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     import torch
@@ -234,8 +256,9 @@ def main(command: str, kind: str, every: int = 1, first: int = 1) -> None:
                 tracebacks.append([at, points[at - 1], said.strip().splitlines()[-1][:300]])
             again = in_a_fork(work, lambda: run(COMMANDS[command]))
             ended = content(work)
-            if ended != expected:
-                names = sorted(name for name in {*ended, *expected} if ended.get(name) != expected.get(name))
+            alike = nearly if command == "slots" else operator.eq
+            names = [name for name in sorted({*ended, *expected}) if not alike(ended.get(name), expected.get(name))]
+            if names:
                 kept = [json.dumps([ended.get(name), expected.get(name)], default=repr)[:4000] for name in names]
                 said = (work.parent / "said-2").read_text(errors="replace").strip().splitlines()[-2:]
                 bad.append([at, points[at - 1], again, names, kept, said])

@@ -4,12 +4,12 @@ import pytest
 import torch
 import toys
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from perce_lite.errors import ModelError
 from perce_lite.evaluation.summary import train_and_measure
-from perce_lite.model import adapters
 from perce_lite.model.base import load_base
 from perce_lite.model.fingerprint import fingerprint, sketch
 from perce_lite.model.generate import generate_from_folder
@@ -140,7 +140,7 @@ def test_a_recipe_trains_saves_and_answers_alike(recipe, tmp_path):
         assert isinstance(load_base(read).model.get_input_embeddings(), HostEmbedding) == (hosted == "true")
         figures = train_and_measure(read)
         answers.append(generate_from_folder(tmp_path / out, "Who are you?", "An otter.", None, 6)["answer"])
-        weights.append(adapters.load_file(tmp_path / out / "adapter" / "adapter_model.safetensors"))
+        weights.append(load_file(tmp_path / out / "adapter" / "adapter_model.safetensors"))
         assert figures["losses"]
     assert answers[0] == answers[1]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])

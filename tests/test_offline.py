@@ -2,6 +2,7 @@
 
 import socket
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,12 +67,13 @@ def test_a_user_who_says_so_is_offline(network):
 def test_a_fault_of_the_gpu_or_of_the_files_is_not_told_as_one_of_the_network(monkeypatch, tmp_path):
     recipe = Recipe.model_validate({"model": "someone/model", "data": {"path": "x.jsonl"}, "device": "cpu"})
     monkeypatch.setattr(base, "load_tokenizer", lambda recipe: None)
+    monkeypatch.setattr(base, "config_of", lambda recipe: None)
 
     def told(error: Exception) -> tuple[type, str]:
         def fail(*args, **options):
             raise error
 
-        monkeypatch.setattr(base.AutoModelForCausalLM, "from_pretrained", fail)
+        monkeypatch.setattr(base, "model_class", lambda config: SimpleNamespace(from_pretrained=fail))
         with pytest.raises(PerceLiteError) as caught:
             base.load_base(recipe)
         return type(caught.value), str(caught.value)

@@ -167,12 +167,14 @@ def test_the_adapter_of_another_trainer(foreign, here, run):
     assert "SFT" not in card
 
 
-def test_another_trainers_adapter_needs_a_template_where_nothing_says_one(foreign, here):
+def test_another_trainers_adapter_needs_a_template_where_nothing_says_one(foreign, here, run):
     (here / "toy" / "chat_template.jinja").rename(here / "mine.jinja")
     with pytest.raises(TemplateError, match=r"has no chat template, nor has its base .*--template FILE.jinja"):
         perce_lite.load(foreign)
     writer = perce_lite.load(foreign, template="mine.jinja")
     assert writer.generate("hello", max_new_tokens=3)
+    code, _, err = run("export", foreign, "--to", "peft", "--out", "exported", "--template", "mine.jinja")
+    assert code == 0, err
     (here / "section.yaml").write_text("position: user\nprofile: 'About me: {profile}'\n")
     (here / "mine.jinja").rename(foreign / "chat_template.jinja")
     sectioned = perce_lite.load(foreign, template="section.yaml")

@@ -101,6 +101,24 @@ def test_torn_checkpoints_are_passed_over(tmp_path):
     assert Run(tmp_path, "x").last_checkpoint() == str(whole)
 
 
+@pytest.mark.parametrize("removal", [Run.drop_checkpoints, Run.forget])
+def test_a_checkpoint_that_is_half_removed_is_passed_over(tmp_path, monkeypatch, removal):
+    own = Run(tmp_path, "x")
+    own.claim("base")
+    whole = tmp_path / "checkpoint-2"
+    whole.mkdir()
+    write_json(whole / "trainer_state.json", {})
+
+    def killed(folder, *args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        removal(own)
+    assert whole.is_dir()
+    assert own.last_checkpoint() is None
+
+
 def test_a_folder_belongs_to_one_run(tmp_path):
     run_ = Run(tmp_path / "out", "mine")
     run_.claim("base")

@@ -1,7 +1,7 @@
 """The command `perce-lite export`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -48,44 +48,44 @@ def export(
     """Take an adapter to other programs; it is loaded again and shown to do what it did in training."""
     if [adapter is not None, verify is not None, all_].count(True) != 1 or (verify is None) != (to is not None):
         raise typer.BadParameter("give an adapter and --to TARGET, --all and --to TARGET, or --verify FOLDER alone")
-    if verify is not None and (
-        out is not None or force or push_to_hub or quant or evaluation or user or model or template
-    ):
+    of_one = any((evaluation, push_to_hub, user, model, template))
+    if verify is not None and (of_one or out is not None or force or quant):
         raise typer.BadParameter("--verify writes nothing, so it goes with --base-gguf and --json alone")
-    if all_ and (evaluation or push_to_hub or user or model or template):
-        raise typer.BadParameter(
-            "--evaluation, --user, --model, --template and --push-to-hub are for one adapter, not for --all"
-        )
+    if all_ and of_one:
+        names = "--evaluation, --user, --model, --template and --push-to-hub"
+        raise typer.BadParameter(f"{names} are for one adapter, not for --all")
     if fleet is not None and not all_:
         raise typer.BadParameter("--fleet goes with --all")
     if user is not None and push_to_hub is not None:
         raise typer.BadParameter("--user puts a user's own texts into the export, and --push-to-hub would upload them")
     if (public or yes) and push_to_hub is None:
         raise typer.BadParameter("--public and --yes go with --push-to-hub")
+    said = Said(model, None, template)
     if adapter is not None:
         queries.refuse_deleted(adapter, user)
     if to is not None:
         refuse_unknown(to, quant)
     if adapter is not None:
-        require_user(read_metadata(adapter), user)
+        require_user(read_metadata(adapter, said), user)
     figures: dict[str, Any]
     if verify is not None:
         figures = exports.verify(verify, base_gguf)
     elif to is not None and adapter is not None:
         if push_to_hub is not None:
             _ask(push_to_hub, to, public, yes)
-        figures = exports.export(
-            adapter, to, out, force, base_gguf, quant, evaluation, user, Said(model, None, template)
-        )
+        figures = exports.export(adapter, to, out, force, base_gguf, quant, evaluation, user, said)
         if push_to_hub is not None:
             figures["pushed"] = hub.push(Path(figures["folder"]), push_to_hub, public)
     elif to is not None:
-        figures = fleet_exports.export_all(fleet, to, out, force, base_gguf, quant)
-        write(json, figures)
-        terminal.show_exports(figures)
-        raise typer.Exit(3 if figures["failed"] else 0)
+        _report_all(fleet_exports.export_all(fleet, to, out, force, base_gguf, quant), json)
     write(json, figures)
     terminal.show_export(figures)
+
+
+def _report_all(figures: dict[str, Any], json: Path | None) -> NoReturn:
+    write(json, figures)
+    terminal.show_exports(figures)
+    raise typer.Exit(3 if figures["failed"] else 0)
 
 
 def _ask(repo: str, target: str, public: bool, yes: bool) -> None:

@@ -8,6 +8,8 @@ import typer
 from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import Json, RecipePath, Set, open_recipe, write
 from perce_lite.cli.views import sections, terminal
+from perce_lite.data.readers import user_texts
+from perce_lite.fleet import queries
 
 device = Lazy("perce_lite.device")
 clusters = Lazy("perce_lite.fleet.engines.ray")
@@ -51,6 +53,9 @@ def fleet(
         if given is not None and engine is EngineName.LOCAL:
             raise typer.BadParameter(f"{name} goes with --engine ray")
     loaded = open_recipe(recipe, set_, trains=True)
+    for user in only or []:
+        queries.refuse_deleted(loaded.output_dir, user)
+        user_texts(loaded, user)
     if engine is EngineName.LOCAL:
         device.say_device(loaded)
     with fleet_results.engines(engine.value, clusters.RayOptions(address, workers, cores)) as make:

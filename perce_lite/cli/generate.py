@@ -29,7 +29,7 @@ from perce_lite.console import progress_bar
 from perce_lite.errors import DataError
 from perce_lite.files import written_aside
 from perce_lite.fleet import queries
-from perce_lite.model.adapter_files import Said, read_metadata
+from perce_lite.model.adapter_files import Said, read_metadata, require_profile
 
 generation = Lazy("perce_lite.model.generate")
 questions = Lazy("perce_lite.model.questions")
@@ -73,6 +73,8 @@ def generate(
     text = "" if no_profile else text_or_file(profile)
     metadata = read_metadata(adapter, said)
     require_user(metadata, user)
+    if prompt is not None:
+        require_profile(metadata, text, user)
     options = generation.sampling(temperature, top_p)
     if prompt is not None:
         transformers.set_seed(seed)

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from perce_lite.cli.options import Json, write
+from perce_lite.cli.options import Json, writable, write
 from perce_lite.console import console, say, warn
 from perce_lite.data.importers.importing import FEW, Imported, Wanted, look
 from perce_lite.data.importers.masking import REGIONS, Mask, checked_regions, names_in, placeholder
@@ -24,7 +24,9 @@ def import_(
         Path, typer.Argument(help="A folder, a ZIP or a file: .txt .md .docx .html .pdf .csv .json .mbox .eml ...")
     ],
     user: Annotated[str, typer.Option(help="What to call the person.")],
-    out: Annotated[Path, typer.Option(dir_okay=False, help="The file of rows to write.")] = Path("texts.jsonl"),
+    out: Annotated[Path, typer.Option(dir_okay=False, callback=writable, help="The file of rows to write.")] = Path(
+        "texts.jsonl"
+    ),
     append: Annotated[bool, typer.Option("--append", help="Add to the rows in that file.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace that file.")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Write without asking.")] = False,

@@ -10,6 +10,7 @@ from perce_lite.cli.options import FleetPath
 from perce_lite.console import console
 from perce_lite.errors import ServeError
 from perce_lite.fleet import queries
+from perce_lite.fleet.registry import opened
 from perce_lite.model.adapter_files import read_metadata
 
 server = Lazy("perce_lite.serve.server")
@@ -37,6 +38,9 @@ def serve(
     if adapter is not None:
         queries.refuse_deleted(adapter)
         read_metadata(adapter)
+    if fleet is not None:
+        with opened(fleet):
+            pass
     try:
         settings = server.Settings(
             host, port, api_key_file, allow_host or (), max_queue, queue_timeout, answer_timeout, adapter_memory

@@ -406,7 +406,7 @@ def _from_hub(recipe: Recipe) -> Iterator[Record]:
 def require_data(recipe: Recipe) -> None:
     """Raises DataError where the file that `data.path` names is not there or its first record cannot be read."""
     if recipe.data_path is not None:
-        next(_records(recipe), None)
+        _shape_of(recipe, next(_records(recipe), None))
 
 
 def _from_path(path: Path) -> Iterator[Record]:

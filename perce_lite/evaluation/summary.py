@@ -15,7 +15,7 @@ from perce_lite.model.footprint import source_stamp
 from perce_lite.model.generate import generate
 from perce_lite.model.scoring import store_of
 from perce_lite.recipe import Recipe
-from perce_lite.training.metadata import mean_statistics
+from perce_lite.training.metadata import loss_curve, mean_statistics
 from perce_lite.training.run import Run
 from perce_lite.training.train import open_run, save_adapter, train
 from perce_lite.training.trainer import PerCETrainer
@@ -54,7 +54,7 @@ def _trained_and_measured(recipe: Recipe, base: Base, rows: Sequence[Row], run: 
 
 
 def measure(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row]) -> dict[str, Any]:
-    """Figures of a finished training: held-out losses, the step kept, weight statistics, one answer of each."""
+    """Figures of a finished training: held-out losses, the step kept, loss curve, weights, one answer of each."""
     maker = PairMaker.of(recipe, trainer.processing_class, trainer.args.max_length)
     held_out = spread_over_users(of_split(rows, "test") or of_split(rows, "validation"), recipe.evaluation.max_rows)
     store = store_of(trainer.args.store, trainer.model, trainer.autocast)
@@ -64,6 +64,7 @@ def measure(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row]) -> dict[
     return {
         "losses": losses,
         **stopping,
+        "curve": loss_curve(trainer.state.log_history),
         "weights": mean_statistics(trainer.state.log_history, trainer.store_hits),
         "sample": _sample(recipe, trainer, maker, held_out),
         "rows": trainer.audits["train"].summary(),

@@ -169,7 +169,7 @@ def _on(
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """Base and adapter, and the tokenizer with the chat template that training saw."""
     tokenizer.chat_template = job.metadata["chat_template"]
-    return adapters.load(base, job.source), tokenizer
+    return adapters.load(base, job.source, metadata=dict(job.metadata)), tokenizer
 
 
 def _finish(job: Job, recipe: Recipe, aside: Path, proof: Proof, more: str) -> None:

@@ -29,6 +29,12 @@ def mean_statistics(log_history: Sequence[Mapping[str, float]], store_hits: floa
     return {**figures, "store_hits": store_hits}
 
 
+def loss_curve(log_history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Of every logged step: `step`, `loss` (weighted) and `unweighted_loss`, nats a token, `learning_rate`."""
+    names = ("step", "loss", "unweighted_loss", "learning_rate")
+    return [{name: log[name] for name in names if name in log} for log in log_history if "unweighted_loss" in log]
+
+
 def run_metadata(
     recipe: Recipe,
     args: PerCEConfig,

@@ -137,8 +137,9 @@ class Run:
             RunError: checkpoints or an adapter that no marker says PerCE Lite made.
         """
         known = self._known()
-        for folder in [*checkpoints_in(self.folder), self.adapter]:
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in checkpoints_in(self.folder):
+            _remove_checkpoint(folder)
+        shutil.rmtree(self.adapter, ignore_errors=True)
         for file in (self.figures, self._marker) if known else ():  # the marker last: after a kill the rest is known
             file.unlink(missing_ok=True)
 
@@ -156,7 +157,7 @@ class Run:
     def drop_checkpoints(self) -> None:
         """Removes the checkpoints and the marker of a finished run; the adapter's metadata names the run."""
         for folder in checkpoints_in(self.folder):
-            shutil.rmtree(folder)
+            _remove_checkpoint(folder)
         self._marker.unlink(missing_ok=True)
 
     @property
@@ -187,6 +188,12 @@ class Run:
             f"{self.folder} holds a run of another recipe, data or base. Nothing was touched. Take another folder with "
             "--set train.output_dir=FOLDER, or throw the old run away: perce-lite train --restart, or rm -r."
         )
+
+
+def _remove_checkpoint(folder: Path) -> None:
+    """Removes a checkpoint; first the file by which it is known to be whole, so that half of one is never resumed."""
+    (folder / "trainer_state.json").unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def _has_run(path: Path) -> bool:

@@ -129,7 +129,7 @@ def _load_if_finished(trainer: PerCETrainer, checkpoint: str) -> bool:
 
 
 class ShowProgress(TrainerCallback):
-    """One progress bar: steps, time left, the loss of the last logged step (nats a token)."""
+    """One progress bar: steps, time left, loss (nats a token) and rate of the last logged step."""
 
     def __init__(self, trainer: PerCETrainer, what: str = "Training") -> None:
         self.bar, self.what = progress_bar(), what
@@ -143,7 +143,8 @@ class ShowProgress(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if logs and "unweighted_loss" in logs:
-            self.bar.update(self.task, note=f"loss a token {logs['unweighted_loss']:.3f}")
+            rate = f", rate {logs['learning_rate']:.1e}" if "learning_rate" in logs else ""
+            self.bar.update(self.task, note=f"loss a token {logs['unweighted_loss']:.3f}{rate}")
 
 
 def save_adapter(recipe: Recipe, trainer: PerCETrainer, rows: Sequence[Row], run: Run, figures: dict[str, Any]) -> None:

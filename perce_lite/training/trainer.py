@@ -147,15 +147,13 @@ class PerCETrainer(SFTTrainer):
         self.current_gradient_accumulation_steps = args.gradient_accumulation_steps  # until the training loop counts
         bootstrap = args.estimator == "bootstrap"
         self._scoring_forward = scoring_forward(self.model) if bootstrap else None
-        self.data_collator = PairCollator(
-            pad_token_id=self._tokenizer.pad_token_id,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-            counterfactuals=[
-                self._prefixes.features(pair.counterfactual, args.profile_pass) for pair in self.pairs["train"]
-            ]
-            if bootstrap
-            else None,
-        )
+        self.data_collator = self._collator(bootstrap)
+
+    def _collator(self, bootstrap: bool) -> PairCollator:
+        args, pairs = self.args, self.pairs["train"]
+        twins = [self._prefixes.features(pair.counterfactual, args.profile_pass) for pair in pairs if bootstrap]
+        padding = {"pad_token_id": self._tokenizer.pad_token_id, "pad_to_multiple_of": args.pad_to_multiple_of}
+        return PairCollator(**padding, counterfactuals=twins if bootstrap else None)
 
     # Before training: rows become pairs, pairs get their reference log-probs
 

@@ -7,14 +7,41 @@ from collections.abc import Sequence
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from perce_lite.cli.views.sections import Point
+from perce_lite.cli.views.sections import Line, Point, Section
 
 _SENTINELS = {"#010203": "var(--ink)", "#040506": "var(--line)", "#070809": "var(--soft)"}
 """Colours that matplotlib writes, and what the page puts in their place."""
 
 _SERIES = ("#b35806", "#2f6fb5", "#1b8a5a", "#8a4fa3", "#a3822a", "#5d6670", "#c2478a", "#3a9bab")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def drawn(section: Section) -> str:
+    """The chart of a section as an `<svg>` element: lines over steps, or marks with their intervals."""
+    return curves(section.lines, section.unit) if section.lines else forest(section.points, section.unit)
+
+
+def curves(lines: Sequence[Line], unit: str) -> str:
+    """A line for each of `lines` over optimizer steps; an `<svg>` element as `forest` gives it."""
+    ink, line, soft = _SENTINELS
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "perce-lite", "font.size": 9}):
+        figure = Figure(figsize=(5.0, 2.6))
+        FigureCanvasSVG(figure)
+        axes = figure.subplots()
+        for number, one in enumerate(lines):
+            marker = "o" if len(one.steps) == 1 else None
+            axes.plot(one.steps, one.values, color=_SERIES[number], linewidth=1.4, marker=marker, label=one.name)
+        axes.set_xlabel("optimizer step", color=soft)
+        axes.set_ylabel(unit, color=soft)
+        axes.tick_params(colors=ink, length=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(color=line, linewidth=0.5)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        figure.legend(loc="outside upper left", frameon=False, labelcolor=ink, fontsize=8, ncols=2)
+        return _svg_of(figure)
 
 
 def forest(points: Sequence[Point], unit: str) -> str:
@@ -54,11 +81,16 @@ def forest(points: Sequence[Point], unit: str) -> str:
             figure.legend(
                 handles.values(), handles.keys(), loc="outside upper left", frameon=False, labelcolor=ink, fontsize=8
             )
-        figure.set_layout_engine("constrained")
-        figure.patch.set_alpha(0)
+        return _svg_of(figure)
+
+
+def _svg_of(figure: Figure) -> str:
+    figure.set_layout_engine("constrained")
+    figure.patch.set_alpha(0)
+    for axes in figure.axes:
         axes.patch.set_alpha(0)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    out = io.StringIO()
+    figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return _inlined(out.getvalue())
 
 

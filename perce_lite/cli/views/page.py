@@ -38,7 +38,7 @@ def write_figures(
     path: Path,
     answers: Sequence[dict[str, Any]] = (),
 ) -> None:
-    """The page of `perce-lite eval` and `perce-lite compare`, whole or not at all.
+    """The page of `perce-lite train`, `eval` and `compare`, whole or not at all.
 
     answers: generated ones, as `evaluate` gives them; shown folded, by query
 
@@ -50,7 +50,7 @@ def write_figures(
         told = by_query.setdefault((one["row"], one["query"]), [(f"{one['user']} wrote", one["written"])])
         way = (", sampled" if one["sampled"] else "") + (f", personal {one['personal']:g}" if one["personal"] else "")
         told.append((f"{one['arm']}, profile: {one['profile']}{way}", one["text"]))
-    filters: Filters = {"drawn": lambda section: Markup(charts.forest(section.points, section.unit)), "words": words}
+    filters: Filters = {"drawn": lambda section: Markup(charts.drawn(section)), "words": words}
     told_by = [(f"{row}: {query}", told) for (row, query), told in by_query.items()]
     _write(
         "figures.html", path, filters, title=title, lead=lead, sentences=sentences, sections=sections, answers=told_by

@@ -54,8 +54,17 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Line:
+    """One line of a chart over optimizer steps."""
+
+    name: str
+    steps: tuple[float, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Section:
-    """A table with what it shows; `points` are drawn beside it on the page, `unit` under their axis."""
+    """A table with what it shows; `points`, or `lines` over steps, are drawn on the page, `unit` at the axis."""
 
     title: str
     note: str
@@ -63,6 +72,7 @@ class Section:
     rows: Sequence[tuple[str, ...]]
     points: tuple[Point, ...] = ()
     unit: str = ""
+    lines: tuple[Line, ...] = ()
 
 
 def plain(one: Mapping[str, Any] | None) -> str:

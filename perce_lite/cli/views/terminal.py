@@ -12,6 +12,7 @@ from rich.text import Text
 
 from perce_lite.cli.views.page import HEALTH, words
 from perce_lite.cli.views.sections import Section, kept_step, mean_gain, stopped_early
+from perce_lite.cli.views.train_sections import held_out, worse_than_the_base, worth
 from perce_lite.console import console
 from perce_lite.export_targets import merge_drift
 from perce_lite.fleet.result import FleetResult
@@ -26,12 +27,12 @@ _STYLES = {"template": "dim", "profile": "cyan", "query": "yellow", "response": 
 
 def show_training(figures: dict[str, Any]) -> None:
     """The end of `perce-lite train`: losses, weights, one answer, where the adapter lies and how to use it."""
-    verdict = _worse_than_the_base(figures["losses"])
+    verdict = worse_than_the_base(figures["losses"])
     if verdict:
         console.print(verdict, style="bold red", soft_wrap=True)
     if figures["losses"]:
         console.print(_losses(figures["losses"]))
-        console.print(_worth(figures["losses"]), soft_wrap=True)
+        console.print(worth(figures["losses"]), soft_wrap=True)
     else:
         console.print("No held-out rows: raise split.test to see what training did.", style="yellow")
     if "early_stopping" in figures:
@@ -54,34 +55,8 @@ def show_training(figures: dict[str, Any]) -> None:
         console.print(command, markup=False, soft_wrap=True)
 
 
-def _worse_than_the_base(losses: list[dict[str, Any]]) -> str:
-    """A sentence where training did harm on held-out rows with the own profile; else empty."""
-    own = next((loss for loss in losses if loss["profile"] == "own"), None)
-    if own is None or own["adapter"] < own["base"]:
-        return ""
-    return (
-        f"Do not use this adapter: on held-out rows with the own profile it is {own['adapter'] - own['base']:.3f} nats "
-        "a token worse than the untrained base. Lower train.learning_rate, or train on more rows."
-    )
-
-
-def _worth(losses: list[dict[str, Any]]) -> str:
-    """What the own profile is worth over another user's, before and after; empty where there is no other user."""
-    by_profile = {loss["profile"]: loss for loss in losses}
-    other, own = by_profile.get("other user's"), by_profile["own"]
-    if other is None:
-        return "No other users, so whether it is more personal cannot be told."
-    before, after = other["base"] - own["base"], other["adapter"] - own["adapter"]
-    return (
-        f"The own profile is worth {after:.3f} nats a token over another user's, {before:.3f} before training; "
-        "perce-lite eval says with which certainty, and more."
-    )
-
-
 def _losses(losses: list[dict[str, Any]]) -> Table:
-    first = losses[0]
-    told = f"{first['tokens']} tokens of {first['rows']} held-out responses, {first['personal']['tokens']} personal"
-    table = Table(title=Text(f"Loss a token (nats, lower is better): {told}"), title_justify="left")
+    table = Table(title=Text(f"Loss a token (nats, lower is better): {held_out(losses)}"), title_justify="left")
     for name in ("profile in the prompt", "before", "after", "change", "personal: before", "after", "change"):
         table.add_column(name, justify="left" if name.startswith("profile") else "right")
     for one in losses:
