@@ -12,6 +12,7 @@ from perce_lite.cli.views.sections import (
     Section,
     caution,
     held_out_texts,
+    interval_note,
     named,
     plain,
     point,
@@ -77,7 +78,7 @@ def _changes(name: str, split: Mapping[str, Any]) -> Section:
     changed = [one for one in split["losses"] if one["change"] is not None]
     return Section(
         f"{name}: change against the base with the same profile",
-        "Nats a token, negative is better; in brackets the 95 % interval over rows, grouped by user.",
+        f"Nats a token, negative is better; {interval_note(split)}.",
         ("arm", "profile in the prompt", *PARTS.values()),
         [(one["arm"], one["profile"], *(signed(one["change"][part]) for part in PARTS)) for one in changed],
         tuple(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perce_lite.evaluation.metrics import FEW_USERS
+from perce_lite.evaluation.metrics import FEW_USERS, FEWEST_ROWS, FEWEST_USERS
 from perce_lite.fleet.registry import Adapter, held_out
 from perce_lite.fleet.result import FleetResult, Gains
 from perce_lite.words import counted
@@ -106,9 +106,27 @@ def held_out_texts(name: str, split: Mapping[str, Any]) -> str:
     return f"{counted(split['rows'], 'held-out text')}{instead} of {known}"
 
 
+def without_interval(split: Mapping[str, Any]) -> str:
+    """Why the figures of a split have no interval: "3 rows of 1 user are too few"; empty where they have one."""
+    if split["rows"] >= FEWEST_ROWS and split["users"] >= FEWEST_USERS:
+        return ""
+    are = "is" if split["rows"] == 1 else "are"
+    return f"{counted(split['rows'], 'row')} of {counted(split['users'], 'user')} {are} too few"
+
+
+def interval_note(split: Mapping[str, Any]) -> str:
+    """What stands in brackets behind a figure of a split, or why nothing does."""
+    few = without_interval(split)
+    return f"{few} for an interval" if few else "in brackets the 95 % interval over rows, grouped by user"
+
+
 def caution(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    few = [name for name, split in splits.items() if split["users"] < FEW_USERS]
-    return [f"{', '.join(few)}: with so few users the intervals are too narrow: take them as a hint."] if few else []
+    """A sentence about splits that are too small for an interval, or for an honest one; none where all are large."""
+    told = [f"{name}: {none} for an interval." for name, split in splits.items() if (none := without_interval(split))]
+    few = [name for name, split in splits.items() if split["users"] < FEW_USERS and not without_interval(split)]
+    if few:
+        told.append(f"{', '.join(few)}: with so few users the intervals are too narrow: take them as a hint.")
+    return [" ".join(told)] if told else []
 
 
 # fleet
