@@ -1,5 +1,6 @@
 """The command line: figures that are right, and one clean line with exit code 2 for what cannot be done."""
 
+import os
 import re
 import shutil
 import signal
@@ -293,3 +294,17 @@ def test_a_training_that_did_harm_is_not_praised(capfd, after, harmed):
     out = capfd.readouterr().out
     assert out.startswith("Do not use this adapter") == harmed
     assert ("Use it:" in out) != harmed
+
+
+@pytest.mark.parametrize("own", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None])
+def test_what_the_user_says_of_torchs_allocator_stays(monkeypatch, run, own):
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+        monkeypatch.delenv(name)
+    if own is not None:
+        monkeypatch.setenv(own, "max_split_size_mb:64")
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert run("--version")[0] == 0
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    assert found == ({own: "max_split_size_mb:64"} if own else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})

@@ -5,15 +5,22 @@ import os
 import re
 import shutil
 import signal
+import sys
+import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import nbformat
+import pyarrow
 import pytest
 import toys
 import writing_fixtures as planted
 from nbclient import NotebookClient
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from perce_lite import notebook
 from perce_lite.errors import NotebookError
@@ -26,6 +33,7 @@ INSTALLS = [
     for cell in nbformat.read(path, as_version=4).cells
     if "install" in cell.metadata.get("tags", [])
 ]
+COLAB = {"torch": "2.11.0", "ipywidgets": "7.7.1", "pyarrow": "18.1.0"}
 TINY = "--set model={} --set quantization=none --set dtype=float32 --set device=cpu --set train.max_steps=2"
 QUICK = "--set evaluation.max_rows=2 --set evaluation.max_new_tokens=4 --set fleet.slots=2 --set fleet.gate=null"
 
@@ -96,6 +104,33 @@ def test_without_the_project_the_first_cell_says_what_to_set(tmp_path, monkeypat
     plain = "\n".join(line for line in INSTALLS[0].splitlines() if not line.lstrip().startswith(("!", "%")))
     with pytest.raises(FileNotFoundError, match="set SOURCE"):
         exec(plain.replace("and SOURCE:", "and SOURCE:\n    pass"), {})
+
+
+@pytest.mark.parametrize("loaded", ["18.1.0", None])
+def test_a_library_that_is_replaced_under_the_kernel_asks_for_a_restart(monkeypatch, loaded):
+    monkeypatch.chdir(ROOT)
+    lines = [line for line in INSTALLS[0].splitlines() if not line.lstrip().startswith(("!", "%"))]
+    cell = "\n".join(lines).replace("and SOURCE:", "and SOURCE:\n    pass").partition("from perce_lite.notebook")[0]
+    monkeypatch.setitem(sys.modules, "pyarrow", SimpleNamespace(__version__=loaded or pyarrow.__version__))
+    if loaded is None:
+        exec(cell, {})
+        return
+    with pytest.raises(RuntimeError, match="Restart session"):
+        exec(cell, {})
+
+
+def test_what_colab_has_is_within_what_is_asked_for():
+    """Its package list of August 2026: none of these is replaced, which would take minutes or break its widgets."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    every = [*project["dependencies"], *project["optional-dependencies"]["notebook"]]
+    asked = {one.name: one.specifier for one in map(Requirement, every)}
+    assert {name: Version(version) in asked[name] for name, version in COLAB.items()} == {
+        "torch": True,
+        "ipywidgets": True,
+        "pyarrow": False,  # too old for trl: the first cell asks for a restart
+    }
+    assert Version("3.13") in SpecifierSet(project["requires-python"])
+    assert "urls" not in project
 
 
 def test_quickstart(toy, tmp_path, monkeypatch):

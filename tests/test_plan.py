@@ -61,6 +61,9 @@ def test_names_of_cards(given, name):
 def test_a_card_that_is_not_known_names_the_nearest():
     with pytest.raises(PlanError, match=r"RTX 4071.*did you mean .*RTX 4070.*--gpu 8GB"):
         gpu("RTX 4071")
+    for old in ("V100", "Tesla P100", "GTX 1080 Ti"):
+        with pytest.raises(PlanError, match="CUDA 13"):
+            gpu(old)
     with pytest.raises(PlanError, match="1 to 1024 GB"):
         gpu("0.5GB")
 

@@ -143,6 +143,7 @@ def main(words: list[str] | None = None) -> None:
     words = sys.argv[1:] if words is None else words
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet()
+    _let_gpu_memory_grow()
     signal.signal(signal.SIGINT, _interrupt)
     try:
         keep_to_writable_folders()
@@ -160,6 +161,15 @@ def main(words: list[str] | None = None) -> None:
         errors.show_cursor(True)
         errors.print(f"Stopped. {after_ctrl_c(words)}", style="yellow", soft_wrap=True)
         sys.exit(130)
+
+
+def _let_gpu_memory_grow() -> None:
+    """Has torch's allocator stretch what it holds, where the user says nothing of it: rows of many lengths lose less.
+
+    Torch reads it when it first allocates. Linux alone: elsewhere it has no effect but a warning.
+    """
+    if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _fail(message: str) -> None:

@@ -60,22 +60,10 @@ def fleet(
     refuse_exports(recipe)
     # Every row of a user counts: with data.max_rows, one user's new rows would push out another's.
     with RowsByUser(recipe) as data, _registry(recipe, dry_run) as registry:
-        for name in retrain:
-            registry.readmit(name)
-        for name in only:
-            refuse_deleted(recipe.output_dir, name)
-        gone = {user for user in data.users if registry.was_deleted(user)}
-        if gone:
-            users = counted(len(gone), "user who was deleted is", "users who were deleted are")
-            say(f"{users} left out, though the data has them; --retrain takes one in")
-        planned = plan(data, recipe, gone)
-        _report_users_without_adapter(planned, recipe)
-        _require_validation_rows(planned, recipe)
-        keys = [key_of(name) for name in retrain]
-        _require_known(planned, [*(("user", name) for name in only), *keys])
+        planned = _planned(data, registry, recipe, only, retrain)
         work = Work.of(recipe, planned, only)
-        for key in keys:
-            registry.ask(*key, "asked for")
+        for name in retrain:
+            registry.ask(*key_of(name), "asked for")
         lengths = _enrol(registry, planned, work.recipes)
         _apply_new_gate(registry, recipe)
         _store_settings(registry, recipe)
@@ -105,6 +93,23 @@ def fleet(
             gains=gains(adapters),
             adapters=adapters,
         )
+
+
+def _planned(data: RowsByUser, registry: Registry, recipe: Recipe, only: Sequence[str], retrain: Sequence[str]) -> Plan:
+    """Who gets which adapter, without those who were deleted; raises as `fleet`."""
+    for name in retrain:
+        registry.readmit(name)
+    for name in only:
+        refuse_deleted(recipe.output_dir, name)
+    gone = {user for user in data.users if registry.was_deleted(user)}
+    if gone:
+        users = counted(len(gone), "user who was deleted is", "users who were deleted are")
+        say(f"{users} left out, though the data has them; --retrain takes one in")
+    planned = plan(data, recipe, gone)
+    _report_users_without_adapter(planned, recipe)
+    _require_validation_rows(planned, recipe)
+    _require_known(planned, [*(("user", name) for name in only), *(key_of(name) for name in retrain)])
+    return planned
 
 
 @contextmanager

@@ -40,12 +40,15 @@ _BY_SIZE = {
     48: "RTX A6000, RTX 6000 Ada",
 }
 _SERVERS = {
-    "T4": 14.7, "V100": 15.8, "V100 32GB": 31.7, "L4": 22.0, "A10": 22.0, "A10G": 22.0, "A30": 23.5, "L40": 44.4,
+    "T4": 14.7, "L4": 22.0, "A10": 22.0, "A10G": 22.0, "A30": 23.5, "L40": 44.4,
     "L40S": 44.4, "A100 40GB": 39.4, "A100 80GB": 79.1, "H100": 79.1, "H200": 139.0,
 }  # fmt: skip
 """GiB that torch sees of GPUs whose memory corrects errors and keeps a part for that."""
 
-_WITHOUT_BF16 = re.compile(r"RTX 20\d\d|T4|V100")
+_WITHOUT_BF16 = re.compile(r"RTX 20\d\d|T4")
+
+_TOO_OLD = re.compile(r"(v100|p100|p40|titanv|gtx1\d\d\d(ti)?)(\d+gi?b)?")
+"""Pascal and Volta: CUDA 13, for which current torch is built, makes no code for them."""
 
 
 def _gpus() -> dict[str, Gpu]:
@@ -82,6 +85,11 @@ def gpu(given: str) -> Gpu:
         found = GPUS[known[_plain(stated[1])]]
         if abs(found.bytes / GIB / float(stated[2]) - 1) < 0.1:
             return found
+    if _TOO_OLD.fullmatch(asked):
+        raise PlanError(
+            f"--gpu {given}: CUDA 13, for which current torch is built, has no code for so old a GPU. With an older "
+            "build of torch nothing of PerCE Lite was tried there; plan by its memory: --gpu 16GB"
+        )
     near = difflib.get_close_matches(asked, known, n=3, cutoff=0.4)
     mend = f"did you mean {' or '.join(known[one] for one in near)}?" if near else f"known: {', '.join(GPUS)}."
     raise PlanError(f"--gpu {given}: no such GPU; {mend} Or give its memory: --gpu 8GB")

@@ -95,6 +95,10 @@ def test_the_gpu_report_fills_its_tables(monkeypatch):
         report = gpu_report("toy", length=96, steps=1, warmup=1, repeats=1, planned=planned_parts)
     assert report["card_bytes"] == 12 * GIB
     assert {part for found in report["memory"].values() for part in found} == set(gpureport.PARTS)
+    for column in [*report["memory"].values(), report["plan"]]:
+        step = sum(column[part] for part in ("base", "unquantized", "adapter", "optimizer", "working"))
+        assert 0 < step <= column["total"]
+        assert column["optimizer"] > 0  # 8-bit state, or that of tensors too small for it
     assert report["slots"]["2"]["peak_bytes"] > 0
     assert report["numerics"]["bfloat16"]["cosine"] > 0.99
     assert "not judged" in markdown(report)

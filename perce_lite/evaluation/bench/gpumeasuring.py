@@ -88,8 +88,10 @@ def memory(place: Place, base: Base, length: int) -> dict[str, Any]:
     base, unquantized: the frozen weights on the device: in 4 bit with their constants, and the others
     adapter, gradients, optimizer: what is trained, and what goes with it
     scoring: what the scoring pass takes beside what is held
-    working: what a step's peak holds beside weights and adapter: activations, the gradients so far, a layer, the head
-    total: the peak; reserved, on a GPU: by torch's allocator. On a CPU working, scoring and total are the process's
+    working: what a step's peak holds beside these, so that base, unquantized, adapter, optimizer and working add up to
+        it: activations, the gradients so far, a layer, the head
+    total: the peak, of the step or of scoring; paged state is a part of it wherever it lies
+    reserved, on a GPU: by torch's allocator. On a CPU working, scoring and total are the process's
     """
     job = place.job("base-cold", place.rows(length, 1, 1), 2, 0)
     _empty(Path(job.store))
@@ -105,14 +107,17 @@ def memory(place: Place, base: Base, length: int) -> dict[str, Any]:
         trainer.train()
         peak = peak_bytes(device)
         states = [one for state in trainer.optimizer.state.values() for one in state.values()]
+    kept = [one for one in states if isinstance(one, Tensor)]
+    paged = size_of([one for one in kept if "is_paged" in vars(one)])  # torch's allocator knows nothing of it
     found = {
         **held,
         "adapter": adapter,
         "gradients": adapter,
-        "optimizer": sum(one.nbytes for one in states if isinstance(one, Tensor)),
+        "optimizer": size_of(kept),
         "scoring": scoring - before,
     }
-    working = peak - sum(found[name] for name in ("base", "unquantized", "adapter"))
+    peak += paged
+    working = peak - sum(found[name] for name in ("base", "unquantized", "adapter", "optimizer"))
     most = {"reserved": torch.cuda.max_memory_reserved(device)} if device.type == "cuda" else {}
     return {**found, "working": working, "total": max(peak, scoring), **most}
 
@@ -125,6 +130,11 @@ def frozen_bytes(model: PreTrainedModel) -> dict[str, int]:
     base = sum(one.nbytes for one in [*quantised, *constants] if isinstance(one, Tensor))
     every = sum(one.nbytes for one in [*model.parameters(), *model.buffers()])
     return {"base": base, "unquantized": every - sum(one.nbytes for one in quantised)}
+
+
+def size_of(tensors: Sequence[Tensor]) -> int:
+    """Bytes of the tensors' storages, each once: bitsandbytes' states share their tables of codes."""
+    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
 
 
 # Speed
@@ -169,7 +179,8 @@ def _empty(store: Path) -> None:
 def slots(place: Place, base: Base, users: int) -> dict[str, Any]:
     """`users` at once, a row of `SLOT_TOKENS` a step each, rank `SLOT_RANK`, their log-probs in a store.
 
-    Gives `tokens_per_second`, `seconds` and `peak_bytes`.
+    Gives `tokens_per_second`, `seconds` and `peak_bytes`. Time runs from the end of the first step on: making the users
+    is not a part of it.
     """
     options = {"max_length": SLOT_TOKENS, "max_steps": place.steps, "store": str(place.scratch / "stores" / "slots")}
     recipe = place.recipe.model_copy(
@@ -182,22 +193,23 @@ def slots(place: Place, base: Base, users: int) -> dict[str, Any]:
     try:
         _trained(engine, [UserJob(pair.row.user, [pair], max(1, place.warmup)) for pair in pairs])  # fills the store
         reset_peak(engine.device)
-        started = _now()
-        _trained(engine, [UserJob(one.row.user, [one], place.steps) for one in pairs])
-        seconds = _now() - started
+        ends = _trained(engine, [UserJob(one.row.user, [one], place.steps + 1) for one in pairs])
+        seconds = ends[-1] - ends[0]
         peak = peak_bytes(engine.device)
     finally:
         engine.model.detach()
     return {"tokens_per_second": users * place.steps * SLOT_TOKENS / seconds, "seconds": seconds, "peak_bytes": peak}
 
 
-def _trained(engine: SlotTrainer, jobs: Sequence[UserJob]) -> None:
-    """Trains `jobs`; raises what one of them met."""
+def _trained(engine: SlotTrainer, jobs: Sequence[UserJob]) -> list[float]:
+    """Trains `jobs`; the second at which each step ended. Raises what one of them met."""
     results: list[Result] = []
-    engine.run(jobs, results.append)
+    ends: list[float] = []
+    engine.run(jobs, results.append, on_progress=lambda loss, done: ends.append(_now()))
     for result in results:
         if result.error is not None:
             raise result.error
+    return ends
 
 
 def _now() -> float:

@@ -40,9 +40,9 @@ PARTS = {
     "base": "base in 4 bit, with its constants",
     "unquantized": "embeddings, norms and head",
     "adapter": "adapter, float32",
-    "gradients": "gradients, all of them",
     "optimizer": "optimizer",
     "working": "the rest of a step's peak: activations, gradients so far, a layer, the head",
+    "gradients": "(gradients, all of them)",
     "scoring": "scoring, beside what is held",
     "total": "peak",
     "reserved": "reserved by the allocator",
@@ -111,7 +111,7 @@ def planned_parts(recipe: Recipe, device: torch.device) -> dict[str, int]:
     plan = Plan(recipe, Rows(length, length // 3, length, "rows of one length"))
     parts = plan.parts(plan.choice, present() or of_size(8))
     reserved, step = parts["total"] - parts["context"], held(parts) + peak_of_a_step(parts)
-    working = step - sum(parts[name] for name in ("base", "unquantized", "adapter"))
+    working = step - sum(parts[name] for name in ("base", "unquantized", "adapter", "optimizer"))
     return {**parts, "working": working, "total": reserved - parts["spill"], "reserved": reserved}
 
 
