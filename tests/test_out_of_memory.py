@@ -11,7 +11,7 @@ import toys
 from cli_fixtures import TRAIN
 from fleet_fixtures import rows_of
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import PreTrainedModel
 
 from perce_lite import PerCETrainer
 from perce_lite.evaluation import compare, evaluate
@@ -138,7 +138,7 @@ def no_room(monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError(TELLS)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", full)
     monkeypatch.setattr(memory, "VOCABULARY_CHUNK_SIZE", toys.VOCAB_SIZE)
 
 
@@ -160,7 +160,7 @@ def test_a_base_that_does_not_fit_and_no_recipe_to_change(recipe, run, monkeypat
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError(TELLS)
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", full)
     code, _, err = run("generate", "--adapter", "out/adapter", "--prompt", "Hello?", "--no-profile")
     assert (code, "does not fit the GPU" in err, "CUDA_VISIBLE_DEVICES=" in err) == (2, True, True)
 
