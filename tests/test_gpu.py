@@ -84,7 +84,7 @@ def test_packed_rows_do_not_see_each_other(tmp_path):
     indices = [index for index in batch["row"].unique().tolist() if index >= 0]
     assert len(indices) > 1
     total = int((batch["labels"] != -100).sum())
-    loss = float(trainer.compute_loss(trainer.model.train(), dict(batch), num_items_in_batch=total))
+    loss = float(trainer.compute_loss(trainer.model.train(), dict(batch), num_items_in_batch=total).detach())
     alone: dict[int, torch.Tensor] = {}
     sequences = [trainer.pairs["train"][index].factual for index in indices]
     compute_log_probs(trainer.model, sequences, True, None, alone.__setitem__)
