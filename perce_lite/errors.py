@@ -23,6 +23,8 @@ PerceLiteError              the command line prints it as one clean line and exi
 `- NonFiniteLossError       a loss that is not a number; names the rows
 """
 
+from perce_lite.words import counted
+
 
 class PerceLiteError(Exception):
     """The root of the tree. The message says what, where, what is allowed and how to mend it."""
@@ -33,8 +35,7 @@ class RecipeError(PerceLiteError):
 
     def __init__(self, source: str, faults: list[str]) -> None:
         self.faults = faults
-        noun = "fault" if len(faults) == 1 else "faults"
-        super().__init__(f"{source}: {len(faults)} {noun}\n" + "\n".join(f"  {fault}" for fault in faults))
+        super().__init__(f"{source}: {counted(len(faults), 'fault')}\n" + "\n".join(f"  {fault}" for fault in faults))
 
 
 class ConfigError(PerceLiteError, ValueError):

@@ -31,6 +31,35 @@ def home() -> Path:
     return Path(folder).expanduser() if folder else Path(platformdirs.user_cache_dir("perce_lite", appauthor=False))
 
 
+_CACHES = {
+    "HF_HOME": "~/.cache/huggingface",
+    "MPLCONFIGDIR": "~/.config/matplotlib",
+    "TRITON_CACHE_DIR": "~/.triton/cache",
+    "NLTK_DATA": "~/nltk_data",
+}
+"""Where other libraries keep what they write, by the variable that moves it."""
+
+
+def keep_to_writable_folders() -> None:
+    """Lets other libraries write under `home()` what has no place elsewhere: a container may have a read-only root.
+
+    Temporary files go to `home()/tmp` where the machine has no folder for them, and a library's cache to `home()` where
+    neither it nor a folder to make it in can be written; one that is there stays in use, to be read. Call it before
+    the libraries are imported.
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        scratch = home() / "tmp"
+        scratch.mkdir(parents=True, exist_ok=True)
+        tempfile.tempdir = os.environ["TMPDIR"] = str(scratch)
+    for variable, usual in _CACHES.items():
+        place = Path(usual).expanduser()
+        standing = next(folder for folder in (place, *place.parents) if folder.exists())
+        if variable not in os.environ and standing != place and not os.access(standing, os.W_OK):
+            os.environ[variable] = str(home() / place.name.lstrip("."))
+
+
 def safe_name(text: str) -> str:
     """A file name for any text: a readable slug and 96 bits of a hash. Two texts never share one, no text is a path."""
     return f"{_slug(text)[:35]}-{hash_of(text)}"

@@ -252,7 +252,9 @@ def test_page_fits_a_phone(path, run, tmp_path):
     assert text.count("<svg") == 8, "two splits, each against uniform and against base: losses and worth"
     assert "base: clip_min=0.2: normalize_weights=mean" in text
     assert "difference from base" in text
-    assert "test, against uniform, loss on all tokens: " in " ".join(out.split())
+    said = " ".join(out.split())
+    assert any(f"{group}, test, against uniform: " in said for group in ("Better", "Worse", "Not told from chance"))
+    assert "loss on all tokens: base" in said
     assert "Primary figure: what the own profile is worth" in " ".join((out + err).split())
     fits_a_phone(tmp_path, ".wide")
 

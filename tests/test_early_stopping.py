@@ -216,7 +216,7 @@ def test_users_without_validation_rows_are_named_and_train_to_their_last_step(re
     for slots in (1, 2):
         code, _, err = run("fleet", recipe(rows, FLEET), "--set", f"fleet.slots={slots}", "--set", "train.max_steps=6")
         assert code == 0
-        assert "1 users have no validation rows, so they train to their last step (fleet.patience): user1" in err
+        assert "1 user has no validation rows, so training goes to its last step (fleet.patience): user1" in err
         assert "early_stopping" not in read_metadata(folder_of("out", "user1"))
         assert "early_stopping" in read_metadata(folder_of("out", "user0"))
         shutil.rmtree("out")

@@ -12,7 +12,7 @@ from test_base import nf4
 
 from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.fleet.fleet import fleet
-from perce_lite.model import builtin
+from perce_lite.model import builtin, gguf_base
 from perce_lite.model import fingerprint as hashing
 from perce_lite.model.base import load_base
 from perce_lite.model.fingerprint import fingerprint, forget_fingerprint, remember_fingerprint
@@ -141,8 +141,8 @@ def test_a_built_in_folder_is_looked_at_once(tmp_path, monkeypatch):
     looked = []
     folder = builtin._folder_of("smollm2-135m")
     toys.toy_folder(folder)
-    real = builtin.read_json
-    monkeypatch.setattr(builtin, "read_json", lambda path: (looked.append(path.name), real(path))[1])
+    real = gguf_base.read_json
+    monkeypatch.setattr(gguf_base, "read_json", lambda path: (looked.append(path.name), real(path))[1])
     for _ in range(3):
         assert builtin.built_in_folder("smollm2-135m") == folder
     assert sorted(looked) == ["config.json", "tokenizer.json", "tokenizer_config.json"]

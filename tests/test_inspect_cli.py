@@ -79,7 +79,7 @@ def test_what_cannot_be_inspected_is_one_line(run, recipe):
     path = recipe(text=TRAIN)
     for words, expected in (
         (["--adapter", "nowhere"], "nowhere: there is no such folder"),
-        (["--user", "nobody"], "--user nobody: no training row of this user"),
+        (["--user", "nobody"], "user nobody: the data knows no such user; it has user0"),
     ):
         code, _, err = run("inspect", path, *words)
         assert code == 2

@@ -15,6 +15,7 @@ from perce_lite.console import console
 from perce_lite.errors import FleetError
 from perce_lite.fleet import queries
 from perce_lite.fleet.registry import Registry, opened
+from perce_lite.words import counted
 
 adapters = typer.Typer(
     help="The adapters of a fleet.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -69,7 +70,7 @@ def verify(fleet: FleetPath = None, json: Json = None) -> None:
     write(json, {"faults": faults, "trained": trained})
     for fault in faults:
         console.print(fault, markup=False, style="red")
-    console.print(f"{trained - len(faults)} of {trained} adapters are whole.")
+    console.print(f"{trained - len(faults)} of {counted(trained, 'adapter is whole', 'adapters are whole')}.")
     if faults:
         raise typer.Exit(2)
 

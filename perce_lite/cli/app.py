@@ -11,6 +11,7 @@ from perce_lite import __version__
 from perce_lite.cli.lazy import DEFAULT_AFTER_CTRL_C, Command, LazyGroup
 from perce_lite.console import errors, quiet
 from perce_lite.errors import PerceLiteError
+from perce_lite.files import keep_to_writable_folders
 
 _DATA, _TRAIN, _USE, _JUDGE, _MORE = "Your data", "Train", "Use", "Judge", "Housekeeping"
 _START_OVER = "Nothing was written; the same command starts over."
@@ -145,6 +146,7 @@ def main(words: list[str] | None = None) -> None:
     _let_gpu_memory_grow()
     signal.signal(signal.SIGINT, _interrupt)
     try:
+        keep_to_writable_folders()
         app(words, prog_name="perce-lite")
     except PerceLiteError as error:
         _fail(str(error))

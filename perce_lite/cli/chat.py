@@ -18,6 +18,7 @@ from perce_lite.cli.options import (
     TopP,
     UserName,
     require_user,
+    say_loading,
     text_or_file,
 )
 from perce_lite.errors import FleetError
@@ -50,6 +51,7 @@ def chat(
     text = text_or_file(profile)
     metadata = read_metadata(_serving(adapter, user), Said(model, data, template))
     require_user(metadata, user)
+    say_loading(metadata)
     opened = generation.load_adapter(metadata)
     transformers.set_seed(seed)
     conversation.chat(opened, text, user, max_new_tokens, personal, **generation.sampling(temperature, top_p))

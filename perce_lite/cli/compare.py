@@ -8,6 +8,7 @@ import typer
 from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import Json, PagePath, RecipePath, Set, open_recipe, readable_recipe, write
 from perce_lite.cli.views import compare_sections, terminal
+from perce_lite.words import counted
 
 device = Lazy("perce_lite.device")
 comparison = Lazy("perce_lite.evaluation.compare")
@@ -40,7 +41,7 @@ def compare(
         figures = comparison.compare(loaded, named, grid, seeds, other)
     page = out or loaded.output_dir / "compare.html"
     sentences, tables = compare_sections.comparison_sentences(figures), compare_sections.comparison(figures)
-    lead = f"{recipe}, {figures['model']}; {len(figures['arms'])} arms, {seeds} seed{'' if seeds == 1 else 's'}."
+    lead = f"{recipe}, {figures['model']}; {counted(len(figures['arms']), 'arm')}, {counted(seeds, 'seed')}."
     pages.write_figures("Ways of weighting, compared", lead, sentences, tables, page)
     write(json, {**figures, "sentences": sentences})
     terminal.show_sections(sentences, tables, page)

@@ -21,7 +21,7 @@ from perce_lite.cli.options import (
     TemplateFile,
     TopP,
     UserName,
-    require_user,
+    say_loading,
     text_or_file,
     write,
 )
@@ -29,10 +29,10 @@ from perce_lite.console import progress_bar
 from perce_lite.errors import DataError
 from perce_lite.files import written_aside
 from perce_lite.fleet import queries
-from perce_lite.model.adapter_files import Said, read_metadata, require_profile
+from perce_lite.model import questions
+from perce_lite.model.adapter_files import Said, read_metadata
 
 generation = Lazy("perce_lite.model.generate")
-questions = Lazy("perce_lite.model.questions")
 transformers = Lazy("transformers")
 
 
@@ -72,9 +72,13 @@ def generate(
     said = Said(model, data, template)
     text = "" if no_profile else text_or_file(profile)
     metadata = read_metadata(adapter, said)
-    require_user(metadata, user)
     if prompt is not None:
-        require_profile(metadata, text, user)
+        asked = [questions.question_of(prompt, "--prompt", None if user is not None else text, user)]
+    else:
+        name = "standard input" if prompts is None or str(prompts) == "-" else str(prompts)
+        asked = questions.read_questions(_lines(prompts), name, text, user)
+    wanted = questions.wanted_profiles(metadata, asked)
+    say_loading(metadata)
     options = generation.sampling(temperature, top_p)
     if prompt is not None:
         transformers.set_seed(seed)
@@ -83,9 +87,6 @@ def generate(
         )
         write(json, figures)
         return
-    name = "standard input" if prompts is None or str(prompts) == "-" else str(prompts)
-    asked = questions.read_questions(_lines(prompts), name, text, user)
-    wanted = questions.wanted_profiles(metadata, asked)
     loaded = generation.load_adapter(metadata)
     answers: list[dict[str, Any]] = []
     with _output(out) as stream, progress_bar() as bar:

@@ -14,6 +14,7 @@ from perce_lite.console import console, say, warn
 from perce_lite.data.importers.importing import FEW, Imported, Wanted, look
 from perce_lite.data.importers.masking import REGIONS, Mask, checked_regions, names_in, placeholder
 from perce_lite.data.importers.writings import Notes
+from perce_lite.words import counted
 
 _SHOWN = 3
 _SHOWN_LETTERS = 400
@@ -80,7 +81,7 @@ def _agreed(found: Imported) -> bool:
     if not sys.stdin.isatty():
         say(f"Nothing was written: this was a look. To write {found.out}, add --yes.")
         return False
-    agreed = typer.confirm(f"Write {len(found.new)} rows to {found.out}?", err=True)
+    agreed = typer.confirm(f"Write {counted(len(found.new), 'row')} to {found.out}?", err=True)
     if not agreed:
         say("Nothing was written.")
     return agreed
@@ -97,7 +98,7 @@ def _show(found: Imported) -> None:
         console.print(f"... and {len(found.new) - _SHOWN} more.")
     count = sum(record["user"] == found.user for record in found.records)
     if not found.new:
-        say(f"Nothing is new: {found.out} holds these {count} texts already.")
+        say(f"Nothing is new: {found.out} holds {counted(count, 'text')} of {found.user} already.")
     elif found.texts == 1:
         parts = f" (in {count} parts, none of which stands in the profile of another)" if count > 1 else ""
         warn(
@@ -145,9 +146,9 @@ def _row(record: dict[str, str]) -> Table:
 
 def _show_written(found: Imported) -> None:
     users = sorted({str(record["user"]) for record in found.records})
-    told = f", of {len(users)} users" if len(users) > 1 else ""
+    told = f", of {counted(len(users), 'user')}" if len(users) > 1 else ""
     console.print(
-        f"Written: {found.out} ({len(found.records)} rows{told}). Look at them, train, talk to the adapter:",
+        f"Written: {found.out} ({counted(len(found.records), 'row')}{told}). Look at them, train, talk to the adapter:",
         markup=False,
     )
     _commands(found.commands())

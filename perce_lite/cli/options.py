@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from perce_lite.console import say
 from perce_lite.data.readers import require_data, user_texts
 from perce_lite.errors import PerceLiteError, RecipeError
 from perce_lite.files import json_text, refuse_unwritable, write_text
@@ -96,6 +97,11 @@ def open_recipe(path: Path, overrides: Sequence[str] | None, trains: bool = Fals
         raise RecipeError(str(path), [f"train.{fault}" for fault in faults])
     refuse_unwritable(recipe.output_dir, "Take another folder with --set train.output_dir=FOLDER.", folder=True)
     return recipe
+
+
+def say_loading(metadata: dict[str, Any]) -> None:
+    """Says what takes its time from here on: torch, then the base, then the adapter."""
+    say(f"Loading {recipe_of(metadata).model} and the adapter {metadata['folder']} ...")
 
 
 def require_user(metadata: dict[str, Any], user: str | None) -> None:

@@ -17,7 +17,9 @@ store = typer.Typer(
     help="The log-probs kept between runs.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 
-StorePath = Annotated[Path | None, typer.Option("--path", help="The store's folder; default: that of the recipes.")]
+StorePath = Annotated[
+    Path | None, typer.Option("--path", file_okay=False, help="The store's folder; default: that of the recipes.")
+]
 
 
 @store.command("show")

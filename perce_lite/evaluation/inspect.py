@@ -26,6 +26,7 @@ from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.training import loss
 from perce_lite.training.leaning import leaning_units
+from perce_lite.words import counted
 
 EDGES = [-6.0, *np.arange(-5.0, 8.25, 0.25).tolist(), 9.0]
 """Bounds of the PIR histogram, nats; the outer bins take what lies beyond."""
@@ -168,11 +169,12 @@ def signal(seen: Sequence[Seen]) -> dict[str, Any]:
     swapped = [(one.pair.row.user, one.pir, one.swapped_pir) for one in seen if one.swapped_pir is not None]
     bootstrap = Bootstrap([user for user, _, _ in swapped])
     rows, users = bootstrap.rows, bootstrap.users
+    counts = f"{counted(rows, 'row')} of {counted(users, 'user')}"
     mean, low, high = bootstrap.ratio([float(own.mean() - other.mean()) for _, own, other in swapped])
     if low is None or high is None:
-        sentence = f"{rows} rows of {users} users with another's profile are too few to tell whether they matter."
+        sentence = f"{counts} with another's profile are too few to tell whether they matter."
         return {"says": "unknown", "mean": None, "low": None, "high": None, "rows": rows, "sentence": sentence}
-    told = f"{mean:+.3f} nats a token (95 % interval {low:+.3f} to {high:+.3f}, {rows} rows of {users} users)"
+    told = f"{mean:+.3f} nats a token (95 % interval {low:+.3f} to {high:+.3f}, {counts})"
     if low > 0:
         sentence = f"The profiles carry signal: the own profile helps more than another user's by {told}."
     elif high < 0:

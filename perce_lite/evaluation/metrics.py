@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 RESAMPLES = 2000
 
+FEWEST_ROWS, FEWEST_USERS = 5, 2
+"""With fewer there is no interval at all."""
+
 FEW_USERS = 6
 """Below it an interval comes out too narrow: simulated on users that differ by chance alone, 4 to 15 % of data sets
 without signal were taken for signal, where 2.5 % should be."""
@@ -39,7 +42,7 @@ class Bootstrap:
         self.users = len(by_user)
         groups = [np.array(rows) for rows in by_user.values()]
         self._counts: Array | None = None  # (RESAMPLES, rows): how often a draw holds a row
-        if self.users < 2 or self.rows < 5:
+        if self.users < FEWEST_USERS or self.rows < FEWEST_ROWS:
             return
         generator = np.random.default_rng(seed)
         drawn = generator.multinomial(self.users, np.full(self.users, 1 / self.users), size=RESAMPLES)

@@ -22,6 +22,7 @@ from perce_lite.model.fingerprint import same_base
 from perce_lite.model.footprint import refuse_exports, source_fingerprint
 from perce_lite.recipe import Recipe, training_config
 from perce_lite.training.early_stopping import NEEDS
+from perce_lite.words import counted
 
 PAGE = "fleet.html"
 
@@ -59,21 +60,10 @@ def fleet(
     refuse_exports(recipe)
     # Every row of a user counts: with data.max_rows, one user's new rows would push out another's.
     with RowsByUser(recipe) as data, _registry(recipe, dry_run) as registry:
-        for name in retrain:
-            registry.readmit(name)
-        for name in only:
-            refuse_deleted(recipe.output_dir, name)
-        gone = {user for user in data.users if registry.was_deleted(user)}
-        if gone:
-            say(f"{len(gone)} users who were deleted are left out, though the data has them; --retrain takes one in")
-        planned = plan(data, recipe, gone)
-        _report_users_without_adapter(planned, recipe)
-        _require_validation_rows(planned, recipe)
-        keys = [key_of(name) for name in retrain]
-        _require_known(planned, [*(("user", name) for name in only), *keys])
+        planned = _planned(data, registry, recipe, only, retrain)
         work = Work.of(recipe, planned, only)
-        for key in keys:
-            registry.ask(*key, "asked for")
+        for name in retrain:
+            registry.ask(*key_of(name), "asked for")
         lengths = _enrol(registry, planned, work.recipes)
         _apply_new_gate(registry, recipe)
         _store_settings(registry, recipe)
@@ -103,6 +93,23 @@ def fleet(
             gains=gains(adapters),
             adapters=adapters,
         )
+
+
+def _planned(data: RowsByUser, registry: Registry, recipe: Recipe, only: Sequence[str], retrain: Sequence[str]) -> Plan:
+    """Who gets which adapter, without those who were deleted; raises as `fleet`."""
+    for name in retrain:
+        registry.readmit(name)
+    for name in only:
+        refuse_deleted(recipe.output_dir, name)
+    gone = {user for user in data.users if registry.was_deleted(user)}
+    if gone:
+        users = counted(len(gone), "user who was deleted is", "users who were deleted are")
+        say(f"{users} left out, though the data has them; --retrain takes one in")
+    planned = plan(data, recipe, gone)
+    _report_users_without_adapter(planned, recipe)
+    _require_validation_rows(planned, recipe)
+    _require_known(planned, [*(("user", name) for name in only), *(key_of(name) for name in retrain)])
+    return planned
 
 
 @contextmanager
@@ -158,7 +165,7 @@ def _report_users_without_adapter(planned: Plan, recipe: Recipe) -> None:
     if few and recipe.fleet.group_by == "user":
         names = ", ".join(few[:10]) + (" ..." if len(few) > 10 else "")
         reason = f"fewer than {recipe.fleet.min_examples} training rows (fleet.min_examples)"
-        say(f"{len(few)} users have {reason}, so no adapter of their own: {names}")
+        say(f"{counted(len(few), 'user has', 'users have')} {reason}, so no adapter of their own: {names}")
 
 
 def _require_validation_rows(planned: Plan, recipe: Recipe) -> None:
@@ -172,7 +179,8 @@ def _require_validation_rows(planned: Plan, recipe: Recipe) -> None:
         raise DataError(f"fleet.patience {NEEDS}; nobody has any. Raise split.validation, or leave it out.")
     if without:
         names = ", ".join(without[:10]) + (" ..." if len(without) > 10 else "")
-        say(f"{len(without)} users have no validation rows, so they train to their last step (fleet.patience): {names}")
+        users = counted(len(without), "user has no validation rows", "users have no validation rows")
+        say(f"{users}, so training goes to its last step (fleet.patience): {names}")
 
 
 def _require_known(planned: Plan, keys: Sequence[Key]) -> None:

@@ -96,7 +96,8 @@ def read_metadata(folder: Path, said: Said | None = None) -> dict[str, Any]:
             return foreign_metadata(nested, read_json(nested / CONFIG), said.model, said.data, said.template)
     for nested in (folder, folder / "adapter"):
         if (nested / METADATA).is_file():
-            lacks = f"{METADATA} is empty or cut off" if (nested / WEIGHTS).is_file() else f"{WEIGHTS} is missing"
+            whole = (nested / WEIGHTS).is_file() or is_core(nested)
+            lacks = f"{METADATA} is empty or cut off" if whole else f"{WEIGHTS} is missing"
             raise AdapterError(f"{nested}: its {lacks}. {_ANEW}")
     raise AdapterError(
         f"{folder}: no adapter of PerCE Lite, nor another trainer's: it needs {WEIGHTS} and {CONFIG}. "
@@ -235,17 +236,6 @@ def _shapes(file: Path) -> dict[str, list[int]]:
 
 
 _ANEW = "Copy the whole folder once more from where it was trained, or train it anew."
-
-
-def require_profile(metadata: dict[str, Any], profile: str | None, user: str | None) -> None:
-    """Raises AdapterError where neither is named, and the adapter with this metadata was trained with profiles."""
-    if profile is not None or user is not None:
-        return
-    if metadata["train_on"] == "factual":
-        raise AdapterError(
-            "This adapter was trained with the user's profile in the prompt. Give --profile TEXT (or --profile @FILE), "
-            "--user NAME for a user of its data, or --no-profile to go without."
-        )
 
 
 def recipe_of(metadata: dict[str, Any]) -> Recipe:

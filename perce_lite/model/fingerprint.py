@@ -186,7 +186,9 @@ def _matrices_of_three_layers(model: PreTrainedModel) -> list[torch.Tensor]:
 
 
 def _kind_of(matrix: torch.Tensor) -> str:
-    return str(matrix.dtype).removeprefix("torch.") if quantisation_state(matrix) is None else _FOUR_BIT
+    state = quantisation_state(matrix)
+    dtype = str(matrix.dtype if state is None else state.dtype).removeprefix("torch.")
+    return dtype if state is None else f"{_FOUR_BIT} of {dtype}"
 
 
 _values: dict[int, tuple[_State, list[float]]] = {}
@@ -229,7 +231,9 @@ def same_base(first: dict[str, Any], second: dict[str, Any]) -> bool:
     in_4_bit = [_FOUR_BIT in one["numbers"] for one in (first, second)]
     if not any(in_4_bit):
         return _near(ours, theirs, 1e-5 if first["numbers"] == second["numbers"] else 2**-8)
-    return _alike(ours, theirs, _LEAST_EQUAL if all(in_4_bit) else None)
+    if not all(in_4_bit):
+        return _near_by_norm(ours, theirs)
+    return _mostly_equal(ours, theirs, 1e-3 if first["numbers"] == second["numbers"] else 2**-6)
 
 
 _LEAST_EQUAL = 0.95
@@ -249,11 +253,14 @@ def _near(ours: Sequence[float], theirs: Sequence[float], share: float) -> bool:
     return all(math.isclose(one, other, rel_tol=share, abs_tol=1e-6) for one, other in pairs)
 
 
-def _alike(ours: Sequence[float], theirs: Sequence[float], least_equal: float | None) -> bool:
-    """Whether values of which some or all are in 4 bit may be of one base."""
+def _mostly_equal(ours: Sequence[float], theirs: Sequence[float], share: float) -> bool:
+    """Whether values of two bases in 4 bit may be of one: a few land on another level on another device or dtype."""
+    return bool(np.isclose(np.asarray(ours), np.asarray(theirs), rtol=share, atol=1e-6).mean() >= _LEAST_EQUAL)
+
+
+def _near_by_norm(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether values in 4 bit and whole ones may be of one base."""
     one, other = np.asarray(ours), np.asarray(theirs)
-    if least_equal is not None:
-        return bool(np.isclose(one, other, rtol=1e-3, atol=1e-6).mean() >= least_equal)
     return bool(np.linalg.norm(one - other) <= _QUANTISED_AWAY * max(np.linalg.norm(one), np.linalg.norm(other)))
 
 

@@ -10,6 +10,7 @@ from perce_lite.files import write_text
 from perce_lite.model.base import model_source
 from perce_lite.model.builtin import BUILT_IN
 from perce_lite.recipe import CORE_ONLY, Recipe
+from perce_lite.words import counted
 
 _HUB_NAMES = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 _SHOWN = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed")
@@ -60,10 +61,10 @@ def _facts(metadata: Mapping[str, Any], licence: str | None, size: int | None) -
     lora, train = recipe.get("lora", {}), recipe.get("train", {})
     options = ", ".join(f"{name} {train[name]}" for name in _SHOWN if name in train)
     rank = ", ".join(f"{name} {value}" for name, value in lora.items()) or "the default LoRA"
-    steps = f", {metadata['steps']} steps" if "steps" in metadata else ""
-    users = "1 user" if data["users"] == 1 else f"{data['users']} users"
+    steps = f", {counted(metadata['steps'], 'step')}" if "steps" in metadata else ""
+    users = counted(data["users"], "user")
     if data["rows"]:
-        yield f"- Data: {data['rows']} rows of {users} (fingerprint `{data['fingerprint']}`)"
+        yield f"- Data: {counted(data['rows'], 'row')} of {users} (fingerprint `{data['fingerprint']}`)"
     yield (
         f"- Base: `{recipe['model']}`, quantization `{recipe['quantization']}`, licence {licence or 'see its files'}; "
         "it applies to what is derived from the base too"

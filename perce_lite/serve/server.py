@@ -20,6 +20,7 @@ from perce_lite.serve.directory import Directory, Fleet, OneAdapter, tied_users
 from perce_lite.serve.guard import Guard, Hosts, is_loopback
 from perce_lite.serve.keys import read_keys
 from perce_lite.serve.pool import Pool
+from perce_lite.words import counted
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def told_at_start(server: Server, settings: Settings) -> str:
     shared = ", ".join(entry.id for entry in entries if entry.kind != "user")
     return (
         f"The page: {server.url}   OpenAI clients: {server.url}v1\n"
-        f"Models: {shared} and {users} users. Adapters are loaded when they are asked for, up to "
+        f"Models: {shared} and {counted(users, 'user')}. Adapters are loaded when they are asked for, up to "
         f"{settings.adapter_mib} MiB, and dropped by least use. One answer at a time, {settings.max_queue} may wait.\n"
         "Ctrl-C ends it."
     )

@@ -49,6 +49,7 @@ from perce_lite.training.loss import Weighting, weight_statistics, weighted_nll
 from perce_lite.training.metadata import SCRIPT, mean_statistics, script_recipe, trainer_metadata
 from perce_lite.training.order import train_sampler
 from perce_lite.training.reference_logprobs import reference_log_probs, trained_tokens
+from perce_lite.words import counted
 
 require_trainer_hooks(SFTTrainer)
 
@@ -180,7 +181,8 @@ class PerCETrainer(SFTTrainer):
         if audit.dropped:  # rows of our own commands are told of by these
             warn(f"{audit.dropped.total()} of {audit.read} {dataset_name} rows are left out: {audit.reasons()}")
         if audit.thoughts_left_out:
-            warn(f"{audit.thoughts_left_out} thoughts of the {dataset_name} rows are not shown by the chat template")
+            thoughts = counted(audit.thoughts_left_out, "thought")
+            warn(f"{thoughts} of the {dataset_name} rows left out: the chat template does not show them")
         return tokenized
 
     def _tokenized_rows(

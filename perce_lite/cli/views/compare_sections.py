@@ -12,35 +12,42 @@ from perce_lite.cli.views.sections import (
     Section,
     caution,
     held_out_texts,
+    interval_note,
     named,
     plain,
     point,
     signed,
 )
+from perce_lite.words import counted
 
 
 def comparison(figures: Mapping[str, Any]) -> list[Section]:
     """The tables of `perce-lite compare`, the primary figure first."""
     rates = [f"{rate:g}" for rate in figures["rates"]]
+    rows = counted(figures["train_rows"], "row")
     chosen = Section(
         "Arms",
-        f"Trained on {figures['train_rows']} rows, seeds {', '.join(map(str, figures['seeds']))}. Validation loss a "
+        f"Trained on {rows}, seeds {', '.join(map(str, figures['seeds']))}. Validation loss a "
         "token of the first seed at each rate, nats; the lowest was chosen.",
         ("arm", "judged with profile", *(f"rate {rate}" for rate in rates), "chosen"),
         [_arm(arm, rates) for arm in figures["arms"]],
     )
     made = [chosen]
     for name, split in figures["splits"].items():
-        tokens = split["tokens"]
+        tokens, interval = split["tokens"], interval_note(split)
         note = f"{held_out_texts(name, split)}, {tokens['all']} tokens, {tokens['personal']} "
         by_against = {
             against: [one for one in split["differences"] if one["against"] == against]
             for against in dict.fromkeys(one["against"] for one in split["differences"])
         }
         made.append(_worth(name, split))
-        made += [_worth_differences(name, *each) for each in by_against.items() if any(one["worth"] for one in each[1])]
+        made += [
+            _worth_differences(name, interval, *each)
+            for each in by_against.items()
+            if any(one["worth"] for one in each[1])
+        ]
         made.append(_compared(name, f"{note}of them personal", split["losses"]))
-        made += [_differences(name, *each) for each in by_against.items()]
+        made += [_differences(name, interval, *each) for each in by_against.items()]
         made += [_chosen(name, split, *each) for each in by_against.items()]
         made += _equal_loss(name, split["equal_loss"])
         made += _who(name, split)
@@ -79,12 +86,12 @@ def _worth(name: str, split: Mapping[str, Any]) -> Section:
     )
 
 
-def _worth_differences(split: str, against: str, mine: Sequence[Mapping[str, Any]]) -> Section:
+def _worth_differences(split: str, interval: str, against: str, mine: Sequence[Mapping[str, Any]]) -> Section:
     over = list(dict.fromkeys(profile for one in mine for profile in one["worth"]))
     return Section(
         f"{split}: the own profile's worth, difference from {against}",
-        "Nats a token over all tokens, positive is more personal: paired over the same rows, mean over the seeds, 95 % "
-        "interval over rows grouped by user; on the page a dot is one seed.",
+        "Nats a token over all tokens, positive is more personal: paired over the same rows, mean over the seeds; "
+        f"{interval}; on the page a dot is one seed.",
         ("arm", *(f"over {profile}" for profile in over)),
         [
             (named(one["arm"]), *(signed(one["worth"][profile]["all"]) for profile in over))
@@ -121,11 +128,11 @@ def _compared(name: str, counted: str, losses: Sequence[Mapping[str, Any]]) -> S
     )
 
 
-def _differences(split: str, against: str, mine: Sequence[Mapping[str, Any]]) -> Section:
+def _differences(split: str, interval: str, against: str, mine: Sequence[Mapping[str, Any]]) -> Section:
     return Section(
         f"{split}: difference from {against}",
-        "Nats a token, negative is better: paired over the same rows, mean over the seeds, 95 % interval over rows "
-        "grouped by user; on the page a dot is one seed.",
+        "Nats a token, negative is better: paired over the same rows, mean over the seeds; "
+        f"{interval}; on the page a dot is one seed.",
         ("arm", *PARTS.values()),
         [(named(one["arm"]), *(signed(one[part]) for part in PARTS)) for one in mine],
         tuple(
@@ -206,42 +213,48 @@ def _worth_of(one: Mapping[str, Any], over: str) -> Mapping[str, Any] | None:
 
 
 def comparison_sentences(figures: Mapping[str, Any]) -> list[str]:
-    """What the first split says, a sentence a figure: which arms are better, worse, not told from chance; cautions."""
+    """What got better on the first split, what got worse, what cannot be told; then what to be careful about."""
     name, split = next(iter(figures["splits"].items()))
     against = next((one["against"] for one in split["differences"]), None)
     differences = [one for one in split["differences"] if one["against"] == against]
-    told = []
+    groups: dict[str, list[str]] = {"Better": [], "Worse": [], "Not told from chance": []}
     for what, wanted, figure_of in _DECISIVE:
-        said = _grouped([(one["arm"], figure_of(one)) for one in differences], wanted)
-        if said:
-            told.append(f"{name}, against {against}, {what}: {said}.")
-    told += _said_of_texts(figures["texts"], against)
+        _sort_in(groups, what, wanted, [(one["arm"], figure_of(one)) for one in differences])
+    for what, figure in _OF_TEXTS.items():
+        changes = _of_answers(figures["texts"], against)
+        _sort_in(groups, what, "higher", [(one["arm"], one["change"].get(figure)) for one in changes])
+    told = [f"{group}, {name}, against {against}: {'; '.join(said)}." for group, said in groups.items() if said]
     edges = [arm["arm"] for arm in figures["arms"] if arm["at_edge"]]
     if edges:
         told.append(f"The best rate lies at the edge of the grid for {', '.join(edges)}: widen --rates.")
     return told + caution(figures["splits"])
 
 
-def _grouped(figures: Sequence[tuple[str, Mapping[str, Any] | None]], wanted: str) -> str:
-    """Arms by whether they are better, worse or not told from chance, each with its difference."""
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "not told from chance": []}
+_OF_TEXTS = {
+    "style of the user in generated answers, content words masked": "masked_style",
+    "content kept in generated answers": "content",
+}
+
+
+def _sort_in(
+    groups: Mapping[str, list[str]], what: str, wanted: str, figures: Sequence[tuple[str, Mapping[str, Any] | None]]
+) -> None:
+    """Adds to each group the arms of which `what` is better, worse or not told from chance, with their differences."""
+    arms: dict[str, list[str]] = {group: [] for group in groups}
+    better, worse, same = groups
     for arm, figure in figures:
         if figure is not None:
             came = side(figure)
-            group = "not told from chance" if came == "same" else "better" if came == wanted else "worse"
-            groups[group].append(f"{named(arm)} ({figure['value']:+.3f})")
-    return "; ".join(f"{group}: {', '.join(arms)}" for group, arms in groups.items() if arms)
+            group = same if came == "same" else better if came == wanted else worse
+            arms[group].append(f"{named(arm)} ({figure['value']:+.3f})")
+    for group, said in arms.items():
+        if said:
+            groups[group].append(f"{what}: {', '.join(said)}")
 
 
-def _said_of_texts(texts: Mapping[str, Any] | None, against: str | None) -> list[str]:
-    """Style and content of generated answers in a sentence: of the drawn ones, which are more, where there are any."""
+def _of_answers(texts: Mapping[str, Any] | None, against: str | None) -> list[Mapping[str, Any]]:
+    """Differences of generated answers, of the drawn ones where there are any: they are more."""
     if texts is None:
         return []
     mine = [one for one in texts["differences"] if one["against"] == against and one["change"] is not None]
-    drawn = [one for one in mine if one["sampled"]] or mine
-    said = [
-        f"{what}: {grouped}"
-        for figure, what in (("masked_style", "style of the user, content words masked"), ("content", "content kept"))
-        if (grouped := _grouped([(one["arm"], one["change"].get(figure)) for one in drawn], "higher"))
-    ]
-    return [f"Generated answers, against {against}: {'. '.join(said)}."] if said else []
+    return [one for one in mine if one["sampled"]] or mine

@@ -12,11 +12,13 @@ from perce_lite.cli.views.sections import (
     Section,
     caution,
     held_out_texts,
+    interval_note,
     named,
     plain,
     point,
     signed,
 )
+from perce_lite.words import counted
 
 UNTRAINED = {"base": "base (RAG: no training)", "untrained": "untrained (RAG: no training)"}
 """The base with a profile in its prompt: what retrieval alone gives."""
@@ -76,7 +78,7 @@ def _changes(name: str, split: Mapping[str, Any]) -> Section:
     changed = [one for one in split["losses"] if one["change"] is not None]
     return Section(
         f"{name}: change against the base with the same profile",
-        "Nats a token, negative is better; in brackets the 95 % interval over rows, grouped by user.",
+        f"Nats a token, negative is better; {interval_note(split)}.",
         ("arm", "profile in the prompt", *PARTS.values()),
         [(one["arm"], one["profile"], *(signed(one["change"][part]) for part in PARTS)) for one in changed],
         tuple(
@@ -130,7 +132,8 @@ def generated_texts(table: Sequence[Mapping[str, Any]]) -> list[Section]:
     usual = [figure for figure in shown if figure in _LIKENESS]
     person = [figure for figure in shown if figure not in usual]
     drawn = next((one["answers"] // one["rows"] for one in table if one["sampled"]), None)
-    answers = f"{table[0]['rows']} queries, an answer each" + ("" if drawn is None else f", {drawn} where sampled")
+    queries = counted(table[0]["rows"], "query", "queries")
+    answers = f"{queries}, an answer each" + ("" if drawn is None else f", {drawn} where sampled")
     return [
         _text_table(
             "Generated text: likeness to what the user wrote",

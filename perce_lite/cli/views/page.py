@@ -50,7 +50,7 @@ def write_figures(
         told = by_query.setdefault((one["row"], one["query"]), [(f"{one['user']} wrote", one["written"])])
         way = (", sampled" if one["sampled"] else "") + (f", personal {one['personal']:g}" if one["personal"] else "")
         told.append((f"{one['arm']}, profile: {one['profile']}{way}", one["text"]))
-    filters: Filters = {"drawn": lambda section: Markup(charts.drawn(section)), "words": words}
+    filters: Filters = {"drawn": lambda section: Markup(charts.drawn(section)), "words": words, "folds": folds}
     told_by = [(f"{row}: {query}", told) for (row, query), told in by_query.items()]
     _write(
         "figures.html", path, filters, title=title, lead=lead, sentences=sentences, sections=sections, answers=told_by
@@ -62,6 +62,11 @@ def words(section: Section) -> int:
     worded = ("profile in the prompt", "profile", "own profile over", "state")
     last = next((name for name in worded if name in section.head), section.head[0])
     return section.head.index(last) + 1
+
+
+def folds(section: Section) -> bool:
+    """Whether each row becomes a card where the page is narrow; a long table scrolls inside itself instead."""
+    return len(section.head) > 3 and len(section.rows) <= 16
 
 
 def _write(template: str, path: Path, filters: Filters, **values: Any) -> None:

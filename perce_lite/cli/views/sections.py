@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perce_lite.evaluation.metrics import FEW_USERS
+from perce_lite.evaluation.metrics import FEW_USERS, FEWEST_ROWS, FEWEST_USERS
 from perce_lite.fleet.registry import Adapter, held_out
 from perce_lite.fleet.result import FleetResult, Gains
+from perce_lite.words import counted
 
 PARTS = {"all": "all tokens", "personal": "personal", "others": "others"}
 
@@ -101,13 +102,31 @@ def point(row: str, series: str, figure: Mapping[str, Any]) -> Point:
 def held_out_texts(name: str, split: Mapping[str, Any]) -> str:
     """How many texts of how many users, and whether training knew them."""
     instead = " (there is no test split)" if name == "validation" else ""
-    known = f"{split['users']} users, {split['trained_users']} of them in training"
-    return f"{split['rows']} held-out texts{instead} of {known}"
+    known = f"{counted(split['users'], 'user')}, {split['trained_users']} of them in training"
+    return f"{counted(split['rows'], 'held-out text')}{instead} of {known}"
+
+
+def without_interval(split: Mapping[str, Any]) -> str:
+    """Why the figures of a split have no interval: "3 rows of 1 user are too few"; empty where they have one."""
+    if split["rows"] >= FEWEST_ROWS and split["users"] >= FEWEST_USERS:
+        return ""
+    are = "is" if split["rows"] == 1 else "are"
+    return f"{counted(split['rows'], 'row')} of {counted(split['users'], 'user')} {are} too few"
+
+
+def interval_note(split: Mapping[str, Any]) -> str:
+    """What stands in brackets behind a figure of a split, or why nothing does."""
+    few = without_interval(split)
+    return f"{few} for an interval" if few else "in brackets the 95 % interval over rows, grouped by user"
 
 
 def caution(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    few = [name for name, split in splits.items() if split["users"] < FEW_USERS]
-    return [f"{', '.join(few)}: with so few users the intervals are too narrow: take them as a hint."] if few else []
+    """A sentence about splits that are too small for an interval, or for an honest one; none where all are large."""
+    told = [f"{name}: {none} for an interval." for name, split in splits.items() if (none := without_interval(split))]
+    few = [name for name, split in splits.items() if split["users"] < FEW_USERS and not without_interval(split)]
+    if few:
+        told.append(f"{', '.join(few)}: with so few users the intervals are too narrow: take them as a hint.")
+    return [" ".join(told)] if told else []
 
 
 # fleet
@@ -145,7 +164,8 @@ def fleet_sentences(result: FleetResult) -> list[str]:
     sentences += stopped_early(result.adapters)
     if gains:
         better = sum(gain > 0 for gain in gains)
-        sentences.append(f"Of {len(gains)} users with held-out rows {better} are better served by their own adapter.")
+        users, served = counted(len(gains), "user"), counted(better, "is", "are")
+        sentences.append(f"Of {users} with held-out rows {served} better served by their own adapter.")
         sentences.append(mean_gain(result.gains))
     return sentences
 
@@ -158,8 +178,9 @@ def stopped_early(adapters: Sequence[Adapter]) -> list[str]:
     early = sum(stop["steps"] < stop["of"] for stop in stops)
     earlier = sum(stop["kept_step"] < stop["steps"] for stop in stops)
     taken = sum(stop["steps"] for stop in stops) / sum(stop["of"] for stop in stops)
+    adapters_with = counted(len(stops), "adapter")
     return [
-        f"Early stopping: of {len(stops)} adapters {early} ended before their last step (in all {taken:.0%} of the "
+        f"Early stopping: of {adapters_with} {early} ended before their last step (in all {taken:.0%} of the "
         f"steps were taken), and {earlier} are of an earlier step than they ended at."
     ]
 
@@ -178,7 +199,7 @@ def mean_gain(gains: Gains) -> str:
     if not gains.users:
         return "No user of this run has held-out rows."
     return (
-        f"In the mean over {gains.users} users their own adapter gains {gains.over_start:+.3f} nats a token "
+        f"In the mean over {counted(gains.users, 'user')} their own adapter gains {gains.over_start:+.3f} nats a token "
         f"over what it started from, {gains.over_base:+.3f} over the base."
     )
 

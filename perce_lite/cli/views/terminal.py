@@ -16,6 +16,7 @@ from perce_lite.cli.views.train_sections import held_out, worse_than_the_base, w
 from perce_lite.console import console
 from perce_lite.export_targets import merge_drift
 from perce_lite.fleet.result import FleetResult
+from perce_lite.words import counted
 
 if TYPE_CHECKING:  # importing them would import torch
     from perce_lite.evaluation.bench.fleetengine import EngineCost
@@ -114,7 +115,9 @@ def show_check(figures: dict[str, Any]) -> None:
         )
         spreads = [split[key] for key in ("with_profile_tokens", "without_profile_tokens", "response_tokens")]
         told = [f"{one['min']} / {one['median']} / {one['max']}" if one else "-" for one in spreads]
-        lengths.add_row(name, *told, f"{split['rows_with_items_left_out']} ({split['profile_items_left_out']} items)")
+        lengths.add_row(
+            name, *told, f"{split['rows_with_items_left_out']} ({counted(split['profile_items_left_out'], 'item')})"
+        )
         for one in split["dropped"]:
             drops.add_row(name, Text(one["user"]), one["reason"], str(one["rows"]), Text(one["such_as"]))
     console.print(table, lengths, *([drops] if drops.row_count else []))
@@ -123,11 +126,13 @@ def show_check(figures: dict[str, Any]) -> None:
     broken = sum(split["control_tokens_broken"] for split in figures["splits"].values())
     if broken:
         console.print(
-            f"{broken} places in user text spelled a control token of the template; a space was put into each."
+            f"{counted(broken, 'place')} in user text spelled a control token of the template; a space was put into it."
         )
     hidden = sum(split["thoughts_left_out"] for split in figures["splits"].values())
     if hidden:
-        console.print(f"{hidden} thoughts are not trained on: the chat template does not show them.")
+        console.print(
+            f"{counted(hidden, 'thought is', 'thoughts are')} not trained on: the chat template does not show them."
+        )
     example = figures["example"]
     console.print(
         Text.assemble("The model sees: ", *(pair for kind, style in _STYLES.items() for pair in ((kind, style), " ")))
@@ -139,7 +144,7 @@ def show_check(figures: dict[str, Any]) -> None:
 
 def show_inspection(figures: dict[str, Any], page: Path) -> None:
     """`perce-lite inspect`: health beside the control, the verdict, the most personal words, where the page lies."""
-    table = Table(title=f"PerContrast over {len(figures['rows'])} rows", title_justify="left")
+    table = Table(title=f"PerContrast over {counted(len(figures['rows']), 'row')}", title_justify="left")
     for name in ("", "own profile", "another user's"):
         table.add_column(name, justify="right" if name else "left")
     for key, (name, form) in HEALTH.items():
@@ -151,8 +156,11 @@ def show_inspection(figures: dict[str, Any], page: Path) -> None:
     console.print(Text(figures["signal"]["sentence"], style=style))
     words = ", ".join(f"{one['word']} {one['pir']:+.1f}" for one in figures["words"])
     console.print(Text(f"Most personal words (mean PIR, nats): {words}"))
-    if figures["idle_rows"]:
-        console.print(Text(f"{len(figures['idle_rows'])} rows have a profile that does nothing; the page names them."))
+    idle = len(figures["idle_rows"])
+    if idle:
+        console.print(
+            Text(counted(idle, "row has", "rows have") + " a profile that does nothing; the page names them.")
+        )
     console.print(Text.assemble("Page: ", (str(page), "bold")))
 
 
@@ -388,10 +396,10 @@ def show_exports(figures: dict[str, Any]) -> None:
     """The end of `perce-lite export --all`: what became of each adapter, and whom the base serves."""
     states = [export["state"] for export in figures["exports"]]
     told = ", ".join(f"{states.count(state)} {state}" for state in ("exported", "kept", "failed"))
-    console.print(f"{len(states)} adapters that serve somebody: {told}.")
+    console.print(f"{counted(len(states), 'adapter')} in service: {told}.")
     for one in figures["exports"]:
         style = "red" if one["state"] == "failed" else None
-        serves = f"{len(one['users'])} users" if len(one["users"]) != 1 else "1 user"
+        serves = counted(len(one["users"]), "user")
         console.print(
             f"{one['state']:9} {one['adapter']} ({serves}): {one.get('why') or one['folder']}",
             markup=False,
@@ -399,9 +407,8 @@ def show_exports(figures: dict[str, Any]) -> None:
             style=style,
         )
     if figures["served_by_base"]:
-        console.print(
-            f"{len(figures['served_by_base'])} users are served by the base alone: there is nothing to export."
-        )
+        users = counted(len(figures["served_by_base"]), "user is", "users are")
+        console.print(f"{users} served by the base alone: there is nothing to export.")
     if "serve" in figures:
         console.print("Serve them (SGLang, LoRAX: README.md there), and ask for a user's model, users.json:")
         console.print(figures["serve"], markup=False, soft_wrap=True)

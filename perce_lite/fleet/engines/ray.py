@@ -38,6 +38,7 @@ from perce_lite.fleet.registry import PACKS
 from perce_lite.model.fingerprint import same_base
 from perce_lite.model.footprint import source_fingerprint
 from perce_lite.recipe import Recipe
+from perce_lite.words import counted
 
 CORES = 4
 """Cores of a worker on a CPU, where neither --cores nor OMP_NUM_THREADS says so and the machines have as many."""
@@ -135,7 +136,8 @@ class RayEngine:
         self._users = min(loaded.users for loaded in ready)  # of a pack: every worker has room for it
         hosts = ", ".join(sorted({worker.host for worker in self._workers}))
         devices = ", ".join(sorted({loaded.device for loaded in ready}))
-        say(f"Ray: {len(ready)} workers on {hosts} ({devices}), {self._users} users at once in each")
+        workers, users = counted(len(ready), "worker"), counted(self._users, "user")
+        say(f"Ray: {workers} on {hosts} ({devices}), {users} at once in each")
         return ready[0].sketch
 
     def run(self, tasks: Iterator[Task], on_done: OnDone, on_progress: OnProgress) -> None:

@@ -27,6 +27,7 @@ from perce_lite.planning.oom_advice import explain_out_of_memory_in_fleet
 from perce_lite.recipe import Recipe, lora_config, training_config
 from perce_lite.training.held_out import held_out_jobs
 from perce_lite.training.metadata import run_metadata
+from perce_lite.words import counted
 
 
 class SlotsEngine(SequentialEngine):
@@ -75,7 +76,7 @@ class SlotsEngine(SequentialEngine):
                 super().run(itertools.chain(first, tasks), on_done, on_progress)
                 return
             named = "".join(f", {optimizer}" for optimizer in self._options.values())
-            say(f"{count} users at once (fleet.slots){named}")
+            say(f"{counted(count, 'user')} at once (fleet.slots){named}")
             try:
                 with no_bars():
                     maker = PairMaker.of(recipe, base.tokenizer, args.max_length)
