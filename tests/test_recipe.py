@@ -246,10 +246,12 @@ def test_the_recipes_that_come_along_are_sound(path):
 
 
 def test_faults_of_the_config_become_faults_of_the_recipe(load):
-    text = "train: {clip_min: 3, clip_max: 1, estimator: best, lr_scheduler_type: linear, loss_type: dft}"
+    text = "train: {clip_min: 3, clip_max: 1, lr_scheduler_type: linear, loss_type: dft}"
     with pytest.raises(RecipeError, match=r"mine\.yaml") as caught:
         training_config(load(text))
-    assert {fault.split(": ")[1] for fault in caught.value.faults} == {"clip_max", "estimator", "loss_type"}
+    assert {fault.split(": ")[1] for fault in caught.value.faults} == {"clip_max", "loss_type"}
+    with pytest.raises(RecipeError, match=r"train.estimator: .*best"):
+        load("train: {estimator: best}")
     with pytest.raises(RecipeError, match="train: bogus is not a valid SchedulerType"):
         training_config(load("train: {lr_scheduler_type: bogus}"))
 
