@@ -61,11 +61,10 @@ def export(
     if (public or yes) and push_to_hub is None:
         raise typer.BadParameter("--public and --yes go with --push-to-hub")
     said = Said(model, None, template)
-    if adapter is not None:
-        queries.refuse_deleted(adapter, user)
     if to is not None:
         refuse_unknown(to, quant)
     if adapter is not None:
+        queries.refuse_deleted(adapter, user)
         require_user(read_metadata(adapter, said), user)
     figures: dict[str, Any]
     if verify is not None:
