@@ -69,8 +69,10 @@ Personal = Annotated[
 Seed = Annotated[int, typer.Option(help="Of the sampling.")]
 
 
-def readable_recipe(path: Path, overrides: Sequence[str] | None) -> Recipe:
+def readable_recipe(path: Path, overrides: Sequence[str] | None, rows: bool = True) -> Recipe:
     """The recipe at `path`, whose rows and base are there as far as that can be told without torch.
+
+    rows: whether the command needs them
 
     Raises:
         RecipeError: as `load_recipe`, or `model` is a path to nothing; DataError: no such file, or no record in it.
@@ -78,7 +80,8 @@ def readable_recipe(path: Path, overrides: Sequence[str] | None) -> Recipe:
     recipe = load_recipe(path, overrides or [])
     if not recipe.model_is_there():
         raise RecipeError(str(path), [f"model: {recipe.model}: there is no such folder, here or beside the recipe"])
-    require_data(recipe)
+    if rows:
+        require_data(recipe)
     return recipe
 
 

@@ -40,7 +40,7 @@ def plan(
     if imitate and len(gpu or []) > 1:
         raise typer.BadParameter("--imitate takes one --gpu")
     named = [gpus.gpu(name) for name in gpu or []]
-    loaded = readable_recipe(recipe, set_)
+    loaded = readable_recipe(recipe, set_, rows=False)
     if probe:
         measured = probing.probe(loaded)
         write(json, measured)
