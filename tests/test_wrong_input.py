@@ -60,7 +60,6 @@ LIGHT = {
     "check nodata.yaml": "there is no such file",
     "check norows.yaml": "holds no records",
     "plan mine.yaml --gpu nonsuch": "no such GPU",
-    "plan nodata.yaml": "there is no such file",
     "inspect mine.yaml --user nobody": "it has user0, user1, user2",
     "inspect mine.yaml --adapter nowhere": "there is no such folder",
     "inspect mine.yaml --out file/x.html": "file is a file",
