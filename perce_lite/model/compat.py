@@ -108,7 +108,7 @@ def quantisation_state(weight: Tensor) -> Any:
     WHY: the constants of the quantisation are part of what a base computes with, so they belong to its hash.
     IF CHANGED: loud (AttributeError). That they are hashed is tested.
     """
-    return getattr(weight, "quant_state", None)
+    return weight.quant_state if isinstance(weight, bnb.nn.Params4bit) else None
 
 
 # peft

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from perce_lite.data.pairs import IGNORED, Pair, PairMaker
+from perce_lite.data.pairs import IGNORED, Pair, PairMaker, Tokens
 from perce_lite.data.readers import read_rows
 from perce_lite.data.rows import Row, of_split
 from perce_lite.errors import DataError, ModelError, TemplateError
@@ -74,11 +74,16 @@ def longest_of(recipe: Recipe, rows: Sequence[Row], max_length: int | None) -> R
     if not pairs:
         raise DataError("no row is left")
     passes = [pair.counterfactual if _without_profile(recipe) else pair.factual for pair in pairs]
+    return longest_pass(pairs, passes, f"the longest of {len(pairs)} training rows")
+
+
+def longest_pass(pairs: Sequence[Pair], passes: Sequence[Tokens], source: str) -> Rows:
+    """The lengths of the longest among `passes`, which are those of `pairs` that train; `source`: as in `Rows`."""
     return Rows(
         length=max(len(tokens.ids) for tokens in passes),
         scored=max(sum(label != IGNORED for label in tokens.labels) for tokens in passes),
         read=max(len(pair.factual.ids) for pair in pairs),
-        source=f"the longest of {len(pairs)} training rows",
+        source=source,
         prefix=max(tokens.prefix_length for tokens in passes),
         awake=max(len(tokens.after_prefix.ids) for tokens in passes),
     )

@@ -6,7 +6,6 @@ Real enrolment, rows, packs, actors and registry; the workers train nothing, so 
 import os
 import tempfile
 import time
-from collections.abc import Iterator
 from contextlib import chdir
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,8 +13,7 @@ from typing import Any
 
 import psutil
 
-from perce_lite.evaluation.bench.fleetscale import write_texts
-from perce_lite.fleet.engines.protocol import OnDone, OnProgress, Outcome, Task
+from perce_lite.evaluation.bench.fleetscale import UntrainedEngine, write_texts
 from perce_lite.fleet.engines.ray import RayOptions, ray_engines
 from perce_lite.fleet.engines.ray_worker import Place
 from perce_lite.fleet.fleet import fleet
@@ -68,24 +66,17 @@ class EngineCost:
         return {**asdict(self), "cheap": self.cheap, "flat": self.flat}
 
 
-class UntrainedEngine:
-    """An engine for workers that reports every task as done."""
+class UntrainedWorker(UntrainedEngine):
+    """The engine that trains nothing, as a worker builds it."""
 
     users = 1
     kept: Path | None = None
 
     def __init__(self, recipe: Recipe, place: Place) -> None:
-        self._model = recipe.model
-
-    def base(self) -> dict[str, Any]:
-        return {"shape": [self._model], "embedding": [0.0]}
+        super().__init__(recipe)
 
     def fingerprint(self) -> str:
         return ""
-
-    def run(self, tasks: Iterator[Task], on_done: OnDone, on_progress: OnProgress) -> None:
-        for task in tasks:
-            on_done(task, Outcome({}, {}, 0, 0))
 
 
 def engine_cost(users: int = USERS, workers: int = 1) -> EngineCost:
@@ -104,7 +95,7 @@ def engine_cost(users: int = USERS, workers: int = 1) -> EngineCost:
     with tempfile.TemporaryDirectory(prefix="perce-lite-fleet-engine-") as scratch, chdir(scratch):
         write_texts(Path("texts.jsonl"), users)
         Path("recipe.yaml").write_text(_RECIPE, encoding="utf-8")
-        with ray_engines(RayOptions(workers=workers, cores=1, trainer=UntrainedEngine)) as make:
+        with ray_engines(RayOptions(workers=workers, cores=1, trainer=UntrainedWorker)) as make:
             fleet(load_recipe("recipe.yaml"), make, report=ended)
     seconds = seen[-1][0] - seen[0][0]
     early, late = seen[len(seen) // 10][1], seen[-1][1]

@@ -89,11 +89,16 @@ class Card:
 
     def attention_kernels(self) -> dict[str, int]:
         """How often each attention kernel ran, by name."""
-        return {key.partition(": ")[2]: count for key, count in self.counts.items() if key.startswith("attention: ")}
+        return attention_kernels(self.counts)
 
     def synchronisations_in(self, part: str) -> int:
         """Synchronisations asked for by code whose path holds `part`."""
         return sum(count for place, count in self.places.items() if part in place.partition(" @ ")[2].split(" < ")[0])
+
+
+def attention_kernels(counts: Counter[str]) -> dict[str, int]:
+    """Of the `counts` of a card, how often each attention kernel ran, by name."""
+    return {key.partition(": ")[2]: count for key, count in counts.items() if key.startswith("attention: ")}
 
 
 _OWN_FILES = {str(path) for path in Path(__file__).parent.glob("*.py") if not path.name.startswith("test_")}

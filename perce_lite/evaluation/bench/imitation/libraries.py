@@ -211,8 +211,8 @@ def _tensor(original: Callable[..., Any]) -> Callable[..., Any]:
 # bitsandbytes
 
 
-class Params4bit(CardTensor):
-    """bitsandbytes' parameter on the card; peft knows it by its class's name."""
+class Params4bit(CardTensor, bnb.nn.Params4bit):
+    """bitsandbytes' parameter on the card."""
 
     bnb_quantized: bool
     module: Any

@@ -15,12 +15,12 @@ from transformers import PretrainedConfig
 
 from perce_lite.config import chosen_dtype
 from perce_lite.console import no_bars, progress_bar
-from perce_lite.data.pairs import IGNORED, PairMaker
+from perce_lite.data.pairs import PairMaker
 from perce_lite.data.readers import read_rows
 from perce_lite.data.rows import Row, of_split
 from perce_lite.errors import DataError, ModelError, TemplateError
 from perce_lite.evaluation.bench.exactrows import TEMPLATE, exact_rows
-from perce_lite.evaluation.bench.imitation.card import Card
+from perce_lite.evaluation.bench.imitation.card import Card, attention_kernels
 from perce_lite.evaluation.bench.imitation.libraries import imitated
 from perce_lite.evaluation.bench.imitation.tensors import CUDA
 from perce_lite.evaluation.bench.randombase import random_base, write_shape
@@ -29,7 +29,7 @@ from perce_lite.model.host_embedding import keep_on_host
 from perce_lite.model.scoring import GPU_TOKENS
 from perce_lite.planning.gpus import GIB, Gpu
 from perce_lite.planning.plan import SPILL, Plan, held, peak_of_a_step
-from perce_lite.planning.row_lengths import Rows
+from perce_lite.planning.row_lengths import Rows, longest_pass
 from perce_lite.recipe import Recipe
 from perce_lite.training.reference_logprobs import scored_passes, trained_tokens
 from perce_lite.training.train import make_trainer
@@ -86,7 +86,7 @@ class Step:
     @property
     def attention(self) -> dict[str, int]:
         """How often each attention kernel ran, by name."""
-        return {key.partition(": ")[2]: count for key, count in self.counts.items() if key.startswith("attention: ")}
+        return attention_kernels(self.counts)
 
 
 def imitate(recipe: Recipe, gpu: Gpu) -> dict[str, Any]:
@@ -227,15 +227,8 @@ def _last_step(
 def _as_trained(trainer: PerCETrainer) -> Rows:
     """The longest row of a trainer, as `plan` takes it."""
     pairs = trainer.pairs["train"]
-    tokens = [trained_tokens(pair, trainer.args) for pair in pairs]
-    return Rows(
-        length=max(len(one.ids) for one in tokens),
-        scored=max(sum(label != IGNORED for label in one.labels) for one in tokens),
-        read=max(len(pair.factual.ids) for pair in pairs),
-        source=f"the longest of {len(pairs)} rows that were trained",
-        prefix=max(one.prefix_length for one in tokens),
-        awake=max(len(one.after_prefix.ids) for one in tokens),
-    )
+    passes = [trained_tokens(pair, trainer.args) for pair in pairs]
+    return longest_pass(pairs, passes, f"the longest of {len(pairs)} rows that were trained")
 
 
 def _scored_together(trainer: PerCETrainer) -> int:
