@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from perce_lite.errors import PerceLiteError
 
 if TYPE_CHECKING:
     from perce_lite.config import PerCEConfig
+    from perce_lite.fleet.engines.protocol import EngineName
     from perce_lite.fleet.engines.ray import RayOptions
     from perce_lite.fleet.result import AdapterResult, FleetResult
     from perce_lite.model.generate import LoadedAdapter
@@ -110,7 +111,7 @@ def _fleet(
 def _fleet(
     recipe: "str | Path | Recipe",
     *,
-    engine: Literal["local", "ray"],
+    engine: "EngineName",
     options: "RayOptions | None" = None,
     only: Sequence[str] = (),
     retrain: Sequence[str] = (),
@@ -121,7 +122,7 @@ def _fleet(
 def _fleet(
     recipe: "str | Path | Recipe",
     *,
-    engine: Literal["local", "ray"] | None = None,
+    engine: "EngineName | None" = None,
     options: "RayOptions | None" = None,
     only: Sequence[str] = (),
     retrain: Sequence[str] = (),

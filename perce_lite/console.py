@@ -80,17 +80,17 @@ class ProgressLines(Progress):
 
     def _say(self, task_id: TaskID, last: bool = False) -> None:
         """Writes the line of a task where it is due."""
+        if self._silent:
+            return
         task, now = self._tasks[task_id], self.get_time()
         start = now if task.start_time is None else task.start_time
         since, share, text = self._said.setdefault(task_id, (start, 0.0, ""))
         done = task.completed / task.total if task.total else 0.0
         waited = now - since
         due = waited >= _LINE_SECONDS or (done - share >= _LINE_SHARE and waited >= _LEAST_SECONDS)
-        line = self._line(task, done)
-        if self._silent or line == text or not (due or last):
-            return
-        self._said[task_id] = now, done, line
-        self.console.print(line, markup=False, soft_wrap=True)
+        if (due or last) and (line := self._line(task, done)) != text:
+            self._said[task_id] = now, done, line
+            self.console.print(line, markup=False, soft_wrap=True)
 
     @staticmethod
     def _line(task: Task, done: float) -> str:

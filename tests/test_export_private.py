@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import toys
 
+import perce_lite
 from perce_lite.data.readers import known_users
 from perce_lite.errors import DataError
 from perce_lite.export import hub
@@ -15,7 +16,6 @@ from perce_lite.export_targets import TARGETS
 from perce_lite.files import METADATA
 from perce_lite.model import adapter_files
 from perce_lite.model.adapter_files import recipe_of
-from perce_lite.model.generate import generate_from_folder
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -74,7 +74,8 @@ def test_an_export_answers_and_knows_no_users(trained, tmp_path):
     with pytest.raises(DataError, match="it is an export, which does not say where they lie"):
         known_users(recipe_of(metadata))
     answers = [
-        generate_from_folder(folder, "hello", "likes cats", None, 4)["answer"] for folder in (trained, tmp_path / "out")
+        perce_lite.load(folder).generate("hello", profile="likes cats", max_new_tokens=4)
+        for folder in (trained, tmp_path / "out")
     ]
     assert answers[0] == answers[1]
 

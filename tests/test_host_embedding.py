@@ -8,11 +8,11 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import perce_lite
 from perce_lite.errors import ModelError
 from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.model.base import load_base
 from perce_lite.model.fingerprint import fingerprint, sketch
-from perce_lite.model.generate import generate_from_folder
 from perce_lite.model.host_embedding import HostEmbedding, keep_on_host
 from perce_lite.model.scoring import compute_log_probs, store_key
 from perce_lite.recipe import Recipe, load_recipe
@@ -139,7 +139,7 @@ def test_a_recipe_trains_saves_and_answers_alike(recipe, tmp_path):
         read = load_recipe(recipe(text=text), settings)
         assert isinstance(load_base(read).model.get_input_embeddings(), HostEmbedding) == (hosted == "true")
         figures = train_and_measure(read)
-        answers.append(generate_from_folder(tmp_path / out, "Who are you?", "An otter.", None, 6)["answer"])
+        answers.append(perce_lite.load(tmp_path / out).generate("Who are you?", profile="An otter.", max_new_tokens=6))
         weights.append(load_file(tmp_path / out / "adapter" / "adapter_model.safetensors"))
         assert figures["losses"]
     assert answers[0] == answers[1]

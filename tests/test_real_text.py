@@ -5,9 +5,9 @@ import json
 import pytest
 from conftest import DATA
 
+import perce_lite
 from perce_lite.evaluation.summary import train_and_measure
 from perce_lite.model.adapter_files import read_metadata
-from perce_lite.model.generate import generate_from_folder
 from perce_lite.recipe import load_recipe
 
 DOCS = DATA / "curl_commits" / "docs.jsonl"
@@ -39,9 +39,6 @@ def test_short_training_on_commit_messages(real_model, tmp_path):
     assert not any(text in json.dumps(card, ensure_ascii=False) for text in texts if len(text) > 40)
     again = train_and_measure(recipe)
     assert again["losses"] == figures["losses"], "a finished run is not trained again"
-    options = {"max_new_tokens": 12, "profile": "", "user": None}
-    adapter, base = (
-        generate_from_folder(tmp_path / "out" / "adapter", "Write a commit message.", use_adapter=on, **options)
-        for on in (True, False)
-    )
-    assert adapter["answer"] != base["answer"]
+    writer, options = perce_lite.load(tmp_path / "out" / "adapter"), {"profile": "", "max_new_tokens": 12}
+    adapter, base = (writer.generate("Write a commit message.", use_adapter=on, **options) for on in (True, False))
+    assert adapter != base

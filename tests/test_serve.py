@@ -19,11 +19,12 @@ import torch
 from serve_fixtures import EVIL, folder_of, serving
 from torch.nn.functional import log_softmax
 
+import perce_lite
 from perce_lite import notebook
 from perce_lite.errors import NotebookError
 from perce_lite.model import adapter_files
 from perce_lite.model.answering import Stop
-from perce_lite.model.generate import generate, generate_from_folder, load_adapter
+from perce_lite.model.generate import generate, load_adapter
 from perce_lite.serve.answers import AnswerStream
 from perce_lite.serve.desk import Desk
 from perce_lite.serve.pool import Pool
@@ -59,7 +60,8 @@ def text_of(answer) -> str:
 
 def generated(folder, user=None, profile=None, use_adapter=True, tokens=8, prompt=QUESTION) -> str:
     """What `perce-lite generate` answers."""
-    return generate_from_folder(folder, prompt, profile, user, tokens, use_adapter)["answer"]
+    adapter = perce_lite.load(folder)
+    return adapter.generate(prompt, profile=profile, user=user, max_new_tokens=tokens, use_adapter=use_adapter)
 
 
 # What is there, and who answers
@@ -256,8 +258,8 @@ def test_personal_is_that_of_generate(client, fleet_folder, use_adapter):
     folder, more = folder_of(fleet_folder, "user", "ann"), {"use_adapter": use_adapter}
     answers = {strength: text_of(asked(client, "ann", 10, personal=strength, **more)) for strength in (0, 1, 4)}
     for strength, answer in answers.items():
-        expected = generate_from_folder(folder, QUESTION, None, "ann", 10, use_adapter, strength=strength)
-        assert answer == expected["answer"]
+        expected = perce_lite.load(folder).generate(QUESTION, user="ann", max_new_tokens=10, personal=strength, **more)
+        assert answer == expected
     assert len(set(answers.values())) > 1
     assert text_of(asked(client, "ann", 10, **more)) == answers[0]
 

@@ -40,9 +40,7 @@ def bench(
     ] = False,
     users: Annotated[
         str | None,
-        typer.Option(
-            help="With --fleet-scale: numbers of users, else 1000,2000,5000,10000,20000; --fleet-engine: 10000."
-        ),
+        typer.Option(help="--fleet-scale: how many, else 1000,2000,5000,10000,20000; --fleet-engine: 10000."),
     ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Tokens a row; with --fleet: else 32,64,96; with --gpu-report one: else 2048.")
@@ -71,19 +69,10 @@ def bench(
     given |= {"--out": out, "--users": users}
     kinds = {"--fleet": fleet, "--gpu-report": gpu_report, "--fleet-scale": fleet_scale, "--serve": serve is not None}
     _only(given, {**kinds, "--fleet-engine": fleet_engine, "--generation": generation})
-    if serve is not None:
-        return _show(serve_benchmark.serve_bench(serve, repeats or 3), terminal.show_serve_bench, json)
-    if fleet_scale:
-        counts = _numbers(users) or fleet_scales.USERS
-        return _show(fleet_scales.fleet_scale(counts), terminal.show_fleet_scale, json)
-    if fleet_engine:
-        counts = _numbers(users) or [fleet_engines.USERS]
-        if len(counts) != 1:
-            raise typer.BadParameter(f"--users {users}: --fleet-engine takes one number")
-        return _show(fleet_engines.engine_cost(counts[0]), terminal.show_engine_cost, json)
     if gpu_report:
         return _report(shape, lengths, (steps or 3, warmup, repeats or 2, epochs), out or _GPU_REPORT, json)
-    assert recipe is not None
+    if recipe is None:
+        return _show(*_without_recipe(serve, users, fleet_scale, repeats or 3), json)
     loaded = load_recipe(recipe, set_ or [])
     if generation:
         return _show(generating.generation_cost(loaded, repeats=repeats or 3), terminal.show_generation_cost, json)
@@ -94,6 +83,20 @@ def bench(
         return _show(measured, terminal.show_fleet_bench, json)
     measured = benchmark.bench(loaded, benchmark.arms_of(arms), steps, warmup, repeats, epochs)
     return _show(measured, terminal.show_bench, json)
+
+
+def _without_recipe(
+    adapter: Path | None, users: str | None, scale: bool, repeats: int
+) -> tuple[Any, Callable[[Any], None]]:
+    """What `--serve`, `--fleet-scale` or `--fleet-engine` measures, and what shows it."""
+    if adapter is not None:
+        return serve_benchmark.serve_bench(adapter, repeats), terminal.show_serve_bench
+    counts = _numbers(users)
+    if scale:
+        return fleet_scales.fleet_scale(counts or fleet_scales.USERS), terminal.show_fleet_scale
+    if len(counts) > 1:
+        raise typer.BadParameter(f"--users {users}: --fleet-engine takes one number")
+    return fleet_engines.engine_cost(*counts), terminal.show_engine_cost
 
 
 def _show(measured: Any, show: Callable[[Any], None], json: Path | None) -> None:

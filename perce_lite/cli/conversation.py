@@ -278,7 +278,8 @@ def chat(
 ) -> None:
     """Talks to an adapter on standard input and output until the input ends.
 
-    profile, user: as `generate.generate_from_folder` takes them
+    profile: the profile's text; None or "": without one
+    user: instead, a user of the adapter's data; the texts nearest to each question become the profile
     personal: strength of the contrast, see `generate.Personal`
     options: of transformers' `generate`
 

@@ -1,6 +1,5 @@
 """The command `perce-lite fleet`."""
 
-from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -8,21 +7,15 @@ import typer
 from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import Json, RecipePath, Set, open_recipe, write
 from perce_lite.cli.views import sections, terminal
-from perce_lite.data.readers import user_texts
+from perce_lite.data.readers import texts_of_users
 from perce_lite.fleet import queries
+from perce_lite.fleet.engines.protocol import EngineName
 
 device = Lazy("perce_lite.device")
 clusters = Lazy("perce_lite.fleet.engines.ray")
 fleets = Lazy("perce_lite.fleet.fleet")
 fleet_results = Lazy("perce_lite.fleet.results")
 pages = Lazy("perce_lite.cli.views.page")
-
-
-class EngineName(StrEnum):
-    """`fleet.results.EngineName` for typer."""
-
-    LOCAL = "local"
-    RAY = "ray"
 
 
 def fleet(
@@ -34,7 +27,7 @@ def fleet(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what is due; train nothing.")] = False,
     engine: Annotated[
         EngineName, typer.Option(help="local: this process; ray: the workers of a Ray cluster, one a GPU.")
-    ] = EngineName.LOCAL,
+    ] = "local",
     address: Annotated[
         str | None,
         typer.Option(help="With --engine ray: host:port of the cluster, or auto; else RAY_ADDRESS, or here."),
@@ -50,15 +43,16 @@ def fleet(
 ) -> None:
     """Train an adapter for every user (or cohort) who is due, over one base, or resume."""
     for name, given in {"--address": address, "--workers": workers, "--cores": cores}.items():
-        if given is not None and engine is EngineName.LOCAL:
+        if given is not None and engine == "local":
             raise typer.BadParameter(f"{name} goes with --engine ray")
     loaded = open_recipe(recipe, set_, trains=True)
     for user in only or []:
         queries.refuse_deleted(loaded.output_dir, user)
-        user_texts(loaded, user)
-    if engine is EngineName.LOCAL:
+    if only:
+        texts_of_users(loaded, only)
+    if engine == "local":
         device.say_device(loaded)
-    with fleet_results.engines(engine.value, clusters.RayOptions(address, workers, cores)) as make:
+    with fleet_results.engines(engine, clusters.RayOptions(address, workers, cores)) as make:
         result = fleets.fleet(loaded, make, only or [], retrain or [], dry_run)
     write(json, result.figures())
     page = None if dry_run else loaded.output_dir / fleets.PAGE

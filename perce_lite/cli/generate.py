@@ -4,6 +4,7 @@ import json as jsons
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -33,7 +34,6 @@ from perce_lite.model import questions
 from perce_lite.model.adapter_files import Said, read_metadata
 
 generation = Lazy("perce_lite.model.generate")
-transformers = Lazy("transformers")
 
 
 def generate(
@@ -73,25 +73,23 @@ def generate(
     text = "" if no_profile else text_or_file(profile)
     metadata = read_metadata(adapter, said)
     if prompt is not None:
-        asked = [questions.question_of(prompt, "--prompt", None if user is not None else text, user)]
+        asked = [questions.question_of(prompt, "--prompt", text, user)]
     else:
         name = "standard input" if prompts is None or str(prompts) == "-" else str(prompts)
         asked = questions.read_questions(_lines(prompts), name, text, user)
     wanted = questions.wanted_profiles(metadata, asked)
     say_loading(metadata)
     options = generation.sampling(temperature, top_p)
+    loaded = generation.load_adapter(metadata)
+    answering = partial(loaded.answers, asked, wanted, max_new_tokens, not base, personal, seed, batch_size, **options)
     if prompt is not None:
-        transformers.set_seed(seed)
-        figures = generation.generate_from_folder(
-            adapter, prompt, text, user, max_new_tokens, not base, stream=True, strength=personal, said=said, **options
-        )
+        [figures] = answering(stream=True)
         write(json, figures)
         return
-    loaded = generation.load_adapter(metadata)
     answers: list[dict[str, Any]] = []
     with _output(out) as stream, progress_bar() as bar:
         task = bar.add_task("Answering", total=len(asked), note="")
-        for answer in loaded.answers(asked, wanted, max_new_tokens, not base, personal, seed, batch_size, **options):
+        for answer in answering():
             print(jsons.dumps(answer, ensure_ascii=False), file=stream, flush=True)
             answers.append(answer)
             bar.advance(task)

@@ -6,9 +6,8 @@ from typing import Annotated, Literal
 import typer
 
 from perce_lite.cli.lazy import Lazy
-from perce_lite.cli.options import Json, RecipePath, Set, write
+from perce_lite.cli.options import Json, RecipePath, Set, readable_recipe, writable, write
 from perce_lite.console import console
-from perce_lite.recipe import load_recipe
 
 device = Lazy("perce_lite.device")
 oom_advice = Lazy("perce_lite.planning.oom_advice")
@@ -23,10 +22,12 @@ def weights(
     json: Json = None,
 ) -> None:
     """Write token ids, labels, PIR and weights of every row, for other trainers."""
-    loaded = load_recipe(recipe, set_ or [])
+    loaded = readable_recipe(recipe, set_)
+    file = out or loaded.output_dir / f"weights.{to}"
+    writable(file)
     device.say_device(loaded)
     with oom_advice.explain_out_of_memory_in_scoring(loaded):
-        figures = writing.write_weights(loaded, to, out or loaded.output_dir / f"weights.{to}")
+        figures = writing.write_weights(loaded, to, file)
     write(json, figures)
     told = figures["weights"]
     rows = ", ".join(f"{count} {split}" for split, count in figures["rows"].items() if count)

@@ -358,11 +358,6 @@ def _records(recipe: Recipe) -> Iterator[Record]:
             "say where they lie. Give --data FILE (in Python: data=...), or a profile instead of a user"
         )
     path, renamed = recipe.data_path, {theirs: ours for ours, theirs in recipe.data.columns.items()}
-    if path is None and recipe.data.hub is None:
-        raise DataError(
-            "This adapter names no data: an export does not say where they lie. Give --profile, or the adapter in the "
-            "folder that it was trained in."
-        )
     records = _from_hub(recipe) if path is None else _from_path(path)
     for where, split, record in _objects(records):
         taken = {ours: record[theirs] for theirs, ours in renamed.items() if theirs in record}

@@ -144,6 +144,11 @@ def items_of(profile: Profiled) -> tuple[Item, ...]:
     return (Item("", profile),) if isinstance(profile, str) else profile
 
 
+def written(row: Row) -> list[str]:
+    """The texts of a row's scored turns."""
+    return [content_of(message) for message in row.completion if message["role"] == "assistant"]
+
+
 def of_split(rows: Iterable[Row], name: str) -> list[Row]:
     """The rows of one split, in order."""
     return [row for row in rows if row.split == name]

@@ -13,9 +13,9 @@ from perce_lite.config import PerCEConfig
 from perce_lite.console import progress_bar, say
 from perce_lite.data.pairs import Pair, PairMaker
 from perce_lite.data.retrieval import tokens_of
-from perce_lite.data.rows import Row, items_of
+from perce_lite.data.rows import Row, items_of, written
 from perce_lite.evaluation.answer_metrics import TrainingText, grounded_recall, repetition
-from perce_lite.evaluation.authorship import Style, UserWords, written
+from perce_lite.evaluation.authorship import Style, UserWords
 from perce_lite.evaluation.conditions import Case
 from perce_lite.evaluation.metrics import Bootstrap, has_meteor, text_scores
 from perce_lite.files import digest, read_json, write_json

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from perce_lite.data.pairs import IGNORED, Pair
 from perce_lite.data.retrieval import tokens_of, word_spans
-from perce_lite.data.rows import Row, content_of, items_of, of_split
+from perce_lite.data.rows import Row, items_of, of_split, written
 from perce_lite.data.text_units import text_units
 from perce_lite.evaluation.conditions import Case
 from perce_lite.evaluation.metrics import Array
@@ -37,11 +37,6 @@ def training_texts(rows: Sequence[Row]) -> dict[str, list[str]]:
         mine.update(dict.fromkeys(item.text for item in items_of(row.profile)))
         mine.update(dict.fromkeys(written(row)))
     return {user: [text for text in mine if text.strip()] for user, mine in texts.items()}
-
-
-def written(row: Row) -> list[str]:
-    """The texts of a row's scored turns."""
-    return [content_of(message) for message in row.completion if message["role"] == "assistant"]
 
 
 class UserWords:

@@ -241,7 +241,7 @@ def _compared(
 def _answers(judged_on: JudgedOn) -> Answers:
     """The answers to the queries of `judged_on`, those of an earlier comparison among them."""
     recipe, texts = judged_on.recipe, WrittenTexts(training_texts(judged_on.rows))
-    return Answers(recipe, training_config(recipe), recipe.output_dir / "compare" / "answers.json", texts)
+    return Answers(recipe, training_config(recipe), _folder(recipe) / "answers.json", texts)
 
 
 def _texts(arms: Sequence[Arm], done: Sequence[Training], answers: Answers) -> dict[str, Any] | None:
@@ -416,9 +416,7 @@ def _score(
     """
     recipe, found, tuning = judged_on.recipe, judged_on.cases, answers is None
     config = training_config(recipe)
-    words = UserWords(training_texts(judged_on.rows))
-    one_way = next(iter(found.values()))
-    chosen = {} if tuning else chosen_tokens(recipe, one_way, words, load_tokenizer(recipe))
+    chosen = {} if tuning else _chosen(judged_on)
     base = load_base(recipe)
     judged: dict[str, tuple[Judge, dict[Training | None, ArmSums]]] = {}
     for training in (None, *trainings):
@@ -438,13 +436,18 @@ def _score(
                 judge, sums = judged[split]
                 sums[training] = judge.sums(scored)
             if answers is not None and (training is None or training.step is None):
-                judged_with = [one.arm.judged for one in ([training] if training else trainings)]
                 answered = next(iter(found[mine].values()))[: answers.options.generated_rows]
                 key = store_key(model, config.autocast, folder is not None)
                 writer = Writer(what, model, _maker(recipe, mine), folder is not None, key)
-                for profile in dict.fromkeys(judged_with):
+                for profile in dict.fromkeys(one.arm.judged for one in ([training] if training else trainings)):
                     answers.add(writer, answered, ways_of(answers.options, profile))
     return judged
+
+
+def _chosen(judged_on: JudgedOn) -> dict[str, Any]:
+    """As `chosen_tokens`, of the queries that are judged on, as the first way of reading a profile has them."""
+    recipe, words = judged_on.recipe, UserWords(training_texts(judged_on.rows))
+    return chosen_tokens(recipe, next(iter(judged_on.cases.values())), words, load_tokenizer(recipe))
 
 
 def _best(trainings: Sequence[Training], tuning: dict[Training, float], failed: set[Training]) -> Training | None:

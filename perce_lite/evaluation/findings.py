@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from perce_lite.data.rows import Row, content_of, items_of
+from perce_lite.data.rows import Row, content_of, items_of, written
 from perce_lite.data.secrets import secrets_in
 
 FIRST = 3
@@ -53,18 +53,13 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def responses(row: Row) -> list[str]:
-    """The texts of a row that carry the loss."""
-    return [text for one in row.completion if one["role"] == "assistant" and (text := content_of(one).strip())]
-
-
 def _is_text(plain: str) -> bool:
     return plain.count(" ") >= _FEWEST_WORDS - 1 or len(plain) >= 40
 
 
 def _content(row: Row) -> str:
     """What makes two rows one: the response, with its query where it is too short to stand for a text."""
-    response = _plain(" ".join(responses(row)))
+    response = _plain(" ".join(written(row)))
     return response if _is_text(response) else f"{_plain(row.query)}\n{response}"
 
 
@@ -92,7 +87,7 @@ def _twice(rows: Sequence[Row]) -> Iterator[Finding]:
 
 def _profiles_with_the_answer(rows: Sequence[Row]) -> Iterator[Finding]:
     def gives_it_away(row: Row) -> bool:
-        answers = [plain for text in responses(row) if _is_text(plain := _plain(text))]
+        answers = [plain for text in written(row) if _is_text(plain := _plain(text))]
         if not answers or not row.profile:
             return False
         items = [_plain(item.text) for item in items_of(row.profile)]
@@ -153,13 +148,13 @@ def _secrets(rows: Sequence[Row]) -> Iterator[Finding]:
 
 def _other_languages(rows: Sequence[Row]) -> Iterator[Finding]:
     """Rows whose text is in another script than most, or surely in another language than most of that script."""
-    scripts = [(_script(" ".join(responses(row))), row) for row in rows]
-    written = Counter(script for script, _ in scripts if script)
-    if not written:
+    scripts = [(_script(" ".join(written(row))), row) for row in rows]
+    counts = Counter(script for script, _ in scripts if script)
+    if not counts:
         return
-    most = written.most_common(1)[0][0]
+    most = counts.most_common(1)[0][0]
     others = [(script, row) for script, row in scripts if script and script != most]
-    languages = [(_language(" ".join(responses(row))), row) for script, row in scripts if script == most]
+    languages = [(_language(" ".join(written(row))), row) for script, row in scripts if script == most]
     told = Counter(language for language, _ in languages if language)
     if told:
         spoken = told.most_common(1)[0][0]

@@ -21,7 +21,7 @@ from perce_lite.model.adapter_weights import drop_unused_parents
 from perce_lite.model.fingerprint import same_base
 from perce_lite.model.footprint import refuse_exports, source_fingerprint
 from perce_lite.recipe import Recipe, training_config
-from perce_lite.training.early_stopping import NEEDS
+from perce_lite.training.early_stopping import NEEDS, require_validation
 from perce_lite.words import counted
 
 PAGE = "fleet.html"
@@ -171,8 +171,7 @@ def _report_users_without_adapter(planned: Plan, recipe: Recipe) -> None:
 def _require_validation_rows(planned: Plan, recipe: Recipe) -> None:
     """Raises DataError where early stopping is asked for and nobody has validation rows; reports users without any."""
     held_out = {entry.user: "validation" in planned.data.outline(entry.user).splits for entry in planned.users}
-    if recipe.early_stopping.patience is not None and not any(held_out.values()):
-        raise DataError(f"early_stopping.patience {NEEDS}; there are none. Raise split.validation, or leave it out.")
+    require_validation(recipe, any(held_out.values()))
     own = [entry.user for entry in planned.users if entry.own] if recipe.fleet.patience is not None else []
     without = [user for user in own if not held_out[user]]
     if without and len(without) == len(own):

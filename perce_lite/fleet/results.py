@@ -2,18 +2,14 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
 
 from perce_lite.fleet import fleet as runs
 from perce_lite.fleet.engines import slots
-from perce_lite.fleet.engines.protocol import Engine
+from perce_lite.fleet.engines.protocol import Engine, EngineName
 from perce_lite.fleet.engines.ray import RayOptions, ray_engines
 from perce_lite.fleet.result import AdapterResult
 from perce_lite.fleet.stream import stream
 from perce_lite.recipe import Recipe
-
-EngineName = Literal["local", "ray"]
-"""local: this process; ray: the workers of a Ray cluster."""
 
 
 @contextmanager

@@ -114,9 +114,7 @@ def _as_said(recipe: dict[str, Any], said: Said) -> dict[str, Any]:
 def given_away(metadata: dict[str, Any]) -> dict[str, Any]:
     """`metadata` as an export has them: without paths of this machine, names of users and tokens of the Hub.
 
-    An export of a core is a plain LoRA.
-
-    A base that is a folder is called by the folder's name.
+    A base that is a folder is called by the folder's name; what is exported of a core is a plain LoRA.
     """
     recipe = metadata["recipe"]
     public = {name: value if name == "template" else _without_paths(value) for name, value in recipe.items()}

@@ -14,7 +14,7 @@ from perce_lite.config import chosen_dtype, pick_device
 from perce_lite.data.pairs import PairMaker
 from perce_lite.data.rows import Message, Profiled
 from perce_lite.errors import DataError
-from perce_lite.model import adapter_files, adapters
+from perce_lite.model import adapters
 from perce_lite.model.adapter_files import recipe_of
 from perce_lite.model.base import load_base
 from perce_lite.model.fused_head import base_of
@@ -109,24 +109,26 @@ def generate_batch(
     use_adapter: bool = True,
     autocast: torch.dtype | None = None,
     personal: Personal | None = None,
+    stream: bool = False,
     **options: Any,
 ) -> list[list[str]]:
     """`count` answers to each of several prompts with their profiles; all in one batch, padded on the left.
 
     One prompt after another where a batch cannot be had: with `personal`, or where the adapter is on only behind the
-    profile (`profile_pass: frozen`).
+    profile (`profile_pass: frozen`), or to `stream`.
 
     Raises:
         DataError: `personal` without a profile to contrast, or with beams.
     """
     prompts = [maker.prompt(prompt, profile) for prompt, profile in asked]
-    alone = (use_adapter and any(tokens.prefix_length for tokens in prompts)) or (personal and personal.strength)
+    frozen = use_adapter and any(tokens.prefix_length for tokens in prompts)
+    alone = frozen or stream or (personal is not None and personal.strength)
     if len(asked) > 1 and not alone:
         ids = [tokens.ids for tokens in prompts]
         return _decoded(model, maker, ids, max_new_tokens, count, use_adapter, autocast, options)
     return [
         generate_several(
-            model, maker, prompt, profile, max_new_tokens, count, use_adapter, autocast, personal=personal, **options
+            model, maker, prompt, profile, max_new_tokens, count, use_adapter, autocast, stream, personal, **options
         )
         for prompt, profile in asked
     ]
@@ -249,11 +251,13 @@ class LoadedAdapter:
         personal: float = 0.0,
         seed: int = 0,
         batch_size: int = 8,
+        stream: bool = False,
         **options: Any,
     ) -> Iterator[dict[str, Any]]:
         """Each question's record with the profile that was in the prompt, who answered, and the answer; as they come.
 
         wanted: `wanted_profiles` of the questions
+        stream: write each answer to standard output as well, token by token
         options: of transformers' `generate`
         """
         device = next(self.model.parameters()).device
@@ -272,6 +276,7 @@ class LoadedAdapter:
                     max_new_tokens,
                     use_adapter=use_adapter,
                     autocast=self.autocast,
+                    stream=stream,
                     personal=self.personal(personal),
                     **options,
                 )
@@ -312,52 +317,3 @@ def loaded_on(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, metada
     maker = PairMaker.of(recipe, own, recipe.train.get("max_length", 1024))
     dtype = chosen_dtype(recipe.dtype, pick_device(recipe.device))
     return LoadedAdapter(metadata, recipe, model, maker, None if dtype == torch.float32 else dtype)
-
-
-def generate_from_folder(
-    folder: Path,
-    prompt: str,
-    profile: str | None,
-    user: str | None,
-    max_new_tokens: int,
-    use_adapter: bool = True,
-    stream: bool = False,
-    strength: float = 0.0,
-    said: adapter_files.Said | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """The answer to `prompt` of the adapter in `folder`, or of its base; with the profile that was in the prompt.
-
-    profile: the profile's text; "": without one
-    user: instead of a profile, a user of the adapter's data; the texts nearest to the prompt become the profile
-    strength: see `Personal`
-    said: of the adapter, where its files do not say it
-
-    Raises:
-        AdapterError: no adapter there, or the profile is missing that the adapter was trained with.
-        DataError: `strength` without a profile.
-    """
-    metadata = adapter_files.read_metadata(folder, said)
-    question = question_of(prompt, "--prompt", None if user is not None else profile, user)
-    [wanted] = wanted_profiles(metadata, [question])
-    loaded = load_adapter(metadata)
-    messages = question.prompt
-    fitting = loaded.maker.fitting(messages, wanted)
-    answer = generate(
-        loaded.model,
-        loaded.maker,
-        messages,
-        fitting,
-        max_new_tokens,
-        use_adapter,
-        loaded.autocast,
-        stream,
-        loaded.personal(strength),
-        **options,
-    )
-    return {
-        "prompt": prompt,
-        "profile": loaded.maker.profile_text(fitting),
-        "model": "adapter" if use_adapter else "base",
-        "answer": answer,
-    }

@@ -23,6 +23,7 @@ from perce_lite.console import errors as console
 from perce_lite.console import say, warn
 from perce_lite.errors import ModelError, first_line
 from perce_lite.files import folder_written_aside, home, read_json, write_json
+from perce_lite.memory import available_memory
 from perce_lite.model.compat import llama3_frequencies
 from perce_lite.model.fingerprint import FileStamp, sha256
 
@@ -58,13 +59,14 @@ def gguf_folder(path: Path) -> Path:
     try:
         if not is_gguf(path):
             raise ModelError(f"model: {path} is a file, but no GGUF file. Give a folder, a Hub id or a GGUF file.")
-        folder = home() / "models" / f"gguf-{_hash(path)[:16]}"
+        digest = _hash(path)
+        folder = home() / "models" / f"gguf-{digest[:16]}"
         if folder.is_dir() and not damage(folder):
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not folder.is_dir() or damage(folder):
-                _convert(path, folder)
+                _convert(path, digest, folder)
     except OSError as error:
         raise ModelError(f"model: {path} cannot be read or converted: {first_line(error)}") from error
     return folder
@@ -84,8 +86,8 @@ def _hash(path: Path) -> str:
     return found
 
 
-def _convert(path: Path, folder: Path) -> None:
-    """Writes the model of a GGUF file to `folder`, which appears only when it is complete.
+def _convert(path: Path, digest: str, folder: Path) -> None:
+    """Writes the model of a GGUF file, whose SHA-256 is `digest`, to `folder`, which appears only when it is complete.
 
     Raises:
         ModelError: as `gguf_folder`.
@@ -97,13 +99,11 @@ def _convert(path: Path, folder: Path) -> None:
     dtype = torch.float32 if weights <= _WHOLE_UP_TO else torch.float16
     with folder_written_aside(folder) as aside, console.status(f"De-quantising {path.name} ..."):
         dequantise(path, aside, dtype, reader)
-        write_json(aside / "made_of.json", {"file": path.name, "sha256": sha256(path)})
+        write_json(aside / "made_of.json", {"file": path.name, "sha256": digest})
 
 
 def _warn_of_memory(path: Path, weights: int) -> None:
-    import psutil
-
-    need, free = 4 * weights, psutil.virtual_memory().available
+    need, free = 4 * weights, available_memory()
     if need > free:
         warn(f"{path.name}: de-quantising takes {need / 2**30:.1f} GiB of memory, and {free / 2**30:.1f} are free")
 

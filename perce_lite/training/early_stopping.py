@@ -131,6 +131,10 @@ def validation_loss(
 
 def require_validation_rows(recipe: Recipe, rows: Sequence[Row]) -> None:
     """Raises DataError where the recipe asks for early stopping and none of its rows can say when."""
-    wanted = recipe.early_stopping.patience is not None
-    if wanted and not any(row.profile for row in of_split(rows, "validation")):
+    require_validation(recipe, any(row.profile for row in of_split(rows, "validation")))
+
+
+def require_validation(recipe: Recipe, there: bool) -> None:
+    """Raises DataError where the recipe asks for early stopping and no validation row is `there`."""
+    if recipe.early_stopping.patience is not None and not there:
         raise DataError(f"early_stopping.patience {NEEDS}; there are none. Raise split.validation, or leave it out.")

@@ -21,8 +21,6 @@ from perce_lite.recipe import Recipe, training_config, with_train
 from perce_lite.training import loss
 from perce_lite.training.reference_logprobs import ReferenceLogProbs, reference_log_probs, trained_tokens
 
-FORMATS = ("jsonl", "parquet")
-
 SCHEMA = pa.schema(
     {
         "where": pa.string(),

@@ -17,6 +17,7 @@ from perce_lite.cli.views.sections import (
     plain,
     point,
     signed,
+    way_of,
 )
 from perce_lite.words import counted
 
@@ -162,12 +163,6 @@ def _text_table(title: str, note: str, table: Sequence[Mapping[str, Any]], shown
         arm = UNTRAINED.get(one["arm"], named(one["arm"])) if one["profile"] == "own" else named(one["arm"])
         rows.append((arm, way_of(one), *told))
     return Section(title, note, head, rows)
-
-
-def way_of(one: Mapping[str, Any]) -> str:
-    """How answers were had: "own", "own, sampled", "own, personal 0.5"."""
-    sampled, personal = ", sampled" if one["sampled"] else "", f", personal {one['personal']:g}"
-    return f"{one['profile']}{sampled}{personal if one['personal'] else ''}"
 
 
 def text_differences(differences: Sequence[Mapping[str, Any]]) -> list[Section]:

@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from perce_lite.cli.lazy import Lazy
-from perce_lite.cli.views.sections import Section
+from perce_lite.cli.views.sections import WEIGHT_FIGURES, Section, way_of
 from perce_lite.console import PIR_BOUNDS
 from perce_lite.files import write_text
 
@@ -26,7 +26,7 @@ def write_inspection(figures: dict[str, Any], path: Path) -> None:
         DiskFullError: no space left.
     """
     filters: Filters = {"pir_class": pir_class, "weight_class": weight_class(figures), "shown": shown, "label": label}
-    drawn = {"chart": chart(figures), "health": HEALTH, "pir_bounds": PIR_BOUNDS}
+    drawn = {"chart": chart(figures), "health": WEIGHT_FIGURES, "pir_bounds": PIR_BOUNDS}
     _write("inspect.html", path, filters, **figures, **drawn)
 
 
@@ -48,8 +48,7 @@ def write_figures(
     by_query: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for one in answers:
         told = by_query.setdefault((one["row"], one["query"]), [(f"{one['user']} wrote", one["written"])])
-        way = (", sampled" if one["sampled"] else "") + (f", personal {one['personal']:g}" if one["personal"] else "")
-        told.append((f"{one['arm']}, profile: {one['profile']}{way}", one["text"]))
+        told.append((f"{one['arm']}, profile: {way_of(one)}", one["text"]))
     filters: Filters = {"drawn": lambda section: Markup(charts.drawn(section)), "words": words, "folds": folds}
     told_by = [(f"{row}: {query}", told) for (row, query), told in by_query.items()]
     _write(
@@ -75,21 +74,6 @@ def _write(template: str, path: Path, filters: Filters, **values: Any) -> None:
     )
     environment.filters |= filters
     write_text(path, environment.get_template(template).render(**values))
-
-
-HEALTH = {
-    "tokens": ("response tokens", "{:,}"),
-    "pir_mean": ("mean PIR, nats", "{:+.3f}"),
-    "pir_p10": ("PIR, 10th percentile", "{:+.3f}"),
-    "pir_p50": ("PIR, median", "{:+.3f}"),
-    "pir_p90": ("PIR, 90th percentile", "{:+.3f}"),
-    "share_above_min": ("share of tokens above the lowest weight", "{:.1%}"),
-    "share_at_min": ("share at the lowest weight", "{:.1%}"),
-    "share_at_max": ("share at the highest weight", "{:.1%}"),
-    "weight_mean": ("mean weight", "{:.2f}"),
-    "effective_tokens": ("effective tokens", "{:.1%}"),
-}
-"""Figures of `loss.weight_statistics`, in the order of the table: what they are called, how they are written."""
 
 
 def pir_class(pir: float) -> str:

@@ -41,6 +41,20 @@ TEXT_FIGURES = {
     "length": "length",
 }
 
+WEIGHT_FIGURES = {
+    "tokens": ("response tokens", "{:,}"),
+    "pir_mean": ("mean PIR, nats", "{:+.3f}"),
+    "pir_p10": ("PIR, 10th percentile", "{:+.3f}"),
+    "pir_p50": ("PIR, median", "{:+.3f}"),
+    "pir_p90": ("PIR, 90th percentile", "{:+.3f}"),
+    "share_above_min": ("share of tokens above the lowest weight", "{:.1%}"),
+    "share_at_min": ("share at the lowest weight", "{:.1%}"),
+    "share_at_max": ("share at the highest weight", "{:.1%}"),
+    "weight_mean": ("mean weight", "{:.2f}"),
+    "effective_tokens": ("effective tokens", "{:.1%}"),
+}
+"""Figures of `loss.weight_statistics`, in the order of the table: what they are called, how they are written."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -97,6 +111,12 @@ def named(arm: str) -> str:
 def point(row: str, series: str, figure: Mapping[str, Any]) -> Point:
     """The mark of a figure {value, low, high}, with those of its seeds."""
     return Point(row, series, figure["value"], figure["low"], figure["high"], tuple(figure.get("seeds", ())))
+
+
+def way_of(one: Mapping[str, Any]) -> str:
+    """How answers were had: "own", "own, sampled", "own, personal 0.5"."""
+    sampled, personal = ", sampled" if one["sampled"] else "", f", personal {one['personal']:g}"
+    return f"{one['profile']}{sampled}{personal if one['personal'] else ''}"
 
 
 def held_out_texts(name: str, split: Mapping[str, Any]) -> str:

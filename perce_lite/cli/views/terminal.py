@@ -10,8 +10,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from perce_lite.cli.views.page import HEALTH, words
-from perce_lite.cli.views.sections import Section, kept_step, mean_gain, stopped_early
+from perce_lite.cli.views.page import words
+from perce_lite.cli.views.sections import WEIGHT_FIGURES, Section, kept_step, mean_gain, stopped_early
 from perce_lite.cli.views.train_sections import held_out, worse_than_the_base, worth
 from perce_lite.console import console
 from perce_lite.export_targets import merge_drift
@@ -147,7 +147,7 @@ def show_inspection(figures: dict[str, Any], page: Path) -> None:
     table = Table(title=f"PerContrast over {counted(len(figures['rows']), 'row')}", title_justify="left")
     for name in ("", "own profile", "another user's"):
         table.add_column(name, justify="right" if name else "left")
-    for key, (name, form) in HEALTH.items():
+    for key, (name, form) in WEIGHT_FIGURES.items():
         table.add_row(
             name, *(form.format(figures[who][key]) if key in figures[who] else "-" for who in ("own", "swapped"))
         )

@@ -3,14 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from perce_lite.cli.views.sections import Line, Section, kept_step
+from perce_lite.cli.views.sections import WEIGHT_FIGURES, Line, Section, kept_step
+
+_LOGGED = ("share_above_min", "share_at_max", "weight_mean", "pir_mean", "effective_tokens")
 
 WEIGHTS = {
-    "share_above_min": ("tokens above the lowest weight", "{:.1%}"),
-    "share_at_max": ("tokens at the highest weight", "{:.1%}"),
-    "weight_mean": ("mean weight", "{:.2f}"),
-    "pir_mean": ("mean PIR, nats", "{:+.3f}"),
-    "effective_tokens": ("effective tokens", "{:.0%}"),
+    **{name: WEIGHT_FIGURES[name] for name in _LOGGED},
     "store_hits": ("log-probs that the store had", "{:.0%}"),
 }
 """Figures of the weights, means over the last epoch: what they are called, how they are written."""

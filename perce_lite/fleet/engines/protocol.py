@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from perce_lite.data.rows import Row
 from perce_lite.errors import ConfigError, DeviceError, DiskFullError, ModelError, PerceLiteError, RecipeError
@@ -11,6 +11,9 @@ from perce_lite.files import digest
 from perce_lite.fleet.groups import PARENTS, Key
 from perce_lite.model.adapter_files import Storage
 from perce_lite.recipe import Recipe
+
+EngineName = Literal["local", "ray"]
+"""local: this process; ray: the workers of a Ray cluster."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import contextlib
 import gc
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -239,10 +239,10 @@ class Params4bit(CardTensor, bnb.nn.Params4bit):
         return memo[id(self)]
 
 
-def params_4bit(tensor: Any, attributes: dict[str, Any]) -> Params4bit:
+def params_4bit(tensor: Any, attributes: Mapping[str, Any]) -> Params4bit:
     """A parameter over what `tensor` holds, with bitsandbytes' attributes."""
     made = Params4bit(tensor.inner)
-    vars(made).update({name: value for name, value in attributes.items() if name != "inner"})
+    made.__dict__.update({name: value for name, value in attributes.items() if name != "inner"})
     made._is_param = True
     return made
 
