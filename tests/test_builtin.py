@@ -162,12 +162,7 @@ def test_a_model_that_is_not_there_says_what_to_do(tmp_path):
 
 def test_adapter_of_another_base_is_refused(toy_trainer, tmp_path):
     trainer = toy_trainer(max_steps=1)
-    about = {
-        "recipe": {"model": "toy", "quantization": "none", "data": {"path": "rows.jsonl"}},
-        "estimator": "base", "train_on": "factual", "clip_min": 0.8, "clip_max": 5.0, "run": "r", "chat_template": "",
-        "data": {"rows": 1, "users": 1, "fingerprint": "f"}, "metrics": {"losses": []},
-    }  # fmt: skip
-    adapters.save(trainer.model, tmp_path / "adapter", about)
+    adapters.save(trainer.model, tmp_path / "adapter", toys.ABOUT)
     adapters.load(toys.toy_model("chatml", 600), tmp_path / "adapter")
     with pytest.raises(AdapterError, match=r"trained on toy \(llama, 2 layers of 64.*not on the base"):
         adapters.load(toys.toy_model("qwen3", 600), tmp_path / "adapter")
@@ -195,11 +190,7 @@ def test_adapter_of_another_base_is_refused(toy_trainer, tmp_path):
     ],
 )
 def test_the_card_says_how_the_loss_was_weighted(estimator, shown, hidden):
-    about = {
-        "recipe": {"model": "toy", "quantization": "none"}, "estimator": estimator, "train_on": "factual",
-        "clip_min": 0.8, "clip_max": 5.0, "data": {"rows": 1, "users": 1, "fingerprint": ""}, "metrics": {"losses": []},
-    }  # fmt: skip
-    card = adapters.model_card(about)
+    card = adapters.model_card({**toys.ABOUT, "estimator": estimator})
     assert shown in card
     assert not hidden or hidden not in card
 

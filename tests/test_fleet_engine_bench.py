@@ -1,4 +1,4 @@
-"""`perce-lite bench --fleet-engine`: a real Ray of this machine, started for the run alone; its bars and options."""
+"""`perce-lite bench --fleet-engine`: a real Ray of this machine, started for the run alone; its bars."""
 
 import pytest
 
@@ -21,17 +21,3 @@ def test_bars():
     assert EngineCost(10_000, 2, 100.0, 49.0, 100.0, 104.0).figures()["cheap"]
     assert not EngineCost(10_000, 2, 600.0, 60.0, 100.0, 104.0).cheap
     assert not EngineCost(10_000, 2, 100.0, 10.0, 100.0, 110.0).flat
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--fleet-engine", "--users", "5,10"], "takes one number"),
-        (["--fleet-engine", "--slots", "2"], "has no part in --fleet-engine"),
-        (["--users", "5"], "goes with --fleet-scale or --fleet-engine"),
-    ],
-)
-def test_options_that_do_not_go_together(run, arguments, message):
-    code, out, err = run("bench", *arguments)
-    assert code == 2
-    assert message in " ".join((out + err).replace("│", " ").split())

@@ -36,7 +36,9 @@ def test_bars_judge_ten_thousand_users():
         (["--fleet-scale", "--users", "many"], "whole numbers"),
         (["--fleet-scale", "--gpu-report"], "give one of"),
         (["--fleet-scale", "--slots", "2"], "has no part in --fleet-scale"),
-        (["--users", "5"], "goes with --fleet-scale"),
+        (["--fleet-engine", "--users", "5,10"], "takes one number"),
+        (["--fleet-engine", "--slots", "2"], "has no part in --fleet-engine"),
+        (["--users", "5"], "goes with --fleet-scale or --fleet-engine"),
     ],
 )
 def test_options_that_do_not_go_together(run, arguments, message):

@@ -63,12 +63,7 @@ def test_a_fine_tune_in_4_bit_is_another_base(tmp_path):
 
 def test_a_sketch_of_an_earlier_version_is_compared_as_far_as_it_goes(toy_trainer, tmp_path, capfd):
     trainer = toy_trainer(max_steps=1)
-    about = {
-        "recipe": {"model": "toy", "quantization": "none", "data": {"path": "rows.jsonl"}},
-        "estimator": "base", "train_on": "factual", "clip_min": 0.8, "clip_max": 5.0, "run": "r", "chat_template": "",
-        "data": {"rows": 1, "users": 1, "fingerprint": "f"}, "metrics": {"losses": []},
-    }  # fmt: skip
-    adapters.save(trainer.model, tmp_path / "adapter", about)
+    adapters.save(trainer.model, tmp_path / "adapter", toys.ABOUT)
     other = tuned(toys.toy_model("chatml", 600), MATRICES[0])
     with pytest.raises(AdapterError, match="not on the base"):
         adapters.load(other, tmp_path / "adapter")

@@ -193,11 +193,7 @@ def test_detach_gives_the_base_back():
 def test_a_saved_slot_loads_with_peft(tmp_path):
     model = slot_model(3, torch.float32)
     model.load_slot(1, stirred(model.fresh(1), 1))
-    about = {
-        "recipe": {"model": "toy", "quantization": "none"}, "data": {"rows": 1, "users": 1, "fingerprint": "x"},
-        "estimator": "base", "clip_min": 0.8, "clip_max": 5.0, "train_on": "factual", "metrics": {"losses": []},
-    }  # fmt: skip
-    save_slot(model, model.read_slot(1), tmp_path / "adapter", about)
+    save_slot(model, model.read_slot(1), tmp_path / "adapter", toys.ABOUT)
     loaded = PeftModel.from_pretrained(toys.toy_model("llama3", toys.VOCAB_SIZE), str(tmp_path / "adapter"))
     ids = ids_of(4)
     with torch.no_grad(), model.route.of([1]):

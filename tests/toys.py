@@ -20,6 +20,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 VOCAB_SIZE = 600
 
+ABOUT: dict[str, Any] = {
+    "recipe": {"model": "toy", "quantization": "none", "data": {"path": "rows.jsonl"}},
+    "estimator": "base", "train_on": "factual", "clip_min": 0.8, "clip_max": 5.0, "run": "r", "chat_template": "",
+    "data": {"rows": 1, "users": 1, "fingerprint": "f"}, "metrics": {"losses": []},
+}  # fmt: skip
+"""Metadata of an adapter that a test saves without a run."""
+
 # Both sides of every tag are trimmed (`{%- -%}`), so that a template renders the same whatever the
 # environment's trim_blocks and lstrip_blocks are.
 TEMPLATES: dict[str, str] = {
