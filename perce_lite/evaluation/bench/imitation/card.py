@@ -91,10 +91,6 @@ class Card:
         """How often each attention kernel ran, by name."""
         return attention_kernels(self.counts)
 
-    def synchronisations_in(self, part: str) -> int:
-        """Synchronisations asked for by code whose path holds `part`."""
-        return sum(count for place, count in self.places.items() if part in place.partition(" @ ")[2].split(" < ")[0])
-
 
 def attention_kernels(counts: Counter[str]) -> dict[str, int]:
     """Of the `counts` of a card, how often each attention kernel ran, by name."""
