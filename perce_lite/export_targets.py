@@ -138,12 +138,14 @@ def merge_drift(drift: Mapping[str, Any]) -> str:
 
     drift: `quantization` that the adapter was trained in, `mean` and `max` absolute difference, nats a token
     """
-    if drift["quantization"] == "none":
-        return "The base was whole in training, so merging changes nothing but rounding."
-    return (
-        f"Trained on the base in {drift['quantization']}, merged into its original weights: a fixed text's log-probs "
-        f"moved by {drift['mean']:.3f} nats a token, {drift['max']:.3f} at the most."
+    quantised = drift["quantization"] != "none"
+    why = (
+        f"Trained on the base in {drift['quantization']}, merged into its original weights"
+        if quantised
+        else "The base was whole in training, so merging changes nothing but rounding"
     )
+    moved = f"{drift['mean']:.3f} nats a token, {drift['max']:.3f} at the most"
+    return f"{why}: a fixed text's log-probs moved by {moved}."
 
 
 def refuse_unknown(target: str, quant: str | None) -> None:

@@ -31,7 +31,9 @@ def adapter_for(
     recipe = load_recipe(mine)
     loaded = load_base(recipe)
     options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora}
-    model = get_peft_model(loaded.model, LoraConfig(**options))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # A is drawn from torch's own generator
+        model = get_peft_model(loaded.model, LoraConfig(**options))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

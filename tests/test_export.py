@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from perce_lite.errors import AdapterError, DiskFullError, ExportError
 from perce_lite.export import export as exports
 from perce_lite.export import writers
-from perce_lite.export.proof import PROOF, gap, plain_log_probs
+from perce_lite.export.proof import PROOF, TIGHT, gap, plain_log_probs
 from perce_lite.export_targets import TARGETS
 
 pytest_plugins = ["cli_fixtures"]
@@ -87,6 +87,18 @@ def test_merged_keeps_the_dtype_of_the_base(tmp_path):
     figures = exports.export(adapter_for(base, tmp_path / "run", scale=0.3), "merged", tmp_path / "out", force=False)
     assert figures["dtype"] == "bfloat16"
     assert {one.dtype for one in load_file(tmp_path / "out/model.safetensors").values()} == {torch.bfloat16}
+    assert figures["proof"]["off_adapter"] <= TIGHT, "what was rounded is loaded as it was rounded"
+    assert TIGHT < figures["drift"]["max"] < figures["proof"]["effect"] / 4, "and what rounding changed is told"
+
+
+def test_an_adapter_that_rounding_would_take_away_is_not_merged(tmp_path):
+    base = toy_base(tmp_path / "toy")
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
+    small = adapter_for(base, tmp_path / "run", scale=3e-4)
+    with pytest.raises(ExportError, match=r"kept in bfloat16.* would be lost.*--to peft"):
+        exports.export(small, "merged", tmp_path / "out", force=False)
+    assert not (tmp_path / "out").exists()
+    assert exports.export(small, "peft", tmp_path / "beside", force=False)["proof"]["off_adapter"] <= TIGHT
 
 
 # Planted faults

@@ -43,7 +43,7 @@ TIGHT = 1e-3
 """Nats: float32 against float32, summed in another order."""
 
 ROUNDED = 0.1
-"""Nats: weights rounded to bf16 or fp16."""
+"""Nats: weights written as F16, in another program; the most that a proof allows."""
 
 OTHER_PROGRAM = 1e-2
 """Nats: float32 in another program, with its own approximations of exp and of the rotary angles."""

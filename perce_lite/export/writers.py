@@ -25,9 +25,12 @@ from perce_lite.export.proof import (
     base_for,
     check_not_idle,
     clear_answer,
+    does_as_recorded,
     expected,
     fingerprint,
+    gap,
     on_cpu,
+    plain_log_probs,
     record,
     sketched,
     tensors_of,
@@ -91,10 +94,14 @@ def _write_adapter(job: Job, aside: Path) -> dict[str, Any]:
 
 
 def _write_merged(job: Job, aside: Path) -> dict[str, Any]:
-    """Merges in float32 and rounds once, to what the base is kept in."""
+    """Merges in float32 and rounds once, to what the base is kept in; its proof is of the rounded weights."""
     recipe = on_cpu(job.metadata, quantised=False)
     kept = _kept_dtype(recipe)
-    merged, tokenizer, proof = _merge(job, recipe, TIGHT if kept == torch.float32 else ROUNDED)
+    merged, tokenizer, proof = _merge(job, recipe, TIGHT)
+    in_float32 = proof.adapter
+    if kept != torch.float32:
+        does_as_recorded(proof, plain_log_probs(merged, proof.ids, len(in_float32)), "merged in float32")
+        proof.adapter = _rounded(merged, kept, proof)
     merged = merged.to(kept)
     merged.config.dtype = kept
     merged.save_pretrained(aside)
@@ -102,11 +109,30 @@ def _write_merged(job: Job, aside: Path) -> dict[str, Any]:
     proof.sketch = sketched(merged)
     proof.fingerprints = {name: fingerprint(tensor) for name, tensor in tensors_of(aside)}
     del merged  # the base as trained is loaded next
-    drift = _measured_drift(job, proof)
+    drift = _drift(job, proof, in_float32)
     dtype = str(kept).removeprefix("torch.")
     told = f"## Merged\n\nThe adapter is merged into the original weights, kept in {dtype}. {merge_drift(drift)}\n"
     _finish(job, recipe, aside, proof, told)
     return {"dtype": dtype, "drift": drift}
+
+
+def _rounded(merged: PreTrainedModel, kept: torch.dtype, proof: Proof) -> list[float]:
+    """Rounds the weights of `merged` to what `kept` can hold, in place; its log-probs of the fixed text after that.
+
+    Raises:
+        ExportError: rounding changes more than a quarter of what the adapter does.
+    """
+    for parameter in merged.parameters():
+        parameter.data = parameter.data.to(kept).float()
+    rounded = plain_log_probs(merged, proof.ids, len(proof.adapter))
+    off, effect = gap(rounded, proof.adapter), gap(proof.adapter, proof.base)
+    if off > effect / 4:
+        raise ExportError(
+            f"Merged into weights that are kept in {str(kept).removeprefix('torch.')}, this adapter would be lost: "
+            f"rounding moves the log-probs of a fixed text by up to {off:.4f} nats, the adapter by {effect:.4f}. "
+            "Export it beside its base (--to peft), or train it for longer or with a higher rate."
+        )
+    return rounded
 
 
 def _write_gguf_lora(job: Job, aside: Path) -> dict[str, Any]:
@@ -203,14 +229,17 @@ def _kept_dtype(recipe: Recipe) -> torch.dtype:
     return config_of(recipe).dtype or torch.float32
 
 
-def _measured_drift(job: Job, proof: Proof) -> dict[str, Any]:
-    """How far the merged model is from base and adapter as trained, on the fixed text, in nats."""
+def _drift(job: Job, proof: Proof, in_float32: list[float]) -> dict[str, Any]:
+    """How far the merged model is from base and adapter as trained, on the fixed text, in nats.
+
+    in_float32: log-probs of the adapter on the original weights, before merging and rounding
+    """
     trained = on_cpu(job.metadata, quantised=True)
-    if trained.quantization == "none":
-        return {"quantization": "none", "mean": 0.0, "max": 0.0}
-    with base_for(trained) as base:
-        model, _ = _on(base.model, base.tokenizer, job)
-        as_trained = expected(model, proof.ids, adapters=True)
+    as_trained = in_float32
+    if trained.quantization != "none":
+        with base_for(trained) as base:
+            model, _ = _on(base.model, base.tokenizer, job)
+            as_trained = expected(model, proof.ids, adapters=True)
     differences = [abs(one - other) for one, other in zip(as_trained, proof.adapter, strict=True)]
     mean = sum(differences) / len(differences)
     return {"quantization": trained.quantization, "mean": mean, "max": max(differences)}
