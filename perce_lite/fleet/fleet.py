@@ -76,10 +76,8 @@ def fleet(
             order = _order(registry, work, trainer, lengths, due)
             _same_base(registry, trainer, recipe)
             _train(registry, work, trainer, order, sum(due.values()), tally)
-            if next(registry.due("user"), None) is None:  # its users were trained in another way since
-                (recipe.output_dir / KEPT).unlink(missing_ok=True)
-                shutil.rmtree(recipe.output_dir / PACKS, ignore_errors=True)
-            _drop_unused_parents(registry)
+        if not dry_run:
+            _clear(registry, recipe)
         adapters = tuple(registry.all())
         return FleetResult(
             folder=str(recipe.output_dir),
@@ -93,6 +91,14 @@ def fleet(
             gains=gains(adapters),
             adapters=adapters,
         )
+
+
+def _clear(registry: Registry, recipe: Recipe) -> None:
+    """Removes what trainings left that nobody needs; also after a run that was killed before it came to that."""
+    if next(registry.due("user"), None) is None:  # its users were trained in another way since
+        (recipe.output_dir / KEPT).unlink(missing_ok=True)
+        shutil.rmtree(recipe.output_dir / PACKS, ignore_errors=True)
+    _drop_unused_parents(registry)
 
 
 def _planned(data: RowsByUser, registry: Registry, recipe: Recipe, only: Sequence[str], retrain: Sequence[str]) -> Plan:
