@@ -11,7 +11,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from perce_lite.errors import PerceLiteError
-from perce_lite.files import read_json, settle, write_json
+from perce_lite.files import digest, home, read_json, settle, write_json
 
 
 @contextmanager
@@ -37,6 +37,20 @@ def held_alone(path: Path, refuse: Callable[[str], PerceLiteError]) -> Iterator[
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def one_writer(path: Path) -> Iterator[None]:
+    """For the block, no other process writes the file `path` in such a block; what a killed one left beside it is gone.
+
+    The lock lies in the cache folder, so that none is left where people look for what they asked for.
+    """
+    file = path.resolve()
+    locks = home() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / f"{digest(str(file))}.lock"):
+        settle(file)
+        yield
 
 
 def _who(holder: Path) -> str:

@@ -1,6 +1,7 @@
 """Faults at every write, rename and removal of a command: whatever the moment, the next run ends in the same bytes.
 
-A few points of each command here; `pytest -m slow tests/test_faults.py -s` tries every one and counts them.
+A few points of each command here, more of them in `pytest -m slow`; `pytest -m exhaustive -s` tries every one and
+counts them, which takes two hours on two cores.
 """
 
 import json
@@ -37,6 +38,13 @@ def test_a_kill_at_some_points(command):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["kill", "raise"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_fault_at_more_points(command, kind):
+    check(tried(command, kind, max(2, SAMPLES[command] // 6)))
+
+
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["kill", "raise"])
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_fault_at_every_point(command, kind):

@@ -16,6 +16,7 @@ from perce_lite.data.readers import read_rows
 from perce_lite.data.rows import SPLIT_NAMES, from_columns, of_split
 from perce_lite.errors import DataError
 from perce_lite.files import written_aside
+from perce_lite.locks import one_writer
 from perce_lite.model.base import load_base
 from perce_lite.recipe import Recipe, training_config, with_train
 from perce_lite.training import loss
@@ -132,7 +133,7 @@ def write_weights(recipe: Recipe, to: str, out: Path) -> dict[str, Any]:
     """
     audit = Audit()
     rows = weighted_rows(recipe, audit=audit)
-    with written_aside(out) as aside:
+    with one_writer(out), written_aside(out) as aside:
         (_write_parquet if to == "parquet" else _write_jsonl)(rows, aside)
         aside.chmod(0o644)
     config = training_config(recipe)

@@ -11,6 +11,7 @@ from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.views.sections import WEIGHT_FIGURES, Section, way_of
 from perce_lite.console import PIR_BOUNDS
 from perce_lite.files import write_text
+from perce_lite.locks import one_writer
 
 charts = Lazy("perce_lite.cli.views.charts")  # matplotlib takes half a second
 
@@ -73,7 +74,9 @@ def _write(template: str, path: Path, filters: Filters, **values: Any) -> None:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= filters
-    write_text(path, environment.get_template(template).render(**values))
+    text = environment.get_template(template).render(**values)
+    with one_writer(path):
+        write_text(path, text)
 
 
 def pir_class(pir: float) -> str:
