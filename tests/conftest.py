@@ -17,6 +17,7 @@ import datasets
 import pytest
 import torch
 import toys
+import transformers
 
 from perce_lite import PerCEConfig, PerCETrainer
 from perce_lite.console import quiet
@@ -41,6 +42,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MAX_WORKERS)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """What a test, or a fixture of a whole file, draws does not depend on which tests ran before it in this worker."""
+    transformers.set_seed(0)
 
 
 @pytest.fixture(autouse=True)
