@@ -2,11 +2,16 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from perce_lite.errors import ExportError
+from perce_lite.files import read_json
 
 TARGETS = ("peft", "merged", "gguf-lora", "gguf", "vllm", "ollama")
+
+PROOF = "proof.json"
+"""The file beside an export that says what it has to do."""
 
 GGUF_FAMILIES = {
     "llama": "llama",
@@ -159,3 +164,18 @@ def refuse_unknown(target: str, quant: str | None) -> None:
             f"--quant {quant}: is not written here. There is: {', '.join(QUANTS)}. For others write F16, and "
             "give it to llama.cpp's own llama-quantize."
         )
+
+
+def written_proof(folder: Path) -> dict[str, Any]:
+    """What the proof beside an export says.
+
+    Raises:
+        ExportError: there is none, or it is torn.
+    """
+    found = read_json(folder / PROOF)
+    if not isinstance(found, dict):
+        raise ExportError(
+            f"{folder}: no export of PerCE Lite: it has no readable {PROOF}. Give a folder that `perce-lite export` "
+            "named at its end."
+        )
+    return found

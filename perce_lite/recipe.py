@@ -373,7 +373,7 @@ def with_train(recipe: Recipe, what: str, overrides: typing.Sequence[str]) -> Re
     """
     plain: dict[str, Any] = {}
     faults = apply_overrides(plain, {}, [f"train.{override}" for override in overrides])
-    faults += third_party_faults(plain, {})
+    faults += third_party_faults(plain, {}) + choice_faults(plain, {})
     if faults:
         raise RecipeError(what, faults)
     changed = recipe.model_copy(update={"train": {**recipe.train, **plain.get("train", {})}})

@@ -10,7 +10,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from perce_lite import export_targets as targets
 from perce_lite.choices import CHOICES
-from perce_lite.recipe_fields import fields_of
+from perce_lite.recipe_fields import Target, fields_of, generation_options
 from perce_lite.recipe_yaml import Lines, where
 
 _MEANT = {
@@ -37,12 +37,9 @@ def _elsewhere(name: str) -> str | None:
     """What to say of a key of `train:` or `lora:` that was written without its section."""
     if "." in name:
         return None
-    from peft import LoraConfig
-
-    from perce_lite.config import PerCEConfig
-
-    for section, target in (("train", PerCEConfig), ("lora", LoraConfig)):
-        if name in target.__dataclass_fields__:
+    targets: tuple[tuple[str, Target], ...] = (("train", "PerCEConfig"), ("lora", "LoraConfig"))
+    for section, target in targets:
+        if name in fields_of(target):
             return f"did you mean {section}.{name}?"
     return None
 
@@ -211,12 +208,10 @@ def _generation_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
     generation = evaluation.get("generation") if isinstance(evaluation, dict) else None
     if not isinstance(generation, dict) or not generation:
         return []
-    from transformers import GenerationConfig
-
-    allowed = set(vars(GenerationConfig())) - {"max_new_tokens"}
+    allowed = generation_options() - {"max_new_tokens"}
     return [
         f"{where(('evaluation', 'generation', name), lines)}unknown key evaluation.generation.{name}; "
-        f"{nearest(str(name), (option for option in allowed if not option.startswith('_')))}"
+        f"{nearest(str(name), allowed)}"
         for name in generation
         if name not in allowed
     ]

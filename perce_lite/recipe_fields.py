@@ -1,7 +1,8 @@
-"""Fields of `PerCEConfig` and `peft.LoraConfig`, read from their sources: importing them imports torch, for seconds.
+"""Fields of `PerCEConfig`, `peft.LoraConfig` and transformers' `GenerationConfig`, read from their sources.
 
-So a wrong key of a recipe is answered at once. Files and classes are named here and not in `model.compat`, which
-imports torch; `tests/test_recipe_fields.py` holds them against the classes themselves.
+Importing them imports torch, for seconds, and a wrong key of a recipe is answered at once. Files and classes are named
+here and not in `model.compat`, which imports torch; `tests/test_recipe_fields.py` holds them against the classes
+themselves.
 """
 
 import ast
@@ -40,15 +41,33 @@ def fields_of(target: Target) -> dict[str, Any]:
     """
     fields: dict[str, Any] = {}
     for package, file, name in _CLASSES[target]:
-        classes = [node for node in _parsed(package, file).body if isinstance(node, ast.ClassDef) and node.name == name]
-        if not classes:
-            raise CompatibilityError(f"{package}/{file} has no class {name} any more; install the versions asked for.")
-        for field in classes[0].body:
+        for field in _class(package, file, name).body:
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
                 fields.pop(field.target.id, None)
                 if _is_given(field):
                     fields[field.target.id] = _hint(field.annotation)
     return fields
+
+
+@functools.cache
+def generation_options() -> frozenset[str]:
+    """The options of `GenerationConfig`, which its `__init__` assigns.
+
+    Raises:
+        CompatibilityError: as `fields_of`.
+    """
+    found = _class("transformers", "generation/configuration_utils.py", "GenerationConfig")
+    init = next(node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    assigned = [target for node in ast.walk(init) if isinstance(node, ast.Assign) for target in node.targets]
+    names = {target.attr for target in assigned if isinstance(target, ast.Attribute)}
+    return frozenset(name for name in names if not name.startswith("_"))
+
+
+def _class(package: str, file: str, name: str) -> ast.ClassDef:
+    found = [node for node in _parsed(package, file).body if isinstance(node, ast.ClassDef) and node.name == name]
+    if not found:
+        raise CompatibilityError(f"{package}/{file} has no class {name} any more; install the versions asked for.")
+    return found[0]
 
 
 def _parsed(package: str, file: str) -> ast.Module:

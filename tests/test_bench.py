@@ -18,7 +18,7 @@ import toys
 from trl import SFTTrainer
 
 from perce_lite.errors import BenchError, RecipeError
-from perce_lite.evaluation.bench import bench, children, measuring, workload
+from perce_lite.evaluation.bench import arms, bench, children, measuring, workload
 from perce_lite.recipe import load_recipe
 from perce_lite.training.trainer import PerCETrainer
 
@@ -73,7 +73,7 @@ def test_rows_for_not_even_one_step(recipe):
 def test_every_arm_trains_the_same_tokens(recipe, here):
     found = bench.bench(load_recipe(recipe(text=SMALL)), steps=2, warmup=1, repeats=1, epochs=3)
     [once] = found["runs"]
-    assert list(once) == list(measuring.ARMS)
+    assert list(once) == list(arms.ARMS)
     with_profile = {name: one for name, one in once.items() if name != "counterfactual"}
     assert len({one["digest"] for one in with_profile.values()}) == 1
     assert {one["tokens"] for one in with_profile.values()} == {found["rows"]["tokens"]}
@@ -100,7 +100,7 @@ def test_every_arm_trains_the_same_tokens(recipe, here):
 
 
 def test_a_cold_store_scores_and_a_warm_one_does_not(recipe, here):
-    spec = bench.arms_of("base,base-cold,mixed,mixed-cold,counterfactual")
+    spec = arms.arms_of("base,base-cold,mixed,mixed-cold,counterfactual")
     found = bench.bench(load_recipe(recipe(text=SMALL)), spec, steps=1, warmup=0, repeats=2, epochs=3)
     for once in found["runs"]:
         assert {name: one["store_hits"] for name, one in once.items()} == {
@@ -147,7 +147,7 @@ def test_plain_sft_is_trls_own_and_float32_is_told_apart(recipe):
     for name in ("sft", "sft-fp32", "base", "hand-written"):
         job = jobs.job(name)
         own = measuring.recipe_of(job)
-        trainer = measuring.make(measuring.ARMS[name], own, measuring.load_base(own), job.rows)
+        trainer = measuring.make(arms.ARMS[name], own, measuring.load_base(own), job.rows)
         found[name] = {str(one.dtype) for one in trainer.model.parameters() if one.requires_grad}, type(trainer)
     assert found == {
         "sft": ({"torch.bfloat16"}, SFTTrainer),
@@ -210,12 +210,12 @@ def test_other_tokens_are_an_error(recipe, here, monkeypatch):
 
 
 def test_unknown_arms():
-    assert bench.arms_of(None) == list(measuring.ARMS)
-    assert bench.arms_of("mixed, base") == ["mixed", "base"]
+    assert arms.arms_of(None) == list(arms.ARMS)
+    assert arms.arms_of("mixed, base") == ["mixed", "base"]
     with pytest.raises(BenchError, match=r"'boostrap' is no arm; did you mean bootstrap\? Arms are sft,"):
-        bench.arms_of("base,boostrap")
+        arms.arms_of("base,boostrap")
     with pytest.raises(BenchError, match="name some"):
-        bench.arms_of(" , ")
+        arms.arms_of(" , ")
 
 
 # Real processes
@@ -303,7 +303,7 @@ def threads_of(pid: int) -> int:
 def test_the_command_in_real_processes(recipe, figures):
     words = ("--steps", "2", "--repeats", "1", "--epochs", "2")
     found = figures("bench", recipe(text=SMALL), *words)
-    assert list(found["arms"]) == list(measuring.ARMS)
+    assert list(found["arms"]) == list(arms.ARMS)
     assert found["machine"]["threads"] >= 1
     assert {one["peak_of"] for one in found["runs"][0].values()} <= {"training", "process"}
     for name, one in found["arms"].items():

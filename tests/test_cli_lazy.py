@@ -20,6 +20,7 @@ from perce_lite.cli.views import reference
 pytest_plugins = ["cli_fixtures"]
 
 PACKAGE = Path(perce_lite.__file__).parent
+RECIPE = str(PACKAGE.parent / "recipes" / "quickstart.yaml")
 
 
 def heavy_after(*words: str) -> tuple[int, str, str]:
@@ -47,6 +48,29 @@ def heavy_after(*words: str) -> tuple[int, str, str]:
         (["adapters", "list", "--fleet", "nowhere"], 2),
         (["store", "show", "--path", "nowhere", "--bad"], 2),
         (["import", "nowhere", "--user", "ann"], 2),
+        (["train", RECIPE, "--set", "nope=1"], 2),
+        (["train", RECIPE, "--set", "learning_rate=1"], 2),
+        (["train", RECIPE, "--set", "train.lr=1"], 2),
+        (["train", RECIPE, "--set", "evaluation.generation={topp: 1}"], 2),
+        (["train", RECIPE, "--set", "data.path=nowhere.jsonl"], 2),
+        (["fleet", RECIPE, "--only", "nobody"], 2),
+        (["eval", RECIPE, "--adapter", "nowhere"], 2),
+        (["compare", RECIPE, "--arms", "bass"], 2),
+        (["compare", RECIPE, "--arms", "base:clip=1"], 2),
+        (["compare", RECIPE, "--rates", "fast"], 2),
+        (["compare", RECIPE, "--judge-on", "nowhere.yaml"], 2),
+        (["export", "nowhere", "--to", "peft"], 2),
+        (["export", "nowhere", "--to", "nothing"], 2),
+        (["export", "--verify", "nowhere"], 2),
+        (["export", "nowhere", "--to", "peft", "--evaluation", "nowhere.json"], 2),
+        (["bench", RECIPE, "--arms", "bass"], 2),
+        (["bench", RECIPE, "--fleet", "--lengths", "long"], 2),
+        (["bench", RECIPE, "--fleet", "--slots", "0"], 2),
+        (["bench", "--gpu-report", "--shape", "round"], 2),
+        (["bench", "--serve", "nowhere"], 2),
+        (["generate", "--adapter", "nowhere", "hello"], 2),
+        (["chat", "nowhere"], 2),
+        (["serve", "nowhere"], 2),
     ],
 )
 def test_help_and_refusals_import_nothing_heavy(words, code):

@@ -16,7 +16,8 @@ from perce_lite.data.readers import read_rows
 from perce_lite.data.rows import of_split, spread_over_users
 from perce_lite.errors import DataError, NonFiniteLossError, RecipeError, RunError
 from perce_lite.evaluation import compare as comparing
-from perce_lite.evaluation.compare import Training, arms_of, grid
+from perce_lite.evaluation.arms import arms_of, grid
+from perce_lite.evaluation.compare import Training
 from perce_lite.evaluation.conditions import cases
 from perce_lite.recipe import load_recipe, training_config
 

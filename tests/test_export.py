@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from perce_lite.errors import AdapterError, DiskFullError, ExportError
 from perce_lite.export import export as exports
 from perce_lite.export import writers
-from perce_lite.export.proof import PROOF, TIGHT, gap, plain_log_probs
-from perce_lite.export_targets import TARGETS
+from perce_lite.export.proof import TIGHT, gap, plain_log_probs
+from perce_lite.export_targets import PROOF, TARGETS
 
 pytest_plugins = ["cli_fixtures"]
 

@@ -12,7 +12,7 @@ from perce_lite.errors import DiskFullError, ExportError
 from perce_lite.export import export_all as every
 from perce_lite.export import proof
 from perce_lite.export.export_all import served
-from perce_lite.export.proof import PROOF
+from perce_lite.export_targets import PROOF
 from perce_lite.files import safe_name
 from perce_lite.fleet.registry import opened
 from perce_lite.model import base as models

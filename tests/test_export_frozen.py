@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from perce_lite.data.pairs import IGNORED, PairMaker, Tokens
 from perce_lite.errors import ExportError, RecipeError
 from perce_lite.export.export import export, verify
-from perce_lite.export.proof import PROOF, plain_log_probs
+from perce_lite.export.proof import plain_log_probs
+from perce_lite.export_targets import PROOF
 from perce_lite.recipe import load_recipe
 
 

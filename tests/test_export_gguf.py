@@ -18,7 +18,8 @@ from perce_lite.export import export as exports
 from perce_lite.export import llamacpp, writers
 from perce_lite.export.gguf import common as ggufs
 from perce_lite.export.gguf import lora as gguf_lora
-from perce_lite.export.proof import OTHER_PROGRAM, PROOF, gap, plain_log_probs, read_proof
+from perce_lite.export.proof import OTHER_PROGRAM, gap, plain_log_probs, read_proof
+from perce_lite.export_targets import PROOF
 
 pytest_plugins = ["cli_fixtures"]
 

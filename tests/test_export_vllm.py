@@ -10,8 +10,7 @@ from test_export import change_json, change_tensors
 from perce_lite.errors import ExportError, RecipeError
 from perce_lite.export import export as exports
 from perce_lite.export import writers
-from perce_lite.export.proof import PROOF
-from perce_lite.export_targets import VLLM_RANKS, faults, max_rank
+from perce_lite.export_targets import PROOF, VLLM_RANKS, faults, max_rank
 from perce_lite.model.footprint import refuse_exports
 from perce_lite.recipe import Recipe, load_recipe
 

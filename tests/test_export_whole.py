@@ -18,7 +18,8 @@ from perce_lite.export import llamacpp, modelfile, writers
 from perce_lite.export.gguf import common as ggufs
 from perce_lite.export.gguf import model as gguf_model
 from perce_lite.export.gguf import vocabulary as gguf_vocabulary
-from perce_lite.export.proof import PROOF, gap, plain_log_probs, read_proof
+from perce_lite.export.proof import gap, plain_log_probs, read_proof
+from perce_lite.export_targets import PROOF
 
 pytest_plugins = ["cli_fixtures"]
 

@@ -14,7 +14,7 @@ from cli_fixtures import Ended
 
 from perce_lite.data import pairs
 from perce_lite.errors import BenchError, DataError
-from perce_lite.evaluation.bench import children, exactrows, fleetbench, fleetmeasuring
+from perce_lite.evaluation.bench import arms, children, exactrows, fleetbench, fleetmeasuring
 from perce_lite.files import read_json
 from perce_lite.fleet.engines.sequential import SequentialEngine
 from perce_lite.fleet.engines.slots import SlotsEngine
@@ -92,9 +92,9 @@ def test_every_arm_trains_its_users(recipe, here, monkeypatch):
     found = fleetbench.fleet_bench(load_recipe(path), [32], [1, 2], steps=1, warmup=1, repeats=2, users=2)
     assert set(trained) == {32}
     assert set(found["lengths"]) == {"32"}
-    arms = ["processes", "one-by-one", "slots-1", "slots-2"]
+    names = ["processes", "one-by-one", "slots-1", "slots-2"]
     for once in found["runs"]:
-        assert list(once["32"]) == arms
+        assert list(once["32"]) == names
         assert [one["users"] for one in once["32"].values()] == [1, 2, 2, 2]
         assert {one["store_hits"] for one in once["32"].values()} == {1.0}
         assert all(one["adapter_bytes"] and one["peak_bytes"] and one["seconds"] > 0 for one in once["32"].values())
@@ -194,13 +194,13 @@ def test_a_reference_without_memory_leaves_figures_without_ratios():
 
 
 def test_bad_lists():
-    assert fleetbench.lengths_of(None) == [32, 64, 96]
-    assert fleetbench.slots_of("8, 2,8") == [8, 2]
+    assert arms.lengths_of(None) == [32, 64, 96]
+    assert arms.slots_of("8, 2,8") == [8, 2]
     for spec, named in (("64,8", "'8'"), ("long", "'long'"), (" , ", "' , '"), ("-64", "'-64'")):
         with pytest.raises(BenchError, match=rf"--lengths: {named} is no whole number of at least 16; .* 32,64,96"):
-            fleetbench.lengths_of(spec)
+            arms.lengths_of(spec)
     with pytest.raises(BenchError, match="--slots: '0' is no whole number of at least 1"):
-        fleetbench.slots_of("0")
+        arms.slots_of("0")
 
 
 def test_options_that_do_not_go_together(recipe, run):

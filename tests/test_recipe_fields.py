@@ -5,11 +5,12 @@ import typing
 
 import pytest
 from peft import LoraConfig
+from transformers import GenerationConfig
 
 from perce_lite.config import PerCEConfig
 from perce_lite.errors import CompatibilityError
 from perce_lite.recipe_checks import _type_fault
-from perce_lite.recipe_fields import _CLASSES, fields_of
+from perce_lite.recipe_fields import _CLASSES, fields_of, generation_options
 
 CLASSES = {"PerCEConfig": PerCEConfig, "LoraConfig": LoraConfig}
 
@@ -18,6 +19,10 @@ CLASSES = {"PerCEConfig": PerCEConfig, "LoraConfig": LoraConfig}
 def test_they_are_the_fields_of_the_class(name):
     real = {field.name for field in dataclasses.fields(CLASSES[name]) if field.init}
     assert set(fields_of(name)) == real
+
+
+def test_they_are_the_options_of_generation():
+    assert generation_options() == {name for name in vars(GenerationConfig()) if not name.startswith("_")}
 
 
 @pytest.mark.parametrize("name", CLASSES)

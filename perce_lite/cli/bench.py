@@ -11,8 +11,10 @@ from perce_lite.cli.options import Json, Set, write
 from perce_lite.cli.views import terminal
 from perce_lite.console import console
 from perce_lite.files import write_json, write_text
+from perce_lite.model.adapter_files import read_metadata
 from perce_lite.recipe import load_recipe
 
+asked_for = Lazy("perce_lite.evaluation.bench.arms")
 benchmark = Lazy("perce_lite.evaluation.bench.bench")
 fleet_benchmark = Lazy("perce_lite.evaluation.bench.fleetbench")
 fleet_engines = Lazy("perce_lite.evaluation.bench.fleetengine")
@@ -78,10 +80,11 @@ def bench(
         return _show(generating.generation_cost(loaded, repeats=repeats or 3), terminal.show_generation_cost, json)
     steps, repeats = steps or 6, repeats or 3
     if fleet:
-        sizes = fleet_benchmark.lengths_of(lengths), fleet_benchmark.slots_of(slots)
+        sizes = asked_for.lengths_of(lengths), asked_for.slots_of(slots)
         measured = fleet_benchmark.fleet_bench(loaded, *sizes, steps, warmup, repeats)
         return _show(measured, terminal.show_fleet_bench, json)
-    measured = benchmark.bench(loaded, benchmark.arms_of(arms), steps, warmup, repeats, epochs)
+    named = asked_for.arms_of(arms)  # a wrong one is told before torch is imported
+    measured = benchmark.bench(loaded, named, steps, warmup, repeats, epochs)
     return _show(measured, terminal.show_bench, json)
 
 
@@ -90,6 +93,7 @@ def _without_recipe(
 ) -> tuple[Any, Callable[[Any], None]]:
     """What `--serve`, `--fleet-scale` or `--fleet-engine` measures, and what shows it."""
     if adapter is not None:
+        read_metadata(adapter)
         return serve_benchmark.serve_bench(adapter, repeats), terminal.show_serve_bench
     counts = _numbers(users)
     if scale:
@@ -145,7 +149,9 @@ def _report(
     """Measures at `pace` (steps, warmup, repeats, epochs), and writes the table and, beside it, the figures."""
     if out.suffix == ".json":
         raise typer.BadParameter(f"--out {out}: the table is Markdown; the figures go beside it as JSON")
-    rows = [gpu_reports.LENGTH] if length is None else fleet_benchmark.lengths_of(length)
+    if shape is not None:
+        asked_for.require_shape(shape)
+    rows = [gpu_reports.LENGTH] if length is None else asked_for.lengths_of(length)
     if len(rows) != 1:
         raise typer.BadParameter(f"--lengths {length}: --gpu-report has rows of one length")
     figures = gpu_reports.gpu_report(shape or gpu_reports.SHAPE, rows[0], *pace, planned=gpu_reports.planned_parts)

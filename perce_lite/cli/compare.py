@@ -11,6 +11,7 @@ from perce_lite.cli.views import compare_sections, terminal
 from perce_lite.words import counted
 
 device = Lazy("perce_lite.device")
+arms_asked_for = Lazy("perce_lite.evaluation.arms")
 comparison = Lazy("perce_lite.evaluation.compare")
 oom_advice = Lazy("perce_lite.planning.oom_advice")
 pages = Lazy("perce_lite.cli.views.page")
@@ -35,9 +36,10 @@ def compare(
     """Train ways of weighting under one budget and judge them on held-out rows. Takes hours; resumes."""
     loaded = open_recipe(recipe, set_, trains=True)
     other = None if judge_on is None else readable_recipe(judge_on, None)
+    grid = arms_asked_for.grid(loaded, rates)
+    named = arms_asked_for.arms_of(loaded, arms or arms_asked_for.ARMS)
     device.say_device(loaded)
     with oom_advice.explain_out_of_memory_in_scoring(loaded, own_folder=True):
-        named, grid = comparison.arms_of(loaded, arms or comparison.ARMS), comparison.grid(loaded, rates)
         figures = comparison.compare(loaded, named, grid, seeds, other)
     page = out or loaded.output_dir / "compare.html"
     sentences, tables = compare_sections.comparison_sentences(figures), compare_sections.comparison(figures)

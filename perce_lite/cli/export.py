@@ -10,7 +10,7 @@ from perce_lite.cli.options import FleetPath, Json, Model, TemplateFile, agreed,
 from perce_lite.cli.views import terminal
 from perce_lite.console import warn
 from perce_lite.errors import ExportError
-from perce_lite.export_targets import refuse_unknown
+from perce_lite.export_targets import refuse_unknown, written_proof
 from perce_lite.fleet import queries
 from perce_lite.model.adapter_files import Said, read_metadata
 
@@ -33,7 +33,9 @@ def export(
         Path | None, typer.Option(help="gguf-lora: the base as a GGUF file, for a llama.cpp to prove the adapter on.")
     ] = None,
     quant: Annotated[str | None, typer.Option(help="gguf, ollama: F32, F16, BF16, Q8_0 ...; else F16.")] = None,
-    evaluation: Annotated[Path | None, typer.Option(help="What eval --json wrote, for the model card.")] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="What eval --json wrote, for the model card.")
+    ] = None,
     user: Annotated[
         str | None,
         typer.Option(help="A user of the data: texts of theirs go into the export as its profile."),
@@ -68,6 +70,7 @@ def export(
         require_user(read_metadata(adapter, said), user)
     figures: dict[str, Any]
     if verify is not None:
+        written_proof(verify)
         figures = exports.verify(verify, base_gguf)
     elif to is not None and adapter is not None:
         if push_to_hub is not None:

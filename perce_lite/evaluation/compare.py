@@ -13,6 +13,7 @@ from perce_lite.data.readers import library, read_rows
 from perce_lite.data.rows import Row, of_split
 from perce_lite.errors import DataError, NonFiniteLossError, RecipeError, RunError
 from perce_lite.evaluation.answers import Answers, Writer, WrittenTexts, ways_of
+from perce_lite.evaluation.arms import Arm
 from perce_lite.evaluation.authorship import UserWords, training_texts
 from perce_lite.evaluation.conditions import MATCH, OTHER, Case, Topics, is_candidate, score_cases
 from perce_lite.evaluation.evaluate import chosen_tokens, held_out
@@ -26,9 +27,6 @@ from perce_lite.planning.oom_advice import explain_out_of_memory, free_gpu_memor
 from perce_lite.recipe import Recipe, refuse_cores, refuse_early_stopping, training_config, with_train
 from perce_lite.training.run import Run, checkpoints_in, newest_checkpoint, run_of
 from perce_lite.training.train import train
-
-ARMS = "uniform,shuffled,base,mixed,bootstrap"
-"""What is compared where nothing else is asked for."""
 
 UNTRAINED = "untrained"
 
@@ -51,23 +49,6 @@ _BASE = ("model", "quantization", "dtype")
 
 AGAINST = ("uniform", "shuffled")
 """Estimators that all others are compared with: plain SFT, and the same weights on the wrong tokens."""
-
-
-@dataclass(frozen=True, eq=False)
-class Arm:
-    """One way to train: "base", or "base:clip_min=0.2:normalize_weights=mean" with other fields of PerCEConfig."""
-
-    name: str
-    recipe: Recipe
-
-    @property
-    def estimator(self) -> str:
-        return self.name.partition(":")[0]
-
-    @property
-    def judged(self) -> str:
-        """The profile that it is used with, and so judged with."""
-        return "none" if self.recipe.train.get("train_on") == "counterfactual" else "own"
 
 
 @dataclass(frozen=True)
@@ -106,41 +87,6 @@ class Training:
             mine |= {"save_strategy": "steps", "save_steps": 1 / _KEPT_STEPS, "save_total_limit": None}
         mine_only = recipe.model_copy(update={"train": {**recipe.train, **mine}})
         return mine_only, run_of(mine_only, rows)
-
-
-def arms_of(recipe: Recipe, spec: str) -> list[Arm]:
-    """The arms of "uniform,base,base:clip_min=0.2".
-
-    Raises:
-        RecipeError: an unknown estimator or field, a combination that is refused, an arm named twice.
-    """
-    names = [name.strip() for name in spec.split(",") if name.strip()]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not names:
-        raise RecipeError("--arms", [f"{', '.join(twice)}: named twice" if twice else f"name some, such as {ARMS}"])
-    arms = []
-    for name in names:
-        estimator, *options = name.split(":")
-        arms.append(Arm(name, with_train(recipe, f"--arms {name}", [f"estimator={estimator}", *options])))
-    return arms
-
-
-def grid(recipe: Recipe, spec: str | None) -> list[float]:
-    """The rates of "1e-4,3e-4"; without a spec half, once and twice the recipe's.
-
-    Raises:
-        RecipeError: no number above 0.
-    """
-    if spec is None:
-        middle = training_config(recipe).learning_rate
-        return [middle / 2, middle, middle * 2]
-    try:
-        rates = [float(rate) for rate in spec.split(",")]
-    except ValueError as error:
-        raise RecipeError("--rates", [f"{spec}: write it as 1e-4,3e-4 ({error})"]) from error
-    if not all(0 < rate < 1 for rate in rates) or len(set(rates)) < len(rates):
-        raise RecipeError("--rates", [f"{spec}: each is above 0 and below 1, and stands there once"])
-    return rates
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from perce_lite.export.gguf import lora as gguf_lora
 from perce_lite.export.gguf import model as gguf_model
 from perce_lite.export.gguf import proof as gguf_proof
 from perce_lite.export.gguf.vocabulary import splitting
-from perce_lite.export.proof import PROOF, QUESTION, Proof, gap, on_cpu, read_proof
+from perce_lite.export.proof import QUESTION, Proof, gap, on_cpu, read_proof
 from perce_lite.export.writers import Job, Metadata, source_hash, write
-from perce_lite.export_targets import TARGETS, faults, refuse_unknown
+from perce_lite.export_targets import PROOF, TARGETS, faults, refuse_unknown
 from perce_lite.files import folder_written_aside, read_json
 from perce_lite.locks import held_alone
 from perce_lite.model import adapter_files

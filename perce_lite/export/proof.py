@@ -22,15 +22,12 @@ from perce_lite.data.chat_template import Chat
 from perce_lite.data.pairs import IGNORED, PairMaker, Tokens
 from perce_lite.errors import ExportError
 from perce_lite.export.reuse import reused
-from perce_lite.files import read_json
+from perce_lite.export_targets import PROOF, written_proof
 from perce_lite.model import adapters
 from perce_lite.model.base import Base, load_base
 from perce_lite.model.fingerprint import hash_tensor, sketch
 from perce_lite.model.scoring import compute_log_probs
 from perce_lite.recipe import Recipe, Template
-
-PROOF = "proof.json"
-"""The file beside an export that says what it has to do."""
 
 QUESTION = "Write a short note about the first snow of the winter."
 ANSWER = (
@@ -116,12 +113,7 @@ def read_proof(folder: Path) -> Proof:
     Raises:
         ExportError: there is none, or it is torn or of another version.
     """
-    found = read_json(folder / PROOF)
-    if not isinstance(found, dict):
-        raise ExportError(
-            f"{folder}: no export of PerCE Lite: it has no readable {PROOF}. Give a folder that `perce-lite export` "
-            "named at its end."
-        )
+    found = written_proof(folder)
     try:
         proof = Proof.model_validate(found)
     except ValidationError as error:

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from perce_lite.errors import ExportError
-from perce_lite.export.proof import PROOF
-from perce_lite.export_targets import max_rank
+from perce_lite.export_targets import PROOF, max_rank
 from perce_lite.files import read_json, write_json, write_text
 from perce_lite.fleet.registry import SERVED
 

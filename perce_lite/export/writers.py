@@ -17,7 +17,6 @@ from perce_lite.export.gguf import model as gguf_model
 from perce_lite.export.gguf import proof as gguf_proof
 from perce_lite.export.proof import (
     OTHER_PROGRAM,
-    PROOF,
     QUESTION,
     ROUNDED,
     TIGHT,
@@ -36,7 +35,7 @@ from perce_lite.export.proof import (
     tensors_of,
 )
 from perce_lite.export.transformers4 import make_readable
-from perce_lite.export_targets import max_rank, merge_drift
+from perce_lite.export_targets import PROOF, max_rank, merge_drift
 from perce_lite.files import bytes_of, digest, read_json, write_json, write_text
 from perce_lite.model import adapter_files, adapter_weights, adapters
 from perce_lite.model.base import load_base

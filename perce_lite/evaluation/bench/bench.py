@@ -19,10 +19,10 @@ from perce_lite.console import progress_bar
 from perce_lite.data.rows import to_records
 from perce_lite.errors import BenchError
 from perce_lite.evaluation.bench import children
-from perce_lite.evaluation.bench.measuring import ARMS, Job, recipe_of
+from perce_lite.evaluation.bench.arms import ARMS
+from perce_lite.evaluation.bench.measuring import Job, recipe_of
 from perce_lite.evaluation.bench.workload import Workload, workload
 from perce_lite.recipe import Recipe, refuse_cores, refuse_early_stopping, training_config
-from perce_lite.recipe_checks import nearest
 
 REFERENCE = "sft"
 """The arm that the others are ratios to."""
@@ -95,23 +95,6 @@ def bench(
         "bars": judged(found, load.profile_share, epochs, on_cpu, loading_counts),
         "runs": runs,
     }
-
-
-def arms_of(spec: str | None) -> list[str]:
-    """The arms of "base,mixed"; all without a spec.
-
-    Raises:
-        BenchError: a name that is no arm; gives the nearest.
-    """
-    if spec is None:
-        return list(ARMS)
-    names = [name.strip() for name in spec.split(",") if name.strip()]
-    for name in names:
-        if name not in ARMS:
-            raise BenchError(f"--arms: {name!r} is no arm; {nearest(name, ARMS)} Arms are {', '.join(ARMS)}.")
-    if not names:
-        raise BenchError(f"--arms: name some of {', '.join(ARMS)}.")
-    return names
 
 
 # The measurements

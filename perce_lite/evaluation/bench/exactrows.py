@@ -17,9 +17,6 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfo
 TEMPLATE = Template(system=None, profile="{profile}", separator="\n", chat_template_kwargs={})
 """Nothing around the profile either."""
 
-SHORTEST = 16
-"""Tokens of a row that still has a profile, a query and a response."""
-
 _TRIED = 2000  # words, before it is said that they do not come out even
 
 

@@ -17,8 +17,9 @@ from perce_lite.console import progress_bar
 from perce_lite.data.rows import to_records
 from perce_lite.errors import BenchError
 from perce_lite.evaluation.bench import children
+from perce_lite.evaluation.bench.arms import LENGTHS, SLOTS
 from perce_lite.evaluation.bench.bench import median, note, portable, spread
-from perce_lite.evaluation.bench.exactrows import CHAT_TEMPLATE, SHORTEST, TEMPLATE, exact_rows, words_of
+from perce_lite.evaluation.bench.exactrows import CHAT_TEMPLATE, TEMPLATE, exact_rows, words_of
 from perce_lite.evaluation.bench.fleetmeasuring import FleetJob
 from perce_lite.evaluation.bench.measuring import STILL
 from perce_lite.files import write_text
@@ -27,8 +28,8 @@ from perce_lite.recipe import Profile, Recipe, refuse_cores, refuse_early_stoppi
 PROCESSES, REFERENCE = "processes", "one-by-one"
 """A process a user, its start and the loading of the base counted; and the arm that the others are ratios to."""
 
-LENGTHS, SLOTS, RANK = (32, 64, 96), (1, 2, 4, 8, 16), 8
-"""Tokens a row and users at once, unless asked for otherwise; rank of every adapter."""
+RANK = 8
+"""Rank of every adapter."""
 
 
 @dataclass(frozen=True)
@@ -87,34 +88,6 @@ def fleet_bench(
         "bars": judged(runs, _meant_for(recipe)),
         "runs": runs,
     }
-
-
-def numbers_of(option: str, spec: str | None, default: Sequence[int], least: int) -> list[int]:
-    """The numbers of "32,64", each once; `default` without a spec.
-
-    Raises:
-        BenchError: something that is no whole number of at least `least`, or nothing.
-    """
-    if spec is None:
-        return list(default)
-    words = [word.strip() for word in spec.split(",") if word.strip()]
-    for word in words or [spec]:
-        if not word.isdecimal() or int(word) < least:
-            example = ",".join(map(str, default))
-            raise BenchError(
-                f"{option}: {word!r} is no whole number of at least {least}; give a list such as {example}."
-            )
-    return list(dict.fromkeys(map(int, words)))
-
-
-def lengths_of(spec: str | None) -> list[int]:
-    """`--lengths`; see `numbers_of`."""
-    return numbers_of("--lengths", spec, LENGTHS, SHORTEST)
-
-
-def slots_of(spec: str | None) -> list[int]:
-    """`--slots`; see `numbers_of`."""
-    return numbers_of("--slots", spec, SLOTS, 1)
 
 
 @dataclass(frozen=True)

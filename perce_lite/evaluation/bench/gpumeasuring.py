@@ -17,10 +17,11 @@ from perce_lite.console import no_bars
 from perce_lite.data.pairs import PairMaker
 from perce_lite.data.rows import Row, to_records
 from perce_lite.errors import PerceLiteError
+from perce_lite.evaluation.bench.arms import ARMS
 from perce_lite.evaluation.bench.bench import summary
 from perce_lite.evaluation.bench.children import out_of_memory
 from perce_lite.evaluation.bench.exactrows import exact_rows
-from perce_lite.evaluation.bench.measuring import ARMS, Job, make, measured, peak_bytes, recipe_of, reset_peak
+from perce_lite.evaluation.bench.measuring import Job, make, measured, peak_bytes, recipe_of, reset_peak
 from perce_lite.evaluation.bench.randombase import random_base
 from perce_lite.fleet.engines.sequential import bare
 from perce_lite.fleet.slot_trainer import SlotTrainer

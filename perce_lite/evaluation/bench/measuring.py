@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,56 +25,13 @@ from perce_lite.data.collator import PairCollator
 from perce_lite.data.pairs import IGNORED, PairMaker
 from perce_lite.data.rows import from_columns
 from perce_lite.evaluation.bench import children
+from perce_lite.evaluation.bench.arms import ARMS, Arm
 from perce_lite.files import bytes_of, digest
 from perce_lite.model.base import Base, load_base
 from perce_lite.recipe import Recipe, lora_config, training_config
 from perce_lite.training.reference_logprobs import trained_tokens
 from perce_lite.training.train import make_trainer
 from perce_lite.training.trainer import PerCETrainer
-
-Kind = Literal["trl", "trl-fp32", "hand-written", "perce"]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train the same rows.
-
-    options: fields of `PerCEConfig`, over the recipe's own
-    store: which store it reads; arms of one name share it. None: it keeps nothing
-    cold: the store is empty at first and thrown away afterwards
-    """
-
-    kind: Kind
-    options: dict[str, Any] = field(default_factory=dict)
-    store: str | None = None
-    cold: bool = False
-
-    @property
-    def sees_profile(self) -> bool:
-        """Whether the profile stands in the prompt that is trained on."""
-        return self.options.get("train_on") != "counterfactual"
-
-
-_TRL = {"logging_nan_inf_filter": True}  # TRL's default, which PerCEConfig turns
-
-_HAND_WRITTEN = {**_TRL, "estimator": "bootstrap", "weighting": "additive", "remove_unused_columns": False}
-
-ARMS: dict[str, Arm] = {
-    "sft": Arm("trl", _TRL),
-    "sft-fp32": Arm("trl-fp32", _TRL),
-    "uniform": Arm("perce", {"estimator": "uniform"}),
-    "base": Arm("perce", {"estimator": "base"}, "base"),
-    "base-cold": Arm("perce", {"estimator": "base"}, "base", cold=True),
-    "mixed": Arm("perce", {"estimator": "mixed"}, "mixed"),
-    "mixed-cold": Arm("perce", {"estimator": "mixed"}, "mixed", cold=True),
-    "bootstrap": Arm("perce", {"estimator": "bootstrap"}),
-    "counterfactual": Arm("perce", {"estimator": "base", "train_on": "counterfactual"}, "base"),
-    "frozen": Arm("perce", {"estimator": "base", "profile_pass": "frozen"}, "base"),
-    "hand-written": Arm("hand-written", _HAND_WRITTEN),
-}
-"""`sft` is TRL's own trainer, `sft-fp32` the same with its adapter in float32, as PerCE keeps it; `hand-written` is
-what one writes without this package. `shuffled` is left out: it costs what `base` costs."""
-
 
 STILL = {
     "logging_strategy": "no",

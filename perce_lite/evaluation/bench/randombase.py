@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from perce_lite.errors import BenchError
+from perce_lite.evaluation.bench.arms import SHAPES, require_shape
 from perce_lite.evaluation.bench.exactrows import CHAT_TEMPLATE
 from perce_lite.model.base import Base
 from perce_lite.model.compat import Bnb4BitHfQuantizer, initialise, keep_base_constant
@@ -29,9 +30,6 @@ TOY = {
 }
 """A llama small enough for any CPU."""
 
-SHAPES = ("llama-3.1-8b", "toy")
-"""Names of shapes; the 8B's is known by heart in `shapes`."""
-
 
 def config_of_shape(shape: str) -> PretrainedConfig:
     """The configuration of a name in `SHAPES`, or of a folder with a config.json.
@@ -44,8 +42,7 @@ def config_of_shape(shape: str) -> PretrainedConfig:
     known = known_config("Llama-3.1-8B") if shape in SHAPES else None
     if known is not None:
         return known
-    if not (Path(shape) / "config.json").is_file():
-        raise BenchError(f"--shape: {shape!r} is neither {' nor '.join(SHAPES)}, nor a folder with a config.json.")
+    require_shape(shape)
     try:
         return AutoConfig.from_pretrained(shape)
     except (OSError, ValueError, KeyError) as error:
