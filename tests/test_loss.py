@@ -200,7 +200,8 @@ def test_mean_normalization_is_a_constant_of_the_data_set(toy_trainer, estimator
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_weights_of_one_are_plain_sft(toy_trainer, tmp_path, packing):
-    shared = {"max_steps": 2, "packing": packing, "train_sampling_strategy": "sequential"}
+    # SGD: Adam divides by the size of a gradient, and makes much of the last bits of a small one.
+    shared = {"max_steps": 2, "packing": packing, "train_sampling_strategy": "sequential", "optim": "sgd"}
     ours = toy_trainer(weighting="clip", clip_min=1.0, clip_max=1.0, gradient_accumulation_steps=2, **shared)
     tokenizer = toys.toy_tokenizer("chatml")
     pairs = ours.pairs["train"]
