@@ -278,7 +278,7 @@ def test_ctrl_c_says_how_to_go_on(recipe, run, monkeypatch, command):
         *words,
     ]
     code, out, err = run(*command.split(), *words)
-    lines = [line for line in err.splitlines() if not line.startswith("Device: ")]  # a training's first
+    lines = [line for line in err.splitlines() if not line.startswith(("Device: ", "GPU: "))]  # the first
     assert (code, out, len(lines)) == (130, "", 1)
     assert lines[0].startswith("Stopped. ")
     assert told in err

@@ -11,6 +11,7 @@ from perce_lite.cli.views import eval_sections, terminal
 from perce_lite.fleet import queries
 from perce_lite.model.adapter_files import read_metadata
 
+device = Lazy("perce_lite.device")
 evaluation = Lazy("perce_lite.evaluation.evaluate")
 oom_advice = Lazy("perce_lite.planning.oom_advice")
 pages = Lazy("perce_lite.cli.views.page")
@@ -28,6 +29,7 @@ def evaluate(
     for folder in adapter:
         queries.refuse_deleted(folder)
         read_metadata(folder)
+    device.say_device(loaded)
     with oom_advice.explain_out_of_memory_in_scoring(loaded):
         figures = evaluation.evaluate(loaded, adapter)
     page = out or loaded.output_dir / "eval.html"

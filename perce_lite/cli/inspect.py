@@ -12,6 +12,7 @@ from perce_lite.data.readers import user_texts
 from perce_lite.fleet import queries
 from perce_lite.model.adapter_files import read_metadata
 
+device = Lazy("perce_lite.device")
 inspection = Lazy("perce_lite.evaluation.inspect")
 oom_advice = Lazy("perce_lite.planning.oom_advice")
 pages = Lazy("perce_lite.cli.views.page")
@@ -39,6 +40,7 @@ def inspect(
         read_metadata(adapter)
     if user is not None:
         user_texts(loaded, user)
+    device.say_device(loaded)
     with oom_advice.explain_out_of_memory_in_scoring(loaded):
         figures = inspection.inspect(loaded, adapter, rows, user, top)
     page = out or loaded.output_dir / "inspect.html"

@@ -6,6 +6,7 @@ import typer
 
 from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import Json, RecipePath, Set, readable_recipe, write
+from perce_lite.console import say
 from perce_lite.recipe import training_config
 
 device = Lazy("perce_lite.device")
@@ -49,12 +50,15 @@ def plan(
     if not named:
         device.warn_of_an_unused_gpu()
     here = gpus.present()
-    chosen = named or ([here] if here is not None else [gpus.of_size(size) for size in gpus.COMMON_SIZES])
+    sizes = [_IMITATED] if imitate else gpus.COMMON_SIZES
+    chosen = named or ([here] if here is not None else [gpus.of_size(size) for size in sizes])
+    where = "" if named else " (in this machine)" if here is not None else " (torch sees none in this machine)"
+    say(f"GPU: {', '.join(gpu.name for gpu in chosen)}{where}")
     # What a trainer refuses is refused here, less what needs a GPU, which this machine may not have.
     plain = {name: value for name, value in loaded.train.items() if name not in _FOR_GPUS}
     training_config(loaded.model_copy(update={"train": plain}), bf16=False, fp16=False)
     if imitate:
-        imitated = imitating.imitate(loaded.without_cores(), chosen[0] if named or here else gpus.of_size(_IMITATED))
+        imitated = imitating.imitate(loaded.without_cores(), chosen[0])
         write(json, imitated)
         views.show_imitation(imitated)
         return
