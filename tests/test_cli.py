@@ -1,6 +1,7 @@
 """The command line: figures that are right, and one clean line with exit code 2 for what cannot be done."""
 
 import os
+import platform
 import re
 import shutil
 import signal
@@ -294,6 +295,39 @@ def test_a_training_that_did_harm_is_not_praised(capfd, after, harmed):
     out = capfd.readouterr().out
     assert out.startswith("Do not use this adapter") == harmed
     assert ("Use it:" in out) != harmed
+
+
+def test_kernels_of_lengths_that_are_past_are_forgotten(monkeypatch, run):
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "1024")  # the user's own
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")  # so that it is put back afterwards
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    assert run("--version")[0] == 0
+    assert (os.environ["LRU_CACHE_CAPACITY"], os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"]) == ("1024", "128")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc how much is in use")
+def test_memory_does_not_grow_with_the_lengths_of_batches():
+    """Torch and oneDNN read their limits as this package knows them; MiB in use after batches of 24 new lengths."""
+    code = (
+        "import ctypes, torch\n"
+        "class Info(ctypes.Structure): _fields_ = [(f'f{i}', ctypes.c_size_t) for i in range(10)]\n"
+        "libc = ctypes.CDLL(None)\nlibc.mallinfo2.restype = Info\n"
+        "layers = torch.nn.Sequential(*[torch.nn.Linear(256 + 64 * i, 320 + 64 * i) for i in range(6)])\n"
+        "def step(n):\n"
+        "    with torch.autocast('cpu', torch.bfloat16): layers(torch.randn(n, 256)).sum().backward()\n"
+        "step(50)\nbefore = libc.mallinfo2().f7\n"
+        "for n in range(60, 108, 2): step(n)\n"
+        "print((libc.mallinfo2().f7 - before) / 2**20)"
+    )
+    grown = []
+    for limits in ({}, {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16", "LRU_CACHE_CAPACITY": "16"}):
+        plain = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**plain, **limits})
+        assert done.returncode == 0, done.stderr
+        grown.append(float(done.stdout))
+    if grown[0] < 8:
+        pytest.skip("oneDNN makes no kernels of its own for bf16 on this CPU")
+    assert grown[1] < grown[0] / 3
 
 
 @pytest.mark.parametrize("own", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", None])

@@ -144,6 +144,7 @@ def main(words: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     quiet()
     _let_gpu_memory_grow()
+    _keep_few_cpu_kernels()
     signal.signal(signal.SIGINT, _interrupt)
     try:
         keep_to_writable_folders()
@@ -170,6 +171,16 @@ def _let_gpu_memory_grow() -> None:
     """
     if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def _keep_few_cpu_kernels() -> None:
+    """Has oneDNN, and torch's own door to it, forget kernels of lengths that are long past, unless the user says more.
+
+    On a CPU with bf16 instructions each new length of a batch makes some forty of them, 13 MiB. Both keep 1,024 by
+    themselves: gigabytes, after some trainings. A step of one length needs fewer than are kept here.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "128")
 
 
 def _fail(message: str) -> None:
