@@ -211,7 +211,7 @@ def _generation_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
     allowed = generation_options() - {"max_new_tokens"}
     return [
         f"{where(('evaluation', 'generation', name), lines)}unknown key evaluation.generation.{name}; "
-        f"{nearest(str(name), allowed)}"
+        + nearest(str(name), allowed)
         for name in generation
         if name not in allowed
     ]

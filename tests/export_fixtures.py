@@ -32,7 +32,7 @@ def adapter_for(
     loaded = load_base(recipe)
     options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora}
     with torch.random.fork_rng():
-        torch.manual_seed(seed)  # A is drawn from torch's own generator
+        torch.manual_seed(seed + 2)  # A is drawn from torch's own generator; not with the numbers of B
         model = get_peft_model(loaded.model, LoraConfig(**options))
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

@@ -173,14 +173,18 @@ def _let_gpu_memory_grow() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def _keep_few_cpu_kernels() -> None:
-    """Has oneDNN, and torch's own door to it, forget kernels of lengths that are long past, unless the user says more.
+CPU_KERNELS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
+"""How many kernels oneDNN, and torch's own door to it, keep on a CPU; 1,024 each by themselves."""
 
-    On a CPU with bf16 instructions each new length of a batch makes some forty of them, 13 MiB. Both keep 1,024 by
-    themselves: gigabytes, after some trainings. A step of one length needs fewer than are kept here.
+
+def _keep_few_cpu_kernels() -> None:
+    """Has kernels of lengths that are long past forgotten, unless the user says more.
+
+    On a CPU with bf16 instructions each new length of a batch costs some 13 MiB of them at the built-in model's sizes:
+    gigabytes, after some trainings. A step of one length is no slower with so few.
     """
-    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(name, "128")
+    for name, count in CPU_KERNELS.items():
+        os.environ.setdefault(name, count)
 
 
 def _fail(message: str) -> None:

@@ -63,14 +63,9 @@ def export(
     if (public or yes) and push_to_hub is None:
         raise typer.BadParameter("--public and --yes go with --push-to-hub")
     said = Said(model, None, template)
-    if to is not None:
-        refuse_unknown(to, quant)
-    if adapter is not None:
-        queries.refuse_deleted(adapter, user)
-        require_user(read_metadata(adapter, said), user)
+    _refuse_at_once(adapter, to, verify, quant, user, said)
     figures: dict[str, Any]
     if verify is not None:
-        written_proof(verify)
         figures = exports.verify(verify, base_gguf)
     elif to is not None and adapter is not None:
         if push_to_hub is not None:
@@ -82,6 +77,19 @@ def export(
         _report_all(fleet_exports.export_all(fleet, to, out, force, base_gguf, quant), json)
     write(json, figures)
     terminal.show_export(figures)
+
+
+def _refuse_at_once(
+    adapter: Path | None, to: str | None, verify: Path | None, quant: str | None, user: str | None, said: Said
+) -> None:
+    """Raises what is wrong with the target, the adapter, its user or the export, before torch is imported."""
+    if to is not None:
+        refuse_unknown(to, quant)
+    if adapter is not None:
+        queries.refuse_deleted(adapter, user)
+        require_user(read_metadata(adapter, said), user)
+    if verify is not None:
+        written_proof(verify)
 
 
 def _report_all(figures: dict[str, Any], json: Path | None) -> NoReturn:
