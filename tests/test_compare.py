@@ -1,5 +1,6 @@
 """`perce-lite compare`: one budget for all, rates by validation alone, paired differences, nothing trained twice."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 import toys
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from test_inspect import fits_a_phone, full_logits
 from test_loss import adapters_off_until
 
@@ -196,6 +198,23 @@ def test_finished_arms_are_not_trained_again(path, figures, trained):
     assert len(trained) == 7
     figures("compare", path, "--arms", "uniform,base,mixed", "--rates", "0.002,0.02", "--seeds", "2")
     assert len(trained) == 7 + 3
+
+
+def test_trainings_over_other_weights_are_refused_not_taken(path, figures, run, trained, toy, tmp_path):
+    own = shutil.copytree(toy, tmp_path / "own-model")
+    words = ("compare", path, "--arms", "uniform", "--rates", "0.02", "--seeds", "1", "--set", f"model={own}")
+    first = figures(*words)
+    weights = own / "model.safetensors"
+    os.utime(weights, (1, 1))
+    assert figures(*words) == first, "a file that was only touched"
+    changed = load_file(weights)
+    changed["model.layers.1.mlp.down_proj.weight"][0, 0] += 0.5
+    save_file(changed, weights, {"format": "pt"})
+    code, _, err = run(*words)
+    assert code == 2
+    assert "holds trainings over other weights" in err
+    assert "--set train.output_dir=FOLDER" in err
+    assert len(trained) == 1
 
 
 def test_a_second_comparison_beside_the_first_is_refused(path, trained):

@@ -1,6 +1,7 @@
 """A row is rendered and tokenised once a process, whoever asks for it."""
 
 import json
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 import toys
 
 from perce_lite.data.pair_cache import PairCache, tokenizer_fingerprint
-from perce_lite.data.pairs import Audit, PairMaker
+from perce_lite.data.pairs import IGNORED, Audit, PairMaker, Tokens
 from perce_lite.data.rows import from_columns
 from perce_lite.recipe import Template
 
@@ -87,13 +88,27 @@ def made_rows(path):
 
 
 def test_the_least_recently_used_goes_first():
-    cache = PairCache(limit_bytes=3 * (1024 + 4 * 10))
+    tokens = Tokens(range(10), [IGNORED] * 10)
+    cache = PairCache(limit_bytes=3 * (1024 + tokens.nbytes))
     for name in "abc":
-        cache.put(name, [list(range(10))], name)
-    assert cache.get("a") == ([list(range(10))], "a")
-    cache.put("d", [list(range(10))], "d")
+        cache.put(name, (tokens,), name)
+    assert cache.get("a") == ((tokens,), "a")
+    cache.put("d", (tokens,), "d")
     assert cache.get("b") is None
     assert [cache.get(name) is not None for name in "acd"] == [True] * 3
+
+
+def test_ids_and_labels_take_four_bytes_each():
+    """Lists of Python's integers take some 36 for each pair of id and label; a trainer holds them while it runs."""
+    ids = list(range(1000, 21000))
+    tracemalloc.start()
+    kept = [Tokens(ids, [IGNORED, *ids[1:]]) for _ in range(10)]
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held == pytest.approx(10 * 2 * 4 * len(ids), rel=0.02)
+    assert kept[0].ids == ids
+    assert kept[0].labels == [IGNORED, *ids[1:]]
+    assert sum(tokens.nbytes for tokens in kept) == 10 * 2 * 4 * len(ids)
 
 
 def test_a_changed_tokenizer_has_another_fingerprint():

@@ -7,7 +7,7 @@ from peft import LoraConfig, get_peft_model
 from test_loss import adapters_off_until, stir
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
-from perce_lite.data.pairs import IGNORED, PairMaker
+from perce_lite.data.pairs import IGNORED, PairMaker, Tokens
 from perce_lite.data.rows import from_columns
 from perce_lite.model import prefix_cache
 from perce_lite.model.compat import keep_base_constant
@@ -101,7 +101,7 @@ def test_log_probs_and_gradients_equal_a_masked_forward_in_float64(family, check
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=near, msg=lambda text, n=name: f"{n}: {text}")
     # The reference itself is far from an adapter that is on at every token.
-    always_on = torch.cat([masked_forward(model, tokens._replace(prefix_length=0)) for tokens in sequences])
+    always_on = torch.cat([masked_forward(model, tokens.with_prefix(0)) for tokens in sequences])
     assert (always_on - expected).abs().max() > 1e-3
 
 
@@ -169,11 +169,8 @@ def plainly(model, sequences):
 def test_saved_activations_do_not_grow_with_the_profile():
     model, tokens = toy(), toy_pairs()[0].factual
     prefix = list(tokens.prefix_ids)
-    longer = tokens._replace(
-        ids=prefix * 8 + tokens.after_prefix.ids,
-        labels=[IGNORED] * 8 * len(prefix) + tokens.after_prefix.labels,
-        prefix_length=8 * len(prefix),
-    )
+    after = tokens.after_prefix
+    longer = Tokens(prefix * 8 + after.ids, [IGNORED] * 8 * len(prefix) + after.labels, 8 * len(prefix))
     short(model, [tokens])  # the first one probes
     assert saved_bytes(model, [longer]) == saved_bytes(model, [tokens])
     assert saved_bytes(model, [longer], plainly) > 3 * saved_bytes(model, [longer])
@@ -256,7 +253,7 @@ def test_scoring_with_the_adapter_on_sleeps_through_the_prefix(tmp_path):
     # The store never takes one for the other; without adapters the prefix changes nothing.
     store = store_of(str(tmp_path), model, None, adapters=True)
     jobs = [ScoringJob("u", tokens) for tokens in sequences]
-    always_on = [ScoringJob("u", tokens._replace(prefix_length=0)) for tokens in sequences]
+    always_on = [ScoringJob("u", tokens.with_prefix(0)) for tokens in sequences]
     assert cached_log_probs(model, jobs, store, None, "", adapters=True).hits == 0
     assert cached_log_probs(model, always_on, store, None, "", adapters=True).hits == 0
     assert cached_log_probs(model, jobs, store, None, "", adapters=True).hits == len(jobs)

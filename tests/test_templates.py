@@ -81,7 +81,7 @@ def of_ours(tokenizer, messages):
     maker = PairMaker(tokenizer, Template(chat_template_kwargs={}, system=None, position="user"))
     columns = {"profile": "otters", "prompt": messages[:-1], "completion": messages[-1:]}
     [pair] = maker.make([from_columns(columns, "a row")])
-    ids, labels, _ = pair.counterfactual
+    ids, labels = pair.counterfactual.ids, pair.counterfactual.labels
     start = next(index for index, label in enumerate(labels) if label != IGNORED)
     assert labels[start:] == ids[start:]
     assert pair.factual.ids[-len(ids[start:]) :] == ids[start:]

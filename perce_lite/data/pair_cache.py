@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from array import array
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import xxhash
@@ -15,31 +14,38 @@ LIMIT_BYTES = 64 * 2**20
 """Token ids and labels that are kept, four bytes each; the least recently used go first."""
 
 
+class Sized(Protocol):
+    """What knows its size; `pairs.Tokens` is one."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 class PairCache:
-    """Maps (settings, row fingerprint) to what was made of the row: sequences of integers, and what goes with them."""
+    """Maps (settings, row fingerprint) to what was made of the row: its token sequences, and what goes with them."""
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
         self.limit_bytes = limit_bytes
         self._bytes = 0
-        self._entries: OrderedDict[Hashable, tuple[tuple[array[int], ...], Any]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[tuple[Any, ...], Any]] = OrderedDict()
 
-    def get(self, key: Hashable) -> tuple[list[list[int]], Any] | None:
-        """The sequences as new lists, and what was put beside them; None where nothing is kept."""
+    def get(self, key: Hashable) -> tuple[tuple[Any, ...], Any] | None:
+        """The sequences, and what was put beside them; None where nothing is kept."""
         entry = self._entries.get(key)
-        if entry is None:
-            return None
-        self._entries.move_to_end(key)
-        return [sequence.tolist() for sequence in entry[0]], entry[1]
+        if entry is not None:
+            self._entries.move_to_end(key)
+        return entry
 
-    def put(self, key: Hashable, sequences: list[list[int]], beside: Any) -> None:
-        self._entries[key] = tuple(array("i", sequence) for sequence in sequences), beside
-        self._bytes += _size(self._entries[key])
+    def put(self, key: Hashable, sequences: tuple[Sized, ...], beside: Any) -> None:
+        """Keeps the very `sequences`, which are not to be changed."""
+        self._entries[key] = sequences, beside
+        self._bytes += _size(sequences)
         while self._bytes > self.limit_bytes:
-            self._bytes -= _size(self._entries.popitem(last=False)[1])
+            self._bytes -= _size(self._entries.popitem(last=False)[1][0])
 
 
-def _size(entry: tuple[tuple[array[int], ...], Any]) -> int:
-    return 1024 + sum(4 * len(sequence) for sequence in entry[0])
+def _size(sequences: tuple[Sized, ...]) -> int:
+    return 1024 + sum(sequence.nbytes for sequence in sequences)
 
 
 _fingerprints: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple[Any, ...], str]] = WeakKeyDictionary()

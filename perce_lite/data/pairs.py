@@ -6,10 +6,11 @@ both prompts, so that both passes score identical ids by construction, end-of-tu
 
 import itertools
 import re
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -24,25 +25,61 @@ IGNORED = -100
 """Label of a token without loss."""
 
 
-class Tokens(NamedTuple):
-    """Ids (T,) and labels (T,), `IGNORED` where there is no loss.
+class Tokens:
+    """Ids (T,) and labels (T,), `IGNORED` where there is no loss; immutable, four bytes a number.
+
+    Lists of Python's integers would take nine times that, for as long as the trainer holds its rows.
 
     prefix_length: number of leading tokens run with the adapter off, the profile included (`profile_pass: frozen`)
     """
 
-    ids: list[int]
-    labels: list[int]
-    prefix_length: int = 0
+    __slots__ = ("_ids", "_labels", "prefix_length")
+
+    def __init__(self, ids: Sequence[int], labels: Sequence[int], prefix_length: int = 0) -> None:
+        self._ids, self._labels = array("i", ids), array("i", labels)
+        self.prefix_length = prefix_length
+
+    @property
+    def ids(self) -> list[int]:
+        """Ids (T,), a new list."""
+        return self._ids.tolist()
+
+    @property
+    def labels(self) -> list[int]:
+        """Labels (T,), a new list."""
+        return self._labels.tolist()
+
+    def __len__(self) -> int:
+        """T."""
+        return len(self._ids)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of ids and labels."""
+        return 2 * len(self) * self._ids.itemsize
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Tokens):
+            return NotImplemented
+        mine, theirs = (self._ids, self._labels), (other._ids, other._labels)
+        return mine == theirs and self.prefix_length == other.prefix_length
+
+    def __repr__(self) -> str:
+        return f"Tokens({self.ids}, {self.labels}, {self.prefix_length})"
+
+    def with_prefix(self, length: int) -> "Tokens":
+        """The same ids and labels, of which the first `length` run with the adapter off."""
+        return Tokens(self._ids, self._labels, length)
 
     @property
     def prefix_ids(self) -> tuple[int, ...]:
         """Ids of the prefix (P,)."""
-        return tuple(self.ids[: self.prefix_length])
+        return tuple(self._ids[: self.prefix_length])
 
     @property
     def after_prefix(self) -> "Tokens":
         """Ids and labels after the prefix (T - P,)."""
-        return Tokens(self.ids[self.prefix_length :], self.labels[self.prefix_length :])
+        return Tokens(self._ids[self.prefix_length :], self._labels[self.prefix_length :])
 
 
 @dataclass(frozen=True)
@@ -219,20 +256,13 @@ class PairMaker(Chat):
         if cached is None:
             pair = self._pair(row)
             if isinstance(pair, str):
-                _CACHE.put(key, [], pair)
+                _CACHE.put(key, (), pair)
             else:
-                passes = (pair.factual, pair.counterfactual)
-                prefixes = [tokens.prefix_length for tokens in passes]
-                counts = pair.items_left_out, pair.broken_tokens, pair.thoughts_left_out
-                beside = (prefixes, pair.profile, *counts)
-                _CACHE.put(key, [sequence for tokens in passes for sequence in (tokens.ids, tokens.labels)], beside)
+                beside = pair.profile, pair.items_left_out, pair.broken_tokens, pair.thoughts_left_out
+                _CACHE.put(key, (pair.factual, pair.counterfactual), beside)
             return pair
-        sequences, beside = cached
-        if isinstance(beside, str):
-            return beside
-        (factual, counterfactual), *rest = beside
-        ids, labels, other_ids, other_labels = sequences
-        return Pair(row, Tokens(ids, labels, factual), Tokens(other_ids, other_labels, counterfactual), *rest)
+        passes, beside = cached
+        return beside if isinstance(beside, str) else Pair(row, *passes, *beside)
 
     def _pair(self, row: Row) -> Pair | str:
         """The pair, or the reason why there is none."""
@@ -334,7 +364,7 @@ class PairMaker(Chat):
             return tokens
         context = self.turns(prompt, completion, profile, where, options).contexts[0]
         end = self.activation_offset(context, prompt, completion, profile, where, options)
-        return tokens._replace(prefix_length=self._prefix_length(context, end))
+        return tokens.with_prefix(self._prefix_length(context, end))
 
     def invocation_ids(self) -> list[int]:
         """Invocation tokens of an activated LoRA: the ids from which on the adapter is on.

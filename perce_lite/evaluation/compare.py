@@ -18,10 +18,12 @@ from perce_lite.evaluation.authorship import UserWords, training_texts
 from perce_lite.evaluation.conditions import MATCH, OTHER, Case, Topics, is_candidate, score_cases
 from perce_lite.evaluation.evaluate import chosen_tokens, held_out
 from perce_lite.evaluation.judging import ArmSums, Judge, chance
-from perce_lite.files import folder_written_aside, named
+from perce_lite.files import folder_written_aside, named, read_json, write_json
 from perce_lite.locks import held_alone
 from perce_lite.model import adapters
-from perce_lite.model.base import load_base, load_tokenizer
+from perce_lite.model.base import Base, load_base, load_tokenizer
+from perce_lite.model.fingerprint import fingerprint
+from perce_lite.model.footprint import source_stamp
 from perce_lite.model.scoring import store_key, store_of
 from perce_lite.planning.oom_advice import explain_out_of_memory, free_gpu_memory
 from perce_lite.recipe import Recipe, refuse_cores, refuse_early_stopping, training_config, with_train
@@ -43,6 +45,9 @@ _STEPS = "steps"
 
 _KEPT_STEPS = 6
 """Adapters that are kept on the way of a plain-SFT training, at equal distances, its end among them."""
+
+_NOTED = "base.json"
+"""File that says over which weights the trainings are."""
 
 _BASE = ("model", "quantization", "dtype")
 """Keys of a recipe that say which base adapters are of."""
@@ -128,12 +133,34 @@ def compare(
         )
 
     with held_alone(_folder(recipe) / ".compare.lock", refuse):
+        _require_same_base(recipe)
         return _compared(recipe, rows, arms, rates, seeds, judge_on)
 
 
 def _folder(recipe: Recipe) -> Path:
     """Where the trainings of a comparison lie."""
     return recipe.output_dir / "compare"
+
+
+def _require_same_base(recipe: Recipe) -> None:
+    """Raises RunError where the folder's trainings are over a base whose weights were other ones."""
+    noted = read_json(_folder(recipe) / _NOTED)
+    if noted is None or noted["source"] == source_stamp(recipe):
+        return
+    base = load_base(recipe)  # its files were written since; what they hold may be the same
+    if fingerprint(base.model) != noted["base"]:
+        raise RunError(
+            f"{_folder(recipe)} holds trainings over other weights of {recipe.model}: its files have changed since. "
+            "Nothing was touched. Take another folder with --set train.output_dir=FOLDER, or remove this one."
+        )
+    _note_base(recipe, base)
+
+
+def _note_base(recipe: Recipe, base: Base) -> None:
+    """Notes what the folder's trainings are over."""
+    noted = {"source": source_stamp(recipe), "base": fingerprint(base.model)}
+    if read_json(_folder(recipe) / _NOTED) != noted:
+        write_json(_folder(recipe) / _NOTED, noted)
 
 
 def _compared(
@@ -296,7 +323,7 @@ def _train(trainings: Sequence[Training], rows: Sequence[Row], before: int, tota
                 continue
             try:
                 with explain_out_of_memory(training.arm.recipe, partial(newest_checkpoint, run.folder)):
-                    train(recipe, load_base(recipe), rows, run, told)
+                    _train_one(training.arm.recipe, recipe, rows, run, told)
                 if training.arm.estimator == "uniform":
                     _keep_steps(run)
                 run.drop_checkpoints()
@@ -305,6 +332,13 @@ def _train(trainings: Sequence[Training], rows: Sequence[Row], before: int, tota
                 failed.add(training)
         free_gpu_memory()
     return failed
+
+
+def _train_one(compared: Recipe, recipe: Recipe, rows: Sequence[Row], run: Run, told: str) -> None:
+    """Trains `recipe`, that of one training of the comparison `compared`; its base is gone afterwards."""
+    base = load_base(recipe)
+    _note_base(compared, base)
+    train(recipe, base, rows, run, told)
 
 
 def _keep_steps(run: Run) -> None:

@@ -3,7 +3,9 @@
 import copy
 import re
 import shlex
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,12 @@ from perce_lite.model.architecture import (
     refuse_storage,
 )
 from perce_lite.model.builtin import BUILT_IN, built_in_folder
-from perce_lite.model.compat import error_of_a_conversion, keep_base_constant
+from perce_lite.model.compat import error_of_a_conversion, keep_base_constant, no_dispatch
 from perce_lite.model.fingerprint import remember_fingerprint
 from perce_lite.model.full_gpu import gpu_has_failed, gpu_is_full, on_meta, why_no_room
 from perce_lite.model.gguf_base import gguf_folder
-from perce_lite.model.host_embedding import keep_on_host
+from perce_lite.model.host_embedding import keep_on_host, table_of
+from perce_lite.model.loading_bars import loading_bars
 from perce_lite.model.repeated_heads import repeat_heads_where_needed
 from perce_lite.recipe import Recipe, lora_config
 
@@ -65,8 +68,7 @@ def load_base(recipe: Recipe) -> Base:
     tokenizer = load_tokenizer(recipe)
     # On a CPU the parts that stay unquantised are kept in float32; autocast makes the products fast.
     kept = torch.float32 if device.type == "cpu" else dtype
-    quantization = _quantization(recipe, dtype)
-    model = _load_model(recipe, dtype=kept, quantization_config=quantization, device_map={"": device.type})
+    model = _load_model(recipe, device, dtype=kept, quantization_config=_quantization(recipe, dtype))
     keep_base_constant(model)
     repeat_heads_where_needed(model, dtype)
     if recipe.embedding_on_host:
@@ -84,22 +86,30 @@ def _quantization(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | No
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_enable_fp32_cpu_offload=recipe.embedding_on_host,  # else bitsandbytes refuses any weight on the host
     )
 
 
-def _load_model(recipe: Recipe, **options: Any) -> PreTrainedModel:
-    """The recipe's model, loaded with `options` of `from_pretrained`.
+def _load_model(recipe: Recipe, device: torch.device, **options: Any) -> PreTrainedModel:
+    """The recipe's model on `device`, its table on the host where the recipe asks for that; `options` of `from_pretrained`.
 
     Raises:
         ModelError, BaseTooLargeError: as `load_base`.
     """
     source, config = model_source(recipe), config_of(recipe)
+    hosted = table_of(config) if recipe.embedding_on_host else None
+    placement = {"": device.type} if hosted is None else {"": device.type, hosted: "cpu"}
     try:
-        if options["device_map"] == {"": "cuda"}:
-            why = why_no_room(config, options["dtype"], recipe.quantization == "nf4")
+        if device.type == "cuda":
+            why = why_no_room(config, options["dtype"], recipe.quantization == "nf4", hosted)
             if why is not None:
                 raise _too_large(recipe, why)
-        return model_class(config).from_pretrained(source, **options, **hub_options(source))
+        options = {**options, **hub_options(source), "device_map": placement}
+        with (
+            nullcontext() if hosted is None else no_dispatch(),
+            loading_bars(partial(_count_weights, config), recipe.quantization == "nf4") as bars,
+        ):
+            return model_class(config).from_pretrained(source, **options, **bars)
     except ImportError as error:
         raise ModelError(f"model: {recipe.model} could not be loaded here: {first_line(error)}") from error
     except (OSError, ValueError, KeyError, SafetensorError, RuntimeError) as error:
@@ -113,6 +123,10 @@ def _load_model(recipe: Recipe, **options: Any) -> PreTrainedModel:
                 "well; device: cpu goes without it."
             ) from error
         raise ModelError(not_there(recipe, error)) from error
+
+
+def _count_weights(config: PretrainedConfig) -> int:
+    return sum(weight.numel() for weight in on_meta(config).parameters())
 
 
 def _too_large(recipe: Recipe, why: str) -> BaseTooLargeError:

@@ -20,8 +20,8 @@ Behaviour of other libraries that has no name to import, and that tests hold:
 import importlib.metadata
 import inspect
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import bitsandbytes as bnb
@@ -29,7 +29,14 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+    modeling_utils,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -165,6 +172,22 @@ def error_of_a_conversion(error: BaseException) -> RuntimeError | None:
 
 
 # transformers: attention
+
+
+@contextmanager
+def no_dispatch() -> Iterator[None]:
+    """Inside, `from_pretrained` loads each weight to where its `device_map` says, and accelerate adds no hooks.
+
+    WHY: its hooks would bring a table that is kept on the host to the GPU in each forward, where
+    `model/host_embedding` looks up rows on the host. IF CHANGED: loud (AttributeError) if renamed; that the table never
+    takes memory of the GPU is tested.
+    """
+    dispatch = modeling_utils.accelerate_dispatch
+    modeling_utils.accelerate_dispatch = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        modeling_utils.accelerate_dispatch = dispatch
 
 
 def attention_implementation(model: PreTrainedModel) -> str:

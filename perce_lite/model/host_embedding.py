@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from perce_lite.errors import ModelError
+from perce_lite.model.full_gpu import on_meta
 
 
 class HostEmbedding(nn.Module):
@@ -47,8 +48,21 @@ class HostEmbedding(nn.Module):
         )
 
 
+def table_of(config: PretrainedConfig) -> str:
+    """Path of the module that is the embedding table in the model of `config`; no weights are read.
+
+    Raises:
+        ModelError: the head is tied to the table, and the head computes on the GPU.
+    """
+    model = on_meta(config)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and head.weight is table.weight:
+        raise tied(config.model_type)
+    return next(path for path, module in model.named_modules() if module is table)
+
+
 def keep_on_host(model: PreTrainedModel) -> None:
-    """Moves `model`'s input embeddings to host memory permanently; its log-probs stay the same.
+    """Moves `model`'s input embeddings to host memory permanently, if they are not there; its log-probs stay the same.
 
     Raises:
         ModelError: the head is tied to the table, and the head computes on the GPU.
@@ -58,8 +72,9 @@ def keep_on_host(model: PreTrainedModel) -> None:
         return
     if head is not None and head.weight is table.weight:
         raise tied(model.config.model_type)
+    was_on_gpu = table.weight.is_cuda
     model.set_input_embeddings(HostEmbedding(table.requires_grad_(False).to("cpu")))
-    if torch.cuda.is_available():
+    if was_on_gpu:
         torch.cuda.empty_cache()  # returns the table's memory to the GPU
 
 

@@ -8,8 +8,9 @@ from imitated_card.runs import toy_recipe, train
 from perce_lite.errors import BaseTooLargeError, GpuOutOfMemoryError, ModelError
 from perce_lite.evaluation.bench.imitation.card import GIB
 from perce_lite.evaluation.bench.imitation.libraries import imitated
-from perce_lite.model.base import load_base
-from perce_lite.model.full_gpu import gpu_is_full
+from perce_lite.model.base import config_of, load_base
+from perce_lite.model.full_gpu import gpu_is_full, on_meta, why_no_room
+from perce_lite.model.host_embedding import table_of
 from perce_lite.planning.oom_advice import explain_out_of_memory
 from perce_lite.training.trainer import PerCETrainer
 
@@ -89,3 +90,40 @@ def test_the_card_is_really_full_in_training(tmp_path):
 def test_other_errors_are_not_taken_for_a_full_card():
     assert not gpu_is_full(RuntimeError("CUDA error: device-side assert triggered"))
     assert not gpu_is_full(ValueError("out of memory"))
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_table_that_is_kept_on_the_host_never_takes_memory_of_the_card(tmp_path, quantization):
+    peaks = {}
+    for hosted in ("false", "true"):
+        more = [f"quantization={quantization}", f"embedding_on_host={hosted}"]
+        recipe = toy_recipe(tmp_path / hosted, "llama3", more)
+        with imitated(memory=2 * GIB) as card:
+            model = load_base(recipe).model
+            table = model.get_input_embeddings().weight
+            peaks[hosted] = card.peak
+            assert table.device.type == ("cpu" if hosted == "true" else "cuda")
+            assert {weight.device.type for name, weight in model.named_parameters() if "embed_tokens" not in name} == {
+                "cuda"
+            }
+            assert not any(hasattr(module, "_hf_hook") for module in model.modules())
+    assert peaks["false"] - peaks["true"] == table.nbytes
+
+
+def test_a_base_fits_where_its_table_stays_on_the_host(tmp_path):
+    recipe = toy_recipe(tmp_path, "llama3", ["quantization=none", "embedding_on_host=true"])
+    config = config_of(recipe)
+    table = config.vocab_size * config.hidden_size * 4
+    with imitated(memory=2 * GIB) as card:
+        whole = sum(weight.nbytes for weight in on_meta(config).parameters())
+        others = taken(card, whole - table + 4096)
+        assert why_no_room(config, torch.float32, False) is not None
+        assert why_no_room(config, torch.float32, False, table_of(config)) is None
+        del others
+
+
+def test_a_tied_table_is_refused_before_anything_is_loaded(tmp_path):
+    recipe = toy_recipe(tmp_path, "chatml", ["embedding_on_host=true"])
+    with imitated() as card, pytest.raises(ModelError, match=r"is its embedding table \(tied\)"):
+        load_base(recipe)
+    assert card.counts["copies to the card"] == 0

@@ -1,0 +1,92 @@
+"""Bars while a base is brought from the Hub, in MB, and while its weights are read and quantised.
+
+What is small or done at once has none: both are for gigabytes.
+"""
+
+import io
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.progress import Progress
+from tqdm.std import tqdm
+from transformers.utils.logging import set_tqdm_hook
+
+from perce_lite.console import progress_bar
+
+_MB = 10**6
+
+SMALL = 10 * _MB
+"""Bytes of a file that is downloaded without a bar."""
+
+AT_ONCE = 2.0
+"""Seconds of reading weights before its bar appears."""
+
+
+@contextmanager
+def loading_bars(weights: Callable[[], int], quantised: bool) -> Iterator[dict[str, Any]]:
+    """Inside, `from_pretrained` shows bars; gives the options that it needs for that.
+
+    weights: counts the weights of the model; asked only if a bar appears
+    """
+    bars = progress_bar()
+    what = "Reading and quantising weights" if quantised else "Reading weights"
+
+    def downloading(bar: tqdm) -> None:
+        _show_download(bars, bar)
+
+    class Download(_Download):
+        shown_by = staticmethod(downloading)
+
+    def reading(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if options.get("desc") != "Loading weights" or not args:
+            return factory(*args, **options)
+        return _read(bars, what, weights, args[0])
+
+    before = set_tqdm_hook(reading)
+    try:
+        yield {"tqdm_class": Download}
+    finally:
+        set_tqdm_hook(before)
+        bars.stop()
+
+
+class _Download(tqdm):
+    """What huggingface_hub takes for a bar of one file's bytes: it counts, and `shown_by` shows."""
+
+    shown_by: Callable[[tqdm], None]
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{**options, "disable": False, "file": io.StringIO()})
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Called when the count has changed, some ten times a second at the most."""
+        type(self).shown_by(self)
+        return True
+
+    def update_transfer(self, count: int) -> None:
+        """Bytes that came over the network; those of the file are counted by `update`. With it Xet needs one bar only."""
+
+
+def _show_download(bars: Progress, bar: tqdm) -> None:
+    if (bar.total or 0) < SMALL:
+        return
+    if not hasattr(bar, "task"):
+        bars.start()
+        name = str(bar.desc).split(": ")[0]
+        bar.task = bars.add_task(f"Downloading {name}, MB", total=None, note="")
+    bars.update(bar.task, total=int(bar.total) // _MB, completed=int(bar.n) // _MB)
+
+
+def _read(bars: Progress, what: str, weights: Callable[[], int], tensors: Iterable[Any]) -> Iterator[Any]:
+    """`tensors` as they are, with a bar once they have taken `AT_ONCE`."""
+    tensors = list(tensors)
+    start, task = time.monotonic(), None
+    for index, tensor in enumerate(tensors):
+        yield tensor
+        if task is None and time.monotonic() - start >= AT_ONCE:
+            bars.start()
+            task = bars.add_task(what, total=len(tensors), note=f"{weights() / 1e9:.2f} billion weights")
+        if task is not None:
+            bars.update(task, completed=index + 1)
