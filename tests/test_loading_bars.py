@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import toys
+from safetensors.torch import load_file, save_file
 
 from perce_lite.model import loading_bars
 from perce_lite.model.base import load_base
@@ -22,10 +24,8 @@ LOAD = """
 import sys
 from perce_lite.console import quiet
 quiet()
-from perce_lite.model import loading_bars
 from perce_lite.model.base import load_base
 from perce_lite.recipe import load_recipe
-loading_bars.SMALL = int(sys.argv[2])
 print(load_base(load_recipe(sys.argv[1], ["model=someone/toy"])).model.config.model_type)
 """
 
@@ -62,29 +62,38 @@ class Hub(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def hub(tmp_path):
+def served(tmp_path) -> Path:
+    """The folder of the repository, whose weights are a file of 12 MB."""
     folder = toys.toy_folder(tmp_path / "served", "chatml")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=str(folder)))
+    weights = folder / "model.safetensors"
+    save_file({**load_file(weights), "padding": torch.zeros(3_000_000)}, weights, {"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def hub(served):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=str(served)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
 
 
-def load(path: Path, endpoint: str, home: Path, small: int) -> subprocess.CompletedProcess:
+def load(path: Path, endpoint: str, home: Path) -> str:
+    """Standard error of a process that loads the base."""
     own = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "PERCE_LITE_HOME": str(home)}
-    words = [sys.executable, "-c", LOAD, str(path), str(small)]
+    words = [sys.executable, "-c", LOAD, str(path)]
     done = subprocess.run(words, env={**os.environ, **own}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return done
+    return done.stderr
 
 
-def test_a_download_says_file_and_megabytes_and_what_is_there_says_nothing(recipe, hub, tmp_path):
+def test_a_download_says_file_and_megabytes_and_what_is_there_says_nothing(recipe, hub, served, tmp_path):
     path = recipe()
-    first = load(path, hub, tmp_path / "hf", small=1)
-    assert re.search(r"^Downloading model\.safetensors, MB: \d+ of \d+ \(100%\)", first.stderr, re.M), first.stderr
-    assert "Downloading" not in load(path, hub, tmp_path / "hf", small=1).stderr
-    assert "Downloading" not in load(path, hub, tmp_path / "other", small=10**9).stderr
+    assert re.search(r"^Downloading model\.safetensors, MB: 12 of 12 \(100%\)", load(path, hub, tmp_path / "hf"), re.M)
+    assert "Downloading" not in load(path, hub, tmp_path / "hf")
+    toys.toy_folder(served, "chatml")  # weights of less than a megabyte
+    assert "Downloading" not in load(path, hub, tmp_path / "other")
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

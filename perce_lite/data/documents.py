@@ -1,5 +1,6 @@
 """Documents by author become rows: the profile of each is made of the same author's earlier ones."""
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -36,11 +37,13 @@ def from_documents(records: Sequence[Record], rule: Profile, profiles: bool = Tr
         documents.sort(key=age(documents))
         history = History([item_of(record) for _, _, record in documents])
         splits = [_split_of(document) for document in documents]
+        times = [_time(record, rule.earlier_by) for _, _, record in documents]
+        wholes = [whole_of(record) for _, _, record in documents]
         for place, (where, _, record) in enumerate(documents):
             query = str(record.get("query") or record.get("title"))
             chosen: list[Item] = []
             if profiles:
-                earlier = _earlier(documents, splits, place, rule.earlier_by)
+                earlier = _earlier(times, splits, wholes, place)
                 chosen = history.choose(str(record.get("title") or query), rule.select, rule.top_k, earlier)
             prompt = ({"role": "user", "content": query},)
             completion = ({"role": "assistant", "content": record["text"]},)
@@ -60,20 +63,21 @@ def from_documents(records: Sequence[Record], rule: Profile, profiles: bool = Tr
     return rows
 
 
-def _earlier(documents: Sequence[Record], splits: Sequence[str | None], place: int, by: str) -> list[int]:
-    """Places of the documents that may stand in the profile of the one at `place`: older by the unit `by`.
+def _earlier(
+    times: Sequence[tuple[float, ...]], splits: Sequence[str | None], wholes: Sequence[str | None], place: int
+) -> list[int]:
+    """Places of the documents that may stand in the profile of the one at `place`: those that are older, see `_time`.
 
     A held-out document stands in no profile that is trained on, and no part of a text in that of another part of it.
     """
-    held_out = ("validation", "test")
-    record = documents[place][2]
-    whole = whole_of(record)
+    now, whole, held_out = times[place], wholes[place], ("validation", "test")
+    may_be_held_out = splits[place] in held_out
     return [
         other
         for other in range(place)
-        if (splits[place] in held_out or splits[other] not in held_out)
-        and _is_earlier(documents[other][2], record, by)
-        and (whole is None or whole_of(documents[other][2]) != whole)
+        if (not now or times[other] < now)
+        and (may_be_held_out or splits[other] not in held_out)
+        and (whole is None or wholes[other] != whole)
     ]
 
 
@@ -124,15 +128,19 @@ def _number(idx: Any, where: str) -> float:
 
 def _date(record: Mapping[str, Any], where: str, why: str) -> tuple[float, ...]:
     """(year, month, day, ...) of a date such as 2024-05-31, 2024-05 or 2024, with a time or without."""
-    numbers = re.findall(r"\d+", str(record.get("date")))
-    if not numbers or len(numbers[0]) != 4:
+    numbers = _numbers(str(record.get("date")))
+    if numbers is None:
         raise DataError(f"{where}: date is {record.get('date')!r}; write it as 2024-05-31 ({why})")
-    return tuple(float(number) for number in numbers)
+    return numbers
 
 
-def _is_earlier(other: Mapping[str, Any], record: Mapping[str, Any], by: str) -> bool:
-    """Whether `other`, which stands ahead of `record`, is older by the whole unit `by` as well."""
-    if by == "document":
-        return True
-    length = {"year": 1, "month": 2}[by]
-    return _date(other, "", "")[:length] < _date(record, "", "")[:length]
+@functools.lru_cache(maxsize=4096)
+def _numbers(date: str) -> tuple[float, ...] | None:
+    """The numbers of a date; None where it does not begin with a year of four digits."""
+    numbers = re.findall(r"\d+", date)
+    return tuple(map(float, numbers)) if numbers and len(numbers[0]) == 4 else None
+
+
+def _time(record: Mapping[str, Any], by: str) -> tuple[float, ...]:
+    """A document's year, or year and month: by what another one has to be older; empty where any that stands ahead is."""
+    return () if by == "document" else _date(record, "", "")[: {"year": 1, "month": 2}[by]]

@@ -44,6 +44,8 @@ def word_spans(text: str) -> Iterator[tuple[str, int, int]]:
 
 def tokens_of(text: str) -> list[str]:
     """The words of `text`, see `word_spans`."""
+    if text.isascii():  # no script without spaces, and no letter that is longer in lower case
+        return _TOKEN.findall(text.lower())
     return [word for word, _, _ in word_spans(text)]
 
 
@@ -91,7 +93,7 @@ class History:
         """
         newest_first = list(reversed(range(len(self.items)) if among is None else among))
         if select == "bm25" and len(newest_first) > 1:
-            scores = self._index.scores(query)
+            scores = self._index.scores(query).tolist()
             newest_first.sort(key=lambda place: -scores[place])  # stable
         chosen = newest_first if select == "all" else newest_first[:top_k]
         return [self.items[place] for place in chosen]

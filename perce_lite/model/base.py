@@ -86,7 +86,6 @@ def _quantization(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | No
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_enable_fp32_cpu_offload=recipe.embedding_on_host,  # else bitsandbytes refuses any weight on the host
     )
 
 
@@ -97,8 +96,11 @@ def _load_model(recipe: Recipe, device: torch.device, **options: Any) -> PreTrai
         ModelError, BaseTooLargeError: as `load_base`.
     """
     source, config = model_source(recipe), config_of(recipe)
-    hosted = table_of(config) if recipe.embedding_on_host else None
-    placement = {"": device.type} if hosted is None else {"": device.type, hosted: "cpu"}
+    placement, hosted = {"": device.type}, None
+    if recipe.embedding_on_host and device.type != "cpu":
+        placement[hosted := table_of(config)] = "cpu"
+        if options["quantization_config"] is not None:  # bitsandbytes refuses weights on the host without it
+            options["quantization_config"].llm_int8_enable_fp32_cpu_offload = True
     try:
         if device.type == "cuda":
             why = why_no_room(config, options["dtype"], recipe.quantization == "nf4", hosted)

@@ -74,7 +74,7 @@ def _show_download(bars: Progress, bar: tqdm) -> None:
         return
     if not hasattr(bar, "task"):
         bars.start()
-        name = str(bar.desc).split(": ")[0]
+        name = str(bar.desc).split(": ")[0].rpartition("/")[2]
         bar.task = bars.add_task(f"Downloading {name}, MB", total=None, note="")
     bars.update(bar.task, total=int(bar.total) // _MB, completed=int(bar.n) // _MB)
 
