@@ -45,7 +45,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return min(cores, MAX_WORKERS)
 
 
-def pytest_collection_finish() -> None:
+@pytest.fixture(autouse=True, scope="module")
+def modules_frozen() -> None:
     """Modules are no garbage: each full collection, of which a training makes several, took half a second over them."""
     gc.collect()
     gc.freeze()

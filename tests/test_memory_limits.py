@@ -1,7 +1,9 @@
 """What the host's memory has room for, inside a container too; what is no longer needed is given back."""
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import psutil
 import pytest
@@ -11,7 +13,7 @@ from perce_lite.fleet import capacity
 from perce_lite.fleet.engines.sequential import SequentialEngine
 from perce_lite.fleet.engines.slots import SlotsEngine
 from perce_lite.fleet.fleet import fleet
-from perce_lite.memory import available_memory, return_free_memory
+from perce_lite.memory import available_memory, modules_frozen, return_free_memory
 from perce_lite.recipe import load_recipe
 
 pytest_plugins = ["cli_fixtures"]
@@ -94,3 +96,27 @@ def test_hooks_of_checkpointing_do_not_pile_up(recipe, engine):
     fleet(read, lambda _: made)
     base = made._base().model
     assert sum(len(module._forward_hooks) for module in base.modules()) == 0
+
+
+def test_collections_spare_what_was_there_before_and_find_what_is_new():
+    class Node:
+        pass
+
+    gc.unfreeze()  # the tests freeze their modules too
+    try:
+        with modules_frozen():
+            assert gc.get_freeze_count() > 100_000
+            assert len(gc.get_objects()) < 10_000
+            node = Node()
+            node.itself = node
+            gone = weakref.ref(node)
+            del node
+            gc.collect()
+            assert gone() is None
+        assert gc.get_freeze_count() == 0
+        gc.freeze()
+        with modules_frozen():
+            pass
+        assert gc.get_freeze_count() > 100_000, "what others froze stays so"
+    finally:
+        gc.freeze()

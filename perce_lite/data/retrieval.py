@@ -5,9 +5,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
-
 _UNSPACED = (
     "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Hiragana, Katakana
     "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"  # Han
@@ -62,12 +59,12 @@ class Bm25Index:
         if self._vocabulary:
             self._index.index(corpus, show_progress=False)
 
-    def scores(self, query: str) -> NDArray[np.float32]:
+    def scores(self, query: str) -> list[float]:
         """The score of each text for `query`, (N,); zeros where they share no word."""
         known = [token for token in tokens_of(query) if token in self._vocabulary]
         if not known:
-            return np.zeros(self._size, np.float32)
-        scores: NDArray[np.float32] = self._index.get_scores(known)
+            return [0.0] * self._size
+        scores: list[float] = self._index.get_scores(known).tolist()
         return scores
 
 
@@ -93,7 +90,7 @@ class History:
         """
         newest_first = list(reversed(range(len(self.items)) if among is None else among))
         if select == "bm25" and len(newest_first) > 1:
-            scores = self._index.scores(query).tolist()
+            scores = self._index.scores(query)
             newest_first.sort(key=lambda place: -scores[place])  # stable
         chosen = newest_first if select == "all" else newest_first[:top_k]
         return [self.items[place] for place in chosen]

@@ -20,6 +20,7 @@ from perce_lite.evaluation.evaluate import chosen_tokens, held_out
 from perce_lite.evaluation.judging import ArmSums, Judge, chance
 from perce_lite.files import folder_written_aside, named, read_json, write_json
 from perce_lite.locks import held_alone
+from perce_lite.memory import modules_frozen
 from perce_lite.model import adapters
 from perce_lite.model.base import Base, load_base, load_tokenizer
 from perce_lite.model.fingerprint import fingerprint
@@ -134,7 +135,8 @@ def compare(
 
     with held_alone(_folder(recipe) / ".compare.lock", refuse):
         _require_same_base(recipe)
-        return _compared(recipe, rows, arms, rates, seeds, judge_on)
+        with modules_frozen():
+            return _compared(recipe, rows, arms, rates, seeds, judge_on)
 
 
 def _folder(recipe: Recipe) -> Path:

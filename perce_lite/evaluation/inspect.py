@@ -19,7 +19,8 @@ from perce_lite.data.readers import read_rows
 from perce_lite.data.rows import Row, of_split, spread_over_users, swap_profiles
 from perce_lite.errors import DataError
 from perce_lite.evaluation.conditions import id_of
-from perce_lite.evaluation.metrics import FEW_USERS, Bootstrap
+from perce_lite.evaluation.interval_rules import FEW_USERS
+from perce_lite.evaluation.metrics import Bootstrap
 from perce_lite.model import adapter_files, adapters
 from perce_lite.model.base import load_base
 from perce_lite.model.scoring import ScoringJob, cached_log_probs, store_of

@@ -7,14 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from perce_lite.evaluation.interval_rules import FEWEST_ROWS, FEWEST_USERS
+
 RESAMPLES = 2000
-
-FEWEST_ROWS, FEWEST_USERS = 5, 2
-"""With fewer there is no interval at all."""
-
-FEW_USERS = 6
-"""Below it an interval comes out too narrow: simulated on users that differ by chance alone, 4 to 15 % of data sets
-without signal were taken for signal, where 2.5 % should be."""
 
 Array = NDArray[np.float64]
 

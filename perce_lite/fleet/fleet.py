@@ -17,6 +17,7 @@ from perce_lite.fleet.groups import PARENTS, Group, Key, Plan, key_of, plan, run
 from perce_lite.fleet.queries import refuse_deleted
 from perce_lite.fleet.registry import KEPT, KINDS, PACKS, Adapter, Registry, held, imagined
 from perce_lite.fleet.result import AdapterResult, FleetResult, gains
+from perce_lite.memory import modules_frozen
 from perce_lite.model.adapter_weights import drop_unused_parents
 from perce_lite.model.fingerprint import same_base
 from perce_lite.model.footprint import refuse_exports, source_fingerprint
@@ -346,8 +347,9 @@ def _train(
             _record(registry, at_work.pop(task.key), task.recipe, outcome, tally)
             show(None, 0)
 
-        for kind in reversed(KINDS):
-            engine.run(tasks(kind), done, show)
+        with modules_frozen():
+            for kind in reversed(KINDS):
+                engine.run(tasks(kind), done, show)
 
 
 def _drop_unused_parents(registry: Registry) -> None:

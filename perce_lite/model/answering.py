@@ -88,8 +88,9 @@ class Answerer:
             DataError: `personal` without a profile.
         """
         its = self.opened
-        ids, _, prefix = its.maker.prompt(prompt, profile)
-        cache = self._kept.start_of(ids, prefix, use_adapter) if self._kept is not None else None
+        tokens = its.maker.prompt(prompt, profile)
+        ids = tokens.ids
+        cache = None if self._kept is None else self._kept.start_of(ids, tokens.prefix_length, use_adapter)
         if cache is None:
             cache = DynamicCache(config=base_of(its.model).config)
         self._kept = None  # an answer that fails halfway leaves keys that nobody knows

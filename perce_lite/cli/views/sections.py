@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from perce_lite.evaluation.metrics import FEW_USERS, FEWEST_ROWS, FEWEST_USERS
+from perce_lite.evaluation.interval_rules import FEW_USERS, FEWEST_ROWS, FEWEST_USERS
 from perce_lite.fleet.registry import Adapter, held_out
 from perce_lite.fleet.result import FleetResult, Gains
 from perce_lite.words import counted
