@@ -28,7 +28,7 @@ pytest_plugins = ["cli_fixtures"]
 TEXT = """
 train: {max_steps: 3, output_dir: out, store: store, clip_min: 0.05, seed: 3, warmup_steps: 0}
 split: {test: 0.3, validation: 0.2, unseen_users: 0.34}
-evaluation: {max_rows: 20}
+evaluation: {max_rows: 20, generated_rows: 2, max_new_tokens: 8}
 """
 ARMS = "uniform,shuffled,base,base:train_on=counterfactual,uniform:train_on=counterfactual"
 WORDS = ("--arms", ARMS, "--rates", "0.002,0.02,0.05", "--seeds", "2")
@@ -313,7 +313,8 @@ def test_grid_is_around_the_recipes_rate(path):
 def test_answers_of_arms_are_paired_by_query_and_seed(path, figures):
     """Answers of each training, means over seeds; an arm that needs no profile is asked without one."""
     arms = "uniform,base,base:train_on=counterfactual"
-    texts = figures("compare", path, "--arms", arms, "--rates", "0.02", "--seeds", "2")["texts"]
+    more = ("--set", "evaluation.generated_rows=16")
+    texts = figures("compare", path, "--arms", arms, "--rates", "0.02", "--seeds", "2", *more)["texts"]
     count = {(one["arm"], one["profile"], one["sampled"]): (one["rows"], one["answers"]) for one in texts["table"]}
     assert count["base", "own", False] == (7, 14)
     assert count["base", "own", True] == (7, 42)

@@ -7,6 +7,7 @@ from perce_lite.evaluation.bench.fleetscale import Phase, bars
 pytest_plugins = ["cli_fixtures"]
 
 
+@pytest.mark.slow
 def test_each_phase_runs_the_real_command(figures, real_model):
     """Two users on the built-in model: what is due in each phase says that it did its work."""
     scale = figures("bench", "--fleet-scale", "--users", "2")
