@@ -8,11 +8,13 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from fleet_fixtures import TEXT, rows_of
+from forked import Child, command
 from safetensors.torch import load_file
 
 from perce_lite.errors import RunError
@@ -24,46 +26,20 @@ from perce_lite.model.store_files import clear, delete
 
 pytest_plugins = ["cli_fixtures"]
 
-# The command line, which stops at the first call of the given function until the file `go` is there.
-_WAITING = """
-import importlib, sys, time
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-module, name = sys.argv[1].split(":")
-owner = importlib.import_module(module)
-*path, last = name.split(".")
-for part in path:
-    owner = getattr(owner, part)
-original, waited = getattr(owner, last), []
-def waiting(*args, **kwargs):
-    if not waited:
-        waited.append(True)
-        Path("here").touch()
-        while not Path("go").exists():
-            time.sleep(0.02)
-    return original(*args, **kwargs)
-setattr(owner, last, waiting)
-from perce_lite.cli.app import main
-main(sys.argv[2:])
-"""
-
 
 class Process:
     """A command that waits at a function of ours until `end` is called."""
 
     def __init__(self, at: str, *words: str) -> None:
-        self.child = subprocess.Popen(
-            [sys.executable, "-c", _WAITING, at, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        self.child = Child(command, list(words), at)
         while not Path("here").exists():
-            assert self.child.poll() is None, self.child.communicate()
+            assert self.child.poll() is None, self.child.said()
+            time.sleep(0.01)
 
     def end(self) -> tuple[int, str]:
         """Exit code, and what it said."""
         Path("go").touch()
-        out, err = self.child.communicate(timeout=300)
-        return self.child.returncode, out + err
+        return self.child.wait(300), self.child.said()
 
     @property
     def named(self) -> str:

@@ -142,5 +142,5 @@ def _numbers(date: str) -> tuple[float, ...] | None:
 
 
 def _time(record: Mapping[str, Any], by: str) -> tuple[float, ...]:
-    """A document's year, or year and month: by what another one has to be older; empty where any that stands ahead is."""
+    """A document's year, or year and month, by what another has to be older; empty where any that stands ahead is."""
     return () if by == "document" else _date(record, "", "")[: {"year": 1, "month": 2}[by]]

@@ -90,7 +90,7 @@ def _quantization(recipe: Recipe, dtype: torch.dtype) -> BitsAndBytesConfig | No
 
 
 def _load_model(recipe: Recipe, device: torch.device, **options: Any) -> PreTrainedModel:
-    """The recipe's model on `device`, its table on the host where the recipe asks for that; `options` of `from_pretrained`.
+    """The recipe's model on `device`, its table on the host where asked for; `options` of `from_pretrained`.
 
     Raises:
         ModelError, BaseTooLargeError: as `load_base`.

@@ -66,7 +66,7 @@ class _Download(tqdm):
         return True
 
     def update_transfer(self, count: int) -> None:
-        """Bytes that came over the network; those of the file are counted by `update`. With it Xet needs one bar only."""
+        """Takes the bytes that came over the network; `update` counts those of the file. With it Xet makes one bar."""
 
 
 def _show_download(bars: Progress, bar: tqdm) -> None:
