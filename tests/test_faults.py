@@ -5,13 +5,10 @@ A few points of each command here; `pytest -m slow` tries every one of the short
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from fault_points import COMMANDS
+from fault_points import COMMANDS, main
+from forked import Child
 
 SAMPLES = {"train": 53, "fleet": 150, "slots": 110, "export": 19, "import": 4, "delete": 19}
 """Every which point is tried in the fast test: some three of each command."""
@@ -20,11 +17,10 @@ LONG = ("train", "fleet", "slots")
 
 
 def tried(command: str, kind: str, every: int) -> dict:
-    words = [sys.executable, str(Path(__file__).with_name("fault_points.py")), command, kind, str(every)]
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    child = Child(main, command, kind, every)
+    code = child.wait(3 * 3600)
+    assert code == 0, child.said()
+    return json.loads(child.said().splitlines()[-1])
 
 
 def check(told: dict) -> None:
