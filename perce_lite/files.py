@@ -176,7 +176,7 @@ def written_aside(path: Path) -> Iterator[Path]:
     Raises:
         DiskFullError: no space left; the old file stays.
     """
-    if _is_special(path):
+    if is_special(path):
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch) / "written"
             with path.open("wb") as stream:
@@ -196,7 +196,7 @@ def written_aside(path: Path) -> Iterator[Path]:
         aside.unlink(missing_ok=True)
 
 
-def _is_special(path: Path) -> bool:
+def is_special(path: Path) -> bool:
     """Whether `path`, or what it links to, exists and is neither a regular file nor a folder."""
     try:
         mode = path.stat().st_mode

@@ -11,7 +11,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from perce_lite.errors import PerceLiteError
-from perce_lite.files import digest, home, read_json, settle, write_json
+from perce_lite.files import digest, home, is_special, read_json, settle, write_json, write_text
 
 
 @contextmanager
@@ -45,12 +45,21 @@ def one_writer(path: Path) -> Iterator[None]:
 
     The lock lies in the cache folder, so that none is left where people look for what they asked for.
     """
+    if is_special(path):  # a pipe or a terminal: nothing is left beside it
+        yield
+        return
     file = path.resolve()
     locks = home() / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / f"{digest(str(file))}.lock"):
         settle(file)
         yield
+
+
+def write_alone(path: Path, text: str) -> None:
+    """Writes `text` to `path` as the only writer, whole or not at all; what a killed one left beside it is gone."""
+    with one_writer(path):
+        write_text(path, text)
 
 
 def _who(holder: Path) -> str:

@@ -165,6 +165,36 @@ def test_two_imports_to_one_file(tmp_path, monkeypatch, run, waiting):
     assert [json.loads(line)["user"] for line in Path("texts.jsonl").read_text().splitlines()] == ["bo", "ann"]
 
 
+def test_what_a_killed_write_left_beside_a_file_is_gone_after_the_next(
+    adapter_folder, run, waiting, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("Who are you?\n")
+    generate = (
+        "generate",
+        "--adapter",
+        str(adapter_folder),
+        "--prompts",
+        "prompts.txt",
+        "--max-new-tokens",
+        "2",
+        "--profile",
+        "An otter.",
+    )
+    for file, at, words in (
+        ("answers.jsonl", "os:replace", (*generate, "--out", "answers.jsonl")),
+        ("store.json", "os:replace", ("store", "show", "--path", "store", "--json", "store.json")),
+    ):
+        Path("store").mkdir(exist_ok=True)
+        stopped = waiting(at, *words)
+        stopped.child.kill()
+        left = [path.name for path in tmp_path.iterdir() if path.name.startswith(f".{file}.")]
+        assert len(left) == 1, "the kill came in the middle of the write"
+        assert run(*words)[0] == 0
+        assert Path(file).is_file()
+        assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
 # The parts, in one process
 
 

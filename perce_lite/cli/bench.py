@@ -10,7 +10,8 @@ from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import Json, Set, write
 from perce_lite.cli.views import terminal
 from perce_lite.console import console
-from perce_lite.files import write_json, write_text
+from perce_lite.files import json_text
+from perce_lite.locks import write_alone
 from perce_lite.model.adapter_files import read_metadata
 from perce_lite.recipe import load_recipe
 
@@ -156,8 +157,8 @@ def _report(
         raise typer.BadParameter(f"--lengths {length}: --gpu-report has rows of one length")
     figures = gpu_reports.gpu_report(shape or gpu_reports.SHAPE, rows[0], *pace, planned=gpu_reports.planned_parts)
     table = gpu_reports.markdown(figures)
-    write_text(out, table)
-    write_json(out.with_suffix(".json"), figures)
+    write_alone(out, table)
+    write_alone(out.with_suffix(".json"), json_text(figures))
     write(json, figures)
     console.print(table, markup=False, soft_wrap=True)
     console.print(f"Written: {out} and {out.with_suffix('.json')}", markup=False)

@@ -30,6 +30,7 @@ from perce_lite.console import progress_bar
 from perce_lite.errors import DataError
 from perce_lite.files import written_aside
 from perce_lite.fleet import queries
+from perce_lite.locks import one_writer
 from perce_lite.model import questions
 from perce_lite.model.adapter_files import Said, read_metadata
 
@@ -116,5 +117,5 @@ def _output(path: Path | None) -> Iterator[TextIO]:
     if path is None or str(path) == "-":
         yield sys.stdout
         return
-    with written_aside(path) as aside, aside.open("w", encoding="utf-8") as stream:
+    with one_writer(path), written_aside(path) as aside, aside.open("w", encoding="utf-8") as stream:
         yield stream

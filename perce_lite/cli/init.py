@@ -14,7 +14,7 @@ from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.options import Json, write
 from perce_lite.console import console, warn
 from perce_lite.errors import RecipeError
-from perce_lite.files import write_text
+from perce_lite.locks import write_alone
 from perce_lite.recipe import load_recipe
 
 drafting = Lazy("perce_lite.planning.drafting")
@@ -52,7 +52,7 @@ def init(
     chosen = drafting.choose(draft)
     text = drafting.recipe_text(draft, chosen, out)
     users = _tried(text, out)
-    write_text(out, text)
+    write_alone(out, text)
     commands = _import(have, data, user) + drafting.commands(draft, out, users[0] if users else user)
     for note in draft.notes:
         warn(note)

@@ -10,7 +10,8 @@ import typer
 from perce_lite.console import say
 from perce_lite.data.readers import require_data, user_texts
 from perce_lite.errors import PerceLiteError, RecipeError
-from perce_lite.files import json_text, refuse_unwritable, write_text
+from perce_lite.files import json_text, refuse_unwritable
+from perce_lite.locks import write_alone
 from perce_lite.model.adapter_files import recipe_of
 from perce_lite.recipe import Recipe, load_recipe
 from perce_lite.recipe_checks import tracker_faults
@@ -120,7 +121,7 @@ def write(path: Path | None, figures: dict[str, Any]) -> None:
     if str(path) == "-":
         sys.stdout.write(json_text(figures))
     else:
-        write_text(path, json_text(figures))
+        write_alone(path, json_text(figures))
 
 
 def agreed(question: str, yes: bool, unasked: PerceLiteError) -> bool:

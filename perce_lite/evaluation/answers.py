@@ -18,8 +18,8 @@ from perce_lite.evaluation.answer_metrics import TrainingText, grounded_recall, 
 from perce_lite.evaluation.authorship import Style, UserWords
 from perce_lite.evaluation.conditions import Case
 from perce_lite.evaluation.metrics import Bootstrap, has_meteor, text_scores
-from perce_lite.files import digest, read_json, write_json
-from perce_lite.locks import one_writer
+from perce_lite.files import digest, json_text, read_json
+from perce_lite.locks import write_alone
 from perce_lite.model.generate import Personal, generate_batch
 from perce_lite.recipe import Evaluation, Recipe
 
@@ -163,8 +163,7 @@ class Answers:
             self.known[asked] = generate_batch(
                 model, maker, prompts, limit, count, writer.on, self.config.autocast, personal, **options
             )
-            with one_writer(self.path):
-                write_json(self.path, self.known)
+            write_alone(self.path, json_text(self.known))
         return self.known[asked]
 
     def table(self, arms: Mapping[str, Sequence[str]], ways: Sequence[Way]) -> list[dict[str, Any]]:

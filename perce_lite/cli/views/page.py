@@ -10,8 +10,7 @@ from markupsafe import Markup
 from perce_lite.cli.lazy import Lazy
 from perce_lite.cli.views.sections import WEIGHT_FIGURES, Section, way_of
 from perce_lite.console import PIR_BOUNDS
-from perce_lite.files import write_text
-from perce_lite.locks import one_writer
+from perce_lite.locks import write_alone
 
 charts = Lazy("perce_lite.cli.views.charts")  # matplotlib takes half a second
 
@@ -75,8 +74,7 @@ def _write(template: str, path: Path, filters: Filters, **values: Any) -> None:
     )
     environment.filters |= filters
     text = environment.get_template(template).render(**values)
-    with one_writer(path):
-        write_text(path, text)
+    write_alone(path, text)
 
 
 def pir_class(pir: float) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import escape
 
-from perce_lite.files import write_text
+from perce_lite.locks import write_alone
 
 _COLUMNS = 46
 _CHARACTER, _LINE, _MARGIN = 8.4, 26, 16  # pixels, of a monospaced font of 14 pixels
@@ -32,7 +32,7 @@ def write_picture(figures: dict[str, Any], path: Path) -> None:
     Raises:
         DiskFullError: no space left.
     """
-    write_text(path, picture(max(figures["rows"], key=lambda row: row["pir_mean"])))
+    write_alone(path, picture(max(figures["rows"], key=lambda row: row["pir_mean"])))
 
 
 def picture(row: dict[str, Any]) -> str:
