@@ -294,6 +294,8 @@ def test_a_training_that_did_harm_is_not_praised(capfd, after, harmed):
     terminal.show_training({"losses": losses, "weights": {}, "sample": sample, "adapter": "out/adapter"})
     out = capfd.readouterr().out
     assert out.startswith("Do not use this adapter") == harmed
+    assert ("changed nothing that shows" in out) == (after == 4.5)
+    assert "10 tokens of 2 held-out responses" in out
     assert ("Use it:" in out) != harmed
 
 

@@ -39,7 +39,7 @@ def curves(lines: Sequence[Line], unit: str) -> str:
         axes.set_xlabel("optimizer step", color=soft)
         axes.set_ylabel(unit, color=soft)
         axes.tick_params(colors=ink, length=0)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(color=line, linewidth=0.5)
         for side in axes.spines.values():
             side.set_visible(False)

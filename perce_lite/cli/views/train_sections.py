@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from perce_lite.cli.views.sections import WEIGHT_FIGURES, Line, Section, kept_step
+from perce_lite.words import counted
 
 _LOGGED = ("share_above_min", "share_at_max", "weight_mean", "pir_mean", "effective_tokens")
 
@@ -48,13 +49,23 @@ def sample_answers(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**known, **way, "arm": arm, "text": sample[arm]} for arm in ("base", "adapter")]
 
 
+_SHOWN = 0.0005
+"""Nats a token that show in three digits."""
+
+
 def worse_than_the_base(losses: Sequence[Mapping[str, Any]]) -> str:
-    """A sentence where training did harm on held-out rows with the own profile; else empty."""
+    """A sentence where training did harm, or nothing, on held-out rows with the own profile; else empty."""
     own = next((loss for loss in losses if loss["profile"] == "own"), None)
     if own is None or own["adapter"] < own["base"]:
         return ""
+    worse = own["adapter"] - own["base"]
+    if worse < _SHOWN:
+        return (
+            "Do not use this adapter: training changed nothing that shows on held-out rows with the own profile. "
+            "Raise train.learning_rate, or train for more steps."
+        )
     return (
-        f"Do not use this adapter: on held-out rows with the own profile it is {own['adapter'] - own['base']:.3f} nats "
+        f"Do not use this adapter: on held-out rows with the own profile it is {worse:.3f} nats "
         "a token worse than the untrained base. Lower train.learning_rate, or train on more rows."
     )
 
@@ -75,7 +86,8 @@ def worth(losses: Sequence[Mapping[str, Any]]) -> str:
 def held_out(losses: Sequence[Mapping[str, Any]]) -> str:
     """On what the losses are."""
     first = losses[0]
-    return f"{first['tokens']} tokens of {first['rows']} held-out responses, {first['personal']['tokens']} personal"
+    rows = counted(first["rows"], "held-out response")
+    return f"{counted(first['tokens'], 'token')} of {rows}, {first['personal']['tokens']} personal"
 
 
 def _losses(losses: Sequence[Mapping[str, Any]]) -> Section:
