@@ -1,5 +1,6 @@
 """Commands in processes of their own that need not import torch anew: a server that has imported it forks them."""
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -81,6 +82,7 @@ def command(words: list[str], at: str) -> None:
 
 
 def _carry_out(said: Path, folder: str, environment: dict[str, str], work: Callable[..., None], args: Any) -> None:
+    gc.freeze()  # modules: see conftest
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

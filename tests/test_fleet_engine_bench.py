@@ -9,6 +9,7 @@ pytestmark = pytest.mark.xdist_group("ray")
 ray = pytest.importorskip("ray")
 
 
+@pytest.mark.slow
 def test_every_user_goes_over_the_workers_of_a_ray_of_its_own(figures):
     cost = figures("bench", "--fleet-engine", "--users", "20")
     assert (cost["users"], cost["workers"]) == (20, 1)

@@ -20,7 +20,7 @@ _MB = 10**6
 SMALL = 10 * _MB
 """Bytes of a file that is downloaded without a bar."""
 
-AT_ONCE = 2.0
+AT_ONCE = 5.0
 """Seconds of reading weights before its bar appears."""
 
 
