@@ -27,7 +27,8 @@ def list_(fleet: FleetPath = None, json: Json = None) -> None:
     """Every adapter of a fleet: state, training rows, gain, size."""
     with opened(queries.find(fleet)) as registry:
         entries = registry.all()
-    write(json, {"adapters": [{"state": entry.state, **vars(entry)} for entry in entries]})
+    if json is not None:
+        write(json, {"adapters": [{"state": entry.state, **vars(entry)} for entry in entries]})
     for section in sections.fleet(entries):
         terminal.show_registry(section)
 

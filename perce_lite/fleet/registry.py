@@ -286,9 +286,10 @@ class Registry:
             self._db.execute("DELETE FROM deleted WHERE user_hash = ?", (_hash(user),))
 
     def _select(self, clause: str, values: tuple[Any, ...] = ()) -> list[Adapter]:
-        columns = ", ".join(Adapter.__dataclass_fields__)
-        rows = self._db.execute(f"SELECT {columns} FROM adapters {clause}", values)
-        return [Adapter(**{**dict(row), "metrics": json.loads(row["metrics"])}) for row in rows]
+        columns = list(Adapter.__dataclass_fields__)
+        metrics = columns.index("metrics")
+        rows = self._db.execute(f"SELECT {', '.join(columns)} FROM adapters {clause}", values)
+        return [Adapter(*row[:metrics], json.loads(row[metrics]), *row[metrics + 1 :]) for row in map(tuple, rows)]
 
 
 @contextmanager

@@ -206,10 +206,15 @@ def show_sections(sentences: Sequence[str], sections: Sequence[Section], page: P
 def show_registry(section: Section) -> None:
     """`perce-lite adapters list`: plain columns, for a table of ten thousand rows takes rich many seconds."""
     rows = [[control_free(cell) for cell in row] for row in (section.head, *section.rows)]
-    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-    filled = ([cell + " " * (width - cell_len(cell)) for cell, width in zip(row, widths, strict=True)] for row in rows)
+    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
+    filled = ([cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)] for row in rows)
     print("\n".join("  ".join(row).rstrip() for row in filled), file=console.file)
     console.print(Text(section.note, style="dim"), soft_wrap=True)
+
+
+def _width(cell: str) -> int:
+    """Columns that a cell takes on the screen."""
+    return len(cell) if cell.isascii() else cell_len(cell)
 
 
 def control_free(text: str) -> str:
