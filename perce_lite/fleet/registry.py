@@ -287,9 +287,12 @@ class Registry:
 
     def _select(self, clause: str, values: tuple[Any, ...] = ()) -> list[Adapter]:
         columns = list(Adapter.__dataclass_fields__)
-        metrics = columns.index("metrics")
-        rows = self._db.execute(f"SELECT {', '.join(columns)} FROM adapters {clause}", values)
-        return [Adapter(*row[:metrics], json.loads(row[metrics]), *row[metrics + 1 :]) for row in map(tuple, rows)]
+        place, found = columns.index("metrics"), []
+        for row in self._db.execute(f"SELECT {', '.join(columns)} FROM adapters {clause}", values):
+            fields = list(row)
+            fields[place] = json.loads(fields[place])
+            found.append(Adapter(*fields))
+        return found
 
 
 @contextmanager
