@@ -152,8 +152,8 @@ def _require_same_base(recipe: Recipe) -> None:
     base = load_base(recipe)  # its files were written since; what they hold may be the same
     if fingerprint(base.model) != noted["base"]:
         raise RunError(
-            f"{_folder(recipe)} holds trainings over other weights of {recipe.model}: its files have changed since. "
-            "Nothing was touched. Take another folder with --set train.output_dir=FOLDER, or remove this one."
+            f"{_folder(recipe)} holds trainings over other weights of {recipe.model}: its files, or the quantization, "
+            "have changed since. Nothing was touched. Take another folder with --set train.output_dir=FOLDER, or remove this one."
         )
     _note_base(recipe, base)
 
