@@ -153,7 +153,8 @@ def _require_same_base(recipe: Recipe) -> None:
     if fingerprint(base.model) != noted["base"]:
         raise RunError(
             f"{_folder(recipe)} holds trainings over other weights of {recipe.model}: its files, or the quantization, "
-            "have changed since. Nothing was touched. Take another folder with --set train.output_dir=FOLDER, or remove this one."
+            "have changed since. Nothing was touched. Take another folder with --set train.output_dir=FOLDER, or "
+            "remove this one."
         )
     _note_base(recipe, base)
 
