@@ -149,7 +149,7 @@ def test_work_grows_linearly_with_the_users(recipe, run, monkeypatch):
                 for one in fleet_registry._db.execute(f"EXPLAIN QUERY PLAN {query}")
             ]
         assert all(one.startswith("SEARCH") for one in plans), plans
-        assert again < 4.1 * users, "a run with nothing to do only enrols"
+        assert again <= 4 * users + 40, "a run with nothing to do only enrols"
         statements.clear()
         code, out, _ = run("adapters", "list", "--fleet", f"fleet{users}")
         assert (code, len(out.splitlines())) == (0, users + 3)
