@@ -62,7 +62,7 @@ def return_free_memory() -> None:
 
 @contextmanager
 def modules_frozen() -> Iterator[None]:
-    """Inside, garbage collections look at new objects alone: not at modules, which take a third of a second each time.
+    """Inside, garbage collections look at new objects alone: not at modules, which take half a second each time.
 
     For many trainings one after another, each of which collects several times. What was there before is collected again
     afterwards; where a caller has frozen objects (`gc.freeze`), nothing is changed.

@@ -28,15 +28,17 @@ pytest_plugins = ["cli_fixtures"]
 TEXT = """
 train: {max_steps: 3, output_dir: out, store: store, clip_min: 0.05, seed: 3, warmup_steps: 0}
 split: {test: 0.3, validation: 0.2, unseen_users: 0.34}
-evaluation: {max_rows: 20, generated_rows: 2, max_new_tokens: 8}
+evaluation: {max_rows: 20}
 """
+BRIEF = TEXT.replace("max_rows: 20", "max_rows: 20, generated_rows: 2, max_new_tokens: 8")
+"""For tests of losses, in which answers have no part."""
 ARMS = "uniform,shuffled,base,base:train_on=counterfactual,uniform:train_on=counterfactual"
 WORDS = ("--arms", ARMS, "--rates", "0.002,0.02,0.05", "--seeds", "2")
 
 
 @pytest.fixture
 def path(recipe) -> Path:
-    return recipe(toys.toy_rows(users=6, per_user=6), TEXT)
+    return recipe(toys.toy_rows(users=6, per_user=6), BRIEF)
 
 
 @pytest.fixture
@@ -161,7 +163,7 @@ def test_rates_come_from_validation_and_differences_are_paired(path, figures, tr
 
 
 def test_equal_loss_is_the_nearest_step_of_plain_sft(recipe, figures):
-    path = recipe(toys.toy_rows(users=6, per_user=6), TEXT.replace("max_steps: 3", "max_steps: 6"))
+    path = recipe(toys.toy_rows(users=6, per_user=6), BRIEF.replace("max_steps: 3", "max_steps: 6"))
     told = figures("compare", path, "--arms", "uniform,base", "--rates", "0.02,0.05", "--seeds", "2")
     uniform, base = told["arms"]
     assert uniform["equal_loss"] is None
@@ -310,11 +312,11 @@ def test_grid_is_around_the_recipes_rate(path):
         grid(recipe, "-1")
 
 
-def test_answers_of_arms_are_paired_by_query_and_seed(path, figures):
+def test_answers_of_arms_are_paired_by_query_and_seed(recipe, figures):
     """Answers of each training, means over seeds; an arm that needs no profile is asked without one."""
     arms = "uniform,base,base:train_on=counterfactual"
-    more = ("--set", "evaluation.generated_rows=16")
-    texts = figures("compare", path, "--arms", arms, "--rates", "0.02", "--seeds", "2", *more)["texts"]
+    path = recipe(toys.toy_rows(users=6, per_user=6), TEXT)
+    texts = figures("compare", path, "--arms", arms, "--rates", "0.02", "--seeds", "2")["texts"]
     count = {(one["arm"], one["profile"], one["sampled"]): (one["rows"], one["answers"]) for one in texts["table"]}
     assert count["base", "own", False] == (7, 14)
     assert count["base", "own", True] == (7, 42)

@@ -123,10 +123,10 @@ def test_odd_names_are_names_and_never_paths(recipe, run, monkeypatch):
     assert (code, len(out.splitlines())) == (0, len(odd) + 3), "a line each, whatever is in a name"
 
 
-def test_work_grows_linearly_with_the_users(recipe, run, monkeypatch):
+def test_ten_thousand_users_grow_linearly(recipe, run, monkeypatch):
     """Work is counted, not timed: statements of the registry stay proportional to the users, and each is a look-up."""
     counts = {}
-    for users in (100, 1000):
+    for users in (1000, 10_000):
         text = {"profile": "a text", "prompt": "Hi", "completion": "Hi", "split": "train"}
         path = recipe([{"user": f"user{number}", **text} for number in range(users)], TEXT)
         read = load_recipe(path, [f"train.output_dir=fleet{users}", "fleet.min_examples=1"])
@@ -149,13 +149,13 @@ def test_work_grows_linearly_with_the_users(recipe, run, monkeypatch):
                 for one in fleet_registry._db.execute(f"EXPLAIN QUERY PLAN {query}")
             ]
         assert all(one.startswith("SEARCH") for one in plans), plans
-        assert again <= 4 * users + 40, "a run with nothing to do only enrols"
+        assert again < 4.1 * users, "a run with nothing to do only enrols"
         statements.clear()
         code, out, _ = run("adapters", "list", "--fleet", f"fleet{users}")
         assert (code, len(out.splitlines())) == (0, users + 3)
         assert len([one for one in statements if one.startswith("SELECT")]) == 1, "the registry alone, in one go"
         assert not Path(f"fleet{users}/adapters").exists(), "so no adapter's folder can have been read"
-    assert counts[1000] < 10.5 * counts[100]
+    assert counts[10_000] < 10.5 * counts[1000]
 
 
 def traced(statements):
