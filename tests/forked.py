@@ -27,8 +27,8 @@ class Child:
     """A process that calls `work(*args)` in this folder and environment; as far as the tests need it a `Popen`."""
 
     def __init__(self, work: Callable[..., None], *args: Any) -> None:
-        folder = Path(tempfile.mkdtemp(prefix="perce-lite-test-"))
-        self._said = folder / "said"
+        self._folder = tempfile.TemporaryDirectory(prefix="perce-lite-test-")
+        self._said = Path(self._folder.name) / "said"
         told = self._said, os.getcwd(), dict(os.environ), work, args
         self._process = _CONTEXT.Process(target=_carry_out, args=told)
         self._process.start()
@@ -39,9 +39,11 @@ class Child:
         return self._process.exitcode
 
     def wait(self, timeout: float) -> int:
-        """Its exit code, negative for a signal."""
+        """Its exit code, negative for a signal; it does not outlive `timeout` seconds."""
         self._process.join(timeout)
-        assert self._process.exitcode is not None, f"not over after {timeout} s: {self.said()}"
+        if self._process.exitcode is None:
+            self.kill()
+            raise AssertionError(f"not over after {timeout} s: {self.said()}")
         return self._process.exitcode
 
     def said(self) -> str:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import toys
 from safetensors.torch import load_file, save_file
+from transformers.utils.logging import set_tqdm_hook
 
 from perce_lite.model import loading_bars
 from perce_lite.model.base import load_base
@@ -112,15 +113,12 @@ def test_reading_shows_a_bar_where_it_takes_long(recipe, tmp_path, monkeypatch, 
 
 
 def test_an_interrupted_load_leaves_no_bar_behind(recipe, tmp_path, monkeypatch):
-    from transformers.utils import logging
-
     read = load_recipe(recipe())
 
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    before = logging._tqdm_hook
     monkeypatch.setattr("perce_lite.model.base.model_class", lambda config: type("K", (), {"from_pretrained": stop}))
     with pytest.raises(KeyboardInterrupt):
         load_base(read)
-    assert logging._tqdm_hook is before
+    assert set_tqdm_hook(None) is None

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perce_lite.data.retrieval import Bm25Index, History, Item, tokens_of
+from perce_lite.data.retrieval import Bm25Index, History, Item, tokens_of, word_spans
 from perce_lite.data.rows import Row, from_columns, split_rows, swap_profiles, to_records
 from perce_lite.errors import DataError
 from perce_lite.recipe import Split
@@ -120,6 +120,12 @@ def test_tokens():
     assert tokens_of("The CAT's 2 boats, naïve_word x 東京タワー 雨") == [
         "the", "cat", "boats", "naïve_word", "東京", "京タ", "タワ", "ワー", "雨",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["A_b 12 c's --x9, THE end\n(of) all", "".join(map(chr, range(128))), ""])
+def test_plain_text_is_split_as_all_text_is(text):
+    assert text.isascii()
+    assert tokens_of(text) == [word for word, _, _ in word_spans(text)]
 
 
 # Through JSON records

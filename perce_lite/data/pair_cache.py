@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
+if TYPE_CHECKING:  # pairs imports this file
+    from perce_lite.data.pairs import Tokens
+
 LIMIT_BYTES = 64 * 2**20
 """Token ids and labels that are kept, four bytes each; the least recently used go first."""
-
-
-class Sized(Protocol):
-    """What knows its size; `pairs.Tokens` is one."""
-
-    @property
-    def nbytes(self) -> int: ...
 
 
 class PairCache:
@@ -27,16 +23,16 @@ class PairCache:
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
         self.limit_bytes = limit_bytes
         self._bytes = 0
-        self._entries: OrderedDict[Hashable, tuple[tuple[Any, ...], Any]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[tuple[Tokens, ...], Any]] = OrderedDict()
 
-    def get(self, key: Hashable) -> tuple[tuple[Any, ...], Any] | None:
+    def get(self, key: Hashable) -> tuple[tuple[Tokens, ...], Any] | None:
         """The sequences, and what was put beside them; None where nothing is kept."""
         entry = self._entries.get(key)
         if entry is not None:
             self._entries.move_to_end(key)
         return entry
 
-    def put(self, key: Hashable, sequences: tuple[Sized, ...], beside: Any) -> None:
+    def put(self, key: Hashable, sequences: tuple[Tokens, ...], beside: Any) -> None:
         """Keeps the very `sequences`, which are not to be changed."""
         self._entries[key] = sequences, beside
         self._bytes += _size(sequences)
@@ -44,7 +40,7 @@ class PairCache:
             self._bytes -= _size(self._entries.popitem(last=False)[1][0])
 
 
-def _size(sequences: tuple[Sized, ...]) -> int:
+def _size(sequences: tuple[Tokens, ...]) -> int:
     return 1024 + sum(sequence.nbytes for sequence in sequences)
 
 

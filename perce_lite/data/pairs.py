@@ -262,7 +262,10 @@ class PairMaker(Chat):
                 _CACHE.put(key, (pair.factual, pair.counterfactual), beside)
             return pair
         passes, beside = cached
-        return beside if isinstance(beside, str) else Pair(row, *passes, *beside)
+        if isinstance(beside, str):
+            return beside
+        factual, counterfactual = passes
+        return Pair(row, factual, counterfactual, *beside)
 
     def _pair(self, row: Row) -> Pair | str:
         """The pair, or the reason why there is none."""
@@ -274,7 +277,7 @@ class PairMaker(Chat):
         turns = self.turns(prompt, completion, "", row.where, options)
         responses = turns.responses, list(map(self.ids, turns.responses))
         counterfactual = self._tokens(turns, responses, row.where)
-        if self.max_length is not None and len(counterfactual.ids) > self.max_length:
+        if self.max_length is not None and len(counterfactual) > self.max_length:
             return TOO_LONG
         units = len(row.profile.split()) if isinstance(row.profile, str) else len(row.profile)
 

@@ -40,8 +40,8 @@ def check(recipe: Recipe) -> dict[str, Any]:
         splits[name] = {
             **audit.summary(),
             "users": dict(sorted(kept.items())),
-            "with_profile_tokens": _spread([len(pair.factual.ids) for pair in pairs]),
-            "without_profile_tokens": _spread([len(pair.counterfactual.ids) for pair in pairs]),
+            "with_profile_tokens": _spread([len(pair.factual) for pair in pairs]),
+            "without_profile_tokens": _spread([len(pair.counterfactual) for pair in pairs]),
             "response_tokens": _spread([sum(label != IGNORED for label in pair.factual.labels) for pair in pairs]),
             "rows_with_items_left_out": sum(pair.items_left_out > 0 for pair in pairs),
         }

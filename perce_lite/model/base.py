@@ -5,7 +5,7 @@ import re
 import shlex
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -96,20 +96,21 @@ def _load_model(recipe: Recipe, device: torch.device, **options: Any) -> PreTrai
         ModelError, BaseTooLargeError: as `load_base`.
     """
     source, config = model_source(recipe), config_of(recipe)
+    shapes = cache(partial(on_meta, config))
     placement, hosted = {"": device.type}, None
     if recipe.embedding_on_host and device.type != "cpu":
-        placement[hosted := table_of(config)] = "cpu"
+        placement[hosted := table_of(shapes())] = "cpu"
         if options["quantization_config"] is not None:  # bitsandbytes refuses weights on the host without it
             options["quantization_config"].llm_int8_enable_fp32_cpu_offload = True
     try:
         if device.type == "cuda":
-            why = why_no_room(config, options["dtype"], recipe.quantization == "nf4", hosted)
+            why = why_no_room(shapes(), options["dtype"], recipe.quantization == "nf4", hosted)
             if why is not None:
                 raise _too_large(recipe, why)
         options = {**options, **hub_options(source), "device_map": placement}
         with (
             nullcontext() if hosted is None else no_dispatch(),
-            loading_bars(partial(_count_weights, config), recipe.quantization == "nf4") as bars,
+            loading_bars(lambda: shapes().num_parameters(), recipe.quantization == "nf4") as bars,
         ):
             return model_class(config).from_pretrained(source, **options, **bars)
     except ImportError as error:
@@ -125,10 +126,6 @@ def _load_model(recipe: Recipe, device: torch.device, **options: Any) -> PreTrai
                 "well; device: cpu goes without it."
             ) from error
         raise ModelError(not_there(recipe, error)) from error
-
-
-def _count_weights(config: PretrainedConfig) -> int:
-    return sum(weight.numel() for weight in on_meta(config).parameters())
 
 
 def _too_large(recipe: Recipe, why: str) -> BaseTooLargeError:

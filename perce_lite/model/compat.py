@@ -171,9 +171,6 @@ def error_of_a_conversion(error: BaseException) -> RuntimeError | None:
     return None
 
 
-# transformers: attention
-
-
 @contextmanager
 def no_dispatch() -> Iterator[None]:
     """Inside, `from_pretrained` loads each weight to where its `device_map` says, and accelerate adds no hooks.
@@ -188,6 +185,9 @@ def no_dispatch() -> Iterator[None]:
         yield
     finally:
         modeling_utils.accelerate_dispatch = dispatch
+
+
+# transformers: attention
 
 
 def attention_implementation(model: PreTrainedModel) -> str:

@@ -32,12 +32,12 @@ def gpu_has_failed(error: BaseException) -> bool:
     return type(error) is RuntimeError and _FAILED.search(str(error)) is not None
 
 
-def why_no_room(config: PretrainedConfig, dtype: torch.dtype, in_4_bit: bool, hosted: str | None = None) -> str | None:
-    """Why the base of this configuration cannot be loaded to the current GPU, by its free memory; None: it may be.
+def why_no_room(shapes: PreTrainedModel, dtype: torch.dtype, in_4_bit: bool, hosted: str | None = None) -> str | None:
+    """Why a base of these shapes (`on_meta`) cannot be loaded to the current GPU, by its free memory; None: it may be.
 
     dtype: of what is not quantised; hosted: path of a module that goes to the host instead
     """
-    need = _at_least(config, dtype, in_4_bit, hosted)
+    need = _at_least(shapes, dtype, in_4_bit, hosted)
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if need <= free:
         return None
@@ -52,9 +52,8 @@ def on_meta(config: PretrainedConfig) -> PreTrainedModel:
         return kind.from_config(config) if automatic else kind(config)
 
 
-def _at_least(config: PretrainedConfig, dtype: torch.dtype, in_4_bit: bool, hosted: str | None) -> int:
-    """Bytes of the weights on the GPU, quantisation constants left out; none is made."""
-    model = on_meta(config)
+def _at_least(model: PreTrainedModel, dtype: torch.dtype, in_4_bit: bool, hosted: str | None) -> int:
+    """Bytes of the weights on the GPU, quantisation constants left out; `model` may have shapes alone."""
     elsewhere = set() if hosted is None else set(model.get_submodule(hosted).parameters())
     head = model.get_output_embeddings()
     linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear) and module is not head]

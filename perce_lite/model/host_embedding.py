@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from perce_lite.errors import ModelError
-from perce_lite.model.full_gpu import on_meta
 
 
 class HostEmbedding(nn.Module):
@@ -48,16 +47,15 @@ class HostEmbedding(nn.Module):
         )
 
 
-def table_of(config: PretrainedConfig) -> str:
-    """Path of the module that is the embedding table in the model of `config`; no weights are read.
+def table_of(model: PreTrainedModel) -> str:
+    """Path of the module of `model` that is its embedding table; shapes are enough.
 
     Raises:
         ModelError: the head is tied to the table, and the head computes on the GPU.
     """
-    model = on_meta(config)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is not None and head.weight is table.weight:
-        raise tied(config.model_type)
+        raise tied(model.config.model_type)
     return next(path for path, module in model.named_modules() if module is table)
 
 
@@ -67,11 +65,10 @@ def keep_on_host(model: PreTrainedModel) -> None:
     Raises:
         ModelError: the head is tied to the table, and the head computes on the GPU.
     """
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    table = model.get_input_embeddings()
     if isinstance(table, HostEmbedding):
         return
-    if head is not None and head.weight is table.weight:
-        raise tied(model.config.model_type)
+    table_of(model)  # refuses a tied one
     was_on_gpu = table.weight.is_cuda
     model.set_input_embeddings(HostEmbedding(table.requires_grad_(False).to("cpu")))
     if was_on_gpu:

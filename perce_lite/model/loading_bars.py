@@ -5,11 +5,11 @@ What is small or done at once has none: both are for gigabytes.
 
 import io
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from tqdm.std import tqdm
 from transformers.utils.logging import set_tqdm_hook
 
@@ -33,12 +33,6 @@ def loading_bars(weights: Callable[[], int], quantised: bool) -> Iterator[dict[s
     bars = progress_bar()
     what = "Reading and quantising weights" if quantised else "Reading weights"
 
-    def downloading(bar: tqdm) -> None:
-        _show_download(bars, bar)
-
-    class Download(_Download):
-        shown_by = staticmethod(downloading)
-
     def reading(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         if options.get("desc") != "Loading weights" or not args:
             return factory(*args, **options)
@@ -46,42 +40,37 @@ def loading_bars(weights: Callable[[], int], quantised: bool) -> Iterator[dict[s
 
     before = set_tqdm_hook(reading)
     try:
-        yield {"tqdm_class": Download}
+        yield {"tqdm_class": type("Download", (_Download,), {"bars": bars})}
     finally:
         set_tqdm_hook(before)
         bars.stop()
 
 
 class _Download(tqdm):
-    """What huggingface_hub takes for a bar of one file's bytes: it counts, and `shown_by` shows."""
+    """What huggingface_hub takes for a bar of one file's bytes: tqdm counts, `bars` shows."""
 
-    shown_by: Callable[[tqdm], None]
+    bars: Progress
+    task: TaskID | None = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{**options, "disable": False, "file": io.StringIO()})
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """Called when the count has changed, some ten times a second at the most."""
-        type(self).shown_by(self)
+        if (self.total or 0) >= SMALL:
+            if self.task is None:
+                self.bars.start()
+                name = str(self.desc).split(": ")[0].rpartition("/")[2]
+                self.task = self.bars.add_task(f"Downloading {name}, MB", total=None, note="")
+            self.bars.update(self.task, total=int(self.total) // _MB, completed=int(self.n) // _MB)
         return True
 
     def update_transfer(self, count: int) -> None:
         """Takes the bytes that came over the network; `update` counts those of the file. With it Xet makes one bar."""
 
 
-def _show_download(bars: Progress, bar: tqdm) -> None:
-    if (bar.total or 0) < SMALL:
-        return
-    if not hasattr(bar, "task"):
-        bars.start()
-        name = str(bar.desc).split(": ")[0].rpartition("/")[2]
-        bar.task = bars.add_task(f"Downloading {name}, MB", total=None, note="")
-    bars.update(bar.task, total=int(bar.total) // _MB, completed=int(bar.n) // _MB)
-
-
-def _read(bars: Progress, what: str, weights: Callable[[], int], tensors: Iterable[Any]) -> Iterator[Any]:
+def _read(bars: Progress, what: str, weights: Callable[[], int], tensors: Collection[Any]) -> Iterator[Any]:
     """`tensors` as they are, with a bar once they have taken `AT_ONCE`."""
-    tensors = list(tensors)
     start, task = time.monotonic(), None
     for index, tensor in enumerate(tensors):
         yield tensor

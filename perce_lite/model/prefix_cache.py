@@ -144,7 +144,7 @@ class PrefixCache:
                 number = self._numbers[prefix] = next(self._next_number)
                 self._ids[number] = prefix
             self._rows[prefix] += 1
-            features["prefix"] = [self._numbers[prefix]] * len(own.ids)
+            features["prefix"] = [self._numbers[prefix]] * len(own)
         return features
 
     def forget(self, rows: Iterable[Mapping[str, Any]]) -> None:

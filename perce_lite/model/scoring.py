@@ -84,8 +84,8 @@ def batch_log_probs(forward: Callable[..., Tensor], inputs: Mapping[str, Any], a
 
 def padded(sequences: Sequence[Tokens], pad_id: int, device: torch.device) -> dict[str, Tensor]:
     """`input_ids`, `labels`, `attention_mask`, each (B, T), padded on the right."""
-    length = max(len(tokens.ids) for tokens in sequences)
-    padding = [length - len(tokens.ids) for tokens in sequences]
+    length = max(len(tokens) for tokens in sequences)
+    padding = [length - len(tokens) for tokens in sequences]
     rows = list(zip(sequences, padding, strict=True))
     return {
         "input_ids": torch.tensor([tokens.ids + [pad_id] * count for tokens, count in rows], device=device),
@@ -144,7 +144,7 @@ def model_inputs(
     following = [tokens.after_prefix for tokens in sequences]
     inputs = padded(following, pad_id, device)
     del inputs["attention_mask"]  # the prefixes bring their own
-    segments = [[(tokens.prefix_ids, len(own.ids))] for tokens, own in zip(sequences, following, strict=True)]
+    segments = [[(tokens.prefix_ids, len(own))] for tokens, own in zip(sequences, following, strict=True)]
     return {**inputs, **prefixes.inputs_of_segments(segments, inputs["input_ids"].shape[1], device)}
 
 

@@ -80,12 +80,12 @@ def longest_of(recipe: Recipe, rows: Sequence[Row], max_length: int | None) -> R
 def longest_pass(pairs: Sequence[Pair], passes: Sequence[Tokens], source: str) -> Rows:
     """The lengths of the longest among `passes`, which are those of `pairs` that train; `source`: as in `Rows`."""
     return Rows(
-        length=max(len(tokens.ids) for tokens in passes),
+        length=max(len(tokens) for tokens in passes),
         scored=max(sum(label != IGNORED for label in tokens.labels) for tokens in passes),
-        read=max(len(pair.factual.ids) for pair in pairs),
+        read=max(len(pair.factual) for pair in pairs),
         source=source,
         prefix=max(tokens.prefix_length for tokens in passes),
-        awake=max(len(tokens.after_prefix.ids) for tokens in passes),
+        awake=max(len(tokens.after_prefix) for tokens in passes),
     )
 
 

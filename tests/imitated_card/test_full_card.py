@@ -115,10 +115,11 @@ def test_a_base_fits_where_its_table_stays_on_the_host(tmp_path):
     config = config_of(recipe)
     table = config.vocab_size * config.hidden_size * 4
     with imitated(memory=2 * GIB) as card:
-        whole = sum(weight.nbytes for weight in on_meta(config).parameters())
+        shapes = on_meta(config)
+        whole = sum(weight.nbytes for weight in shapes.parameters())
         others = taken(card, whole - table + 4096)
-        assert why_no_room(config, torch.float32, False) is not None
-        assert why_no_room(config, torch.float32, False, table_of(config)) is None
+        assert why_no_room(shapes, torch.float32, False) is not None
+        assert why_no_room(shapes, torch.float32, False, table_of(shapes)) is None
         del others
 
 

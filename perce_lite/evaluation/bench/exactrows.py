@@ -52,7 +52,7 @@ def exact_rows(recipe: Recipe, words: Sequence[str], length: int, users: int, ea
         profile = _exactly(length - third, stream, maker, f"\n{query}\n")
         asked, answer = ({"role": "user", "content": query},), ({"role": "assistant", "content": response},)
         row = Row(f"row {number}", f"user {number // each}", profile, asked, answer, "train")
-        made = [len(pair.factual.ids) for pair in maker.make([row])]
+        made = [len(pair.factual) for pair in maker.make([row])]
         if made != [length]:
             raise BenchError(
                 f"A row of {length} tokens came out with {made[0] if made else 'none'} as it is trained on."

@@ -205,7 +205,7 @@ def make(arm: Arm, recipe: Recipe, base: Base, records: Sequence[dict[str, Any]]
     set_seed(config.seed)
     shared = {"processing_class": base.tokenizer, "peft_config": lora_config(recipe)}
     if arm.kind == "hand-written":
-        columns["row"] = [[index] * len(one.factual.ids) for index, one in enumerate(pairs)]
+        columns["row"] = [[index] * len(one.factual) for index, one in enumerate(pairs)]
         twins = [{"input_ids": one.counterfactual.ids, "labels": one.counterfactual.labels} for one in pairs]
         collator = PairCollator(pad_token_id=_pad_id(base), counterfactuals=twins)
         data = datasets.Dataset.from_dict(columns)

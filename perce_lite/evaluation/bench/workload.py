@@ -47,7 +47,7 @@ class Workload:
             "tokens": self.tokens(profile=True),
             "tokens_without_profile": self.tokens(profile=False),
             "response_tokens": sum(label != IGNORED for pair in self.pairs for label in pair.factual.labels),
-            "longest": max(len(one.factual.ids) for one in self.pairs),
+            "longest": max(len(one.factual) for one in self.pairs),
             "profile_share": self.profile_share,
         }
 
@@ -67,7 +67,7 @@ def workload(recipe: Recipe, steps: int) -> Workload:
     records = to_records(of_split(read_rows(recipe), "train"))
     pairs = maker.make([from_columns(record, f"row {number}") for number, record in enumerate(records)], audit)
     require(pairs, audit, "train")
-    lengths = [len(pair.factual.ids) for pair in pairs]
+    lengths = [len(pair.factual) for pair in pairs]
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     if len(pairs) < batch:
         raise BenchError(

@@ -234,5 +234,5 @@ def _as_trained(trainer: PerCETrainer) -> Rows:
 def _scored_together(trainer: PerCETrainer) -> int:
     """How many sequences the first batch of scoring has."""
     passes = scored_passes(trainer.args)
-    lengths = [len(pair.factual.ids) for pair in trainer.pairs["train"]]
+    lengths = [len(pair.factual) for pair in trainer.pairs["train"]]
     return min(len(passes) * len(lengths), max(1, GPU_TOKENS // max(lengths)))
