@@ -59,7 +59,7 @@ def test_check_takes_what_it_writes(run, figures, here, toy, want):  # noqa: F81
 
 @pytest.mark.parametrize("card", ["6GB", "8GB", "12GB", "T4", "RTX 4090", "80GB"])
 @pytest.mark.parametrize("want", ["chat", "fleet"])
-def test_the_base_fits_the_gpu_by_the_plan(here, card, want):
+def test_the_base_fits_the_gpu_by_the_plan(here, real_model, card, want):
     draft = Draft("rows", want, gpu(card), {"path": "rows.jsonl"})
     chosen = choose(draft)
     Path("recipe.yaml").write_text(recipe_text(draft, chosen, Path("recipe.yaml")))
@@ -69,7 +69,7 @@ def test_the_base_fits_the_gpu_by_the_plan(here, card, want):
     assert plan.most_users(plan.choice, gpu(card)) >= (4 if want == "fleet" else 1)
 
 
-def test_a_larger_gpu_gets_no_smaller_base(here):
+def test_a_larger_gpu_gets_no_smaller_base(here, real_model):
     order = ["smollm2-135m", "HuggingFaceTB/SmolLM2-1.7B-Instruct", "Qwen/Qwen3-4B", "Qwen/Qwen3-8B"]
     sizes = [order.index(choose(Draft("rows", "chat", gpu(f"{size}GB"), {})).model) for size in (2, 4, 6, 8, 12, 24)]
     assert sizes == sorted(sizes)

@@ -207,13 +207,14 @@ def _template_of(recipe: Recipe, template_path: str) -> str:
 
 
 def with_adapter(model: PreTrainedModel, recipe: Recipe) -> PeftModel:
-    """`model` with a new adapter on it, as the recipe's `lora` asks.
+    """`model` with a new adapter on it, as the recipe's `lora` asks; on the meta device where the model is there.
 
     Raises:
         RecipeError: a `lora` section that does not go with the model.
     """
+    shapes_alone = model.device.type == "meta"
     try:
-        return get_peft_model(model, on_text_alone(lora_config(recipe), model))
+        return get_peft_model(model, on_text_alone(lora_config(recipe), model), low_cpu_mem_usage=shapes_alone)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise RecipeError(recipe.source, [f"lora: does not go with {recipe.model}: {error}"]) from error
 
