@@ -2,10 +2,13 @@
 
 import gc
 import importlib
+import itertools
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +27,15 @@ _CONTEXT.set_forkserver_preload(
 
 
 class Child:
-    """A process that calls `work(*args)` in this folder and environment; as far as the tests need it a `Popen`."""
+    """A process that calls `work(*args)` in this environment; as far as the tests need it a `Popen`.
 
-    def __init__(self, work: Callable[..., None], *args: Any) -> None:
+    folder: where it works; None: here
+    """
+
+    def __init__(self, work: Callable[..., None], *args: Any, folder: Path | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="perce-lite-test-")
         self._said = Path(self._folder.name) / "said"
-        told = self._said, os.getcwd(), dict(os.environ), work, args
+        told = self._said, str(folder or Path.cwd()), dict(os.environ), work, args
         self._process = _CONTEXT.Process(target=_carry_out, args=told)
         self._process.start()
         assert self._process.pid is not None
@@ -60,27 +66,44 @@ def command(words: list[str], at: str) -> None:
 
     at: such as package.module:Class.method
     """
-    import time
 
+    def wait(number: int) -> None:
+        if number == 1:
+            Path("here").touch()
+            while not Path("go").exists():
+                time.sleep(0.02)
+
+    before(at, wait)
+    run(words)
+
+
+def killed(words: list[str], at: str, number: int) -> None:
+    """The command line, which the system kills at the call of that number of the function `at`, as in `command`."""
+    before(at, lambda call: os.kill(os.getpid(), signal.SIGKILL) if call == number else None)
+    run(words)
+
+
+def run(words: list[str]) -> None:
+    """The command line."""
     from perce_lite.cli.app import main
 
+    main(words)
+
+
+def before(at: str, do: Callable[[int], None]) -> None:
+    """From now on `do(n)` comes ahead of the n-th call of the function `at`."""
     module, name = at.split(":")
     owner = importlib.import_module(module)
     *path, last = name.split(".")
     for part in path:
         owner = getattr(owner, part)
-    original, waited = getattr(owner, last), []
+    original, calls = getattr(owner, last), itertools.count(1)
 
-    def waiting(*args: Any, **kwargs: Any) -> Any:
-        if not waited:
-            waited.append(True)
-            Path("here").touch()
-            while not Path("go").exists():
-                time.sleep(0.02)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        do(next(calls))
         return original(*args, **kwargs)
 
-    setattr(owner, last, waiting)
-    main(words)
+    setattr(owner, last, called)
 
 
 def _carry_out(said: Path, folder: str, environment: dict[str, str], work: Callable[..., None], args: Any) -> None:

@@ -27,12 +27,14 @@ from perce_lite.console import quiet
 quiet()
 from perce_lite.model.base import load_base
 from perce_lite.recipe import load_recipe
-print(load_base(load_recipe(sys.argv[1], ["model=someone/toy"])).model.config.model_type)
+for name in sys.argv[2:]:
+    print("of", name, load_base(load_recipe(sys.argv[1], [f"model=someone/{name}"])).model.config.model_type)
+    print("--", file=sys.stderr)
 """
 
 
 class Hub(http.server.SimpleHTTPRequestHandler):
-    """The Hub's addresses of one repository, as far as they are needed to load it."""
+    """The Hub's addresses of its repositories, each a folder, as far as they are needed to load them."""
 
     def log_message(self, *args) -> None:
         pass
@@ -44,8 +46,8 @@ class Hub(http.server.SimpleHTTPRequestHandler):
         self._answer(with_body=True)
 
     def _answer(self, with_body: bool) -> None:
-        found = re.fullmatch(r"/someone/toy/resolve/[^/]+/([\w.]+)", self.path)
-        file = Path(self.directory) / found[1] if found else None
+        found = re.fullmatch(r"/someone/(\w+)/resolve/[^/]+/([\w.]+)", self.path)
+        file = Path(self.directory) / found[1] / found[2] if found else None
         if file is None or not file.is_file():
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound")
@@ -63,38 +65,29 @@ class Hub(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def served(tmp_path) -> Path:
-    """The folder of the repository, whose weights are a file of 12 MB."""
-    folder = toys.toy_folder(tmp_path / "served", "chatml")
-    weights = folder / "model.safetensors"
+def hub(tmp_path):
+    """Serves `large`, whose weights are a file of 12 MB, and `small`, whose weights are less than one."""
+    weights = toys.toy_folder(tmp_path / "served/large", "chatml") / "model.safetensors"
     save_file({**load_file(weights), "padding": torch.zeros(3_000_000)}, weights, {"format": "pt"})
-    return folder
-
-
-@pytest.fixture
-def hub(served):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=str(served)))
+    toys.toy_folder(tmp_path / "served/small", "chatml")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=str(tmp_path / "served")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
 
 
-def load(path: Path, endpoint: str, home: Path) -> str:
-    """Standard error of a process that loads the base."""
-    own = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "PERCE_LITE_HOME": str(home)}
-    words = [sys.executable, "-c", LOAD, str(path)]
+def test_a_download_says_file_and_megabytes_and_what_is_there_says_nothing(recipe, hub, tmp_path):
+    """In a process of its own: where the Hub is, is read when huggingface_hub is imported."""
+    home = str(tmp_path / "hf")
+    own = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": home, "PERCE_LITE_HOME": home}
+    words = [sys.executable, "-c", LOAD, str(recipe()), "large", "large", "small"]
     done = subprocess.run(words, env={**os.environ, **own}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return done.stderr
-
-
-def test_a_download_says_file_and_megabytes_and_what_is_there_says_nothing(recipe, hub, served, tmp_path):
-    path = recipe()
-    assert re.search(r"^Downloading model\.safetensors, MB: 12 of 12 \(100%\)", load(path, hub, tmp_path / "hf"), re.M)
-    assert "Downloading" not in load(path, hub, tmp_path / "hf")
-    toys.toy_folder(served, "chatml")  # weights of less than a megabyte
-    assert "Downloading" not in load(path, hub, tmp_path / "other")
+    fetched, there, small, _ = done.stderr.split("--\n")
+    assert re.search(r"^Downloading model\.safetensors, MB: 12 of 12 \(100%\)", fetched, re.M)
+    assert "Downloading" not in there + small
+    assert done.stdout.splitlines() == ["of large llama", "of large llama", "of small llama"]
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

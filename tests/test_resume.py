@@ -1,51 +1,26 @@
 """A run that is killed at any moment goes on where it was and ends in the very same adapter."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import toys
 from filelock import Timeout
+from forked import Child, killed
+from forked import run as run_command
 from safetensors.torch import load_file
 
 from perce_lite.errors import RunError
 from perce_lite.files import write_json
 from perce_lite.training.run import Run
 
-# Runs the command line with a bomb: the process kills itself with SIGKILL at the given call of the given function.
-_DRIVER = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-module, name, at = sys.argv[1].split(":")
-if module:
-    import importlib
-    owner = importlib.import_module(module)
-    *path, last = name.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    original, calls = getattr(owner, last), [0]
-    def bomb(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == int(at):
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-    setattr(owner, last, bomb)
-sys.argv = ["perce-lite", *sys.argv[2:]]
-from perce_lite.cli.app import main
-main()
-"""
-
 BOMBS = {
-    "while scoring": "perce_lite.model.logprob_store:Store.put:2",
-    "between steps": "perce_lite.training.trainer:PerCETrainer.training_step:6",
+    "while scoring": ("perce_lite.model.logprob_store:Store.put", 2),
+    "between steps": ("perce_lite.training.trainer:PerCETrainer.training_step", 6),
     # The checkpoint's folder and weights are there, its optimizer and trainer_state.json are not.
-    "while a checkpoint is written": "transformers.trainer:Trainer._save_optimizer_and_scheduler:2",
-    "while the adapter is written": "perce_lite.model.adapters:model_card:1",
+    "while a checkpoint is written": ("transformers.trainer:Trainer._save_optimizer_and_scheduler", 2),
+    "while the adapter is written": ("perce_lite.model.adapters:model_card", 1),
 }
 
 
@@ -63,29 +38,32 @@ def recipe(folder: Path) -> Path:
     return path
 
 
-def run(path: Path, bomb: str = "::", command: str = "train", **env: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", _DRIVER, bomb, command, str(path)]
-    return subprocess.run(command, cwd=path.parent, env={**os.environ, **env}, capture_output=True, text=True)
+def run(path: Path, *bomb: str | int, command: str = "train") -> tuple[int, str]:
+    """Exit code and output of the command in a process of its own; `bomb`: at which call it is killed."""
+    work = (killed, [command, str(path)], *bomb) if bomb else (run_command, [command, str(path)])
+    child = Child(*work, folder=path.parent)
+    return child.wait(300), child.said()
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     path = recipe(tmp_path_factory.mktemp("whole"))
-    done = run(path, PERCE_LITE_HOME=str(path.parent / "home"))
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PERCE_LITE_HOME", str(path.parent / "home"))
+        code, said = run(path)
+    assert code == 0, said
     return load_file(path.parent / "runs/toy/adapter/adapter_model.safetensors")
 
 
 @pytest.mark.parametrize("moment", BOMBS)
 def test_killed_and_resumed_is_bit_identical(tmp_path, uninterrupted, moment):
     path = recipe(tmp_path)
-    home = str(tmp_path / "home")
-    killed = run(path, BOMBS[moment], PERCE_LITE_HOME=home)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    code, said = run(path, *BOMBS[moment])
+    assert code == -signal.SIGKILL, said
     assert not (tmp_path / "runs/toy/adapter").exists()
-    resumed = run(path, PERCE_LITE_HOME=home)
-    assert resumed.returncode == 0, resumed.stderr
-    assert ("Resuming from" in resumed.stderr) == (moment != "while scoring")
+    code, said = run(path)
+    assert code == 0, said
+    assert ("Resuming from" in said) == (moment != "while scoring")
     adapter = load_file(tmp_path / "runs/toy/adapter/adapter_model.safetensors")
     assert adapter.keys() == uninterrupted.keys()
     assert all(adapter[name].equal(uninterrupted[name]) for name in adapter)
@@ -174,11 +152,11 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path):
     """While one trains, another neither clears its files away nor shares its checkpoints."""
     path = recipe(tmp_path)
     with Run(tmp_path / "runs/toy", "another").locked():
-        second = run(path, PERCE_LITE_HOME=str(tmp_path / "home"))
-    assert second.returncode == 2
-    assert "another run is training here" in second.stderr
+        code, said = run(path)
+    assert code == 2
+    assert "another run is training here" in said
     assert not list((tmp_path / "runs/toy").glob("checkpoint-*"))
-    assert run(path, PERCE_LITE_HOME=str(tmp_path / "home")).returncode == 0, "the lock goes with its holder"
+    assert run(path)[0] == 0, "the lock goes with its holder"
 
 
 def test_a_lock_that_the_run_itself_waits_for_in_vain_is_not_told_as_another_run(tmp_path):
