@@ -13,6 +13,7 @@ from perce_lite.recipe import load_recipe
 DOCS = DATA / "curl_commits" / "docs.jsonl"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DOCS.is_file(), reason=f"the real text is not here: {DOCS}")
 def test_short_training_on_commit_messages(real_model, tmp_path):
     recipe = load_recipe(

@@ -1,5 +1,6 @@
 """What the machine pretends to have, and what was counted on it."""
 
+import sys
 import traceback
 import weakref
 from collections import Counter
@@ -115,12 +116,12 @@ def put_in(card: Card) -> None:
 
 def place_in_code() -> str:
     """The two innermost frames outside of torch and this package."""
-    frames = []
-    for frame in reversed(traceback.extract_stack(limit=60)):
-        name = frame.filename
+    frames: list[str] = []
+    for frame, line in traceback.walk_stack(sys._getframe()):
+        name = frame.f_code.co_filename
         if "/torch/" in name or "contextlib" in name or name in _OWN_FILES:
             continue
-        frames.append(f"{name.split('site-packages/')[-1]}:{frame.lineno}")
+        frames.append(f"{name.split('site-packages/')[-1]}:{line}")
         if len(frames) == 2:
             break
     return " < ".join(frames)

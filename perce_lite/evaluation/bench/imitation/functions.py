@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._pytree import tree_map
 
 from perce_lite.evaluation.bench.imitation.card import current
+from perce_lite.evaluation.bench.imitation.nesting import mapped
 from perce_lite.evaluation.bench.imitation.tensors import CUDA, CardTensor, is_card, operate
 
 aten = torch.ops.aten
@@ -56,9 +56,9 @@ def _as_autocast_takes(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if func in _IN_LOWER_PRECISION:
         dtype = torch.get_autocast_dtype("cuda")
-        return tree_map(lambda value: _lower(value, dtype), (args, kwargs))
+        return mapped(lambda value: _lower(value, dtype), args), mapped(lambda value: _lower(value, dtype), kwargs)
     if func in _IN_FLOAT32 and kwargs.get("dtype") is None:
-        return tree_map(_float32, (args, kwargs))
+        return mapped(_float32, args), mapped(_float32, kwargs)
     return args, kwargs
 
 

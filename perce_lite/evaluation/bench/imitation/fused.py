@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from perce_lite.evaluation.bench.imitation.card import current
+from perce_lite.evaluation.bench.imitation.nesting import name_of
 
 
 def is_mixed_addmm(func: Any, kwargs: Mapping[str, Any]) -> bool:
     """Whether this is `addmm` of half-precision factors with a float32 sum, which only CUDA has."""
-    return func._schema.name == "aten::addmm" and (func._overloadname.startswith("dtype") or "out_dtype" in kwargs)
+    return name_of(func) == "aten::addmm" and (func._overloadname.startswith("dtype") or "out_dtype" in kwargs)
 
 
 # Attention

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from perce_lite.evaluation.bench.imitation import fused
+from perce_lite.evaluation.bench.imitation.nesting import each, mapped, name_of
 
 _LARGE = 2**24  # elements; beyond, the ones of `values` share a place
 
@@ -40,11 +40,10 @@ def compute(func: Any, args: Sequence[Any], kwargs: dict[str, Any], on_host: boo
 
     on_host: its result has room on the host, though it has no values
     """
-    flat, _ = tree_flatten((args, kwargs))
-    tensors = [value for value in flat if isinstance(value, torch.Tensor)]
+    tensors = [value for value in each((args, kwargs)) if isinstance(value, torch.Tensor)]
     if not any(tensor.device.type == "meta" for tensor in tensors):
         return _over_values(func, args, kwargs, tensors)
-    name = func._schema.name
+    name = name_of(func)
     if name == "aten::_local_scalar_dense":
         return 1.0
     if name == "aten::nonzero":
@@ -75,7 +74,7 @@ def _places(indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]
 
 def _over_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any], tensors: Sequence[torch.Tensor]) -> Any:
     """No tensor is blank; a floating result becomes so, save what was given."""
-    dtype, name = kwargs.get("dtype"), func._schema.name
+    dtype, name = kwargs.get("dtype"), name_of(func)
     makes_floats = name in _FLOATS_BY_DEFAULT if dtype is None else dtype.is_floating_point
     if kwargs.get("device") is not None:
         kwargs["device"] = "meta" if makes_floats and not tensors else "cpu"
@@ -85,19 +84,22 @@ def _over_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any], tensors
         made_here = isinstance(value, torch.Tensor) and id(value) not in given and value.device.type != "meta"
         return blank(value) if made_here and value.is_floating_point() else value
 
-    return tree_map(without_values, func(*args, **kwargs))
+    return mapped(without_values, func(*args, **kwargs))
 
 
 def _over_shapes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Everything is done on meta; results that are no floats get values."""
-    flat, spec = tree_flatten((args, kwargs))
     given = {}
-    for place, value in enumerate(flat):
-        if isinstance(value, torch.Tensor) and value.device.type != "meta":
-            flat[place] = blank(value)
-            given[id(flat[place])] = value
-    args, kwargs = tree_unflatten(flat, spec)
-    fill = torch.ones if func._schema.name in _TRUE else torch.zeros
+
+    def without_values(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.device.type == "meta":
+            return value
+        shape = blank(value)
+        given[id(shape)] = value
+        return shape
+
+    args, kwargs = mapped(without_values, args), mapped(without_values, kwargs)
+    fill = torch.ones if name_of(func) in _TRUE else torch.zeros
 
     def solid(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -108,4 +110,4 @@ def _over_shapes(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             return value
         return fill(value.shape, dtype=value.dtype)
 
-    return tree_map(solid, func(*args, **kwargs))
+    return mapped(solid, func(*args, **kwargs))

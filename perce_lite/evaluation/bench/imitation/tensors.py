@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from perce_lite.evaluation.bench.imitation import fused, shapes
 from perce_lite.evaluation.bench.imitation.card import current, place_in_code
+from perce_lite.evaluation.bench.imitation.nesting import each, mapped, name_of
 
 aten = torch.ops.aten
 CUDA = torch.device("cuda", 0)
@@ -167,27 +167,25 @@ def is_card(device: Any) -> bool:
 
 def operate(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One operation, whatever its tensors are."""
-    flat, _ = tree_flatten((args, kwargs))
-    name, device = func._schema.name, kwargs.get("device")
-    tensors = [value for value in flat if isinstance(value, torch.Tensor)]
+    name, device = name_of(func), kwargs.get("device")
+    tensors = [value for value in each((args, kwargs)) if isinstance(value, torch.Tensor)]
     on_card = [tensor for tensor in tensors if isinstance(tensor, CardTensor)]
     if not on_card and not is_card(device):
         return func(*args, **kwargs)
-    if on_card:
-        _require_one_device(func, tensors)
+    if on_card and len(on_card) < len(tensors):
+        _require_one_device(name, tensors)
     if name == "aten::_to_copy":
         return _copied_to(func, args[0], kwargs)
     if name == "aten::copy_" and len(on_card) < len(tensors):
         return _copied_into(*args[:2])
     _count(name, args)
-    out = _computed(func, args, kwargs)
+    out = _computed(func, args, kwargs, on_card)
     fused.take_scratch(name, args, kwargs)
     return out
 
 
-def _require_one_device(func: Any, tensors: Sequence[torch.Tensor]) -> None:
+def _require_one_device(name: str, tensors: Sequence[torch.Tensor]) -> None:
     """Raises DeviceMismatchError; numbers of the CPU (no dimensions) and paged state may join, as on a GPU."""
-    name = func._schema.name
     others = [tensor for tensor in tensors if not isinstance(tensor, CardTensor)]
     if any(tensor.device.type == "meta" for tensor in others):
         raise DeviceMismatchError(f"{name}: a tensor of meta meets one on the card, at {place_in_code()}")
@@ -210,22 +208,23 @@ def _count(name: str, args: tuple[Any, ...]) -> None:
         card.synchronise(f"{short} by a boolean mask")
 
 
-def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The operation over what the tensors hold; its results are on the card unless it names another device."""
+def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], on_card: Sequence[CardTensor]) -> Any:
+    """The operation over what the tensors hold; its results are on the card unless it names another device.
+
+    on_card: the tensors of the card among the arguments
+    """
     device = kwargs.get("device")
     if "pin_memory" in kwargs:
         kwargs = {**kwargs, "pin_memory": None}
-    flat, spec = tree_flatten((args, kwargs))
-    inner = [value.inner if isinstance(value, CardTensor) else value for value in flat]
-    if not current().shapes and any(isinstance(value, CardTensor) and value.inner.is_meta for value in flat):
+    if not current().shapes and any(value.inner.is_meta for value in on_card):
         raise DeviceMismatchError(f"{func}: a tensor of another card, which has a shape alone, at {place_in_code()}")
-    inner_args, inner_kwargs = tree_unflatten(inner, spec)
+    inner_args, inner_kwargs = mapped(_inner, args), mapped(_inner, kwargs)
     if current().shapes:
-        out = shapes.compute(func, inner_args, dict(inner_kwargs), on_host=device is not None and not is_card(device))
+        out = shapes.compute(func, inner_args, inner_kwargs, on_host=device is not None and not is_card(device))
     else:
-        out = _with_values(func, inner_args, dict(inner_kwargs))
+        out = _with_values(func, inner_args, inner_kwargs)
     # Operations in place, and those with `out=`, give back what they were given.
-    given = {id(value.inner): value for value in flat if isinstance(value, CardTensor)}
+    given = {id(value.inner): value for value in on_card}
 
     def wrapped(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
@@ -234,11 +233,15 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return given[id(value)]
         return CardTensor(value) if device is None or is_card(device) else value
 
-    return tree_map(wrapped, out)
+    return mapped(wrapped, out)
+
+
+def _inner(value: Any) -> Any:
+    return value.inner if isinstance(value, CardTensor) else value
 
 
 def _with_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    name = func._schema.name
+    name = name_of(func)
     if kwargs.get("device") is not None:
         kwargs["device"] = "cpu"
     if name.startswith("aten::_scaled_dot_product_"):
@@ -265,7 +268,8 @@ def _copied_into(target: torch.Tensor, source: Any) -> torch.Tensor:
             target.inner.copy_(source)
         return target
     card.synchronise("copy to the host")
-    return target.copy_(shapes.values(source.inner))
+    # What has a shape alone is ones to the host.
+    return target.fill_(1) if source.inner.is_meta else target.copy_(source.inner)
 
 
 def _copied_to(func: Any, source: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
