@@ -41,6 +41,7 @@ def test_a_gpu_is_named_with_what_is_free(capsys):
 
 def test_a_cpu_build_beside_a_gpu_is_told(capsys, driver, monkeypatch):
     driver("NVIDIA GeForce RTX 3060")
+    monkeypatch.setattr(torch.version, "cuda", None)
     assert nvidia_gpus() == ["NVIDIA GeForce RTX 3060"]
     say_device(recipe())
     told = capsys.readouterr().err

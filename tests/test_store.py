@@ -1,6 +1,5 @@
 """The store: bit-exact, safe under two processes and a kill, and never stale."""
 
-import importlib.metadata
 import os
 import signal
 import subprocess
@@ -326,10 +325,10 @@ def test_store_key_changes_with_the_attention_and_not_with_prefix_attention():
 @pytest.mark.parametrize("package", ["torch", "transformers", "trl", "bitsandbytes"])
 def test_store_key_changes_with_the_minor_version_of_what_computes(monkeypatch, package):
     model = toys.toy_model("chatml", toys.VOCAB_SIZE)
-    real = importlib.metadata.version
+    real = score.version_of
     keys = []
     for version in ("7.1.0", "7.1.4+cpu", "7.2.0"):
         with monkeypatch.context() as patch:
-            patch.setattr(importlib.metadata, "version", lambda name, v=version: v if name == package else real(name))
+            patch.setattr(score, "version_of", lambda name, v=version: v if name == package else real(name))
             keys.append(store_key(model, None))
     assert keys[0] == keys[1] != keys[2]

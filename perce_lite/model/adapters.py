@@ -4,7 +4,6 @@ What the files are stands in `adapter_files`; a folder that holds a core is load
 """
 
 import copy
-import importlib.metadata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from perce_lite.files import METADATA as METADATA
 from perce_lite.files import folder_written_aside, write_json, write_text
 from perce_lite.model import adapter_weights
 from perce_lite.model.adapter_files import PLAIN, WEIGHTS, Storage, is_core, parent_of, read_metadata
-from perce_lite.model.compat import is_lora_weight, lora_layers
+from perce_lite.model.compat import is_lora_weight, lora_layers, version_of
 from perce_lite.model.fingerprint import fingerprint, has_layers, same_base, sketch
 from perce_lite.model.lora_core import Cored, cored_of
 from perce_lite.model.model_card import model_card
@@ -225,4 +224,4 @@ def _shape(sketch_of_base: dict[str, Any]) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the packages that an adapter depends on."""
-    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+    return {name: version_of(name) for name in _PACKAGES}

@@ -1,6 +1,5 @@
 """Log-probs of scored tokens, adapters on or off, in nats: the one place where they are computed."""
 
-import importlib.metadata
 import itertools
 import time
 from collections import defaultdict
@@ -19,7 +18,7 @@ from perce_lite.console import progress_bar
 from perce_lite.data.pairs import IGNORED, Tokens
 from perce_lite.errors import NonFiniteLossError
 from perce_lite.files import digest
-from perce_lite.model.compat import split_cache
+from perce_lite.model.compat import split_cache, version_of
 from perce_lite.model.fingerprint import adapter_fingerprint, fingerprint
 from perce_lite.model.float16 import advice
 from perce_lite.model.full_gpu import gpu_is_full
@@ -250,7 +249,7 @@ _COMPUTING = ("torch", "transformers", "trl", "bitsandbytes")
 
 
 def _major_minor(package: str) -> str:
-    return ".".join(importlib.metadata.version(package).split(".")[:2])
+    return ".".join(version_of(package).split(".")[:2])
 
 
 _NO_ARITHMETIC = (
