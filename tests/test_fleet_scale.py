@@ -61,8 +61,8 @@ def test_a_row_of_one_user_changes_no_row_of_another(recipe):
 
 
 @pytest.mark.parametrize("users", [20, 80])
-def test_a_dry_run_holds_one_users_rows_and_builds_one_index_a_user(recipe, monkeypatch, users):
-    """Counts, not times: at most one BM25 index a user, the base's files hashed twice (two recipes), few rows alive."""
+def test_what_is_due_is_found_without_rows(recipe, monkeypatch, users):
+    """Counts, not times: no profile is chosen but to see that there are any, the base's files are hashed twice."""
     indices, alive, hashed = [], [], []
     build, hash_files, enrol_one = retrieval.Bm25Index.__init__, fleets.source_fingerprint, fleets.run_fingerprint
 
@@ -79,11 +79,30 @@ def test_a_dry_run_holds_one_users_rows_and_builds_one_index_a_user(recipe, monk
     monkeypatch.setattr(retrieval.Bm25Index, "__init__", counted)
     monkeypatch.setattr(fleets, "source_fingerprint", lambda recipe: hashed.append(recipe) or hash_files(recipe))
     monkeypatch.setattr(fleets, "run_fingerprint", watched)
-    result = fleet(load_recipe(recipe(documents(users), TEXT)), Clock(), dry_run=True)
+    path = recipe(documents(users), TEXT)
+    result = fleet(load_recipe(path), Clock(), dry_run=True)
     assert result.due == {"user": users, "cohort": 0, "all": 1}
-    assert len(indices) <= users + 1, "one a user, and one more for the first, to see that there are profiles at all"
+    assert len(indices) == 1
     assert len(hashed) <= 2, "whatever the number of users"
     assert max(alive) - before <= 3 * 8, "not the rows of all users"
+    fleet(load_recipe(path), Clock())
+    indices.clear()
+    assert fleet(load_recipe(path), Clock()).trained == 0
+    assert len(indices) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"text": "another text"}, {"query": "say otherwise"}, {"title": "a title"}, {"idx": 2.5}],
+)
+def test_a_changed_document_makes_its_author_due(recipe, change):
+    texts = documents(3)
+    fleet(load_recipe(recipe(texts, TEXT)), Clock())
+    [place] = [place for place, text in enumerate(texts) if (text["user"], text["idx"]) == ("user1", 1)]
+    beside = [{**text, "likes": 3, "id": str(place)} for place, text in enumerate(texts)]
+    assert sum(fleet(load_recipe(recipe(beside, TEXT)), Clock(), dry_run=True).due.values()) == 0
+    texts[place] = {**texts[place], **change}
+    assert fleet(load_recipe(recipe(texts, TEXT)), Clock(), dry_run=True).due == {"user": 1, "cohort": 0, "all": 0}
 
 
 def test_one_new_text_makes_one_user_due(recipe):
@@ -97,12 +116,22 @@ def test_one_new_text_makes_one_user_due(recipe):
 
 
 def test_a_registry_of_before_stays_up_to_date(recipe):
-    """Fingerprints are those of the rows with their profiles, as always: nobody is trained anew by an upgrade."""
-    loaded = load_recipe(recipe(documents(3), TEXT))
+    """An earlier version's fingerprints are those of rows with their profiles: nobody is trained anew by an upgrade."""
+    texts = documents(3)
+    loaded = load_recipe(recipe(texts, TEXT))
     fleet(loaded, Clock())
     rows = read_rows(loaded)
     with opened(Path("out")) as registry:
-        shared, adapter = registry.get("all", "all"), registry.get("user", "user1")
-        own = [row.fingerprint() for row in rows if row.user == "user1"]
-        source = f"{loaded.of_users().fleet_fingerprint()} {fleets.source_fingerprint(loaded)}"
-        assert adapter.run == digest([source, ("user", "user1"), "0", shared.run, own])
+        shared = registry.get("all", "all")
+        for user in ("user0", "user1", "user2"):
+            own = [row.fingerprint() for row in rows if row.user == user]
+            source = f"{loaded.of_users().fleet_fingerprint()} {fleets.source_fingerprint(loaded)}"
+            run = digest([source, ("user", user), "0", shared.run, own])
+            assert run != registry.get("user", user).run
+            registry._db.execute("UPDATE adapters SET run = ?, trained_run = ? WHERE name = ?", (run, run, user))
+        registry._db.commit()
+    assert sum(fleet(loaded, Clock(), dry_run=True).due.values()) == 0
+    assert fleet(loaded, Clock()).trained == 0
+    more = {"user": "user1", "query": "one more", "text": "a new text", "idx": 99}
+    assert fleet(load_recipe(recipe([*texts, more], TEXT)), Clock()).trained == 1
+    assert sum(fleet(load_recipe(recipe([*texts, more], TEXT)), Clock(), dry_run=True).due.values()) == 0

@@ -81,6 +81,19 @@ def _earlier(
     ]
 
 
+CHOICE = 1
+"""Raised where other rows are made of the same documents, so that what was trained on them is trained anew."""
+
+_DECIDING = (
+    "query", "title", "text", "date", "idx", "split", "temporal_split", "cohort", "user_held_out", "part_of",
+)  # fmt: skip
+
+
+def deciding(documents: Sequence[Record]) -> list[Any]:
+    """All that `from_documents` makes an author's rows of, beside the profile rule: equal, and the rows are too."""
+    return [CHOICE, *([split, *(record.get(name) for name in _DECIDING)] for _, split, record in documents)]
+
+
 def whole_of(record: Mapping[str, Any]) -> str | None:
     """The text of which a document is a part (`part_of`); None where it stands alone."""
     return None if record.get("part_of") is None else str(record["part_of"])

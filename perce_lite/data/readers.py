@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from perce_lite.console import warn
-from perce_lite.data.documents import Record, age, from_documents, item_of, trained_documents, whole_of
+from perce_lite.data.documents import Record, age, deciding, from_documents, item_of, trained_documents, whole_of
 from perce_lite.data.retrieval import History, Item
 from perce_lite.data.rows import (
     SPLIT_NAMES,
@@ -163,6 +163,16 @@ class RowsByUser:
             numbered.sort(key=lambda pair: pair[0])
         return [row for _, row in numbered]
 
+    def content_of(self, user: str) -> list[Any] | None:
+        """What the rows of a user are made of, for JSON: equal as long as `rows_of` gives rows of equal content.
+
+        Choosing profiles takes most of the time of making rows, and is not needed for it. None: the data holds rows,
+        not documents.
+        """
+        if self._shape != "documents":
+            return None
+        return [self._outlines[user].splits, deciding(self._records_of(user))]
+
     def _spool(self) -> str:
         """Writes the records to the file; gives their shape."""
         shape = None
@@ -179,16 +189,19 @@ class RowsByUser:
 
     def _rows(self, user: str, profiles: bool = True) -> list[tuple[int, Row]]:
         """The user's rows before the split, each with the offset of a record that orders it."""
-        offsets, records = self._offsets[user], []
-        for offset in offsets:
-            self._records.seek(offset)
-            records.append(pickle.load(self._records))
-        rule = self._recipe.profile
+        offsets, records, rule = self._offsets[user], self._records_of(user), self._recipe.profile
         if self._shape == "documents":
             rows = from_documents(records, rule, profiles)
         else:
             rows = [from_record(record, where, split, self._shape, rule) for where, split, record in records]
         return list(zip(offsets, rows, strict=True))
+
+    def _records_of(self, user: str) -> list[Record]:
+        records = []
+        for offset in self._offsets[user]:
+            self._records.seek(offset)
+            records.append(pickle.load(self._records))
+        return records
 
     def _outline(self) -> dict[str, UserOutline]:
         """Splits all rows by their outlines."""

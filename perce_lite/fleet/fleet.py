@@ -65,7 +65,7 @@ def fleet(
         work = Work.of(recipe, planned, only)
         for name in retrain:
             registry.ask(*key_of(name), "asked for")
-        lengths = _enrol(registry, planned, work.recipes)
+        _enrol(registry, planned, work.recipes)
         _apply_new_gate(registry, recipe)
         _store_settings(registry, recipe)
         due = {kind: sum(1 for _ in registry.due(kind, work.wanted(kind))) for kind in KINDS}
@@ -74,7 +74,7 @@ def fleet(
         tally = Tally(report)
         if sum(due.values()) and not dry_run:
             trainer = engine(recipe)
-            order = _order(registry, work, trainer, lengths, due)
+            order = _order(registry, work, trainer, due)
             _same_base(registry, trainer, recipe)
             _train(registry, work, trainer, order, sum(due.values()), tally)
         if not dry_run:
@@ -203,29 +203,33 @@ def _require_known(planned: Plan, keys: Sequence[Key]) -> None:
             raise FleetError(f"user {name} gets no adapter of their own (fleet.min_examples, fleet.group_by)")
 
 
-def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> dict[str, int]:
-    """Writes users and adapters into the registry. An adapter whose inputs changed becomes due.
-
-    Returns the characters of each user's longest row.
-    """
+def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> None:
+    """Writes users and adapters into the registry. An adapter whose inputs changed becomes due."""
     sources = {
         id(recipe): f"{recipe.fleet_fingerprint()} {source_fingerprint(recipe)}"
         for recipe in {id(recipe): recipe for recipe in recipes.values()}.values()
     }
     runs: dict[Key, str] = {}
-    lengths: dict[str, int] = {}
+    trained = registry.trained_runs("user")
+
+    def run_of(group: Group) -> str:
+        parent = None if group.parent is None else runs[group.parent]
+        inputs = sources[id(recipes[group.key])], registry.generation(*group.key), parent
+        if group.key[0] != "user":
+            return run_fingerprint(group, *inputs, [])
+        run = run_fingerprint(group, *inputs, planned.content_of(group))
+        before = trained.get(group.key[1], run)
+        if before != run:  # an earlier version looked at the rows themselves: by that nothing may have changed
+            of_rows = run_fingerprint(group, *inputs, [row.fingerprint() for row in planned.rows_of(group)])
+            run = before if before == of_rows else run
+        return run
 
     def records() -> Iterator[dict[str, Any]]:
-        """A line an adapter; only one user's rows are in memory at a time."""
-        for group in planned.groups:
-            parent = None if group.parent is None else runs[group.parent]
-            rows = planned.rows_of(group) if group.key[0] == "user" else []
-            generation = registry.generation(*group.key)
-            run = run_fingerprint(group, sources[id(recipes[group.key])], generation, parent, rows)
+        """A line an adapter; only one user's texts are in memory at a time."""
+        for group in _counted(planned.groups, "Looking for what is due"):
+            run = run_of(group)
             if group.key[0] != "user":
                 runs[group.key] = run
-            else:
-                lengths[group.key[1]] = max((row.characters for row in rows), default=0)
             (kind, name), (parent_kind, parent_name) = group.key, group.parent or (None, None)
             yield {
                 "kind": kind, "name": name, "folder": group.folder, "parent_kind": parent_kind,
@@ -233,17 +237,27 @@ def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> 
             }  # fmt: skip
 
     registry.enrol(planned.users, records())
-    return lengths
 
 
-def _order(
-    registry: Registry, work: Work, engine: Engine, lengths: Mapping[str, int], due: Mapping[str, int]
-) -> list[str] | None:
+def _counted(groups: Sequence[Group], what: str) -> Iterator[Group]:
+    """`groups`, one after another, under a progress bar."""
+    with progress_bar() as bar:
+        progress = bar.add_task(what, total=len(groups), note="")
+        for group in groups:
+            yield group
+            bar.advance(progress)
+
+
+def _order(registry: Registry, work: Work, engine: Engine, due: Mapping[str, int]) -> list[str] | None:
     """The users in the order that the engine chooses; None: by name."""
     if not isinstance(engine, OrderingEngine):
         return None
-    users = {adapter.name: lengths[adapter.name] for adapter in registry.due("user", work.wanted("user"))}
-    return engine.order(users, sum(due.values()) - len(users))
+    groups = [work.groups[adapter.key] for adapter in registry.due("user", work.wanted("user"))]
+    lengths = {
+        group.key[1]: max((row.characters for row in work.planned.rows_of(group)), default=0)
+        for group in _counted(groups, "Measuring rows")
+    }
+    return engine.order(lengths, sum(due.values()) - len(groups))
 
 
 def _apply_new_gate(registry: Registry, recipe: Recipe) -> None:

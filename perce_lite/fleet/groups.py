@@ -67,6 +67,11 @@ class Plan:
         """The rows of a group, held-out ones too, with their profiles; made anew at each call."""
         return _last(self.data.rows_of(*group.users), self.max_examples)
 
+    def content_of(self, group: Group) -> list[Any]:
+        """What says whether the rows of a user's group are as they were, for JSON; of documents no row is made."""
+        content = self.data.content_of(*group.users)
+        return [row.fingerprint() for row in self.rows_of(group)] if content is None else content
+
 
 def plan(data: RowsByUser, recipe: Recipe, without: Set[str] = frozenset()) -> Plan:
     """The adapters that a fleet is to have, parents first. `without`: users to leave out.
@@ -137,19 +142,16 @@ def key_of(name: str) -> Key:
     return ("cohort", rest) if colon and kind == "cohort" else ("user", name)
 
 
-def run_fingerprint(group: Group, source: str, generation: str, parent: str | None, rows: Sequence[Row]) -> str:
+def run_fingerprint(group: Group, source: str, generation: str, parent: str | None, content: Sequence[Any]) -> str:
     """Equal as long as a group's adapter need not be trained again.
 
     source: fingerprint of recipe and base; generation: changes where training is asked for, or a user was deleted
-    parent: fingerprint of the parent's run; rows: a user's rows; of other groups they do not count
+    parent: fingerprint of the parent's run; content: of a user's rows, see `Plan.content_of`; empty for other groups
 
     A user's adapter depends on the user's rows, the recipe and its parent. A cohort's does not depend on the rows: new
     texts of one user retrain that one user.
     """
-    content: list[Any] = [source, group.key, generation, parent]
-    if group.key[0] == "user":
-        content.append([row.fingerprint() for row in rows])
-    return digest(content)
+    return digest([source, group.key, generation, parent, *([content] if group.key[0] == "user" else [])])
 
 
 def _last(rows: Sequence[Row], count: int | None) -> list[Row]:

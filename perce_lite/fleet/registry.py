@@ -163,6 +163,11 @@ class Registry:
                 return
             after = page[-1].name
 
+    def trained_runs(self, kind: str) -> dict[str, str]:
+        """By name, what the adapters of `kind` were trained from."""
+        sql = "SELECT name, trained_run FROM adapters WHERE kind = ? AND trained_run IS NOT NULL"
+        return {str(name): str(run) for name, run in self._db.execute(sql, (kind,))}
+
     def get(self, kind: str, name: str) -> Adapter | None:
         adapters = self._select("WHERE kind = ? AND name = ?", (kind, name))
         return adapters[0] if adapters else None

@@ -29,6 +29,8 @@ USERS = (1000, 2000, 5000, 10_000, 20_000)
 TEXTS, WORDS = 20, 40
 """Texts of a user, words of a text."""
 
+_PHASES = 6
+
 _RECIPE = """
 model: smollm2-135m
 quantization: nf4
@@ -116,14 +118,15 @@ def fleet_scale(users: Sequence[int] = USERS) -> FleetScale:
     Raises:
         BenchError: a process failed; its last line is in the message.
     """
-    phases = []
+    phases: list[Phase] = []
     with tempfile.TemporaryDirectory(prefix="perce-lite-fleet-scale-") as scratch, progress_bar() as bar:
-        progress = bar.add_task("Fleet sizes", total=len(users), note="")
+        progress = bar.add_task("Measuring", total=_PHASES * len(users), note="")
         for count in users:
             folder = Path(scratch) / str(count)
             folder.mkdir()
-            phases += _measure(count, folder)
-            bar.update(progress, advance=1, note=f"{count} users")
+            for phase in _measure(count, folder):
+                phases.append(phase)
+                bar.update(progress, advance=1, note=f"{count} users, {phase.name}")
     return FleetScale(TEXTS, tuple(phases), bars(phases))
 
 
@@ -161,8 +164,8 @@ def _line(chooser: random.Random, words: Sequence[str], user: int, place: int) -
     return json.dumps({"user": f"user{user:05}", "query": query, "text": text, "date": date}) + "\n"
 
 
-def _measure(users: int, folder: Path) -> list[Phase]:
-    """All phases for so many users, in `folder`."""
+def _measure(users: int, folder: Path) -> Iterator[Phase]:
+    """All `_PHASES` phases for so many users, in `folder`."""
     data, recipe, program = folder / "texts.jsonl", str(folder / "recipe.yaml"), ("-m", "perce_lite")
     write_texts(data, users)
     Path(recipe).write_text(_RECIPE, encoding="utf-8")
@@ -175,15 +178,14 @@ def _measure(users: int, folder: Path) -> list[Phase]:
         return Phase(users, name, seconds, mib, count, cpu_seconds)
 
     dry = (*program, "fleet", recipe, "--dry-run", "--json", "due.json")
-    phases = [run("dry run", *dry)]
-    phases.append(run("enrolment", "-m", "perce_lite.evaluation.bench.fleetscale", recipe))
-    phases.append(run("nothing due", *program, "fleet", recipe, "--json", "due.json"))
+    yield run("dry run", *dry)
+    yield run("enrolment", "-m", "perce_lite.evaluation.bench.fleetscale", recipe)
+    yield run("nothing due", *program, "fleet", recipe, "--json", "due.json")
     with data.open("a", encoding="utf-8") as lines:
         lines.write(_line(random.Random(1), ["anew"], users // 2, 30))
-    phases.append(run("one changed user", *dry))
-    phases.append(run("adapters list", *program, "adapters", "list", "--fleet", "out"))
-    phases.append(run("adapters who", *program, "adapters", "who", f"user{users // 2:05}", "--fleet", "out"))
-    return phases
+    yield run("one changed user", *dry)
+    yield run("adapters list", *program, "adapters", "list", "--fleet", "out")
+    yield run("adapters who", *program, "adapters", "who", f"user{users // 2:05}", "--fleet", "out")
 
 
 def _process(name: str, folder: Path, arguments: Sequence[str]) -> tuple[float, float, float]:
