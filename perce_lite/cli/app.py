@@ -196,8 +196,8 @@ def _fail(message: str) -> None:
 def after_ctrl_c(words: list[str]) -> str:
     """What holds after Ctrl-C in the command `perce-lite WORDS`."""
     command = COMMANDS.get(words[0]) if words else None
-    said = DEFAULT_AFTER_CTRL_C if command is None else command.after_ctrl_c
-    return said if isinstance(said, str) else said.get(words[1] if len(words) > 1 else "", DEFAULT_AFTER_CTRL_C)
+    note = DEFAULT_AFTER_CTRL_C if command is None else command.after_ctrl_c
+    return note if isinstance(note, str) else note.get(words[1] if len(words) > 1 else "", DEFAULT_AFTER_CTRL_C)
 
 
 class _Interrupted(BaseException):

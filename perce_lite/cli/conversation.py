@@ -132,8 +132,8 @@ class Conversation:
         """The turns and the question, without the oldest turns where they do not fit beside an answer; says so."""
         context = self.answerer.context
         for left_out in range(len(self.turns) + 1):
-            said = [pair for turn in self.turns[left_out:] for pair in zip(("user", "assistant"), turn, strict=True)]
-            messages = [{"role": role, "content": text} for role, text in [*said, ("user", question)]]
+            history = [pair for turn in self.turns[left_out:] for pair in zip(("user", "assistant"), turn, strict=True)]
+            messages = [{"role": role, "content": text} for role, text in [*history, ("user", question)]]
             length = len(self.opened.maker.prompt_ids(messages, profile))
             if length + self.max_new_tokens <= context:
                 break

@@ -63,50 +63,50 @@ def import_(
         raise typer.BadParameter("--mask-names and --mask-region go with --mask")
     masking = _mask(mask_names, mask_region) if mask else None
     wanted = Wanted(user, text_column, from_ or (), me or (), min_words, max_words, max_parts, masking)
-    found = look(path, wanted, out, append, force)
-    _show(found)
-    written = bool(found.new) and (yes or _agreed(found))
+    imported = look(path, wanted, out, append, force)
+    _show(imported)
+    written = bool(imported.new) and (yes or _agreed(imported))
     if written:
-        found.write()
-        _show_written(found)
-    write(json, {**found.figures(), "written": written})
+        imported.write()
+        _show_written(imported)
+    write(json, {**imported.figures(), "written": written})
 
 
 def _mask(names: Path | None, regions: Sequence[str] | None) -> Mask:
     return Mask(names_in(names) if names else (), checked_regions(regions) if regions else REGIONS)
 
 
-def _agreed(found: Imported) -> bool:
+def _agreed(imported: Imported) -> bool:
     """Asks whether to write. Where nobody can answer, nothing is written: a look is all that was asked for."""
     if not sys.stdin.isatty():
-        say(f"Nothing was written: this was a look. To write {found.out}, add --yes.")
+        say(f"Nothing was written: this was a look. To write {imported.out}, add --yes.")
         return False
-    agreed = typer.confirm(f"Write {counted(len(found.new), 'row')} to {found.out}?", err=True)
+    agreed = typer.confirm(f"Write {counted(len(imported.new), 'row')} to {imported.out}?", err=True)
     if not agreed:
         say("Nothing was written.")
     return agreed
 
 
-def _show(found: Imported) -> None:
+def _show(imported: Imported) -> None:
     """What was read and left out, and the first rows."""
-    console.print(_counts(found.notes, len(found.new)))
-    if found.mask is not None:
-        console.print(_masked(found.mask, found.masked()))
-    for record in found.new[:_SHOWN]:
+    console.print(_counts(imported.notes, len(imported.new)))
+    if imported.mask is not None:
+        console.print(_masked(imported.mask, imported.masked()))
+    for record in imported.new[:_SHOWN]:
         console.print(_row(record))
-    if len(found.new) > _SHOWN:
-        console.print(f"... and {len(found.new) - _SHOWN} more.")
-    count = sum(record["user"] == found.user for record in found.records)
-    if not found.new:
-        say(f"Nothing is new: {found.out} holds {counted(count, 'text')} of {found.user} already.")
-    elif found.texts == 1:
+    if len(imported.new) > _SHOWN:
+        console.print(f"... and {len(imported.new) - _SHOWN} more.")
+    count = sum(record["user"] == imported.user for record in imported.records)
+    if not imported.new:
+        say(f"Nothing is new: {imported.out} holds {counted(count, 'text')} of {imported.user} already.")
+    elif imported.texts == 1:
         parts = f" (in {count} parts, none of which stands in the profile of another)" if count > 1 else ""
         warn(
-            f"one text of {found.user}{parts}, and it takes two or more to train: a profile is made of the earlier "
+            f"one text of {imported.user}{parts}, and it takes two or more to train: a profile is made of the earlier "
             f"ones. Add more with --append."
         )
     elif count < FEW:
-        warn(f"{count} texts of {found.user} are few: expect little, and hardly any to hold out")
+        warn(f"{count} texts of {imported.user} are few: expect little, and hardly any to hold out")
 
 
 def _counts(notes: Notes, rows: int) -> Table:
@@ -144,14 +144,15 @@ def _row(record: dict[str, str]) -> Table:
     return table
 
 
-def _show_written(found: Imported) -> None:
-    users = sorted({str(record["user"]) for record in found.records})
-    told = f", of {counted(len(users), 'user')}" if len(users) > 1 else ""
+def _show_written(imported: Imported) -> None:
+    users = sorted({str(record["user"]) for record in imported.records})
+    suffix = f", of {counted(len(users), 'user')}" if len(users) > 1 else ""
     console.print(
-        f"Written: {found.out} ({counted(len(found.records), 'row')}{told}). Look at them, train, talk to the adapter:",
+        f"Written: {imported.out} ({counted(len(imported.records), 'row')}{suffix}). "
+        "Look at them, train, talk to the adapter:",
         markup=False,
     )
-    _commands(found.commands())
+    _commands(imported.commands())
 
 
 def _commands(commands: Sequence[str]) -> None:

@@ -68,9 +68,9 @@ def _answer(flag: str, given: str | None, question: str, choices: Mapping[str, s
     Raises:
         typer.BadParameter: none of the choices; or no flag, and nobody who can be asked.
     """
-    told = ", ".join(f"{name} ({what})" for name, what in choices.items())
+    listing = ", ".join(f"{name} ({what})" for name, what in choices.items())
     if given is None and not sys.stdin.isatty():
-        raise typer.BadParameter(f"{flag} is missing, and there is no terminal to ask on; one of {told}")
+        raise typer.BadParameter(f"{flag} is missing, and there is no terminal to ask on; one of {listing}")
     if given is None:
         for name, what in choices.items():
             console.print(f"  {name}: {what}", markup=False)
@@ -78,7 +78,7 @@ def _answer(flag: str, given: str | None, question: str, choices: Mapping[str, s
         answer = typer.prompt(question, err=True).strip()
         given = answer if answer in choices else None
     if given not in choices:
-        raise typer.BadParameter(f"{flag} {given}: is not one of {told}")
+        raise typer.BadParameter(f"{flag} {given}: is not one of {listing}")
     return given
 
 

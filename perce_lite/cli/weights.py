@@ -29,14 +29,15 @@ def weights(
     with oom_advice.explain_out_of_memory_in_scoring(loaded):
         figures = writing.write_weights(loaded, to, file)
     write(json, figures)
-    told = figures["weights"]
+    statistics = figures["weights"]
     rows = ", ".join(f"{count} {split}" for split, count in figures["rows"].items() if count)
     console.print(f"Rows: {rows}; {figures['tokens']} tokens with loss", markup=False)
     for left_out in figures["left_out"]["dropped"]:
         told_of = f"Left out: {left_out['rows']} of user {left_out['user']}, {left_out['reason']}"
         console.print(f"{told_of}, such as {left_out['such_as']}", markup=False, soft_wrap=True)
     console.print(
-        f"Weight {figures['weighting']}: mean {told['weight_mean']:.3f}, {told['share_above_min']:.0%} above the least",
+        f"Weight {figures['weighting']}: mean {statistics['weight_mean']:.3f}, "
+        f"{statistics['share_above_min']:.0%} above the least",
         markup=False,
     )
     console.print(f"Weights: {figures['file']}", markup=False, soft_wrap=True)

@@ -184,11 +184,11 @@ class Answers:
         return rows if persons is None else [*rows, persons]
 
     def _figures(self, trainings: Sequence[str], way: Way) -> dict[str, Any] | None:
-        mine = [answer for training in trainings for answer in self._of(training, way)]
-        if not mine:
+        answers = [answer for training in trainings for answer in self._of(training, way)]
+        if not answers:
             return None
-        scores = _means(Bootstrap([answer["user"] for answer in mine]), [answer["scores"] for answer in mine])
-        return {"rows": len({answer["row"] for answer in mine}), "answers": len(mine), "scores": scores}
+        scores = _means(Bootstrap([answer["user"] for answer in answers]), [answer["scores"] for answer in answers])
+        return {"rows": len({answer["row"] for answer in answers}), "answers": len(answers), "scores": scores}
 
     def difference(self, mine: Sequence[str], theirs: Sequence[str], way: Way) -> dict[str, Any] | None:
         """What separates the answers of `mine` from those of `theirs`, paired by training and query; None: no answers.
@@ -198,8 +198,8 @@ class Answers:
         others = [*theirs] * len(mine) if len(theirs) == 1 else theirs
         paired = [
             both
-            for one, other in zip(mine, others, strict=True)
-            for both in zip(self._of(one, way), self._of(other, way), strict=True)
+            for training, other in zip(mine, others, strict=True)
+            for both in zip(self._of(training, way), self._of(other, way), strict=True)
         ]
         if not paired:
             return None
@@ -233,13 +233,13 @@ def _as_row(answer: Mapping[str, Any]) -> Row:
     return Row(answer["row"], answer["user"], (), prompt, ())
 
 
-def _less(mine: Mapping[str, float | None], theirs: Mapping[str, float | None]) -> dict[str, float | None]:
+def _less(scores: Mapping[str, float | None], other_scores: Mapping[str, float | None]) -> dict[str, float | None]:
     """Figure by figure the difference; None where one is not known."""
-    return {name: _difference(value, theirs[name]) for name, value in mine.items()}
+    return {name: _difference(value, other_scores[name]) for name, value in scores.items()}
 
 
-def _difference(mine: float | None, theirs: float | None) -> float | None:
-    return None if mine is None or theirs is None else mine - theirs
+def _difference(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value - other
 
 
 def _means(bootstrap: Bootstrap, scores: Sequence[Mapping[str, float | None]]) -> dict[str, Any]:

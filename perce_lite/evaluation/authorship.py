@@ -33,10 +33,10 @@ def training_texts(rows: Sequence[Row]) -> dict[str, list[str]]:
     """By user, every text that training may show: the responses and the profile items of the training rows."""
     texts: dict[str, dict[str, None]] = {}
     for row in of_split(rows, "train"):
-        mine = texts.setdefault(row.user, {})
-        mine.update(dict.fromkeys(item.text for item in items_of(row.profile)))
-        mine.update(dict.fromkeys(written(row)))
-    return {user: [text for text in mine if text.strip()] for user, mine in texts.items()}
+        distinct = texts.setdefault(row.user, {})
+        distinct.update(dict.fromkeys(item.text for item in items_of(row.profile)))
+        distinct.update(dict.fromkeys(written(row)))
+    return {user: [text for text in user_texts if text.strip()] for user, user_texts in texts.items()}
 
 
 class UserWords:
@@ -64,14 +64,14 @@ class UserWords:
 
     def _typical(self, counts: Counter[str], others: Counter[str]) -> frozenset[str]:
         together = counts + others
-        total, mine, theirs = together.total(), counts.total(), others.total()
-        if not mine or not theirs:
+        total, own_total, other_total = together.total(), counts.total(), others.total()
+        if not own_total or not other_total:
             return frozenset()
         typical = set()
         for word, count in counts.items():
-            prior = mine * together[word] / total
+            prior = own_total * together[word] / total
             own, other = count + prior, others[word] + prior
-            odds = math.log(own / (2 * mine - own)) - math.log(other / (theirs + mine - other))
+            odds = math.log(own / (2 * own_total - own)) - math.log(other / (other_total + own_total - other))
             if odds / math.sqrt(1 / own + 1 / other) > Z:
                 typical.add(word)
         return frozenset(typical)

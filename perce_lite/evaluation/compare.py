@@ -83,15 +83,15 @@ class Training:
         """Its recipe, and its run in a folder of its own under `<output_dir>/compare`."""
         recipe = self.arm.recipe
         folder = named(_folder(recipe), self.arm.name) / f"rate-{self.rate:g}-seed-{self.seed}"
-        mine: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "learning_rate": self.rate,
             "seed": self.seed,
             "output_dir": str(folder),
             "save_total_limit": 1,
         }
         if self.arm.estimator == "uniform":  # its way is kept: see `_equal_loss`
-            mine |= {"save_strategy": "steps", "save_steps": 1 / _KEPT_STEPS, "save_total_limit": None}
-        mine_only = recipe.model_copy(update={"train": {**recipe.train, **mine}})
+            settings |= {"save_strategy": "steps", "save_steps": 1 / _KEPT_STEPS, "save_total_limit": None}
+        mine_only = recipe.model_copy(update={"train": {**recipe.train, **settings}})
         return mine_only, run_of(mine_only, rows)
 
 
@@ -184,12 +184,12 @@ def _compared(
     total = len(arms) * (len(rates) + seeds - 1)
     first = [Training(arm, rate, seed) for arm in arms for rate in rates]
     failed = _train(first, rows, 0, total)
-    tuning = _validation_losses(recipe, [one for one in first if one not in failed], rows, tuned_on)
-    chosen = {arm.name: _best([one for one in first if one.arm == arm], tuning, failed) for arm in arms}
-    usable = [one for one in chosen.values() if one is not None]
-    rest = [Training(one.arm, one.rate, seed + more) for more in range(1, seeds) for one in usable]
+    tuning = _validation_losses(recipe, [training for training in first if training not in failed], rows, tuned_on)
+    chosen = {arm.name: _best([training for training in first if training.arm == arm], tuning, failed) for arm in arms}
+    usable = [training for training in chosen.values() if training is not None]
+    rest = [Training(training.arm, training.rate, seed + more) for more in range(1, seeds) for training in usable]
     failed |= _train(rest, rows, len(first), total)
-    done = [one for one in [*usable, *rest] if one not in failed]
+    done = [training for training in [*usable, *rest] if training not in failed]
     equal = _equal_loss(recipe, [chosen[arm.name] for arm in arms], rows, tuned_on, tuning) if tuning else {}
     answers = _answers(judged_on)
     scored = _score(judged_on, [*done, *dict.fromkeys(equal.values())], rows, answers)
@@ -224,15 +224,17 @@ def _texts(arms: Sequence[Arm], done: Sequence[Training], answers: Answers) -> d
     """What the answers of each arm's trainings say, means over its seeds, and what separates comparable arms."""
     if not answers.records:
         return None
-    names = {arm.name: [one.told for one in done if one.arm == arm] for arm in arms}
-    known = {UNTRAINED: [UNTRAINED], **{name: mine for name, mine in names.items() if mine}}
+    names = {arm.name: [training.told for training in done if training.arm == arm] for arm in arms}
+    known = {UNTRAINED: [UNTRAINED], **{name: trainings for name, trainings in names.items() if trainings}}
     profiles = dict.fromkeys(arm.judged for arm in arms)
     ways = [way for profile in profiles for way in ways_of(answers.options, profile)]
     differences = []
     for arm, other in _comparable(arms):
-        pairs = _pairs_of_a_seed([one for one in done if one.arm in (arm, other)], arm, other)
+        pairs = _pairs_of_a_seed([training for training in done if training.arm in (arm, other)], arm, other)
         for way in ways_of(answers.options, arm.judged) if pairs else []:
-            change = answers.difference([one.told for one, _ in pairs], [two.told for _, two in pairs], way)
+            change = answers.difference(
+                [training.told for training, _ in pairs], [reference.told for _, reference in pairs], way
+            )
             differences.append({"arm": arm.name, "against": other.name, **way._asdict(), "change": change})
     return {"table": answers.table(known, ways), "differences": differences, "answers": answers.records}
 
@@ -260,15 +262,15 @@ def _arm_figures(
     equal: dict[Training, Training],
 ) -> dict[str, Any]:
     """How an arm's rate was chosen, and which of its trainings came to no loss."""
-    mine = [training for training in first if training.arm == arm]
-    rates = [training.rate for training in mine]
+    trainings = [training for training in first if training.arm == arm]
+    rates = [training.rate for training in trainings]
     step = None if best is None else equal.get(best)
     return {
         "arm": arm.name,
         "profile": arm.judged,
         "rate": None if best is None else best.rate,
         "at_edge": best is not None and len(rates) > 2 and best.rate in (min(rates), max(rates)),
-        "validation": {f"{training.rate:g}": tuning.get(training) for training in mine},
+        "validation": {f"{training.rate:g}": tuning.get(training) for training in trainings},
         "equal_loss": None if step is None else {"step": step.step, "validation": tuning[step]},
         "failed": [f"rate {training.rate:g}, seed {training.seed}" for training in failed if training.arm == arm],
     }
@@ -296,7 +298,7 @@ def _judged_on(recipe: Recipe, rows: Sequence[Row], other: Recipe | None, passes
     cases = {
         name: held_out(recipe, _maker(recipe, name), rows, topics, recipe.evaluation.candidates) for name in passes
     }
-    if any("validation" in found for found in cases.values()):
+    if any("validation" in by_split for by_split in cases.values()):
         raise DataError("No test rows: compare chooses rates on validation and must judge on others. Raise split.test.")
     return JudgedOn(recipe, rows, cases)
 
@@ -319,29 +321,29 @@ def _train(trainings: Sequence[Training], rows: Sequence[Row], before: int, tota
     failed = set()
     for number, training in enumerate(trainings, before + 1):
         recipe, run = training.run(rows)
-        told = f"{number} of {total}: {training.told}"
+        label = f"{number} of {total}: {training.told}"
         with run.locked():
             if run.trained():
-                say(f"{told}: trained before")
+                say(f"{label}: trained before")
                 continue
             try:
                 with explain_out_of_memory(training.arm.recipe, partial(newest_checkpoint, run.folder)):
-                    _train_one(training.arm.recipe, recipe, rows, run, told)
+                    _train_one(training.arm.recipe, recipe, rows, run, label)
                 if training.arm.estimator == "uniform":
                     _keep_steps(run)
                 run.drop_checkpoints()
             except NonFiniteLossError as error:
-                warn(f"{told}: left out. {error}")
+                warn(f"{label}: left out. {error}")
                 failed.add(training)
         free_gpu_memory()
     return failed
 
 
-def _train_one(compared: Recipe, recipe: Recipe, rows: Sequence[Row], run: Run, told: str) -> None:
+def _train_one(compared: Recipe, recipe: Recipe, rows: Sequence[Row], run: Run, label: str) -> None:
     """Trains `recipe`, that of one training of the comparison `compared`; its base is gone afterwards."""
     base = load_base(recipe)
     _note_base(compared, base)
-    train(recipe, base, rows, run, told)
+    train(recipe, base, rows, run, label)
 
 
 def _keep_steps(run: Run) -> None:
@@ -364,17 +366,25 @@ def _equal_loss(
 
     So that nobody can say that an arm merely learned less. `tuning` gains the validation loss of each step.
     """
-    plain = [one for one in chosen if one is not None and one.arm.estimator == "uniform" and one.arm.judged == "own"]
+    plain = [
+        training
+        for training in chosen
+        if training is not None and training.arm.estimator == "uniform" and training.arm.judged == "own"
+    ]
     steps = [
-        replace(one, step=int(folder.name))
-        for one in plain
-        for folder in sorted((one.run(rows)[1].folder / _STEPS).glob("*"), key=lambda folder: int(folder.name))
+        replace(training, step=int(folder.name))
+        for training in plain
+        for folder in sorted((training.run(rows)[1].folder / _STEPS).glob("*"), key=lambda folder: int(folder.name))
     ]
     if not steps:
         return {}
     tuning |= _validation_losses(recipe, steps, rows, cases)
-    others = [one for one in chosen if one is not None and one not in plain and one.arm.judged == "own"]
-    return {one: min(steps, key=lambda step: abs(tuning[step] - tuning[one])) for one in others}
+    others = [
+        training
+        for training in chosen
+        if training is not None and training not in plain and training.arm.judged == "own"
+    ]
+    return {training: min(steps, key=lambda step: abs(tuning[step] - tuning[training])) for training in others}
 
 
 def _at_equal_loss(
@@ -382,9 +392,9 @@ def _at_equal_loss(
 ) -> list[dict[str, Any]]:
     """What separates each arm, first seed, from the step of plain SFT that has its validation loss."""
     return [
-        {"arm": mine.arm.name, "step": step.step, **_difference(judge, [(sums[mine], sums[step])], "own")}
-        for mine, step in equal.items()
-        if mine in sums
+        {"arm": training.arm.name, "step": step.step, **_difference(judge, [(sums[training], sums[step])], "own")}
+        for training, step in equal.items()
+        if training in sums
     ]
 
 
@@ -397,7 +407,7 @@ def _score(
     answers: gains those of the base and of each training's end to the queries of the first split; None: a rate is to
         be chosen, by the loss with the profile alone that the arm is judged with
     """
-    recipe, found, tuning = judged_on.recipe, judged_on.cases, answers is None
+    recipe, by_pass, tuning = judged_on.recipe, judged_on.cases, answers is None
     config = training_config(recipe)
     chosen = {} if tuning else _chosen(judged_on)
     base = load_base(recipe)
@@ -407,22 +417,22 @@ def _score(
         what = UNTRAINED if training is None else training.told
         with adapters.attached(base.model, folder) as model:
             store = store_of(config.store, model, config.autocast, folder is not None)
-            mine = next(iter(found)) if training is None else training.arm.recipe.profile_pass
-            for split, some in found[mine].items():
-                told = f"{what}, {split}"
-                names = ("own", "none") if tuning else tuple(some[0].passes)
+            profile_pass = next(iter(by_pass)) if training is None else training.arm.recipe.profile_pass
+            for split, cases in by_pass[profile_pass].items():
+                label = f"{what}, {split}"
+                names = ("own", "none") if tuning else tuple(cases[0].passes)
                 if tuning and training is not None:
                     names = (training.arm.judged,)
-                scored = score_cases(model, some, names, store, config.autocast, told, folder is not None)
+                scored = score_cases(model, cases, names, store, config.autocast, label, folder is not None)
                 if training is None:
-                    judged[split] = Judge(some, scored, config.clip_min, chosen.get(split)), {}
+                    judged[split] = Judge(cases, scored, config.clip_min, chosen.get(split)), {}
                 judge, sums = judged[split]
                 sums[training] = judge.sums(scored)
             if answers is not None and (training is None or training.step is None):
-                answered = next(iter(found[mine].values()))[: answers.options.generated_rows]
+                answered = next(iter(by_pass[profile_pass].values()))[: answers.options.generated_rows]
                 key = store_key(model, config.autocast, folder is not None)
-                writer = Writer(what, model, _maker(recipe, mine), folder is not None, key)
-                for profile in dict.fromkeys(one.arm.judged for one in ([training] if training else trainings)):
+                writer = Writer(what, model, _maker(recipe, profile_pass), folder is not None, key)
+                for profile in dict.fromkeys(trained.arm.judged for trained in ([training] if training else trainings)):
                     answers.add(writer, answered, ways_of(answers.options, profile))
     return judged
 
@@ -436,7 +446,7 @@ def _chosen(judged_on: JudgedOn) -> dict[str, Any]:
 def _best(trainings: Sequence[Training], tuning: dict[Training, float], failed: set[Training]) -> Training | None:
     """The training of lowest validation loss; None where all have failed."""
     left = [training for training in trainings if training not in failed]
-    return min(left, key=lambda one: tuning.get(one, 0.0), default=None)
+    return min(left, key=lambda training: tuning.get(training, 0.0), default=None)
 
 
 def _figures(arms: Sequence[Arm], judge: Judge, sums: dict[Training | None, ArmSums]) -> dict[str, Any]:
@@ -444,30 +454,34 @@ def _figures(arms: Sequence[Arm], judge: Judge, sums: dict[Training | None, ArmS
 
     An arm with options is set against its estimator without them as well.
     """
-    ends = [one for one in sums if one is not None and one.step is None]
-    by_arm = {arm.name: [one for one in ends if one.arm == arm] for arm in arms}
-    means = {name: ArmSums.mean([sums[one] for one in some]) for name, some in by_arm.items() if some}
-    every = {UNTRAINED: sums[None], **means}
+    ends = [training for training in sums if training is not None and training.step is None]
+    by_arm = {arm.name: [training for training in ends if training.arm == arm] for arm in arms}
+    means = {
+        name: ArmSums.mean([sums[training] for training in trainings])
+        for name, trainings in by_arm.items()
+        if trainings
+    }
+    all_sums = {UNTRAINED: sums[None], **means}
     differences = []
     for arm, other in _comparable(arms):
-        paired = [(sums[one], sums[two]) for one, two in _pairs_of_a_seed(ends, arm, other)]
+        paired = [(sums[training], sums[reference]) for training, reference in _pairs_of_a_seed(ends, arm, other)]
         if paired:
             known = {"arm": arm.name, "against": other.name, "profile": arm.judged}
             differences.append({**known, **_difference(judge, paired, arm.judged)})
     return {
         "losses": [
             {"arm": name, "profile": profile, **judge.figures(by_part)}
-            for name, mine in every.items()
-            for profile, by_part in mine.losses.items()
+            for name, arm_sums in all_sums.items()
+            for profile, by_part in arm_sums.losses.items()
             if not is_candidate(profile)
         ],
         "worth": [
-            {"arm": name, "over": over, **judge.worth(mine, over)}
-            for name, mine in every.items()
-            for over in mine.losses
+            {"arm": name, "over": over, **judge.worth(arm_sums, over)}
+            for name, arm_sums in all_sums.items()
+            for over in arm_sums.losses
             if over != "own" and not is_candidate(over)
         ],
-        "who": _who(judge, every),
+        "who": _who(judge, all_sums),
         "differences": differences,
     }
 
@@ -485,36 +499,40 @@ def _comparable(arms: Sequence[Arm]) -> list[tuple[Arm, Arm]]:
 
 
 def _pairs_of_a_seed(ends: Sequence[Training], arm: Arm, other: Arm) -> list[tuple[Training, Training]]:
-    mine, theirs = ([one for one in ends if one.arm == each] for each in (arm, other))
-    return [(one, two) for one in mine for two in theirs if one.seed == two.seed]
+    trainings, references = ([training for training in ends if training.arm == wanted] for wanted in (arm, other))
+    return [
+        (training, reference) for training in trainings for reference in references if training.seed == reference.seed
+    ]
 
 
-def _who(judge: Judge, every: dict[str, ArmSums]) -> dict[str, Any] | None:
+def _who(judge: Judge, all_sums: dict[str, ArmSums]) -> dict[str, Any] | None:
     """How often each arm finds a text's writer among the profiles; None where there are no other users."""
-    arms = [{"arm": name, **judge.identified(mine)} for name, mine in every.items() if mine.identified]
+    arms = [{"arm": name, **judge.identified(arm_sums)} for name, arm_sums in all_sums.items() if arm_sums.identified]
     if not arms:
         return None
-    candidates = len(every[UNTRAINED].losses) - 1  # without the condition "none"
+    candidates = len(all_sums[UNTRAINED].losses) - 1  # without the condition "none"
     return {"candidates": candidates, "chance": chance(candidates), "arms": arms}
 
 
 def _difference(judge: Judge, pairs: Sequence[tuple[ArmSums, ArmSums]], profile: str) -> dict[str, Any]:
     """What separates two arms, by seed and in the mean: losses of each part, `worth` over each condition, `who`."""
-    mine, theirs = (ArmSums.mean(several) for several in zip(*pairs, strict=True))
+    arm_sums, other_sums = (ArmSums.mean(several) for several in zip(*pairs, strict=True))
 
-    def with_seeds(name: str, figure: dict[str, Any], each: Sequence[dict[str, Any]]) -> Any:
-        return None if figure[name] is None else {**figure[name], "seeds": [one[name]["value"] for one in each]}
+    def with_seeds(name: str, figure: dict[str, Any], by_seed: Sequence[dict[str, Any]]) -> Any:
+        return (
+            None if figure[name] is None else {**figure[name], "seeds": [figures[name]["value"] for figures in by_seed]}
+        )
 
-    losses = judge.figures(mine.losses[profile], theirs.losses[profile])
-    each = [judge.figures(one.losses[profile], two.losses[profile]) for one, two in pairs]
+    losses = judge.figures(arm_sums.losses[profile], other_sums.losses[profile])
+    losses_by_seed = [judge.figures(sums.losses[profile], reference.losses[profile]) for sums, reference in pairs]
     worth = {}
     for over in (OTHER, MATCH, "none") if profile == "own" else ():
-        if over in mine.losses:
-            figure = judge.figures(mine.worth(over), theirs.worth(over))
-            seeds = [judge.figures(one.worth(over), two.worth(over)) for one, two in pairs]
+        if over in arm_sums.losses:
+            figure = judge.figures(arm_sums.worth(over), other_sums.worth(over))
+            seeds = [judge.figures(sums.worth(over), reference.worth(over)) for sums, reference in pairs]
             worth[over] = {part: with_seeds(part, figure, seeds) for part in figure}
     return {
-        **{part: with_seeds(part, losses, each) for part in losses},
+        **{part: with_seeds(part, losses, losses_by_seed) for part in losses},
         "worth": worth,
-        "who": judge.identified(mine, theirs),
+        "who": judge.identified(arm_sums, other_sums),
     }

@@ -94,11 +94,11 @@ def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
             answers.add_general(writer, material.general, words)
     trained = {row.user for row in of_split(rows, "train")}
     judges = {
-        name: Judge(some, scored[BASE].splits[name], config.clip_min, material.chosen[name])
-        for name, some in material.found.items()
+        name: Judge(split_cases, scored[BASE].splits[name], config.clip_min, material.chosen[name])
+        for name, split_cases in material.found.items()
     }
     splits = {
-        name: _split(judge, trained, {arm: judge.sums(mine.splits[name]) for arm, mine in scored.items()})
+        name: _split(judge, trained, {arm: judge.sums(scores.splits[name]) for arm, scores in scored.items()})
         for name, judge in judges.items()
     }
     return {
@@ -107,7 +107,7 @@ def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
         "clip_min": config.clip_min,
         "splits": splits,
         "texts": answers.table({arm: [arm] for arm in arms}, ways),
-        "general": _changes({arm: mine.general for arm, mine in scored.items()}),
+        "general": _changes({arm: scores.general for arm, scores in scored.items()}),
         "spill_over": _spill_over(material.general, scored, answers.spilled),
         "memory": _memory(material.learned, scored),
         "answers": answers.records,
@@ -115,12 +115,14 @@ def evaluate(recipe: Recipe, folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def _material(recipe: Recipe, maker: PairMaker, rows: Sequence[Row], words: UserWords) -> Material:
-    found = held_out(recipe, maker, rows, Topics(library(recipe), recipe.profile.top_k), recipe.evaluation.candidates)
-    chosen = chosen_tokens(recipe, found, words, maker.tokenizer)
+    by_split = held_out(
+        recipe, maker, rows, Topics(library(recipe), recipe.profile.top_k), recipe.evaluation.candidates
+    )
+    chosen = chosen_tokens(recipe, by_split, words, maker.tokenizer)
     with_profile = [row for row in of_split(rows, "train") if row.profile]
     learned = maker.make(spread_over_users(with_profile, recipe.evaluation.max_rows))
-    profiles = [case.pair.row for some in found.values() for case in some]
-    return Material(found, chosen, _general(recipe, maker, profiles), learned)
+    profiles = [case.pair.row for split_cases in by_split.values() for case in split_cases]
+    return Material(by_split, chosen, _general(recipe, maker, profiles), learned)
 
 
 def chosen_tokens(
@@ -130,7 +132,7 @@ def chosen_tokens(
 
     Where `evaluation.personal_by` names another base, it is loaded and let go of: call it before the recipe's own.
     """
-    chosen = {name: {BY_WORDS: tokens_by_words(some, words, tokenizer)} for name, some in found.items()}
+    chosen = {name: {BY_WORDS: tokens_by_words(split_cases, words, tokenizer)} for name, split_cases in found.items()}
     if recipe.evaluation.personal_by is not None:
         for name, masks in tokens_by_other_base(recipe, recipe.evaluation.personal_by, found, tokenizer).items():
             chosen[name][BY_MODEL] = masks
@@ -142,8 +144,10 @@ def _score(
 ) -> ArmScores:
     """One arm on all of `material`, adapters `on` or off."""
     splits = {
-        split: score_cases(model, some, list(some[0].passes), store, config.autocast, f"{arm}, {split}", on)
-        for split, some in material.found.items()
+        split: score_cases(
+            model, split_cases, list(split_cases[0].passes), store, config.autocast, f"{arm}, {split}", on
+        )
+        for split, split_cases in material.found.items()
     }
     jobs = [
         *(ScoringJob("general", pair.counterfactual) for pair in material.general),
@@ -173,17 +177,17 @@ def held_out(
     """
     if "test" in splits and not of_split(rows, "test"):
         splits = ["validation" if split == "test" else split for split in splits]
-    found = {}
+    by_split = {}
     for split in splits:
         picked = spread_over_users([row for row in of_split(rows, split) if row.profile], recipe.evaluation.max_rows)
-        some = cases(maker, picked, topics, of_split(rows, "train"), candidates=candidates)
-        if some:
-            found[split] = some
+        split_cases = cases(maker, picked, topics, of_split(rows, "train"), candidates=candidates)
+        if split_cases:
+            by_split[split] = split_cases
         elif picked:
             warn(f"none of the {len(picked)} {split} rows can be had under every control; perce-lite check shows why")
-    if not found:
+    if not by_split:
         raise DataError("No held-out rows to judge by: raise split.test, or give the rows a split of their own.")
-    return found
+    return by_split
 
 
 def _named(folders: Sequence[Path], recipe: Recipe) -> dict[str, Path | None]:
@@ -208,14 +212,14 @@ def short_names(folders: Sequence[Path]) -> list[str]:
     """The last parts of each folder, as few as tell it from the others; a last part `adapter` is left out."""
     parts = [(folder.parent if folder.name == "adapter" else folder).absolute().parts for folder in folders]
 
-    def name(mine: tuple[str, ...]) -> str:
-        others = [other for other in parts if other != mine]
-        for count in range(1, len(mine) + 1):
-            if all(other[-count:] != mine[-count:] for other in others):
-                return "/".join(mine[-count:])
-        return "/".join(mine)
+    def name(folder_parts: tuple[str, ...]) -> str:
+        others = [other for other in parts if other != folder_parts]
+        for count in range(1, len(folder_parts) + 1):
+            if all(other[-count:] != folder_parts[-count:] for other in others):
+                return "/".join(folder_parts[-count:])
+        return "/".join(folder_parts)
 
-    return [name(mine) for mine in parts]
+    return [name(folder_parts) for folder_parts in parts]
 
 
 def _split_of(plain: dict[str, Any]) -> Any:
@@ -255,30 +259,30 @@ def _split(judge: Judge, trained: set[str], sums: dict[str, ArmSums]) -> dict[st
             **judge.figures(by_part),
             "change": None if arm == BASE else judge.figures(by_part, base.losses[name]),
         }
-        for arm, mine in sums.items()
-        for name, by_part in mine.losses.items()
+        for arm, arm_sums in sums.items()
+        for name, by_part in arm_sums.losses.items()
         if not is_candidate(name)
     ]
     worth = [
         {
             "arm": arm,
             "over": name,
-            **judge.worth(mine, name),
-            "change": None if arm == BASE else judge.figures(mine.worth(name), base.worth(name)),
+            **judge.worth(arm_sums, name),
+            "change": None if arm == BASE else judge.figures(arm_sums.worth(name), base.worth(name)),
         }
-        for arm, mine in sums.items()
-        for name in mine.losses
+        for arm, arm_sums in sums.items()
+        for name in arm_sums.losses
         if name != "own" and not is_candidate(name)
     ]
     candidates = len(base.losses) - 1  # without the condition "none"
     who = [
         {
             "arm": arm,
-            **judge.identified(mine),
-            "change": None if arm == BASE else judge.identified(mine, base),
+            **judge.identified(arm_sums),
+            "change": None if arm == BASE else judge.identified(arm_sums, base),
         }
-        for arm, mine in sums.items()
-        if mine.identified
+        for arm, arm_sums in sums.items()
+        if arm_sums.identified
     ]
     return {
         **judge.told(trained),
@@ -292,18 +296,18 @@ def _changes(plain: dict[str, list[Tensor]]) -> list[dict[str, Any]]:
     """Loss a token of each arm on rows of nobody, and the change against the base."""
     if not plain[BASE]:
         return []
-    every = [torch.ones_like(values, dtype=torch.bool) for values in plain[BASE]]
-    counts = sizes(every)
-    bootstrap = Bootstrap([str(number) for number in range(len(every))])  # rows of nobody: each its own group
-    totals = {arm: losses(values, every) for arm, values in plain.items()}
+    masks = [torch.ones_like(values, dtype=torch.bool) for values in plain[BASE]]
+    counts = sizes(masks)
+    bootstrap = Bootstrap([str(number) for number in range(len(masks))])  # rows of nobody: each its own group
+    totals = {arm: losses(values, masks) for arm, values in plain.items()}
     return [
         {
             "arm": arm,
             "tokens": int(counts.sum()),
-            "loss": bootstrap.ratio(mine, counts)._asdict(),
-            "change": None if arm == BASE else bootstrap.ratio(mine - totals[BASE], counts)._asdict(),
+            "loss": bootstrap.ratio(total, counts)._asdict(),
+            "change": None if arm == BASE else bootstrap.ratio(total - totals[BASE], counts)._asdict(),
         }
-        for arm, mine in totals.items()
+        for arm, total in totals.items()
     ]
 
 
@@ -320,8 +324,8 @@ def _spill_over(
     bootstrap = Bootstrap([pair.row.user for pair in general])
     counts = np.array([float(values.numel()) for values in scored[BASE].general])
     gaps = {
-        arm: np.array([float((a - b).sum()) for a, b in zip(mine.general, mine.general_with_profile, strict=True)])
-        for arm, mine in scored.items()
+        arm: np.array([float((a - b).sum()) for a, b in zip(scores.general, scores.general_with_profile, strict=True)])
+        for arm, scores in scored.items()
     }
     return [
         {
@@ -340,13 +344,13 @@ def _memory(learned: Sequence[Pair], scored: Mapping[str, ArmScores]) -> list[di
         return []
     bootstrap = Bootstrap([pair.row.user for pair in learned])
     counts = np.array([float(values.numel()) for values in scored[BASE].learned])
-    totals = {arm: np.array([-float(values.sum()) for values in mine.learned]) for arm, mine in scored.items()}
+    totals = {arm: np.array([-float(values.sum()) for values in scores.learned]) for arm, scores in scored.items()}
     return [
         {
             "arm": arm,
             "rows": len(learned),
-            "loss": bootstrap.ratio(mine, counts)._asdict(),
-            "change": None if arm == BASE else bootstrap.ratio(mine - totals[BASE], counts)._asdict(),
+            "loss": bootstrap.ratio(total, counts)._asdict(),
+            "change": None if arm == BASE else bootstrap.ratio(total - totals[BASE], counts)._asdict(),
         }
-        for arm, mine in totals.items()
+        for arm, total in totals.items()
     ]

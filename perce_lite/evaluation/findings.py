@@ -155,9 +155,9 @@ def _other_languages(rows: Sequence[Row]) -> Iterator[Finding]:
     most = counts.most_common(1)[0][0]
     others = [(script, row) for script, row in scripts if script and script != most]
     languages = [(_language(" ".join(written(row))), row) for script, row in scripts if script == most]
-    told = Counter(language for language, _ in languages if language)
-    if told:
-        spoken = told.most_common(1)[0][0]
+    by_language = Counter(language for language, _ in languages if language)
+    if by_language:
+        spoken = by_language.most_common(1)[0][0]
         others += [(language, row) for language, row in languages if language and language != spoken]
         most = f"{spoken}, {most}"
     by_kind = ", ".join(f"{kind} {count}" for kind, count in Counter(kind for kind, _ in others).most_common(5))

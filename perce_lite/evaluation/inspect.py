@@ -97,7 +97,7 @@ def _swapped(maker: PairMaker, pairs: Sequence[Pair], pool: Sequence[Row]) -> li
     """Each row with the profile of another user of `pool`; None where it cannot be had."""
     given = {id_of(row): row for row in swap_profiles([pair.row for pair in pairs], pool=pool)}
     made = [maker.make([given[id_of(pair.row)]]) if id_of(pair.row) in given else [] for pair in pairs]
-    return [one[0].factual if one else None for one in made]
+    return [swap[0].factual if swap else None for swap in made]
 
 
 def _score(
@@ -126,10 +126,10 @@ def _score(
 def _figures(seen: list[Seen], tokenizer: PreTrainedTokenizerBase, config: PerCEConfig, top: int) -> dict[str, Any]:
     """What the page shows; `personal_rows` and `idle_rows` are positions in `rows`."""
     weighting = loss.Weighting.of(config)
-    own = torch.cat([one.pir for one in seen])
-    swapped_pirs = [one.swapped_pir for one in seen if one.swapped_pir is not None]
+    own = torch.cat([row.pir for row in seen])
+    swapped_pirs = [row.swapped_pir for row in seen if row.swapped_pir is not None]
     swapped = torch.cat(swapped_pirs) if swapped_pirs else torch.empty(0)
-    shown = [_row(one, tokenizer, weighting) for one in seen]
+    shown = [_row(row, tokenizer, weighting) for row in seen]
     ranked = sorted(range(len(shown)), key=lambda number: -float(shown[number]["pir_mean"]))
     return {
         "own": {**loss.weight_statistics(own, weighting), "tokens": own.numel()},
@@ -147,18 +147,18 @@ def _figures(seen: list[Seen], tokenizer: PreTrainedTokenizerBase, config: PerCE
 def _users(seen: Sequence[Seen]) -> list[dict[str, Any]]:
     """Mean PIR of each user's tokens, with the own profile and with another's (None where there is no other)."""
     by_user: dict[str, list[Seen]] = defaultdict(list)
-    for one in seen:
-        by_user[one.pair.row.user].append(one)
-    told = []
-    for user, theirs in sorted(by_user.items()):
-        own = torch.cat([one.pir for one in theirs])
-        swapped = [row.swapped_pir for row in theirs if row.swapped_pir is not None]
+    for seen_row in seen:
+        by_user[seen_row.pair.row.user].append(seen_row)
+    users = []
+    for user, rows in sorted(by_user.items()):
+        own = torch.cat([row.pir for row in rows])
+        swapped = [row.swapped_pir for row in rows if row.swapped_pir is not None]
         means = {
             "pir_mean": float(own.mean()),
             "swapped_pir_mean": float(torch.cat(swapped).mean()) if swapped else None,
         }
-        told.append({"user": user, "rows": len(theirs), "tokens": own.numel(), **means})
-    return told
+        users.append({"user": user, "rows": len(rows), "tokens": own.numel(), **means})
+    return users
 
 
 def signal(seen: Sequence[Seen]) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def signal(seen: Sequence[Seen]) -> dict[str, Any]:
     A paired bootstrap over rows, grouped by user, 95 %. `says`: "signal", "none", or "unknown" where there are too few
     rows or users to tell.
     """
-    swapped = [(one.pair.row.user, one.pir, one.swapped_pir) for one in seen if one.swapped_pir is not None]
+    swapped = [(row.pair.row.user, row.pir, row.swapped_pir) for row in seen if row.swapped_pir is not None]
     bootstrap = Bootstrap([user for user, _, _ in swapped])
     rows, users = bootstrap.rows, bootstrap.users
     counts = f"{counted(rows, 'row')} of {counted(users, 'user')}"
@@ -175,13 +175,13 @@ def signal(seen: Sequence[Seen]) -> dict[str, Any]:
     if low is None or high is None:
         sentence = f"{counts} with another's profile are too few to tell whether they matter."
         return {"says": "unknown", "mean": None, "low": None, "high": None, "rows": rows, "sentence": sentence}
-    told = f"{mean:+.3f} nats a token (95 % interval {low:+.3f} to {high:+.3f}, {counts})"
+    margin = f"{mean:+.3f} nats a token (95 % interval {low:+.3f} to {high:+.3f}, {counts})"
     if low > 0:
-        sentence = f"The profiles carry signal: the own profile helps more than another user's by {told}."
+        sentence = f"The profiles carry signal: the own profile helps more than another user's by {margin}."
     elif high < 0:
-        sentence = f"The profiles carry no signal: another user's helps more; own less another user's is {told}."
+        sentence = f"The profiles carry no signal: another user's helps more; own less another user's is {margin}."
     else:
-        sentence = f"The profiles carry no signal that can be told from chance: own less another user's is {told}."
+        sentence = f"The profiles carry no signal that can be told from chance: own less another user's is {margin}."
     if users < FEW_USERS:
         sentence += " With so few users the interval is too narrow: take it as a hint."
     return {
@@ -196,16 +196,16 @@ def _histogram(pir: Tensor) -> list[int]:
     return [int(count) for count in np.histogram(clipped, bins=EDGES)[0]]
 
 
-def _row(one: Seen, tokenizer: PreTrainedTokenizerBase, weighting: loss.Weighting) -> dict[str, Any]:
-    ids = [label for label in one.pair.factual.labels if label != IGNORED]
-    weight = weighting.weights(one.pir)
+def _row(seen_row: Seen, tokenizer: PreTrainedTokenizerBase, weighting: loss.Weighting) -> dict[str, Any]:
+    ids = [label for label in seen_row.pair.factual.labels if label != IGNORED]
+    weight = weighting.weights(seen_row.pir)
     units = [
         {**unit, "weight": float(weight[tokens].mean())}
-        for tokens, unit in leaning_units(tokenizer, ids, one.factual, one.counterfactual)
+        for tokens, unit in leaning_units(tokenizer, ids, seen_row.factual, seen_row.counterfactual)
     ]
-    row = one.pair.row
-    known = {"row": row.where, "user": row.user, "query": row.query, "profile": one.pair.profile}
-    means = {"pir_mean": float(one.pir.mean()), "mean_absolute_pir": float(one.pir.abs().mean())}
+    row = seen_row.pair.row
+    known = {"row": row.where, "user": row.user, "query": row.query, "profile": seen_row.pair.profile}
+    means = {"pir_mean": float(seen_row.pir.mean()), "mean_absolute_pir": float(seen_row.pir.abs().mean())}
     return {**known, **means, "units": units}
 
 
@@ -218,7 +218,7 @@ def _words(rows: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
     totals.pop("", None)
     often = {word: pirs for word, pirs in totals.items() if len(pirs) > 1} or totals
     ranked = [{"word": word, "pir": sum(pirs) / len(pirs), "count": len(pirs)} for word, pirs in often.items()]
-    return sorted(ranked, key=lambda one: -float(one["pir"]))
+    return sorted(ranked, key=lambda entry: -float(entry["pir"]))
 
 
 def _spelled(units: Sequence[dict[str, Any]]) -> Iterator[tuple[str, float]]:

@@ -161,19 +161,19 @@ class Judge:
                 gained = [own - other for own, other in zip(scored["own"], scored[name], strict=True)]
                 gives[name] = np.array([float(row.clamp(min=0).sum()) for row in gained])
                 costs[name] = np.array([float(row.clamp(max=0).sum()) for row in gained])
-        every = {name: by_part["all"] for name, by_part in summed.items()}
-        identified = identify(every)
-        identified |= {f"{name} relative": values for name, values in identify(every, self._base).items()}
+        totals = {name: by_part["all"] for name, by_part in summed.items()}
+        identified = identify(totals)
+        identified |= {f"{name} relative": values for name, values in identify(totals, self._base).items()}
         return ArmSums(summed, gives, costs, identified)
 
     def figures(self, sums: Mapping[str, Array], less: Mapping[str, Array] | None = None) -> dict[str, Any]:
         """Nats a token of each part: {value, low, high}; None where no token is of it. `less` is taken away first."""
-        told: dict[str, Any] = {}
+        figures: dict[str, Any] = {}
         for part, totals in sums.items():
             paired = totals if less is None else totals - less[part]
             known = self.tokens[part].sum() > 0
-            told[part] = self.bootstrap.ratio(paired, self.tokens[part])._asdict() if known else None
-        return told
+            figures[part] = self.bootstrap.ratio(paired, self.tokens[part])._asdict() if known else None
+        return figures
 
     def worth(self, sums: ArmSums, over: str) -> dict[str, Any]:
         """What the own profile is worth over another condition, nats a token of each part; `gives` and `costs`."""
@@ -229,11 +229,11 @@ def before_and_after(
             {
                 "row": case.pair.row.where,
                 "user": case.pair.row.user,
-                "tokens": one.numel(),
-                "base": -float(one.sum()),
+                "tokens": base_values.numel(),
+                "base": -float(base_values.sum()),
                 "adapter": -float(other.sum()),
             }
-            for case, one, other in zip(found, base[name], adapter[name], strict=True)
+            for case, base_values, other in zip(found, base[name], adapter[name], strict=True)
         ]
         known = {"profile": name, **by_part["all"], "personal": by_part["personal"]}
         records.append({**known, "rows": len(found), "per_row": per_row})

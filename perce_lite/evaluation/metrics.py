@@ -80,7 +80,7 @@ def text_scores(written: str, generated: str) -> dict[str, float]:
     from sacrebleu import sentence_chrf
 
     rouge = RougeScorer(["rouge1", "rougeL"], tokenizer=_Words()).score(written, generated)
-    scores = {name: float(one.fmeasure) for name, one in rouge.items()}
+    scores = {name: float(score.fmeasure) for name, score in rouge.items()}
     scores["chrf"] = sentence_chrf(generated, [written]).score / 100
     if has_meteor():
         from nltk.translate.meteor_score import meteor_score

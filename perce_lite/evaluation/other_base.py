@@ -37,14 +37,14 @@ def tokens_by_other_base(
     store = store_of(config.store, base.model, config.autocast)
     chosen: dict[str, list[Tensor]] = {}
     unread = 0
-    for split, some in found.items():
-        made = [maker.make([case.pair.row]) for case in some]
+    for split, split_cases in found.items():
+        made = [maker.make([case.pair.row]) for case in split_cases]
         pairs = [Case(pair[0], {"own": pair[0].factual, "none": pair[0].counterfactual}) for pair in made if pair]
-        names, told = ("own", "none"), f"{name}, {split}"
-        scored = score_cases(base.model, pairs, names, store, config.autocast, told, False) if pairs else None
+        names, label = ("own", "none"), f"{name}, {split}"
+        scored = score_cases(base.model, pairs, names, store, config.autocast, label, False) if pairs else None
         spans = iter(_personal(pairs, scored, config.clip_min, base.tokenizer) if scored else ())
         masks = []
-        for case, pair in zip(some, made, strict=True):
+        for case, pair in zip(split_cases, made, strict=True):
             covered = next(spans) if pair else None
             mask = None if covered is None else tokens_covered(case.pair, tokenizer, covered)
             unread += mask is None

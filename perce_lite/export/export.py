@@ -88,8 +88,8 @@ def _written(job: Job, base_gguf: Path | None) -> dict[str, Any]:
             try:
                 figures |= {"proof": verify(aside, base_gguf)["proof"]}
             except ExportError as error:
-                told = str(error).replace(str(aside), str(job.place))
-                raise ExportError(f"The proof failed, so nothing was kept. {told}") from error
+                reason = str(error).replace(str(aside), str(job.place))
+                raise ExportError(f"The proof failed, so nothing was kept. {reason}") from error
             if source_hash(job.source) != exported:
                 raise ExportError(changed)
     except OSError as error:
@@ -110,11 +110,11 @@ def verify(folder: Path, base_gguf: Path | None = None) -> dict[str, Any]:
         raise ExportError(f"{folder / PROOF}: target {proof.target} is not one of {', '.join(TARGETS)}")
     effect = gap(proof.adapter, proof.base)
     _check_base_gguf(proof.target, base_gguf)
-    found = _VERIFIERS[proof.target](folder, proof, base_gguf)
+    result = _VERIFIERS[proof.target](folder, proof, base_gguf)
     return {
         "target": proof.target,
         "folder": str(folder),
-        "proof": {**found, "tolerance": proof.tolerance, "effect": effect, "tokens": len(proof.adapter)},
+        "proof": {**result, "tolerance": proof.tolerance, "effect": effect, "tokens": len(proof.adapter)},
     }
 
 
@@ -146,8 +146,8 @@ def preflight(metadata: Metadata, target: str) -> None:
     shape = metadata["base"]["shape"]
     recipe = on_cpu(metadata, quantised=False)
     adapters_own = faults(target, config, shape[0], bool(shape[-1]), recipe.profile_pass)
-    if found := [*adapters_own, *base_faults(recipe, target)]:
-        raise ExportError(f"{metadata['folder']}: {target} cannot take this adapter: {'; '.join(found)}.")
+    if reasons := [*adapters_own, *base_faults(recipe, target)]:
+        raise ExportError(f"{metadata['folder']}: {target} cannot take this adapter: {'; '.join(reasons)}.")
     if target not in ("gguf", "ollama") and recipe.profile_pass == "full":
         return
     tokenizer = load_tokenizer(recipe)
@@ -208,13 +208,13 @@ def _evaluated(path: Path, source: Path) -> tuple[str, ...]:
     Raises:
         ExportError: no such file, or one of other adapters.
     """
-    found = read_json(path)
-    if not isinstance(found, dict) or not {"sentences", "arms"} <= set(found):
+    figures = read_json(path)
+    if not isinstance(figures, dict) or not {"sentences", "arms"} <= set(figures):
         raise ExportError(f"--evaluation {path}: is not what `perce-lite eval --json FILE` writes.")
-    judged = {Path(one).resolve() for one in found["arms"].values() if one is not None}
+    judged = {Path(folder).resolve() for folder in figures["arms"].values() if folder is not None}
     if not judged & {source.resolve(), source.resolve().parent}:
         raise ExportError(f"--evaluation {path}: it judges {', '.join(map(str, sorted(judged)))}, not {source}.")
-    return tuple(found["sentences"])
+    return tuple(figures["sentences"])
 
 
 def _check_free(place: Path, force: bool) -> None:
@@ -222,7 +222,7 @@ def _check_free(place: Path, force: bool) -> None:
     standing = next(parent for parent in place.absolute().parents if parent.exists())
     if standing.is_dir() and not os.access(standing, os.W_OK):
         raise ExportError(f"{place}: nothing may be written in {standing}. Give another --out.")
-    if file := next((one for one in place.parents if one.exists() and not one.is_dir()), None):
+    if file := next((parent for parent in place.parents if parent.exists() and not parent.is_dir()), None):
         raise ExportError(f"{place}: cannot be a folder, for {file} is a file. Give another --out.")
     if not place.exists() and not place.is_symlink():
         return
@@ -240,8 +240,8 @@ def _check_free(place: Path, force: bool) -> None:
 def _verify_vllm(folder: Path, proof: Proof) -> dict[str, Any]:
     """As for peft, and the adapter's config once more against what vLLM takes."""
     config = read_json(folder / "adapter_config.json")
-    if isinstance(config, dict) and (found := faults("vllm", config)):
-        raise ExportError(f"{folder}: vLLM does not take it any more: {'; '.join(found)}. Export again.")
+    if isinstance(config, dict) and (reasons := faults("vllm", config)):
+        raise ExportError(f"{folder}: vLLM does not take it any more: {'; '.join(reasons)}. Export again.")
     return dict(verify_peft(folder, proof))
 
 

@@ -52,48 +52,52 @@ def export_all(
         serving, bare = served(registry)
     if target == "vllm" and out is None:
         out = resolver_folder.default_place(folder)
-        for left in resolver_folder.remove_others(out, {served_name(one.key) for one in serving}):
+        for left in resolver_folder.remove_others(out, {served_name(entry.key) for entry in serving}):
             say(f"{left}: removed, for it serves nobody any more")
-    told = []
+    outcomes = []
     with progress_bar() as bar, no_bars(), kept():
         progress = bar.add_task("Exports", total=len(serving), note="")
-        for one in serving:
-            place = one.folder.with_name(f"{one.folder.name}-{target}") if out is None else out / served_name(one.key)
-            done = {"adapter": " ".join(one.key), "users": one.users, "folder": str(place)}
-            told.append(done | _export(one, target, place, force, base_gguf, quant))
+        for adapter in serving:
+            place = (
+                adapter.folder.with_name(f"{adapter.folder.name}-{target}")
+                if out is None
+                else out / served_name(adapter.key)
+            )
+            done = {"adapter": " ".join(adapter.key), "users": adapter.users, "folder": str(place)}
+            outcomes.append(done | _export(adapter, target, place, force, base_gguf, quant))
             bar.update(progress, advance=1, note=done["adapter"])
-    failed = sum(one["state"] == "failed" for one in told)
-    figures = {"fleet": str(folder), "target": target, "exports": told, "served_by_base": bare, "failed": failed}
-    if target == "vllm" and out is not None and (laid_out := resolver_folder.finish(out, told, bare)) is not None:
+    failed = sum(outcome["state"] == "failed" for outcome in outcomes)
+    figures = {"fleet": str(folder), "target": target, "exports": outcomes, "served_by_base": bare, "failed": failed}
+    if target == "vllm" and out is not None and (laid_out := resolver_folder.finish(out, outcomes, bare)) is not None:
         figures |= {"folder": str(laid_out.place), "serve": laid_out.serve}
     return figures
 
 
 def served(registry: Registry) -> tuple[list[Served], list[str]]:
     """The adapters that serve somebody, and the users whom the bare base serves."""
-    found: dict[Key, Served] = {}
+    by_adapter: dict[Key, Served] = {}
     bare = []
     for user in registry.users():
         serves = who(registry, user)
         if serves.adapter is None or serves.folder is None:
             bare.append(user)
             continue
-        found.setdefault(serves.adapter, Served(serves.adapter, Path(serves.folder))).users.append(user)
-    return list(found.values()), bare
+        by_adapter.setdefault(serves.adapter, Served(serves.adapter, Path(serves.folder))).users.append(user)
+    return list(by_adapter.values()), bare
 
 
 def _export(
-    one: Served, target: str, place: Path, force: bool, base_gguf: Path | None, quant: str | None
+    adapter: Served, target: str, place: Path, force: bool, base_gguf: Path | None, quant: str | None
 ) -> dict[str, Any]:
     """One adapter: what became of it."""
     try:
-        if not force and _holds(one.folder, target, place, base_gguf, quant):
+        if not force and _holds(adapter.folder, target, place, base_gguf, quant):
             return {"state": "kept"}
-        figures = export(one.folder, target, place, True, base_gguf, quant)
+        figures = export(adapter.folder, target, place, True, base_gguf, quant)
     except DiskFullError:
         raise
     except PerceLiteError as error:
-        warn(f"{' '.join(one.key)}: left out. {error}")
+        warn(f"{' '.join(adapter.key)}: left out. {error}")
         return {"state": "failed", "why": str(error)}
     return {"state": "exported", "proof": figures["proof"]}
 

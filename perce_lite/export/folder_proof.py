@@ -35,7 +35,7 @@ def check_tensors(found: Iterable[tuple[str, Tensor]], proof: Proof, folder: Pat
     hashes = {name: fingerprint(tensor) for name, tensor in found}
     if missing := sorted(set(proof.fingerprints) ^ set(hashes)):
         raise ExportError(f"{folder}: tensors are missing or were added: {', '.join(missing[:5])}. Export again.")
-    if wrong := [name for name, one in hashes.items() if one != proof.fingerprints[name]]:
+    if wrong := [name for name, digest in hashes.items() if digest != proof.fingerprints[name]]:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ExportError(f"{folder}: a corrupted tensor: {wrong[0]}{more} is not what was exported. Export again.")
 
@@ -58,10 +58,10 @@ def check_base(found: Sketch, proof: Proof, where: str) -> None:
 
     Layers of a merged model are left to its log-probs and hashes, which say more of what is wrong.
     """
-    theirs, ours = found.model_dump(), proof.sketch.model_dump()
-    if not same_base({**theirs, "layers": []}, ours):
+    sketch, ours = found.model_dump(), proof.sketch.model_dump()
+    if not same_base({**sketch, "layers": []}, ours):
         what = "its embedding is not that"
-    elif proof.target != "merged" and not same_base(theirs, ours):
+    elif proof.target != "merged" and not same_base(sketch, ours):
         what = "the weights of its layers are not those"
     else:
         return

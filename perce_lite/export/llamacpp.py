@@ -51,14 +51,14 @@ def read_base(path: Path) -> GgufBase:
         reader = gguf.GGUFReader(path)
         architecture = str(_value(reader, "general.architecture"))
         layers, width = (int(_value(reader, f"{architecture}.{key}")) for key in ("block_count", "embedding_length"))
-        tokens = [str(one) for one in _value(reader, "tokenizer.ggml.tokens")]
+        tokens = [str(token) for token in _value(reader, "tokenizer.ggml.tokens")]
         [embedding] = [tensor for tensor in reader.tensors if tensor.name == "token_embd.weight"]
     except (ValueError, KeyError, IndexError) as error:
         raise ExportError(f"{path}: no GGUF file of a language model: {error}") from error
     rows = np.linspace(0, int(embedding.shape[1]) - 1, 64).astype(int)
     columns = np.linspace(0, width - 1, 64).astype(int)
     whole = gguf.quants.dequantize(embedding.data[rows], embedding.tensor_type)  # (64, width)
-    exact = all(one.tensor_type in _EXACT for one in reader.tensors)
+    exact = all(tensor.tensor_type in _EXACT for tensor in reader.tensors)
     return GgufBase(path, architecture, layers, width, tokens, whole[range(64), columns].tolist(), exact)
 
 
@@ -137,8 +137,8 @@ class Llama:
 
     def greedy(self, ids: Sequence[int]) -> int | None:
         """The likeliest token behind `ids`; None where it ends the answer or is no whole character."""
-        told = self._said(self._server.handle_completions({"prompt": list(ids), **_ONE_TOKEN}))
-        return None if told is None else told[0]
+        token = self._said(self._server.handle_completions({"prompt": list(ids), **_ONE_TOKEN}))
+        return None if token is None else token[0]
 
     def chat(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any], wanted: int) -> tuple[int, float]:
         """How many ids the file's own chat template makes of `messages`, and the log-prob of `wanted` behind them.
@@ -155,15 +155,15 @@ class Llama:
         return answer["usage"]["prompt_tokens"], log_prob
 
     def _of(self, wanted: int, answer: Mapping[str, Any]) -> float:
-        told = self._said(answer)
-        return math.nan if told is None or told[0] != wanted else told[1]
+        token = self._said(answer)
+        return math.nan if token is None or token[0] != wanted else token[1]
 
     def _said(self, answer: Mapping[str, Any]) -> tuple[int, float] | None:
         """Id and log-prob of the one token of an answer; None where it says none."""
         if "choices" not in answer:
             raise ExportError(f"llama.cpp cannot answer with {self._path}: {answer}")
-        told = answer["choices"][0].get("logprobs")
-        if not told or not told["content"]:
+        log_probs = answer["choices"][0].get("logprobs")
+        if not log_probs or not log_probs["content"]:
             return None
-        said = told["content"][0]
-        return None if said["logprob"] is None else (said["id"], float(said["logprob"]))
+        token = log_probs["content"][0]
+        return None if token["logprob"] is None else (token["id"], float(token["logprob"]))

@@ -50,7 +50,7 @@ class Modelfile:
                 raise ExportError(f'ollama: the {what} holds """, which ends a text in a Modelfile.')
         lines = [f"FROM ./{self.weights}", f'TEMPLATE """{self.template}"""']
         lines += [f'SYSTEM """{self.system}"""'] if self.system else []
-        lines += [f'PARAMETER stop "{one}"' for one in self.stops]
+        lines += [f'PARAMETER stop "{stop}"' for stop in self.stops]
         lines += [f"PARAMETER {name} {value}" for name, value in self.parameters]
         return "\n".join(lines) + "\n"
 
@@ -65,17 +65,17 @@ def read(path: Path) -> Modelfile:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ExportError(f"{path}: cannot be read: {error}. Export again.") from error
-    said: dict[str, list[str]] = {}
-    for found in _LINE.finditer(text):
-        said.setdefault(found[1], []).append(found[2] or found[3] or found[4] or "")
+    instructions: dict[str, list[str]] = {}
+    for match in _LINE.finditer(text):
+        instructions.setdefault(match[1], []).append(match[2] or match[3] or match[4] or "")
     rest = _LINE.sub("", text)
-    if rest.strip() or [len(said.get(one, [])) for one in ("FROM", "TEMPLATE")] != [1, 1]:
+    if rest.strip() or [len(instructions.get(instruction, [])) for instruction in ("FROM", "TEMPLATE")] != [1, 1]:
         raise ExportError(f"{path}: damaged: it does not say FROM, TEMPLATE, SYSTEM and stop tokens as it did.")
-    stops = tuple(said.get("PARAMETER stop", []))
-    others = ((name.split()[-1], values) for name, values in said.items() if name.startswith("PARAMETER"))
+    stops = tuple(instructions.get("PARAMETER stop", []))
+    others = ((name.split()[-1], values) for name, values in instructions.items() if name.startswith("PARAMETER"))
     parameters = tuple((name, value) for name, values in others if name != "stop" for value in values)
-    weights = said["FROM"][0].removeprefix("./")
-    return Modelfile(weights, said["TEMPLATE"][0], stops, "".join(said.get("SYSTEM", [])), parameters)
+    weights = instructions["FROM"][0].removeprefix("./")
+    return Modelfile(weights, instructions["TEMPLATE"][0], stops, "".join(instructions.get("SYSTEM", [])), parameters)
 
 
 def parameters_of(recipe: Recipe) -> tuple[tuple[str, str], ...]:
@@ -95,21 +95,21 @@ def check(folder: Path, proof: Proof, weights: str) -> None:
     weights: the file that is proven, so the one that it has to name
     """
     path = folder / NAME
-    found = read(path)
-    for prompt, one in zip(proof.rendered, dialogues(proof.messages), strict=True):
-        if (got := render(found.template, one)) != prompt:
+    modelfile = read(path)
+    for prompt, dialogue in zip(proof.rendered, dialogues(proof.messages), strict=True):
+        if (got := render(modelfile.template, dialogue)) != prompt:
             raise ExportError(
                 f"{path}: another template: a fixed dialogue ends in {got[-60:]!r}, and in training in "
                 f"{prompt[-60:]!r}. Export again."
             )
-    if list(found.stops) != proof.stops:
+    if list(modelfile.stops) != proof.stops:
         raise ExportError(
-            f"{path}: other stop tokens: {', '.join(found.stops)}; training saw {', '.join(proof.stops)}."
+            f"{path}: other stop tokens: {', '.join(modelfile.stops)}; training saw {', '.join(proof.stops)}."
         )
-    if found.system != system_of(proof.messages):
+    if modelfile.system != system_of(proof.messages):
         raise ExportError(f"{path}: another system prompt than that of training. Export again.")
-    if found.weights != weights:
-        raise ExportError(f"{path}: FROM names {found.weights}, and what is proven is {weights}. Export again.")
+    if modelfile.weights != weights:
+        raise ExportError(f"{path}: FROM names {modelfile.weights}, and what is proven is {weights}. Export again.")
     if not (folder / weights).is_file():
         raise ExportError(f"{path}: FROM names {weights}, which is not there. Export again.")
 
@@ -169,8 +169,8 @@ def _knows_system(chat: Chat) -> bool:
 
 def _marked(system: bool) -> list[Message]:
     roles = ("system", "user", "assistant", "user")
-    every = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)]
-    return every if system else every[1:]
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, _MARKS, strict=True)]
+    return messages if system else messages[1:]
 
 
 def retold(chat: Chat, messages: Sequence[Message]) -> str:
@@ -222,8 +222,8 @@ def render(template: str, messages: Sequence[Message]) -> str:
     parts = re.split(r"\{\{ (.*?) \}\}", template)
     if len(parts) < 5 or parts[0] or parts[1] != "range $i, $_ := .Messages" or parts[-2] != "end" or parts[-1]:
         raise ExportError("The Modelfile's template is not one that PerCE Lite wrote. Export again.")
-    system = any(one["role"] == "system" for one in messages)
-    said = []
+    system = any(turn["role"] == "system" for turn in messages)
+    turns = []
     for index, message in enumerate(messages):
         holds = {
             _FIRST: index == 0,
@@ -231,19 +231,19 @@ def render(template: str, messages: Sequence[Message]) -> str:
             _LAST: index == len(messages) - 1,
             **{_ROLE.format(role): message["role"] == role for role in ("system", "user")},
         }
-        said.append(_turn(parts[2:-2], message["content"], holds))
-    return "".join(said)
+        turns.append(_turn(parts[2:-2], message["content"], holds))
+    return "".join(turns)
 
 
 def _turn(parts: Sequence[str], content: str, holds: Mapping[str, bool]) -> str:
     """One message. parts: text and, at odd places, what stands in braces; holds: which conditions do."""
-    said: list[str] = []
+    pieces: list[str] = []
     open_ifs: list[tuple[bool, bool]] = []  # whether this branch speaks, whether one of the `if` has spoken
     for at, part in enumerate(parts):
         speaks = all(now for now, _ in open_ifs)
         word, _, condition = part.partition("if ")
         if at % 2 == 0 or part == ".Content":
-            said += [part if at % 2 == 0 else content] if speaks else []
+            pieces += [part if at % 2 == 0 else content] if speaks else []
         elif word in ("", "else ") and condition in holds:
             spoken = open_ifs.pop()[1] if word else False
             now = not spoken and holds[condition]
@@ -256,4 +256,4 @@ def _turn(parts: Sequence[str], content: str, holds: Mapping[str, bool]) -> str:
             raise ExportError(f"The Modelfile's template says {part!r}, which PerCE Lite does not write. Export again.")
     if open_ifs:
         raise ExportError("The Modelfile's template has an `if` without its end. Export again.")
-    return "".join(said)
+    return "".join(pieces)

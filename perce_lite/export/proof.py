@@ -113,9 +113,9 @@ def read_proof(folder: Path) -> Proof:
     Raises:
         ExportError: there is none, or it is torn or of another version.
     """
-    found = written_proof(folder)
+    fields = written_proof(folder)
     try:
-        proof = Proof.model_validate(found)
+        proof = Proof.model_validate(fields)
     except ValidationError as error:
         faults = ", ".join(sorted({".".join(map(str, fault["loc"])) for fault in error.errors()}))
         raise ExportError(f"{folder / PROOF}: damaged, or of another version of PerCE Lite: {faults}") from error
@@ -223,19 +223,19 @@ def expected(model: nn.Module, ids: Sequence[int], adapters: bool, prefix: int =
     """Log-probs of the last tokens of `ids` as training scores them; an adapter sleeps through the `prefix`."""
     scored = min(_SCORED, len(ids) - 1)
     labels = [IGNORED] * (len(ids) - scored) + list(ids[-scored:])
-    found: list[float] = []
+    log_probs: list[float] = []
     compute_log_probs(
-        model, [Tokens(list(ids), labels, prefix)], adapters, None, lambda _, values: found.extend(values.tolist())
+        model, [Tokens(list(ids), labels, prefix)], adapters, None, lambda _, values: log_probs.extend(values.tolist())
     )
-    return found
+    return log_probs
 
 
 def plain_log_probs(model: nn.Module, ids: Sequence[int], scored: int) -> list[float]:
     """Log-probs of the last `scored` tokens of `ids` as anybody would compute them from the model's logits."""
     with torch.no_grad():
         logits = model.eval()(input_ids=torch.tensor([ids])).logits[0].float()  # (T, V)
-    every = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]  # (T-1,)
-    return [float(one) for one in every[-scored:]]
+    log_probs = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids)[1:, None])[:, 0]  # (T-1,)
+    return [float(value) for value in log_probs[-scored:]]
 
 
 def gap(one: Sequence[float], other: Sequence[float]) -> float:

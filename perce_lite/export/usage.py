@@ -59,24 +59,24 @@ def llama_cpp(model: str, metadata: Mapping[str, Any], recipe: Recipe, profile: 
 
 def as_trained(target: str, metadata: Mapping[str, Any], recipe: Recipe, profile: str) -> str:
     """What a program has to put into the prompt so that it reads as in training."""
-    said = []
+    lines = []
     if profile:
         where = "the Modelfile, as its SYSTEM" if target == "ollama" else f"{SYSTEM}: give it as the system message"
         ahead = "" if target == "ollama" else ", or ahead of the question where the chat template has none"
-        said.append(f"- The profile is in {where}{ahead}. The proof was made with it. It holds the user's own texts.")
+        lines.append(f"- The profile is in {where}{ahead}. The proof was made with it. It holds the user's own texts.")
     elif metadata["train_on"] == "factual":
         texts = (recipe.template.profile, recipe.template.system or "")
         wrapped, system = (json.dumps(text, ensure_ascii=False) for text in texts)
-        said.append(
+        lines.append(
             f"- The profile stands in the prompt as {wrapped}, in the system message (after {system}) or, where the "
             "chat template has none, ahead of the question."
         )
     if target != "ollama" and (options := template_options(metadata, recipe)):
-        said.append(
+        lines.append(
             f"- The chat template is given {json.dumps(options)} (`chat_template_kwargs` of a request to vLLM or "
             "llama-server)."
         )
-    return "\n".join(["## The prompt, as in training", "", *said, ""]) if said else ""
+    return "\n".join(["## The prompt, as in training", "", *lines, ""]) if lines else ""
 
 
 def template_options(metadata: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:

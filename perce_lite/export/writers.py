@@ -110,8 +110,8 @@ def _write_merged(job: Job, aside: Path) -> dict[str, Any]:
     del merged  # the base as trained is loaded next
     drift = _drift(job, proof, in_float32)
     dtype = str(kept).removeprefix("torch.")
-    told = f"## Merged\n\nThe adapter is merged into the original weights, kept in {dtype}. {merge_drift(drift)}\n"
-    _finish(job, recipe, aside, proof, told)
+    section = f"## Merged\n\nThe adapter is merged into the original weights, kept in {dtype}. {merge_drift(drift)}\n"
+    _finish(job, recipe, aside, proof, section)
     return {"dtype": dtype, "drift": drift}
 
 
@@ -239,7 +239,7 @@ def _drift(job: Job, proof: Proof, in_float32: list[float]) -> dict[str, Any]:
         with base_for(trained) as base:
             model, _ = _on(base.model, base.tokenizer, job)
             as_trained = expected(model, proof.ids, adapters=True)
-    differences = [abs(one - other) for one, other in zip(as_trained, proof.adapter, strict=True)]
+    differences = [abs(value - other) for value, other in zip(as_trained, proof.adapter, strict=True)]
     mean = sum(differences) / len(differences)
     return {"quantization": trained.quantization, "mean": mean, "max": max(differences)}
 

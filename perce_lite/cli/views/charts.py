@@ -33,9 +33,9 @@ def curves(lines: Sequence[Line], unit: str) -> str:
         figure = Figure(figsize=(5.0, 2.6))
         FigureCanvasSVG(figure)
         axes = figure.subplots()
-        for number, one in enumerate(lines):
-            marker = "o" if len(one.steps) == 1 else None
-            axes.plot(one.steps, one.values, color=_SERIES[number], linewidth=1.4, marker=marker, label=one.name)
+        for number, curve in enumerate(lines):
+            marker = "o" if len(curve.steps) == 1 else None
+            axes.plot(curve.steps, curve.values, color=_SERIES[number], linewidth=1.4, marker=marker, label=curve.name)
         axes.set_xlabel("optimizer step", color=soft)
         axes.set_ylabel(unit, color=soft)
         axes.tick_params(colors=ink, length=0)

@@ -50,16 +50,16 @@ def _worth(name: str, split: Mapping[str, Any]) -> Section:
         ("arm", "own profile over", "all tokens", "change against the base", "gives", "costs"),
         [
             (
-                one["arm"],
-                one["over"],
-                signed(one["all"]),
-                "–" if one["change"] is None else signed(one["change"]["all"]),
-                plain(one["gives"]),
-                plain(one["costs"]),
+                worth["arm"],
+                worth["over"],
+                signed(worth["all"]),
+                "–" if worth["change"] is None else signed(worth["change"]["all"]),
+                plain(worth["gives"]),
+                plain(worth["costs"]),
             )
-            for one in split["worth"]
+            for worth in split["worth"]
         ],
-        tuple(point(f"over {one['over']}", one["arm"], one["all"]) for one in split["worth"]),
+        tuple(point(f"over {worth['over']}", worth["arm"], worth["all"]) for worth in split["worth"]),
         "nats a token over all response tokens",
     )
 
@@ -69,24 +69,24 @@ def _losses(name: str, counted: str, split: Mapping[str, Any]) -> Section:
         f"{name}: loss a token",
         f"Nats, lower is better. {counted}.",
         ("arm", "profile in the prompt", *PARTS.values()),
-        [(one["arm"], one["profile"], *(plain(one[part]) for part in PARTS)) for one in split["losses"]],
-        tuple(point(one["profile"], one["arm"], one["all"]) for one in split["losses"]),
+        [(loss["arm"], loss["profile"], *(plain(loss[part]) for part in PARTS)) for loss in split["losses"]],
+        tuple(point(loss["profile"], loss["arm"], loss["all"]) for loss in split["losses"]),
         "loss a token over all response tokens, nats",
     )
 
 
 def _changes(name: str, split: Mapping[str, Any]) -> Section:
-    changed = [one for one in split["losses"] if one["change"] is not None]
+    changed = [loss for loss in split["losses"] if loss["change"] is not None]
     return Section(
         f"{name}: change against the base with the same profile",
         f"Nats a token, negative is better; {interval_note(split)}.",
         ("arm", "profile in the prompt", *PARTS.values()),
-        [(one["arm"], one["profile"], *(signed(one["change"][part]) for part in PARTS)) for one in changed],
+        [(loss["arm"], loss["profile"], *(signed(loss["change"][part]) for part in PARTS)) for loss in changed],
         tuple(
-            point(f"{PARTS[part]}, {one['arm']}", f"profile: {one['profile']}", one["change"][part])
-            for one in changed
+            point(f"{PARTS[part]}, {loss['arm']}", f"profile: {loss['profile']}", loss["change"][part])
+            for loss in changed
             for part in PARTS
-            if one["profile"] in ("own", "none") and one["change"][part] is not None
+            if loss["profile"] in ("own", "none") and loss["change"][part] is not None
         ),
         "change of the loss, nats a token",
     )
@@ -96,16 +96,16 @@ def _chosen(name: str, split: Mapping[str, Any]) -> list[Section]:
     parts = [part for part in CHOSEN if split["tokens"].get(part)]
     if not parts:
         return []
-    own = [one for one in split["losses"] if one["profile"] == "own"]
+    own = [loss for loss in split["losses"] if loss["profile"] == "own"]
     counts = ", ".join(f"{split['tokens'][part]} tokens {CHOSEN[part]}" for part in parts)
-    rows = [(one["arm"], *(_with_change(one, part) for part in parts)) for one in own]
+    rows = [(loss["arm"], *(_with_change(loss, part) for part in parts)) for loss in own]
     head = ("arm", *(CHOSEN[part] for part in parts))
     note = f"{CHOSEN_NOTE} Loss with the own profile, nats a token, then the change against the base; {counts}."
     return [Section(f"{name}: personal tokens, chosen by something else", note, head, rows)]
 
 
-def _with_change(one: Mapping[str, Any], part: str) -> str:
-    return plain(one[part]) + ("" if one["change"] is None else f" {signed(one['change'][part])}")
+def _with_change(loss: Mapping[str, Any], part: str) -> str:
+    return plain(loss[part]) + ("" if loss["change"] is None else f" {signed(loss['change'][part])}")
 
 
 def _who(name: str, split: Mapping[str, Any]) -> list[Section]:
@@ -113,10 +113,10 @@ def _who(name: str, split: Mapping[str, Any]) -> list[Section]:
     if who is None:
         return [Section(f"{name}: who wrote it", "No other users, so nobody to tell the writer from.", ("arm",), [])]
     rows: list[tuple[str, ...]] = [("chance", f"{who['chance']['top1']:.3f}", f"{who['chance']['mrr']:.3f}", "–", "–")]
-    for one in who["arms"]:
-        change = one["change"]
-        told = [plain(one[figure]) + ("" if change is None else f" {signed(change[figure])}") for figure in _FOUND]
-        rows.append((one["arm"], *told, plain(one.get("top1 relative")), plain(one.get("mrr relative"))))
+    for arm in who["arms"]:
+        change = arm["change"]
+        cells = [plain(arm[figure]) + ("" if change is None else f" {signed(change[figure])}") for figure in _FOUND]
+        rows.append((arm["arm"], *cells, plain(arm.get("top1 relative")), plain(arm.get("mrr relative"))))
     head = ("arm", "top-1", "MRR", "relative: top-1", "MRR")
     note = f"{WHO_NOTE} {who['candidates']} profiles a text; then the change against the base."
     return [Section(f"{name}: who wrote it", note, head, rows)]
@@ -129,17 +129,17 @@ def generated_texts(table: Sequence[Mapping[str, Any]]) -> list[Section]:
     """What generated answers are like, by arm and way."""
     if not table:
         return []
-    shown = [figure for figure in TEXT_FIGURES if any(figure in one["scores"] for one in table)]
+    shown = [figure for figure in TEXT_FIGURES if any(figure in row["scores"] for row in table)]
     usual = [figure for figure in shown if figure in _LIKENESS]
     person = [figure for figure in shown if figure not in usual]
-    drawn = next((one["answers"] // one["rows"] for one in table if one["sampled"]), None)
+    drawn = next((row["answers"] // row["rows"] for row in table if row["sampled"]), None)
     queries = counted(table[0]["rows"], "query", "queries")
     answers = f"{queries}, an answer each" + ("" if drawn is None else f", {drawn} where sampled")
     return [
         _text_table(
             "Generated text: likeness to what the user wrote",
             f"{answers}; 0 to 1, higher is better; then the change against the base in the same way.",
-            [one for one in table if usual and usual[0] in one["scores"]],
+            [row for row in table if usual and usual[0] in row["scores"]],
             usual,
         ),
         _text_table(
@@ -158,36 +158,44 @@ def generated_texts(table: Sequence[Mapping[str, Any]]) -> list[Section]:
 def _text_table(title: str, note: str, table: Sequence[Mapping[str, Any]], shown: Sequence[str]) -> Section:
     head = ("arm", "profile", *(TEXT_FIGURES[figure] for figure in shown))
     rows = []
-    for one in table:
-        told = [_text_figure(one, figure) for figure in shown]
-        arm = UNTRAINED.get(one["arm"], named(one["arm"])) if one["profile"] == "own" else named(one["arm"])
-        rows.append((arm, way_of(one), *told))
+    for row in table:
+        cells = [_text_figure(row, figure) for figure in shown]
+        arm = UNTRAINED.get(row["arm"], named(row["arm"])) if row["profile"] == "own" else named(row["arm"])
+        rows.append((arm, way_of(row), *cells))
     return Section(title, note, head, rows)
 
 
 def text_differences(differences: Sequence[Mapping[str, Any]]) -> list[Section]:
     """What separates the answers of two arms, a table for each arm that others are set against."""
     made = []
-    for against in dict.fromkeys(one["against"] for one in differences):
-        mine = [one for one in differences if one["against"] == against and one["change"] is not None]
-        shown = [figure for figure in TEXT_FIGURES if any(figure in one["change"] for one in mine)]
+    for against in dict.fromkeys(difference["against"] for difference in differences):
+        changed = [
+            difference
+            for difference in differences
+            if difference["against"] == against and difference["change"] is not None
+        ]
+        shown = [figure for figure in TEXT_FIGURES if any(figure in difference["change"] for difference in changed)]
         made.append(
             Section(
                 f"Generated text: difference from {named(against)}",
                 "Paired over the same queries and seeds, 95 % interval over queries grouped by user.",
                 ("arm", "profile", *(TEXT_FIGURES[figure] for figure in shown)),
                 [
-                    (named(one["arm"]), way_of(one), *(signed(one["change"].get(figure)) for figure in shown))
-                    for one in mine
+                    (
+                        named(difference["arm"]),
+                        way_of(difference),
+                        *(signed(difference["change"].get(figure)) for figure in shown),
+                    )
+                    for difference in changed
                 ],
             )
         )
     return made
 
 
-def _text_figure(one: Mapping[str, Any], figure: str) -> str:
-    change = None if one["change"] is None else one["change"].get(figure)
-    return plain(one["scores"].get(figure)) + ("" if change is None else f" {signed(change)}")
+def _text_figure(row: Mapping[str, Any], figure: str) -> str:
+    change = None if row["change"] is None else row["change"].get(figure)
+    return plain(row["scores"].get(figure)) + ("" if change is None else f" {signed(change)}")
 
 
 def _general(figures: Mapping[str, Any]) -> list[Section]:
@@ -195,9 +203,9 @@ def _general(figures: Mapping[str, Any]) -> list[Section]:
     if not table:
         return []
     rows = []
-    for one, spilled in zip(table, spill, strict=True):
+    for row, spilled in zip(table, spill, strict=True):
         share = "–" if spilled["answers"] is None else f"{spilled['answers']:.2f}"
-        rows.append((one["arm"], plain(one["loss"]), signed(one["change"]), signed(spilled["loss"]), share))
+        rows.append((row["arm"], plain(row["loss"]), signed(row["change"]), signed(spilled["loss"]), share))
     return [
         Section(
             "General ability and spill-over",
@@ -215,12 +223,12 @@ def _memory(figures: Mapping[str, Any]) -> list[Section]:
     if not table:
         return []
     split = next(iter(figures["splits"].values()))
-    held_out = {one["arm"]: one for one in split["losses"] if one["profile"] == "own"}
+    held_out = {loss["arm"]: loss for loss in split["losses"] if loss["profile"] == "own"}
     rows = []
-    for one in table:
-        change = held_out[one["arm"]]["change"]
+    for row in table:
+        change = held_out[row["arm"]]["change"]
         rows.append(
-            (one["arm"], plain(one["loss"]), signed(one["change"]), "–" if change is None else signed(change["all"]))
+            (row["arm"], plain(row["loss"]), signed(row["change"]), "–" if change is None else signed(change["all"]))
         )
     return [
         Section(
@@ -239,18 +247,18 @@ def _memory(figures: Mapping[str, Any]) -> list[Section]:
 def evaluation_sentences(figures: Mapping[str, Any]) -> list[str]:
     """The verdict: at most six sentences an adapter, judged on the first split, then what to be careful about."""
     arms = list(figures["arms"])[1:]
-    told = []
+    sentences = []
     for arm in arms:
         lines = _verdict(figures, arm)
-        told += lines if len(arms) == 1 else [f"{arm}: {line[0].lower()}{line[1:]}" for line in lines]
-    return told + caution(figures["splits"])
+        sentences += lines if len(arms) == 1 else [f"{arm}: {line[0].lower()}{line[1:]}" for line in lines]
+    return sentences + caution(figures["splits"])
 
 
 def _verdict(figures: Mapping[str, Any], arm: str) -> list[str]:
     name, split = next(iter(figures["splits"].items()))
-    own = next(one for one in split["losses"] if one["arm"] == arm and one["profile"] == "own")
-    worth = {one["over"]: one for one in split["worth"] if one["arm"] == arm}
-    texts = {(one["arm"], one["profile"]): one for one in figures["texts"] if not (one["sampled"] or one["personal"])}
+    own = next(loss for loss in split["losses"] if loss["arm"] == arm and loss["profile"] == "own")
+    worth = {row["over"]: row for row in split["worth"] if row["arm"] == arm}
+    texts = {(row["arm"], row["profile"]): row for row in figures["texts"] if not (row["sampled"] or row["personal"])}
     lines = [
         _person(name, worth.get("other user's"), own),
         _topic(worth.get("topical match"), own),
@@ -267,20 +275,20 @@ def _person(name: str, worth: Mapping[str, Any] | None, own: Mapping[str, Any]) 
     if worth is None:
         return f"No other users, so whether it is more personal cannot be told; {loss}."
     change = worth["change"]["all"]
-    said = {
+    verdicts = {
         "higher": "More personal",
         "lower": "Less personal",
         "same": "Not told apart from the base in how personal it is",
     }
     what = f"the own profile is worth {signed(change)} nats a token more over another user's than for the base"
-    return f"{said[side(change)]}, on {name} texts: {what}; {loss}."
+    return f"{verdicts[side(change)]}, on {name} texts: {what}; {loss}."
 
 
 def _topic(worth: Mapping[str, Any] | None, own: Mapping[str, Any]) -> str:
     if worth is None:
         return ""
     change = worth["change"]["all"]
-    said = {
+    verdicts = {
         "higher": "It is the person, not the topic",
         "lower": "It leans more on the topic than the base does",
         "same": "Topic or person cannot be told",
@@ -288,7 +296,7 @@ def _topic(worth: Mapping[str, Any] | None, own: Mapping[str, Any]) -> str:
     words = own["change"].get("by words")
     chosen = "" if words is None else f"; on words typical of the user the loss changes by {signed(words)}"
     worth_changes = f"over the best topical match the own profile's worth changes by {signed(change)}"
-    return f"{said[side(change)]}: {worth_changes}{chosen}."
+    return f"{verdicts[side(change)]}: {worth_changes}{chosen}."
 
 
 def _content(texts: Mapping[str, Any] | None) -> str:
@@ -296,9 +304,13 @@ def _content(texts: Mapping[str, Any] | None) -> str:
     if change is None:
         return ""
     kept = texts["scores"]["content"] if texts is not None else change
-    said = {"higher": "Content is kept better", "lower": "Content is lost", "same": "Content is kept as by the base"}
+    verdicts = {
+        "higher": "Content is kept better",
+        "lower": "Content is lost",
+        "same": "Content is kept as by the base",
+    }
     return (
-        f"{said[side(change)]}: answers keep {kept['value']:.0%} of the names, numbers and terms of the query, "
+        f"{verdicts[side(change)]}: answers keep {kept['value']:.0%} of the names, numbers and terms of the query, "
         f"{signed(change)} against the base with the same profile."
     )
 
@@ -308,16 +320,16 @@ def _copies(texts: Mapping[str, Any] | None, person: Mapping[str, Any] | None) -
     human = None if person is None else person["scores"].get("copied")
     if copied is None or human is None:
         return ""
-    said = "It copies" if (copied["low"] or 0.0) > human["value"] + 0.02 else "It does not parrot"
+    verdict = "It copies" if (copied["low"] or 0.0) > human["value"] + 0.02 else "It does not parrot"
     return (
-        f"{said}: {copied['value']:.1%} of the 8-word runs of its answers stand in the user's training texts; in the "
-        f"person's own held-out texts {human['value']:.1%}."
+        f"{verdict}: {copied['value']:.1%} of the 8-word runs of its answers stand in the user's training texts; in "
+        f"the person's own held-out texts {human['value']:.1%}."
     )
 
 
 def _ability(figures: Mapping[str, Any], arm: str) -> str:
-    general = next((one for one in figures["general"] if one["arm"] == arm), None)
-    spill = next((one for one in figures["spill_over"] if one["arm"] == arm), None)
+    general = next((row for row in figures["general"] if row["arm"] == arm), None)
+    spill = next((row for row in figures["spill_over"] if row["arm"] == arm), None)
     if general is None or spill is None:
         return ""
     return (
@@ -331,7 +343,7 @@ def _advice(figures: Mapping[str, Any], arm: str, own: Mapping[str, Any], texts:
     change = own["change"]["all"]
     if side(change) == "higher":
         return "To change: it is worse than the base on held-out texts; lower train.learning_rate or the epochs."
-    memory = next((one for one in figures["memory"] if one["arm"] == arm), None)
+    memory = next((row for row in figures["memory"] if row["arm"] == arm), None)
     if memory is not None and memory["change"]["value"] < 3 * min(0.0, change["value"]) - 0.1:
         return "To change: it knows its training texts far better than new ones; fewer epochs, or more texts."
     content = None if texts is None else texts["change"].get("content")

@@ -46,11 +46,11 @@ def write_figures(
         DiskFullError: no space left.
     """
     by_query: dict[tuple[str, str], list[tuple[str, str]]] = {}
-    for one in answers:
-        told = by_query.setdefault((one["row"], one["query"]), [(f"{one['user']} wrote", one["written"])])
-        told.append((f"{one['arm']}, profile: {way_of(one)}", one["text"]))
+    for answer in answers:
+        texts = by_query.setdefault((answer["row"], answer["query"]), [(f"{answer['user']} wrote", answer["written"])])
+        texts.append((f"{answer['arm']}, profile: {way_of(answer)}", answer["text"]))
     filters: Filters = {"drawn": lambda section: Markup(charts.drawn(section)), "words": words, "folds": folds}
-    told_by = [(f"{row}: {query}", told) for (row, query), told in by_query.items()]
+    told_by = [(f"{row}: {query}", pairs) for (row, query), pairs in by_query.items()]
     _write(
         "figures.html", path, filters, title=title, lead=lead, sentences=sentences, sections=sections, answers=told_by
     )

@@ -60,21 +60,23 @@ def show_plan(figures: dict[str, Any], recipe: str, overrides: Sequence[str] = (
     table.add_row(f"peak on {first['card']}", _gib(parts["total"]), _BASIS, style="bold")
     console.print(table)
     with_, without = _gib(parts["saved_with_checkpointing"]), _gib(parts["saved_without"])
-    told = [
+    sentences = [
         f"Longest row: {rows['longest']} tokens, {rows['with_loss']} with loss ({rows['source']}).",
         f"Saved for the backward pass: {with_} GiB with gradient checkpointing, {without} without.",
         "The peak: the first four, gradients of batches ahead, what is saved with a layer or the head at work (or "
         "scoring, before there is an optimizer), and the last two. No weights were loaded.",
     ]
     if frozen:
-        told.append(f"With profile_pass: frozen the prefixes are there too; the longest has {rows['prefix']} tokens.")
-    for sentence in told:
+        sentences.append(
+            f"With profile_pass: frozen the prefixes are there too; the longest has {rows['prefix']} tokens."
+        )
+    for sentence in sentences:
         console.print(Text(sentence))
     console.print(_gpus(figures["cards"], figures["fleet"]))
-    for one in figures["cards"]:
-        if one["overflow"] is not None:
-            console.print(Text(f"{one['card']}: {one['overflow']}"), style="red", soft_wrap=True)
-        console.print(Text(_advice(one, recipe, figures["fleet"], overrides)), soft_wrap=True)
+    for card in figures["cards"]:
+        if card["overflow"] is not None:
+            console.print(Text(f"{card['card']}: {card['overflow']}"), style="red", soft_wrap=True)
+        console.print(Text(_advice(card, recipe, figures["fleet"], overrides)), soft_wrap=True)
 
 
 def _gpus(gpus: list[dict[str, Any]], fleet: str | int | None) -> Table:
@@ -84,36 +86,36 @@ def _gpus(gpus: list[dict[str, Any]], fleet: str | int | None) -> Table:
     for name in [*names, *([] if fleet is None else ["users at once"]), "basis"]:
         narrowest = len("users at") if name == "users at once" else None
         table.add_column(name, justify="left" if name in ("GPU", "basis") else "right", min_width=narrowest)
-    for one in gpus:
-        fits = Text("yes", style="green") if one["fits"] else Text("no", style="red")
+    for gpu in gpus:
+        fits = Text("yes", style="green") if gpu["fits"] else Text("no", style="red")
         table.add_row(
-            one["card"], _gib(one["bytes"]), _gib(one["parts"]["total"]), fits, _or_none(one["longest_row"]),
-            _or_none(one["longest_row_alone"]), _or_none(one["largest_batch"]),
-            *([] if fleet is None else [_or_none(one["users_at_once"])]), _BASIS,
+            gpu["card"], _gib(gpu["bytes"]), _gib(gpu["parts"]["total"]), fits, _or_none(gpu["longest_row"]),
+            _or_none(gpu["longest_row_alone"]), _or_none(gpu["largest_batch"]),
+            *([] if fleet is None else [_or_none(gpu["users_at_once"])]), _BASIS,
         )  # fmt: skip
     return table
 
 
-def _advice(one: dict[str, Any], recipe: str, fleet: str | int | None, overrides: Sequence[str]) -> str:
+def _advice(card: dict[str, Any], recipe: str, fleet: str | int | None, overrides: Sequence[str]) -> str:
     command = f"perce-lite {'train' if fleet is None else 'fleet'} {shlex.quote(recipe)}"
-    if one["fits"] and fleet is not None and not one["slots_fit"]:
-        most = one["users_at_once"]
-        return f"{one['card']}: {fleet} users at once do not fit, {most} do\n  {command} " + _with(
+    if card["fits"] and fleet is not None and not card["slots_fit"]:
+        most = card["users_at_once"]
+        return f"{card['card']}: {fleet} users at once do not fit, {most} do\n  {command} " + _with(
             overrides, [f"fleet.slots={most}"]
         )
-    spare = one["bytes"] - one["parts"]["total"]
-    if one["fits"] and spare < _NARROW * one["bytes"]:
-        return f"{one['card']}: fits with {_gib(spare)} GiB to spare, by an estimate that may be off by more."
-    if one["fits"]:
-        return f"{one['card']}: fits as it is."
-    if one["change"] is not None:
+    spare = card["bytes"] - card["parts"]["total"]
+    if card["fits"] and spare < _NARROW * card["bytes"]:
+        return f"{card['card']}: fits with {_gib(spare)} GiB to spare, by an estimate that may be off by more."
+    if card["fits"]:
+        return f"{card['card']}: fits as it is."
+    if card["change"] is not None:
         alone = ["fleet.slots=1"] if isinstance(fleet, int) and fleet > 1 else []  # the estimate is of one at a time
-        line = _with(overrides, [*one["change"], *alone])
-        return f"{one['card']}: fits ({_gib(one['total_after_change'])} GiB) with\n  {command} {line}"
-    if one["smaller_model"] is not None:
-        line = _with(overrides, one["smaller_model"])
-        return f"{one['card']}: fits with a smaller model alone, such as\n  {command} {line}"
-    return f"{one['card']}: nothing that is known makes it fit; take a smaller model and shorter rows."
+        line = _with(overrides, [*card["change"], *alone])
+        return f"{card['card']}: fits ({_gib(card['total_after_change'])} GiB) with\n  {command} {line}"
+    if card["smaller_model"] is not None:
+        line = _with(overrides, card["smaller_model"])
+        return f"{card['card']}: fits with a smaller model alone, such as\n  {command} {line}"
+    return f"{card['card']}: nothing that is known makes it fit; take a smaller model and shorter rows."
 
 
 def _with(overrides: Sequence[str], words: Sequence[str]) -> str:
@@ -149,8 +151,8 @@ def _beside_the_estimate(title: str, parts: dict[str, Sequence[int]], how: str) 
     table = Table(title=Text(title), title_justify="left")
     for name in ("GiB", "estimate", how):
         table.add_column(name, justify="left" if name == "GiB" else "right")
-    for name, (estimate, found) in parts.items():
-        table.add_row(name, _gib(estimate), _gib(found))
+    for name, (estimate, measured) in parts.items():
+        table.add_row(name, _gib(estimate), _gib(measured))
     return table
 
 

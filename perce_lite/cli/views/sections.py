@@ -142,11 +142,13 @@ def interval_note(split: Mapping[str, Any]) -> str:
 
 def caution(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A sentence about splits that are too small for an interval, or for an honest one; none where all are large."""
-    told = [f"{name}: {none} for an interval." for name, split in splits.items() if (none := without_interval(split))]
+    sentences = [
+        f"{name}: {none} for an interval." for name, split in splits.items() if (none := without_interval(split))
+    ]
     few = [name for name, split in splits.items() if split["users"] < FEW_USERS and not without_interval(split)]
     if few:
-        told.append(f"{', '.join(few)}: with so few users the intervals are too narrow: take them as a hint.")
-    return [" ".join(told)] if told else []
+        sentences.append(f"{', '.join(few)}: with so few users the intervals are too narrow: take them as a hint.")
+    return [" ".join(sentences)] if sentences else []
 
 
 # fleet
@@ -154,27 +156,29 @@ def caution(splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def fleet(adapters: Sequence[Adapter]) -> list[Section]:
     """The table of a fleet: what others start from, then users, those whom training helped most first."""
-    ordered = sorted(adapters, key=lambda one: (one.kind == "user", one.kind == "cohort", -(one.gain or 0.0)))
+    ordered = sorted(
+        adapters, key=lambda adapter: (adapter.kind == "user", adapter.kind == "cohort", -(adapter.gain or 0.0))
+    )
     note = (
         "Gain: nats a token on held-out rows (positive is better) against what the adapter started from, and against "
         "the base; then the loss of the base, of what it started from, and of the adapter."
     )
     head = ("adapter", "state", "rows", "over start", "over base", "base / start / own", "trained", "MiB")
-    return [Section("Adapters", note, head, [_adapter_row(one) for one in ordered])]
+    return [Section("Adapters", note, head, [_adapter_row(adapter) for adapter in ordered])]
 
 
-def _adapter_row(one: Adapter) -> tuple[str, ...]:
-    losses = held_out(one)
+def _adapter_row(adapter: Adapter) -> tuple[str, ...]:
+    losses = held_out(adapter)
     figures = ("–", "–", "–")
     worse = ""
     if losses is not None:
         own, base, start = losses["own"], losses["base"], losses["start"]
         figures = (f"{start - own:+.3f}", f"{base - own:+.3f}", f"{base:.3f} / {start:.3f} / {own:.3f}")
         worse = " (worse than what it replaces)" if own > start else " (worse than the base)" if own > base else ""
-    count = one.metrics.get("parameters")
-    trained = "–" if count is None else f"{count:,}" + (" core" if one.metrics["core_only"] else "")
-    name = {"user": one.name, "cohort": f"cohort {one.name}"}.get(one.kind, one.kind)
-    return name, one.state + worse, str(one.examples), *figures, trained, f"{one.bytes / 2**20:.1f}"
+    count = adapter.metrics.get("parameters")
+    trained = "–" if count is None else f"{count:,}" + (" core" if adapter.metrics["core_only"] else "")
+    name = {"user": adapter.name, "cohort": f"cohort {adapter.name}"}.get(adapter.kind, adapter.kind)
+    return name, adapter.state + worse, str(adapter.examples), *figures, trained, f"{adapter.bytes / 2**20:.1f}"
 
 
 def fleet_sentences(result: FleetResult) -> list[str]:
@@ -207,7 +211,10 @@ def stopped_early(adapters: Sequence[Adapter]) -> list[str]:
 
 def kept_step(stopping: Mapping[str, Any]) -> str:
     """Which step a training with early stopping kept, in a sentence; `stopping`: `BestStep.figures`."""
-    loss = next((one["loss"] for one in stopping["validation"] if one["step"] == stopping["kept_step"]), math.nan)
+    loss = next(
+        (measurement["loss"] for measurement in stopping["validation"] if measurement["step"] == stopping["kept_step"]),
+        math.nan,
+    )
     return (
         f"Early stopping: kept step {stopping['kept_step']}, with {loss:.3f} nats a token on validation rows; ended at "
         f"step {stopping['steps']} of {stopping['of']}."

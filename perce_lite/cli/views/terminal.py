@@ -60,14 +60,18 @@ def _losses(losses: list[dict[str, Any]]) -> Table:
     table = Table(title=Text(f"Loss a token (nats, lower is better): {held_out(losses)}"), title_justify="left")
     for name in ("profile in the prompt", "before", "after", "change", "personal: before", "after", "change"):
         table.add_column(name, justify="left" if name.startswith("profile") else "right")
-    for one in losses:
-        table.add_row(one["profile"], *_before_after(one), *_before_after(one["personal"]))
+    for loss in losses:
+        table.add_row(loss["profile"], *_before_after(loss), *_before_after(loss["personal"]))
     return table
 
 
-def _before_after(one: dict[str, Any]) -> tuple[str, str, Text]:
-    change = one["adapter"] - one["base"]
-    return f"{one['base']:.3f}", f"{one['adapter']:.3f}", Text(f"{change:+.3f}", style="green" if change < 0 else "red")
+def _before_after(loss: dict[str, Any]) -> tuple[str, str, Text]:
+    change = loss["adapter"] - loss["base"]
+    return (
+        f"{loss['base']:.3f}",
+        f"{loss['adapter']:.3f}",
+        Text(f"{change:+.3f}", style="green" if change < 0 else "red"),
+    )
 
 
 def _answers(sample: dict[str, Any]) -> Table:
@@ -90,8 +94,10 @@ def _show_findings(findings: list[dict[str, Any]]) -> None:
     table = Table(title="What may spoil a run", title_justify="left")
     for name in ("found", "rows", "such as", "what to do"):
         table.add_column(name, justify="right" if name == "rows" else "left", overflow="fold")
-    for one in findings:
-        table.add_row(Text(one["what"]), str(one["count"]), Text("\n".join(one["first"])), Text(one["mend"]))
+    for finding in findings:
+        table.add_row(
+            Text(finding["what"]), str(finding["count"]), Text("\n".join(finding["first"])), Text(finding["mend"])
+        )
     console.print(table)
 
 
@@ -114,12 +120,12 @@ def show_check(figures: dict[str, Any]) -> None:
             str(len(split["users"])),
         )
         spreads = [split[key] for key in ("with_profile_tokens", "without_profile_tokens", "response_tokens")]
-        told = [f"{one['min']} / {one['median']} / {one['max']}" if one else "-" for one in spreads]
+        cells = [f"{spread['min']} / {spread['median']} / {spread['max']}" if spread else "-" for spread in spreads]
         lengths.add_row(
-            name, *told, f"{split['rows_with_items_left_out']} ({counted(split['profile_items_left_out'], 'item')})"
+            name, *cells, f"{split['rows_with_items_left_out']} ({counted(split['profile_items_left_out'], 'item')})"
         )
-        for one in split["dropped"]:
-            drops.add_row(name, Text(one["user"]), one["reason"], str(one["rows"]), Text(one["such_as"]))
+        for drop in split["dropped"]:
+            drops.add_row(name, Text(drop["user"]), drop["reason"], str(drop["rows"]), Text(drop["such_as"]))
     console.print(table, lengths, *([drops] if drops.row_count else []))
     _show_findings(figures["findings"])
     console.print(f"An adapter has {figures['adapter_bytes'] / 2**20:.1f} MiB.")
@@ -154,7 +160,7 @@ def show_inspection(figures: dict[str, Any], page: Path) -> None:
     console.print(table)
     style = {"signal": "green", "none": "red"}.get(figures["signal"]["says"], "yellow")
     console.print(Text(figures["signal"]["sentence"], style=style))
-    words = ", ".join(f"{one['word']} {one['pir']:+.1f}" for one in figures["words"])
+    words = ", ".join(f"{word['word']} {word['pir']:+.1f}" for word in figures["words"])
     console.print(Text(f"Most personal words (mean PIR, nats): {words}"))
     idle = len(figures["idle_rows"])
     if idle:
@@ -182,9 +188,9 @@ def show_fleet(result: FleetResult, page: Path | None) -> None:
 def show_facts(figures: dict[str, Any]) -> None:
     """Names and values, one a line."""
     for name, value in figures.items():
-        told = "\n".join(map(str, value)) if isinstance(value, list) and name != "adapter" else value
-        told = " ".join(value) if name == "adapter" and value else told
-        console.print(Text.assemble((f"{name}: ", "bold"), str(told)), soft_wrap=True)
+        text = "\n".join(map(str, value)) if isinstance(value, list) and name != "adapter" else value
+        text = " ".join(value) if name == "adapter" and value else text
+        console.print(Text.assemble((f"{name}: ", "bold"), str(text)), soft_wrap=True)
 
 
 def show_sections(sentences: Sequence[str], sections: Sequence[Section], page: Path | None = None) -> None:
@@ -219,7 +225,11 @@ def _width(cell: str) -> int:
 
 def control_free(text: str) -> str:
     """`text` without what would move the cursor or break the line."""
-    return text if text.isprintable() else "".join(one if one.isprintable() else "\ufffd" for one in text)
+    return (
+        text
+        if text.isprintable()
+        else "".join(character if character.isprintable() else "\ufffd" for character in text)
+    )
 
 
 def show_store(root: Path, bases: list[dict[str, int | str]]) -> None:
@@ -227,30 +237,30 @@ def show_store(root: Path, bases: list[dict[str, int | str]]) -> None:
     table = Table(title=Text(f"Store {root}"), title_justify="left")
     for name in ("base", "users", "entries", "MiB"):
         table.add_column(name, justify="left" if name == "base" else "right")
-    for one in bases:
-        table.add_row(str(one["base"]), str(one["users"]), str(one["entries"]), f"{int(one['bytes']) / 2**20:.2f}")
+    for base in bases:
+        table.add_row(str(base["base"]), str(base["users"]), str(base["entries"]), f"{int(base['bytes']) / 2**20:.2f}")
     console.print(table if bases else Text(f"The store {root} is empty."))
 
 
 def show_bench(figures: dict[str, Any]) -> None:
     """`perce-lite bench`: the arms beside plain SFT, one line a bar, the machine."""
     rows, settings = figures["rows"], figures["settings"]
-    told = (
+    workload = (
         f"{rows['rows']} rows, {rows['tokens']} tokens, {rows['profile_share']:.0%} of them profile; "
         f"steps {settings['steps']} of {rows['batch']} rows, repeats {settings['repeats']}"
     )
-    table = Table(title=Text(f"Cost, {told}"), title_justify="left", caption_justify="left", box=None)
+    table = Table(title=Text(f"Cost, {workload}"), title_justify="left", caption_justify="left", box=None)
     for name in ("arm", "tokens/s", "step, s", "x sft", "peak", "x sft", "kept", "disk"):
         table.add_column(name, justify="left" if name == "arm" else "right")
-    for name, one in figures["arms"].items():
-        if "out_of_memory" in one:
+    for name, arm in figures["arms"].items():
+        if "out_of_memory" in arm:
             table.add_row(name, Text("out of memory", style="red"))
             continue
         table.add_row(
             name,
-            *(f"{one['tokens_per_second']:.0f}", f"{one['step_seconds']:.3f}", _with_range(one["time"])),
-            *(f"{one['peak_bytes'] / 2**20:.0f}", _median(one["memory"]), _median(one["activations"])),
-            f"{one['disk_bytes'] / 2**20:.2f}",
+            *(f"{arm['tokens_per_second']:.0f}", f"{arm['step_seconds']:.3f}", _with_range(arm["time"])),
+            *(f"{arm['peak_bytes'] / 2**20:.0f}", _median(arm["memory"]), _median(arm["activations"])),
+            f"{arm['disk_bytes'] / 2**20:.2f}",
         )
     epochs = f"scoring and {settings['epochs']} epochs"
     table.caption = Text(
@@ -271,17 +281,17 @@ def show_fleet_bench(figures: dict[str, Any]) -> None:
     """`perce-lite bench --fleet`: a table a length, one line a bar, the machine."""
     settings = figures["settings"]
     for length, arms in figures["lengths"].items():
-        told = f"rows of {length} tokens, steps {settings['steps']}, rank {settings['rank']}"
+        workload = f"rows of {length} tokens, steps {settings['steps']}, rank {settings['rank']}"
         repeats = f"repeats {settings['repeats']}"
-        table = Table(title=Text(f"Many users, {told}, {repeats}"), title_justify="left", box=None)
+        table = Table(title=Text(f"Many users, {workload}, {repeats}"), title_justify="left", box=None)
         for name in ("arm", "users/h", "x one-by-one", "peak MiB", "x one-by-one"):
             table.add_column(name, justify="left" if name == "arm" else "right")
-        for name, one in arms.items():
-            if "out_of_memory" in one:
+        for name, arm in arms.items():
+            if "out_of_memory" in arm:
                 table.add_row(name, Text("out of memory", style="red"))
                 continue
-            users, peak = f"{one['users_per_hour']:.0f}", f"{one['peak_bytes'] / 2**20:.0f}"
-            table.add_row(name, users, _with_range(one["speed"]), peak, _with_range(one["memory"]))
+            users, peak = f"{arm['users_per_hour']:.0f}", f"{arm['peak_bytes'] / 2**20:.0f}"
+            table.add_row(name, users, _with_range(arm["speed"]), peak, _with_range(arm["memory"]))
         console.print(table)
     for bar in figures["bars"]:
         word, unit = ("at least", "users an hour") if bar["of"] == "speed" else ("at most", "memory")
@@ -346,18 +356,18 @@ def show_generation_cost(cost: "GenerationCost") -> None:
     figures = cost.figures()
     runs = f" ({min(cost.ratios):.2f} to {max(cost.ratios):.2f})"
     word, style = ("met", "green") if figures["met"] else ("not met", "red")
-    told = f"  a token with the contrast, at most {figures['limit']:.1f} x a plain one: {cost.ratio:.2f} x{runs}"
-    console.print(Text.assemble((f"{word:10}", style), told))
+    sentence = f"  a token with the contrast, at most {figures['limit']:.1f} x a plain one: {cost.ratio:.2f} x{runs}"
+    console.print(Text.assemble((f"{word:10}", style), sentence))
 
 
-def _show_bar(bar: dict[str, Any], told: str) -> None:
+def _show_bar(bar: dict[str, Any], requirement: str) -> None:
     """One bar: met, not met or not judged, and what was measured."""
     if bar["met"] is None:
         got = "" if bar["ratio"] is None else f", here {bar['ratio']:.2f} x"
-        console.print(Text(f"not judged  {told}{got}: {bar['why']}", style="dim"))
+        console.print(Text(f"not judged  {requirement}{got}: {bar['why']}", style="dim"))
     else:
         word, style = ("met", "green") if bar["met"] else ("not met", "red")
-        console.print(Text.assemble((f"{word:10}", style), f"  {told}: {bar['ratio']:.3f} x"))
+        console.print(Text.assemble((f"{word:10}", style), f"  {requirement}: {bar['ratio']:.3f} x"))
 
 
 def _show_machine(figures: dict[str, Any]) -> None:
@@ -377,17 +387,17 @@ def show_export(figures: dict[str, Any]) -> None:
     if "not_done" in proof:
         console.print(f"Read back and whole, but not proven: {proof['not_done']}.", style="yellow")
     if "off_shift" in proof:
-        told = (
+        distance = (
             f"{proof['off_shift']:.3f} nats a token off what it moves in training, which is {proof['mean_shift']:.3f}"
         )
         where = f" of {proof['base_gguf']}" if "base_gguf" in proof else ""
         what = "Too coarse to prove anything" if "rounding" in proof else "Proven loosely"
-        text = f"{what}, on the rounded weights{where}, over {proof['tokens']} tokens: {told}."
+        text = f"{what}, on the rounded weights{where}, over {proof['tokens']} tokens: {distance}."
         console.print(text, markup=False, soft_wrap=True)
     if proof.get("off_adapter") is not None:
-        told = f"{proof['off_adapter']:.5f} nats off at the most, {proof['tolerance']:.5f} allowed"
+        distance = f"{proof['off_adapter']:.5f} nats off at the most, {proof['tolerance']:.5f} allowed"
         effect = f"the adapter changes them by up to {proof['effect']:.3f}"
-        console.print(f"Proven over {proof['tokens']} tokens: {told}; {effect}.")
+        console.print(f"Proven over {proof['tokens']} tokens: {distance}; {effect}.")
     if "greedy" in proof:
         console.print(f"The first {proof['greedy']} tokens of its greedy answer are those of the merged model.")
     if "drift" in figures:
@@ -400,13 +410,13 @@ def show_export(figures: dict[str, Any]) -> None:
 def show_exports(figures: dict[str, Any]) -> None:
     """The end of `perce-lite export --all`: what became of each adapter, and whom the base serves."""
     states = [export["state"] for export in figures["exports"]]
-    told = ", ".join(f"{states.count(state)} {state}" for state in ("exported", "kept", "failed"))
-    console.print(f"{counted(len(states), 'adapter')} in service: {told}.")
-    for one in figures["exports"]:
-        style = "red" if one["state"] == "failed" else None
-        serves = counted(len(one["users"]), "user")
+    counts = ", ".join(f"{states.count(state)} {state}" for state in ("exported", "kept", "failed"))
+    console.print(f"{counted(len(states), 'adapter')} in service: {counts}.")
+    for outcome in figures["exports"]:
+        style = "red" if outcome["state"] == "failed" else None
+        serves = counted(len(outcome["users"]), "user")
         console.print(
-            f"{one['state']:9} {one['adapter']} ({serves}): {one.get('why') or one['folder']}",
+            f"{outcome['state']:9} {outcome['adapter']} ({serves}): {outcome.get('why') or outcome['folder']}",
             markup=False,
             soft_wrap=True,
             style=style,

@@ -92,12 +92,12 @@ def held_out(losses: Sequence[Mapping[str, Any]]) -> str:
 
 def _losses(losses: Sequence[Mapping[str, Any]]) -> Section:
     head = ("profile in the prompt", "before", "after", "change", "personal: before", "personal: after", "change")
-    rows = [(one["profile"], *_before_after(one), *_before_after(one["personal"])) for one in losses]
+    rows = [(loss["profile"], *_before_after(loss), *_before_after(loss["personal"])) for loss in losses]
     return Section("Loss a token on held-out rows", f"Nats, lower is better; {held_out(losses)}.", head, rows)
 
 
-def _before_after(one: Mapping[str, Any]) -> tuple[str, str, str]:
-    return f"{one['base']:.3f}", f"{one['adapter']:.3f}", f"{one['adapter'] - one['base']:+.3f}"
+def _before_after(loss: Mapping[str, Any]) -> tuple[str, str, str]:
+    return f"{loss['base']:.3f}", f"{loss['adapter']:.3f}", f"{loss['adapter'] - loss['base']:+.3f}"
 
 
 def _curve(curve: Sequence[Mapping[str, float]]) -> Section:

@@ -82,17 +82,17 @@ def bench(
     names = [name for name in ARMS if name in arms or name == REFERENCE]
     with tempfile.TemporaryDirectory(prefix="perce-lite-bench-") as folder:
         runs = _all_runs(_Measurements(portable(recipe), load, warmup, Path(folder)), names, repeats)
-    found = summary(names, runs, epochs)
-    measured = [one for run in runs for one in run.values() if "machine" in one]
-    on_cpu = all(one["machine"]["device"] == "cpu" for one in measured)
-    loading_counts = any(one["peak_of"] == "process" for one in measured)
+    by_arm = summary(names, runs, epochs)
+    measured = [measurement for run in runs for measurement in run.values() if "machine" in measurement]
+    on_cpu = all(measurement["machine"]["device"] == "cpu" for measurement in measured)
+    loading_counts = any(measurement["peak_of"] == "process" for measurement in measured)
     return {
         "model": recipe.model,
         "machine": measured[0]["machine"] if measured else None,
         "rows": load.told(),
         "settings": {"steps": load.steps, "warmup": warmup, "repeats": repeats, "epochs": epochs},
-        "arms": found,
-        "bars": judged(found, load.profile_share, epochs, on_cpu, loading_counts),
+        "arms": by_arm,
+        "bars": judged(by_arm, load.profile_share, epochs, on_cpu, loading_counts),
         "runs": runs,
     }
 
@@ -130,10 +130,10 @@ class _Measurements:
         job = self.job(arm, fill)
         if ARMS[arm].cold:
             shutil.rmtree(job.store, ignore_errors=True)
-        found = children.run("measuring", asdict(job), arm, self._scratch)
-        if "digest" in found and found["digest"] != self._load.digest(ARMS[arm].sees_profile):
+        result = children.run("measuring", asdict(job), arm, self._scratch)
+        if "digest" in result and result["digest"] != self._load.digest(ARMS[arm].sees_profile):
             raise BenchError(f"{arm} was trained on other tokens than the rows hold, so its figures mean nothing.")
-        return found
+        return result
 
 
 def _all_runs(measurements: _Measurements, names: Sequence[str], repeats: int) -> list[dict[str, Any]]:
@@ -150,13 +150,13 @@ def _all_runs(measurements: _Measurements, names: Sequence[str], repeats: int) -
             bar.advance(task)
         for repeat in range(repeats):
             shift = repeat * len(names) // repeats
-            found: dict[str, Any] = {}
+            by_arm: dict[str, Any] = {}
             for name in [*names[shift:], *names[:shift]]:
                 note(bar, task, f"{name}, repeat {repeat + 1} of {repeats}")
                 failed = next((run[name] for run in runs if "out_of_memory" in run[name]), None)
-                found[name] = measurements.run(name) if failed is None else failed
+                by_arm[name] = measurements.run(name) if failed is None else failed
                 bar.advance(task)
-            runs.append({name: found[name] for name in names})
+            runs.append({name: by_arm[name] for name in names})
     return runs
 
 
@@ -177,44 +177,46 @@ def summary(names: Sequence[str], runs: Sequence[dict[str, Any]], epochs: int) -
     A time ratio is the median over steps of an arm's seconds to plain SFT's for the same rows, and for a cold store the
     scoring beside it, over plain SFT's time for `epochs` epochs. A ratio is None where plain SFT has no figure.
     """
-    found: dict[str, Any] = {}
+    by_arm: dict[str, Any] = {}
     for name in names:
-        mine, plain = [run[name] for run in runs], [run[REFERENCE] for run in runs]
-        failed = [one["out_of_memory"] for one in mine if "out_of_memory" in one]
+        measurements, plain = [run[name] for run in runs], [run[REFERENCE] for run in runs]
+        failed = [measurement["out_of_memory"] for measurement in measurements if "out_of_memory" in measurement]
         if failed:
-            found[name] = {"out_of_memory": failed[0]}
+            by_arm[name] = {"out_of_memory": failed[0]}
             continue
         cold = ARMS[name].cold
-        comparable = not any("out_of_memory" in one for one in plain)
-        pairs = list(zip(mine, plain, strict=True)) if comparable else []
-        found[name] = {
-            "tokens_per_second": median(_tokens_per_second(one, epochs, cold) for one in mine),
-            "step_seconds": median(statistics.median(one["step_seconds"]) for one in mine),
-            "scoring_seconds": median(one["scoring_seconds"] for one in mine),
-            "peak_bytes": median(one["peak_bytes"] for one in mine),
-            "activation_bytes": _known(median, [one["activation_bytes"] for one in mine]),
-            "disk_bytes": median(map(_disk, mine)),
-            "time": spread([_time_ratio(one, other, epochs, cold) for one, other in pairs]),
-            "memory": spread([one["peak_bytes"] / other["peak_bytes"] for one, other in pairs]),
-            "activations": _known(spread, [_ratio("activation_bytes", one, other) for one, other in pairs]),
-            "disk": spread([_disk(one) / _disk(other) for one, other in pairs]),
+        comparable = not any("out_of_memory" in measurement for measurement in plain)
+        pairs = list(zip(measurements, plain, strict=True)) if comparable else []
+        by_arm[name] = {
+            "tokens_per_second": median(_tokens_per_second(measurement, epochs, cold) for measurement in measurements),
+            "step_seconds": median(statistics.median(measurement["step_seconds"]) for measurement in measurements),
+            "scoring_seconds": median(measurement["scoring_seconds"] for measurement in measurements),
+            "peak_bytes": median(measurement["peak_bytes"] for measurement in measurements),
+            "activation_bytes": _known(median, [measurement["activation_bytes"] for measurement in measurements]),
+            "disk_bytes": median(map(_disk, measurements)),
+            "time": spread([_time_ratio(measurement, other, epochs, cold) for measurement, other in pairs]),
+            "memory": spread([measurement["peak_bytes"] / other["peak_bytes"] for measurement, other in pairs]),
+            "activations": _known(
+                spread, [_ratio("activation_bytes", measurement, other) for measurement, other in pairs]
+            ),
+            "disk": spread([_disk(measurement) / _disk(other) for measurement, other in pairs]),
         }
-    return found
+    return by_arm
 
 
-def _tokens_per_second(one: dict[str, Any], epochs: int, cold: bool) -> float:
-    seconds = sum(one["step_seconds"]) * epochs + (one["scoring_seconds"] if cold else 0)
-    return float(one["tokens"] * epochs / seconds)
+def _tokens_per_second(measurement: dict[str, Any], epochs: int, cold: bool) -> float:
+    seconds = sum(measurement["step_seconds"]) * epochs + (measurement["scoring_seconds"] if cold else 0)
+    return float(measurement["tokens"] * epochs / seconds)
 
 
-def _time_ratio(one: dict[str, Any], plain: dict[str, Any], epochs: int, cold: bool) -> float:
-    steps = zip(one["step_seconds"], plain["step_seconds"], strict=True)
-    ratio = statistics.median(mine / theirs for mine, theirs in steps)
-    return ratio + (one["scoring_seconds"] / (epochs * sum(plain["step_seconds"])) if cold else 0)
+def _time_ratio(measurement: dict[str, Any], plain: dict[str, Any], epochs: int, cold: bool) -> float:
+    steps = zip(measurement["step_seconds"], plain["step_seconds"], strict=True)
+    ratio = statistics.median(seconds / plain_seconds for seconds, plain_seconds in steps)
+    return ratio + (measurement["scoring_seconds"] / (epochs * sum(plain["step_seconds"])) if cold else 0)
 
 
-def _ratio(name: str, one: dict[str, Any], other: dict[str, Any]) -> float | None:
-    return None if one[name] is None or other[name] is None else one[name] / other[name]
+def _ratio(name: str, measurement: dict[str, Any], other: dict[str, Any]) -> float | None:
+    return None if measurement[name] is None or other[name] is None else measurement[name] / other[name]
 
 
 def _known(figure: Callable[[list[float]], Any], values: list[float | None]) -> Any:
@@ -223,8 +225,8 @@ def _known(figure: Callable[[list[float]], Any], values: list[float | None]) -> 
     return figure(known) if known else None
 
 
-def _disk(one: dict[str, Any]) -> int:
-    return int(one["adapter_bytes"] + one["store_bytes"])
+def _disk(measurement: dict[str, Any]) -> int:
+    return int(measurement["adapter_bytes"] + measurement["store_bytes"])
 
 
 def median(values: Any) -> float:
@@ -248,7 +250,7 @@ def judged(
     """
     verdicts = []
     for bar in BARS:
-        told = {"bar": f"{bar.of}: {bar.says.format(epochs=epochs)}", "arm": bar.arm, "of": bar.of, "limit": bar.limit}
+        facts = {"bar": f"{bar.of}: {bar.says.format(epochs=epochs)}", "arm": bar.arm, "of": bar.of, "limit": bar.limit}
         ratio = found.get(bar.arm, {}).get(bar.of)
         value = None if ratio is None else float(ratio["median"])
         why = "not measured" if value is None else None
@@ -259,6 +261,6 @@ def judged(
         if value is not None and not on_cpu:
             why = "it is set for a CPU"
         verdicts.append(
-            {**told, "ratio": value, "met": None if value is None or why else value <= bar.limit, "why": why}
+            {**facts, "ratio": value, "met": None if value is None or why else value <= bar.limit, "why": why}
         )
     return verdicts

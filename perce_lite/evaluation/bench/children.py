@@ -44,22 +44,22 @@ def run(module: str, job: dict[str, Any], what: str, scratch: Path) -> dict[str,
     result = Path(job["result"])
     result.unlink(missing_ok=True)
     write_json(scratch / "job.json", job)
-    said = scratch / "said.txt"
-    with said.open("wb") as file, _child(module, scratch / "job.json", file) as child:
+    log = scratch / "said.txt"
+    with log.open("wb") as file, _child(module, scratch / "job.json", file) as child:
         code = child.wait()
-    found = read_json(result)
+    figures = read_json(result)
     if code == -9:
         return {"out_of_memory": "the process was killed with signal 9, as the system does when memory is short"}
-    if code or found is None:
-        raise BenchError(f"The measurement of {what} failed: {_last_line(said)}")
-    return dict(found)
+    if code or figures is None:
+        raise BenchError(f"The measurement of {what} failed: {_last_line(log)}")
+    return dict(figures)
 
 
 @contextmanager
-def _child(module: str, job: Path, said: Any) -> Iterator[subprocess.Popen[bytes]]:
+def _child(module: str, job: Path, output: Any) -> Iterator[subprocess.Popen[bytes]]:
     """The process of one job. It ends with the block, whatever ends that, and with this process, even one killed."""
     command = [sys.executable, "-m", f"perce_lite.evaluation.bench.{module}", str(job)]
-    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=said, stderr=said)
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output)
     try:
         yield child
     finally:
@@ -69,9 +69,9 @@ def _child(module: str, job: Path, said: Any) -> Iterator[subprocess.Popen[bytes
         child.stdin.close()
 
 
-def _last_line(said: Path) -> str:
+def _last_line(log: Path) -> str:
     """The last thing that a process said, without the name of our own exception."""
-    lines = [line.strip() for line in said.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     last = lines[-1] if lines else "it said nothing"
     name, _, rest = last.partition(": ")
     return rest if name.startswith("perce_lite.errors.") and rest else last
@@ -103,12 +103,12 @@ def main(job_of: Callable[..., Kind], measure: Callable[[Kind], dict[str, Any]])
 def carry_out(job: Kind, measure: Callable[[Kind], dict[str, Any]]) -> None:
     """Writes what `measure` finds to `job.result`, also where there is too little memory for it."""
     try:
-        found = measure(job)
+        figures = measure(job)
     except (MemoryError, RuntimeError, PerceLiteError) as error:
         if not out_of_memory(error):
             raise
-        found = {"out_of_memory": (str(error).strip().splitlines() or ["no memory left"])[0]}
-    write_json(Path(job.result), found)
+        figures = {"out_of_memory": (str(error).strip().splitlines() or ["no memory left"])[0]}
+    write_json(Path(job.result), figures)
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -116,5 +116,5 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or gpu_is_full(error):
         return True
     words = ("can't allocate memory", "not enough memory")  # of torch's allocator on a CPU, a plain RuntimeError
-    told = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    return told or (error.__cause__ is not None and out_of_memory(error.__cause__))
+    no_memory = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return no_memory or (error.__cause__ is not None and out_of_memory(error.__cause__))

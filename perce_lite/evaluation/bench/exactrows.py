@@ -26,8 +26,8 @@ def words_of(recipe: Recipe) -> list[str]:
     Raises:
         DataError: there are none; and what reading the rows raises.
     """
-    said = [one["content"] for row in of_split(read_rows(recipe), "train") for one in row.completion]
-    words = [word for text in said for word in re.findall(r"\S{1,8}", text)]
+    texts = [message["content"] for row in of_split(read_rows(recipe), "train") for message in row.completion]
+    words = [word for text in texts for word in re.findall(r"\S{1,8}", text)]
     if not words:
         raise DataError("No training rows: every row is held out, or empty. Lower split.test and split.validation.")
     return words

@@ -77,14 +77,14 @@ def fleet_bench(
         measurements = _Measurements(recipe, Path(folder), steps, warmup)
         measurements.make_rows(lengths, max(users, *slots))
         runs = _all_runs(measurements, arms_of(slots, users), lengths, repeats)
-    found = {str(length): summary([run[str(length)] for run in runs]) for length in lengths}
-    every = [arm for run in runs for arms in run.values() for arm in arms.values()]
+    by_length = {str(length): summary([run[str(length)] for run in runs]) for length in lengths}
+    results = [arm for run in runs for arms in run.values() for arm in arms.values()]
     given = {"steps": steps, "warmup": warmup, "repeats": repeats, "lengths": list(lengths), "slots": list(slots)}
     return {
         "model": recipe.model,
-        "machine": next((one["machine"] for one in every if "machine" in one), None),
+        "machine": next((result["machine"] for result in results if "machine" in result), None),
         "settings": {**given, "users": users, "rank": RANK, "estimator": "base"},
-        "lengths": found,
+        "lengths": by_length,
         "bars": judged(runs, _meant_for(recipe)),
         "runs": runs,
     }
@@ -157,11 +157,11 @@ class _Measurements:
 
     def fill(self) -> None:
         """Scores all rows under the base: the store of every arm is warm."""
-        rows = [row for by_user in self._rows.values() for some in by_user.values() for row in some]
+        rows = [row for by_user in self._rows.values() for user_rows in by_user.values() for row in user_rows]
         job = self._job(max(self._rows), rows, None, False)
-        found = children.run("fleetmeasuring", job, "the filling of the store", self._scratch)
-        if "out_of_memory" in found:
-            raise BenchError(f"The base alone does not fit: {found['out_of_memory']}")
+        result = children.run("fleetmeasuring", job, "the filling of the store", self._scratch)
+        if "out_of_memory" in result:
+            raise BenchError(f"The base alone does not fit: {result['out_of_memory']}")
 
     def run(self, name: str, arm: FleetArm, length: int) -> dict[str, Any]:
         """What `fleetmeasuring.measure` gives, or `out_of_memory` with what was said.
@@ -170,17 +170,17 @@ class _Measurements:
             BenchError: the process failed, or scored what the store was to have.
         """
         shutil.rmtree(self._scratch / "out", ignore_errors=True)
-        rows = [row for some in list(self._rows[length].values())[: arm.users] for row in some]
+        rows = [row for user_rows in list(self._rows[length].values())[: arm.users] for row in user_rows]
         job = self._job(length, rows, arm.slots, arm.whole)
         what = f"{name} at {length} tokens"
         started = time.perf_counter()
-        found = children.run("fleetmeasuring", job, what, self._scratch)
+        result = children.run("fleetmeasuring", job, what, self._scratch)
         seconds = time.perf_counter() - started
-        if "out_of_memory" in found:
-            return found
-        if found["store_hits"] < 1:
+        if "out_of_memory" in result:
+            return result
+        if result["store_hits"] < 1:
             raise BenchError(f"{what} scored rows that the store was to have, so its figures mean nothing.")
-        return {**found, "seconds": seconds} if arm.whole else found
+        return {**result, "seconds": seconds} if arm.whole else result
 
 
 def _all_runs(
@@ -199,14 +199,14 @@ def _all_runs(
             shift = repeat * len(names) // repeats
             once: dict[str, Any] = {}
             for length in lengths:
-                found: dict[str, Any] = {}
+                by_arm: dict[str, Any] = {}
                 for name in [*names[shift:], *names[:shift]]:
                     note(bar, task, f"{name} at {length} tokens, repeat {repeat + 1} of {repeats}")
-                    found[name] = failed.get((length, name)) or measurements.run(name, arms[name], length)
-                    if "out_of_memory" in found[name]:
-                        failed[length, name] = found[name]
+                    by_arm[name] = failed.get((length, name)) or measurements.run(name, arms[name], length)
+                    if "out_of_memory" in by_arm[name]:
+                        failed[length, name] = by_arm[name]
                     bar.advance(task)
-                once[str(length)] = {name: found[name] for name in names}
+                once[str(length)] = {name: by_arm[name] for name in names}
             runs.append(once)
     return runs
 
@@ -218,20 +218,20 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """By arm, from its measurements in every repeat of one length: `users_per_hour` and `peak_bytes`, medians; `speed`
     and `memory` as ratios to `one-by-one`, each {median, min, max, runs}, or None; or `out_of_memory` alone.
     """
-    found: dict[str, Any] = {}
+    by_arm: dict[str, Any] = {}
     for name in runs[0]:
-        mine = [run[name] for run in runs]
-        failed = [one["out_of_memory"] for one in mine if "out_of_memory" in one]
+        measurements = [run[name] for run in runs]
+        failed = [measurement["out_of_memory"] for measurement in measurements if "out_of_memory" in measurement]
         if failed:
-            found[name] = {"out_of_memory": failed[0]}
+            by_arm[name] = {"out_of_memory": failed[0]}
             continue
-        found[name] = {
-            "users_per_hour": median(_value(one, "speed") for one in mine),
-            "peak_bytes": median(_value(one, "memory") for one in mine),
+        by_arm[name] = {
+            "users_per_hour": median(_value(measurement, "speed") for measurement in measurements),
+            "peak_bytes": median(_value(measurement, "memory") for measurement in measurements),
             "speed": spread(ratios(runs, name, REFERENCE, "speed")),
             "memory": spread(ratios(runs, name, REFERENCE, "memory")),
         }
-    return found
+    return by_arm
 
 
 def ratios(runs: Sequence[dict[str, Any]], arm: str, to: str, of: str) -> list[float]:
@@ -239,13 +239,15 @@ def ratios(runs: Sequence[dict[str, Any]], arm: str, to: str, of: str) -> list[f
     them was not measured.
     """
     pairs = [(run.get(arm), run.get(to)) for run in runs]
-    if not all(one is not None and "out_of_memory" not in one for pair in pairs for one in pair):
+    if not all(
+        measurement is not None and "out_of_memory" not in measurement for pair in pairs for measurement in pair
+    ):
         return []
-    return [_value(one, of) / _value(other, of) for one, other in pairs]
+    return [_value(measurement, of) / _value(other, of) for measurement, other in pairs]
 
 
-def _value(one: Any, of: str) -> float:
-    return float(3600 * one["users"] / one["seconds"] if of == "speed" else one["peak_bytes"])
+def _value(measurement: Any, of: str) -> float:
+    return float(3600 * measurement["users"] / measurement["seconds"] if of == "speed" else measurement["peak_bytes"])
 
 
 def judged(runs: Sequence[dict[str, Any]], meant: bool) -> list[dict[str, Any]]:
@@ -256,8 +258,8 @@ def judged(runs: Sequence[dict[str, Any]], meant: bool) -> list[dict[str, Any]]:
     verdicts = []
     for bar in BARS:
         measured = [run.get(str(bar.length), {}) for run in runs]
-        found = spread(ratios(measured, bar.arm, bar.to, bar.of))
-        value = None if found is None else float(found["median"])
+        ratio = spread(ratios(measured, bar.arm, bar.to, bar.of))
+        value = None if ratio is None else float(ratio["median"])
         why = "not measured" if value is None else None if meant else "it is set for the built-in model in NF4 on a CPU"
         met = None
         if value is not None and meant:

@@ -66,23 +66,23 @@ def measure(job: FleetJob) -> dict[str, Any]:
             raise outcome
         outcomes.append(outcome)
 
-    def told(loss: float | None, share: float) -> None:
+    def progress(loss: float | None, share: float) -> None:
         """Nobody watches."""
 
     if job.warmup:
         short = recipe.model_copy(update={"train": {**recipe.train, "max_steps": job.warmup}})
-        engine.run(tasks(short, rows, names[: max(1, job.slots)], "warmup"), done, told)
+        engine.run(tasks(short, rows, names[: max(1, job.slots)], "warmup"), done, progress)
     outcomes.clear()
     started = time.perf_counter()
-    engine.run(tasks(recipe, rows, names, "measured"), done, told)
+    engine.run(tasks(recipe, rows, names, "measured"), done, progress)
     seconds = time.perf_counter() - started
     return {
         "users": len(outcomes),
         "seconds": seconds,
         "peak_bytes": peak_bytes(device),
         "peak_of": peak_of,
-        "store_hits": min(one.weights["store_hits"] for one in outcomes),
-        "adapter_bytes": sum(one.bytes for one in outcomes),
+        "store_hits": min(outcome.weights["store_hits"] for outcome in outcomes),
+        "adapter_bytes": sum(outcome.bytes for outcome in outcomes),
         "machine": machine(device),
     }
 

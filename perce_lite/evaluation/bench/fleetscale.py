@@ -191,12 +191,12 @@ def _measure(users: int, folder: Path) -> Iterator[Phase]:
 def _process(name: str, folder: Path, arguments: Sequence[str]) -> tuple[float, float, float]:
     """Runs Python with `arguments` in `folder` on one thread: (wall seconds, peak resident MiB, CPU seconds)."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    said, measured = folder / "said.txt", folder / "measured.json"
-    with said.open("wb") as output:
+    log, measured = folder / "said.txt", folder / "measured.json"
+    with log.open("wb") as output:
         command = [sys.executable, "-c", _LAUNCHER, str(measured), sys.executable, *arguments]
         child = subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=output, check=False)
     if child.returncode:
-        lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
         raise BenchError(f"bench --fleet-scale: {name} failed: {lines[-1]}")
     seconds, size, cpu_seconds = json.loads(measured.read_text("utf-8"))
     return seconds, size / (2**20 if sys.platform == "darwin" else 2**10), cpu_seconds

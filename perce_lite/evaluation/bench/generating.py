@@ -81,11 +81,11 @@ def generation_cost(recipe: Recipe, rows: int = 4, tokens: int = 48, repeats: in
         task = bar.add_task("Measuring", total=repeats + 1, note="")
         for repeat in range(repeats + 1):  # the first is a warm-up
             note(bar, task, f"repeat {repeat} of {repeats}" if repeat else "warming up")
-            one = seconds(plain, 1), seconds(contrast, 1)
+            prompt = seconds(plain, 1), seconds(contrast, 1)
             several = seconds(plain, tokens), seconds(contrast, tokens)
             if repeat:
-                prompts.append(one)
-                measured.append(_a_token(several, one, len(pairs) * (tokens - 1)))
+                prompts.append(prompt)
+                measured.append(_a_token(several, prompt, len(pairs) * (tokens - 1)))
             bar.advance(task)
     plain_seconds, personal_seconds = (statistics.median(column) for column in zip(*measured, strict=True))
     first, second = (statistics.median(column) for column in zip(*prompts, strict=True))
@@ -94,8 +94,8 @@ def generation_cost(recipe: Recipe, rows: int = 4, tokens: int = 48, repeats: in
     return GenerationCost(len(pairs), tokens, plain_seconds, personal_seconds, ratios, (first, second), where)
 
 
-def _a_token(several: Sequence[float], one: Sequence[float], tokens: int) -> tuple[float, float]:
-    return (several[0] - one[0]) / tokens, (several[1] - one[1]) / tokens
+def _a_token(several: Sequence[float], prompt: Sequence[float], tokens: int) -> tuple[float, float]:
+    return (several[0] - prompt[0]) / tokens, (several[1] - prompt[1]) / tokens
 
 
 def _answer(

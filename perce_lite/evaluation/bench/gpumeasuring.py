@@ -107,10 +107,10 @@ def memory(place: Place, base: Base, length: int) -> dict[str, Any]:
         reset_peak(device)
         trainer.train()
         peak = peak_bytes(device)
-        states = [one for state in trainer.optimizer.state.values() for one in state.values()]
-    kept = [one for one in states if isinstance(one, Tensor)]
-    paged = size_of([one for one in kept if "is_paged" in vars(one)])  # torch's allocator knows nothing of it
-    found = {
+        states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    kept = [value for value in states if isinstance(value, Tensor)]
+    paged = size_of([tensor for tensor in kept if "is_paged" in vars(tensor)])  # torch's allocator knows nothing of it
+    parts = {
         **held,
         "adapter": adapter,
         "gradients": adapter,
@@ -118,24 +118,24 @@ def memory(place: Place, base: Base, length: int) -> dict[str, Any]:
         "scoring": scoring - before,
     }
     peak += paged
-    working = peak - sum(found[name] for name in ("base", "unquantized", "adapter", "optimizer"))
+    working = peak - sum(parts[name] for name in ("base", "unquantized", "adapter", "optimizer"))
     most = {"reserved": torch.cuda.max_memory_reserved(device)} if device.type == "cuda" else {}
-    return {**found, "working": working, "total": max(peak, scoring), **most}
+    return {**parts, "working": working, "total": max(peak, scoring), **most}
 
 
 def frozen_bytes(model: PreTrainedModel) -> dict[str, int]:
     """Bytes of a model's weights: `base`, in 4 bit with the constants of quantisation, and `unquantized`."""
     quantised = [module.weight for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
-    constants = [one for weight in quantised for one in weight.quant_state.as_dict().values()]
+    constants = [value for weight in quantised for value in weight.quant_state.as_dict().values()]
     constants += [weight.quant_state.offset for weight in quantised]  # a number in that dictionary, here a tensor
-    base = sum(one.nbytes for one in [*quantised, *constants] if isinstance(one, Tensor))
-    every = sum(one.nbytes for one in [*model.parameters(), *model.buffers()])
-    return {"base": base, "unquantized": every - sum(one.nbytes for one in quantised)}
+    base = sum(tensor.nbytes for tensor in [*quantised, *constants] if isinstance(tensor, Tensor))
+    total = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    return {"base": base, "unquantized": total - sum(weight.nbytes for weight in quantised)}
 
 
 def size_of(tensors: Sequence[Tensor]) -> int:
     """Bytes of the tensors' storages, each once: bitsandbytes' states share their tables of codes."""
-    return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
 # Speed
@@ -149,22 +149,22 @@ def speed(
     """
     rows = place.rows(length, 1, place.steps)
 
-    def one(arm: str, steps: int, warmup: int) -> dict[str, Any]:
+    def measurement(arm: str, steps: int, warmup: int) -> dict[str, Any]:
         with bare(base.model):
             return measured(place.job(arm, rows, steps, warmup), base)
 
     for arm in ("base", "mixed"):
-        told(partial(one, arm, 0, 0))
+        told(partial(measurement, arm, 0, 0))
     runs = []
     for repeat in range(repeats):
         shift = repeat * len(SPEED) // repeats
-        found: dict[str, Any] = {}
+        by_arm: dict[str, Any] = {}
         for arm in [*SPEED[shift:], *SPEED[:shift]]:
             said(f"{arm}, repeat {repeat + 1} of {repeats}")
             if ARMS[arm].cold:
                 _empty(Path(place.job(arm, rows, 0, 0).store))
-            found[arm] = told(partial(one, arm, place.steps, place.warmup))
-        runs.append(found)
+            by_arm[arm] = told(partial(measurement, arm, place.steps, place.warmup))
+        runs.append(by_arm)
     return {"speed": summary(SPEED, runs, epochs), "runs": runs}
 
 
@@ -194,7 +194,7 @@ def slots(place: Place, base: Base, users: int) -> dict[str, Any]:
     try:
         _trained(engine, [UserJob(pair.row.user, [pair], max(1, place.warmup)) for pair in pairs])  # fills the store
         reset_peak(engine.device)
-        ends = _trained(engine, [UserJob(one.row.user, [one], place.steps + 1) for one in pairs])
+        ends = _trained(engine, [UserJob(pair.row.user, [pair], place.steps + 1) for pair in pairs])
         seconds = ends[-1] - ends[0]
         peak = peak_bytes(engine.device)
     finally:
@@ -241,15 +241,19 @@ def numerics(place: Place, config: PretrainedConfig, device: torch.device, lengt
                 parameter.normal_(std=0.01)
     pair = PairMaker.of(place.recipe, base.tokenizer, length).make(place.rows(length, 1, 1))[0]
     batch = padded([pair.factual], 0, device)
-    whole = {name: one for name, one in model.named_parameters() if not one.requires_grad and one.is_floating_point()}
-    kept = {name: one.data for name, one in whole.items()}
-    found = {}
+    whole = {
+        name: tensor
+        for name, tensor in model.named_parameters()
+        if not tensor.requires_grad and tensor.is_floating_point()
+    }
+    kept = {name: tensor.data for name, tensor in whole.items()}
+    by_dtype = {}
     for name, dtype in {"float32": torch.float32, **DTYPES}.items():
         _compute_in(model, dtype)
         for key, parameter in whole.items():
             parameter.data = kept[key].to(dtype)
-        found[name] = _log_probs_and_gradient(model, batch, dtype)
-    reference, slope = found["float32"]
+        by_dtype[name] = _log_probs_and_gradient(model, batch, dtype)
+    reference, slope = by_dtype["float32"]
     return {
         name: {
             "mean": float((log_probs - reference).abs().mean()),
@@ -257,7 +261,7 @@ def numerics(place: Place, config: PretrainedConfig, device: torch.device, lengt
             "cosine": float(torch.cosine_similarity(gradient, slope, 0)),
             "norm": float(gradient.norm() / slope.norm()),
         }
-        for name, (log_probs, gradient) in found.items()
+        for name, (log_probs, gradient) in by_dtype.items()
         if name != "float32"
     }
 
@@ -279,5 +283,8 @@ def _log_probs_and_gradient(model: nn.Module, batch: dict[str, Tensor], dtype: t
     with autocast_to(batch["input_ids"].device, autocast):
         loss = -forward(**batch, use_cache=False).mean()
     (loss * 1024).backward()
-    gradient = torch.cat([one.grad.flatten().double().cpu() for one in trained if one.grad is not None]) / 1024
+    gradient = (
+        torch.cat([parameter.grad.flatten().double().cpu() for parameter in trained if parameter.grad is not None])
+        / 1024
+    )
     return scored, gradient

@@ -82,7 +82,7 @@ def gpu_report(
     with tempfile.TemporaryDirectory(prefix="perce-lite-gpu-") as folder:
         write_shape(config, Path(folder) / "shape")
         place = Place(recipe_of_report(Path(folder) / "shape", length), Path(folder), steps, warmup)
-        found = _measure(place, config, device, length, repeats, epochs)
+        figures = _measure(place, config, device, length, repeats, epochs)
         plan = None if planned is None else planned(place.recipe, device)
     return {
         "shape": shape,
@@ -93,9 +93,9 @@ def gpu_report(
             **{"length": length, "rank": RANK, "steps": steps, "warmup": warmup, "repeats": repeats, "epochs": epochs},
             "dtype": str(_dtype(place, device)).removeprefix("torch."),
         },
-        **found,
+        **figures,
         "plan": plan,
-        "bars": judged(found, shape == SHAPE and length == LENGTH and device.type == "cuda"),
+        "bars": judged(figures, shape == SHAPE and length == LENGTH and device.type == "cuda"),
         "seconds": time.perf_counter() - started,
     }
 
@@ -167,7 +167,7 @@ def _measure(place: Place, config: Any, device: torch.device, length: int, repea
 
 def judged(found: dict[str, Any], meant: bool) -> list[dict[str, Any]]:
     """The bars with what was measured, and whether each was `met`; None where it cannot be told, `why` says why."""
-    gib = {where: one["total"] / GIB if "total" in one else None for where, one in found["memory"].items()}
+    gib = {where: parts["total"] / GIB if "total" in parts else None for where, parts in found["memory"].items()}
     ratio = {arm: (found["speed"][arm].get("time") or {}).get("median") for arm in ("base", "mixed")}
     bars = [
         ("peak of training, GiB", 7.0, gib[ON_GPU]),
@@ -225,51 +225,53 @@ def _bar_cells(bar: dict[str, Any]) -> list[str]:
     return [bar["bar"], f"{bar['limit']:g}", "-" if bar["value"] is None else f"{bar['value']:.3f}", verdict]
 
 
-def _memory_table(found: dict[str, Any], plan: dict[str, int] | None) -> list[str]:
+def _memory_table(by_place: dict[str, Any], plan: dict[str, int] | None) -> list[str]:
     """A part a line; GiB, four digits behind the point, so that a toy's parts can be told apart as well."""
-    columns = {**found, **({} if plan is None else {"plan": plan})}
+    columns = {**by_place, **({} if plan is None else {"plan": plan})}
     rows = [
         [name, *(_gib(column[part]) if part in column else "-" for column in columns.values())]
         for part, name in PARTS.items()
     ]
-    notes = [f"{where}: {_why(one)}" for where, one in found.items() if _why(one)]
+    notes = [f"{where}: {_why(column)}" for where, column in by_place.items() if _why(column)]
     return [*_table(["memory, GiB", *columns], rows), *(["", *notes] if notes else [])]
 
 
-def _speed_cells(found: dict[str, Any]) -> list[list[str]]:
+def _speed_cells(by_arm: dict[str, Any]) -> list[list[str]]:
     return [
-        [arm, _why(one), "", "", ""]
-        if _why(one)
+        [arm, _why(figures), "", "", ""]
+        if _why(figures)
         else [
             arm,
-            f"{one['tokens_per_second']:.0f}",
-            f"{one['step_seconds']:.3f}",
-            "-" if one["time"] is None else f"{one['time']['median']:.3f}",
-            f"{one['scoring_seconds']:.2f}",
+            f"{figures['tokens_per_second']:.0f}",
+            f"{figures['step_seconds']:.3f}",
+            "-" if figures["time"] is None else f"{figures['time']['median']:.3f}",
+            f"{figures['scoring_seconds']:.2f}",
         ]
-        for arm, one in found.items()
+        for arm, figures in by_arm.items()
     ]
 
 
-def _slot_cells(found: dict[str, Any]) -> list[list[str]]:
+def _slot_cells(by_users: dict[str, Any]) -> list[list[str]]:
     return [
-        [users, _why(one), ""] if _why(one) else [users, f"{one['tokens_per_second']:.0f}", _gib(one["peak_bytes"])]
-        for users, one in found.items()
+        [users, _why(figures), ""]
+        if _why(figures)
+        else [users, f"{figures['tokens_per_second']:.0f}", _gib(figures["peak_bytes"])]
+        for users, figures in by_users.items()
     ]
 
 
-def _numeric_cells(found: dict[str, Any]) -> list[list[str]]:
-    if _why(found):
-        return [["-", _why(found), "", "", ""]]
+def _numeric_cells(by_dtype: dict[str, Any]) -> list[list[str]]:
+    if _why(by_dtype):
+        return [["-", _why(by_dtype), "", "", ""]]
     return [
-        [dtype, f"{one['mean']:.5f}", f"{one['max']:.5f}", f"{one['cosine']:.5f}", f"{one['norm']:.4f}"]
-        for dtype, one in found.items()
+        [dtype, f"{figures['mean']:.5f}", f"{figures['max']:.5f}", f"{figures['cosine']:.5f}", f"{figures['norm']:.4f}"]
+        for dtype, figures in by_dtype.items()
     ]
 
 
-def _why(one: dict[str, Any]) -> str:
+def _why(figures: dict[str, Any]) -> str:
     """Why a figure is not there; empty where it is."""
-    return str(one.get("out_of_memory") or one.get("refused") or "")
+    return str(figures.get("out_of_memory") or figures.get("refused") or "")
 
 
 def _gib(size: int) -> str:

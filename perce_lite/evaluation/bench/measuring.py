@@ -146,7 +146,7 @@ def measured(job: Job, base: Base) -> dict[str, Any]:
     token_count = int(trainer._total_train_tokens) if arm.kind != "hand-written" else None
     passes = [trained_tokens(pair, trainer.args) for pair in trainer.pairs["train"]] if ours else []
     ids = [tokens.ids for tokens in passes] or list(trainer.train_dataset["input_ids"])
-    labels = [one.labels for one in passes] or list(trainer.train_dataset["labels"])
+    labels = [tokens.labels for tokens in passes] or list(trainer.train_dataset["labels"])
     return {
         "step_seconds": clock.seconds(job.warmup),
         "scoring_seconds": trainer.scoring_seconds if ours else 0.0,
@@ -176,10 +176,10 @@ def activation_bytes(trainer: SFTTrainer) -> int:
 
     trainer.model.train()
     tokens = int((batch["labels"] != IGNORED).sum())
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=tokens)
     del loss
-    return sum(one.untyped_storage().nbytes() for place, one in kept.items() if place not in parameters)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in parameters)
 
 
 def recipe_of(job: Job) -> Recipe:
@@ -205,8 +205,8 @@ def make(arm: Arm, recipe: Recipe, base: Base, records: Sequence[dict[str, Any]]
     set_seed(config.seed)
     shared = {"processing_class": base.tokenizer, "peft_config": lora_config(recipe)}
     if arm.kind == "hand-written":
-        columns["row"] = [[index] * len(one.factual) for index, one in enumerate(pairs)]
-        twins = [{"input_ids": one.counterfactual.ids, "labels": one.counterfactual.labels} for one in pairs]
+        columns["row"] = [[index] * len(pair.factual) for index, pair in enumerate(pairs)]
+        twins = [{"input_ids": pair.counterfactual.ids, "labels": pair.counterfactual.labels} for pair in pairs]
         collator = PairCollator(pad_token_id=_pad_id(base), counterfactuals=twins)
         data = datasets.Dataset.from_dict(columns)
         return HandWrittenTrainer(base.model, config, train_dataset=data, data_collator=collator, **shared)
@@ -245,9 +245,9 @@ def peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    found = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")] if status.is_file() else []
-    if found:
-        return int(found[0].split()[1]) * 1024
+    lines = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")] if status.is_file() else []
+    if lines:
+        return int(lines[0].split()[1]) * 1024
     import resource  # not on Windows, where a GPU's peak can be read all the same
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

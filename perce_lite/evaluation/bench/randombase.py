@@ -106,7 +106,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     starts = [("Ġ", letter) for letter in string.ascii_lowercase]  # Ġ: a space, in byte-level BPE
-    vocabulary = {one: number for number, one in enumerate(["<end>", *alphabet, *map("".join, starts)])}
+    vocabulary = {token: number for number, token in enumerate(["<end>", *alphabet, *map("".join, starts)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=starts))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

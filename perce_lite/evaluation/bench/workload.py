@@ -37,7 +37,7 @@ class Workload:
     def digest(self, profile: bool) -> str:
         """As `measuring.measure` gives it for these rows."""
         trained = [pair.factual if profile else pair.counterfactual for pair in self.pairs]
-        return digest([[one.ids for one in trained], [one.labels for one in trained]])
+        return digest([[tokens.ids for tokens in trained], [tokens.labels for tokens in trained]])
 
     def told(self) -> dict[str, Any]:
         """For `--json`."""
@@ -47,7 +47,7 @@ class Workload:
             "tokens": self.tokens(profile=True),
             "tokens_without_profile": self.tokens(profile=False),
             "response_tokens": sum(label != IGNORED for pair in self.pairs for label in pair.factual.labels),
-            "longest": max(len(one.factual) for one in self.pairs),
+            "longest": max(len(pair.factual) for pair in self.pairs),
             "profile_share": self.profile_share,
         }
 
@@ -78,7 +78,7 @@ def workload(recipe: Recipe, steps: int) -> Workload:
     batches = [order[start : start + batch] for start in range(0, len(order) - batch + 1, batch)]
     longest = max(order, key=lambda index: lengths[index])
     taken = batches[:steps]
-    if not any(longest in one for one in taken):  # peak memory is that of the longest row
-        holding = [one for one in batches if longest in one]
+    if not any(longest in indices for indices in taken):  # peak memory is that of the longest row
+        holding = [indices for indices in batches if longest in indices]
         taken[-1] = holding[0] if holding else [*taken[-1][1:], longest]
-    return Workload([pairs[index] for one in taken for index in one], batch)
+    return Workload([pairs[index] for indices in taken for index in indices], batch)

@@ -95,12 +95,12 @@ def check_rows(found: Mapping[str, Tensor], proof: Proof, path: Path) -> None:
 def check_vocabulary(known: GgufBase, proof: Proof) -> None:
     """Raises ExportError where the ids of the fixed text are other tokens in the GGUF model."""
     size = len(known.tokens)
-    theirs = [known.tokens[one] if one < size else None for one in proof.ids]
-    wrong = [index for index, (one, other) in enumerate(zip(theirs, proof.pieces, strict=True)) if one != other]
+    pieces = [known.tokens[token] if token < size else None for token in proof.ids]
+    wrong = [index for index, (piece, other) in enumerate(zip(pieces, proof.pieces, strict=True)) if piece != other]
     if wrong:
         first = wrong[0]
         raise ExportError(
-            f"{known.path}: a swapped tokenizer: token {proof.ids[first]} is {theirs[first]!r} there and was "
+            f"{known.path}: a swapped tokenizer: token {proof.ids[first]} is {pieces[first]!r} there and was "
             f"{proof.pieces[first]!r} in training."
         )
 
@@ -109,10 +109,10 @@ def check_model(known: GgufBase, proof: Proof) -> None:
     """Raises ExportError where the GGUF model is of another architecture, size or embedding."""
     kind, layers, width = proof.sketch.shape[:3]
     ours = (gguf.MODEL_ARCH_NAMES[ARCHITECTURES[kind]], layers, width)
-    theirs = (known.architecture, known.layers, known.width)
-    if ours != theirs:
-        told = (f"{name}, {count} layers of {size}" for name, count, size in (theirs, ours))
-        raise ExportError(f"{known.path}: another base: {', not '.join(told)}.")
+    shape = (known.architecture, known.layers, known.width)
+    if ours != shape:
+        descriptions = (f"{name}, {count} layers of {size}" for name, count, size in (shape, ours))
+        raise ExportError(f"{known.path}: another base: {', not '.join(descriptions)}.")
     if known.exact:
         same = same_base(
             {"shape": [], "embedding": known.embedding}, {"shape": [], "embedding": proof.sketch.embedding}

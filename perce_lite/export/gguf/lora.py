@@ -97,9 +97,9 @@ def verify(folder: Path, proof: Proof, base: Path | None) -> dict[str, Any]:
     Raises:
         ExportError: whatever is wrong, each fault with a message of its own.
     """
-    found = read(folder / FILE)
-    check_not_idle(found.items(), folder)
-    check_rows(found, proof, folder / FILE)
+    tensors = read(folder / FILE)
+    check_not_idle(tensors.items(), folder)
+    check_rows(tensors, proof, folder / FILE)
     if base is None and not llamacpp.installed():
         return {"off_adapter": None, "off_base": None, "not_done": NOT_DONE}
     given = base is not None

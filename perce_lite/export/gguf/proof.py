@@ -37,11 +37,11 @@ def verify(folder: Path, proof: Proof) -> dict[str, Any]:
     if quant in TOLERANCES or not np.isfinite(got).all():
         check_rows(read(path), proof, path)
     if quant in TOLERANCES:
-        found = {"off_adapter": does_as_recorded(proof, got, str(path))}
+        result = {"off_adapter": does_as_recorded(proof, got, str(path))}
     else:
-        found = _loosely(proof, got, path, quant)
+        result = _loosely(proof, got, path, quant)
         check_rows(read(path), proof, path)
-    return {**found, "greedy": _answers(llama, proof, path, got[0], exact=quant in TOLERANCES)}
+    return {**result, "greedy": _answers(llama, proof, path, got[0], exact=quant in TOLERANCES)}
 
 
 def _loosely(proof: Proof, got: list[float], path: Path, quant: str) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def _loosely(proof: Proof, got: list[float], path: Path, quant: str) -> dict[str
     Raises:
         ExportError: it does nothing, or too little, or the rounding does much more than the adapter.
     """
-    meant, off = (np.array(proof.adapter) - np.array(one) for one in (proof.base, got))
+    meant, off = (np.array(proof.adapter) - np.array(log_probs) for log_probs in (proof.base, got))
     share = 1 - float(off @ meant / (meant @ meant))  # of the adapter's own direction
     off_by, effect = float(np.abs(off).mean()), mean_shift(proof)
     if share < 0.25:

@@ -46,7 +46,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, 
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(name)
-        writer.add_token_merges([" ".join(_pair(one)) for one in spec["model"]["merges"]])
+        writer.add_token_merges([" ".join(_pair(merge)) for merge in spec["model"]["merges"]])
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     _add_special(writer, tokenizer)
@@ -102,9 +102,9 @@ def splitting(tokenizer: PreTrainedTokenizerBase) -> str:
     for name, rules in _rules().items():
         others[name] = Tokenizer.from_str(backend.to_str())
         others[name].pre_tokenizer = Sequence([*rules, ByteLevel(add_prefix_space=False, use_regex=False)])
-    for told in (_parts, _ids):  # the same parts, or at least the same tokens
+    for splitter in (_parts, _ids):  # the same parts, or at least the same tokens
         for name, other in others.items():
-            if told(other) == told(backend):
+            if splitter(other) == splitter(backend):
                 return name
     raise ExportError(
         f"The tokenizer splits text in a way that is not known here; known are llama.cpp's {', '.join(_rules())}. "

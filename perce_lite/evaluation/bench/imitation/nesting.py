@@ -18,11 +18,11 @@ def name_of(func: Any) -> str:
 def each(value: Any) -> Iterator[Any]:
     """What is in `value`, however deep."""
     if isinstance(value, tuple | list):
-        for one in value:
-            yield from each(one)
+        for item in value:
+            yield from each(item)
     elif isinstance(value, dict):
-        for one in value.values():
-            yield from each(one)
+        for item in value.values():
+            yield from each(item)
     else:
         yield value
 
@@ -30,7 +30,7 @@ def each(value: Any) -> Iterator[Any]:
 def mapped(change: Callable[[Any], Any], value: Any) -> Any:
     """`value` with what is in it changed, however deep."""
     if isinstance(value, tuple | list):
-        return type(value)([mapped(change, one) for one in value])
+        return type(value)([mapped(change, item) for item in value])
     if isinstance(value, dict):
-        return {key: mapped(change, one) for key, one in value.items()}
+        return {key: mapped(change, item) for key, item in value.items()}
     return change(value)

@@ -181,14 +181,14 @@ def step_of(
     recipe: its model is a folder, a built-in model or a Hub id that is on this machine, for the tokenizer
     now: is told what is being done
     """
-    said = now or (lambda note: None)
-    said("making the base")
+    progress = now or (lambda note: None)
+    progress("making the base")
     quantized = recipe.quantization == "nf4"
     made = random_base(config, chosen_dtype(recipe.dtype, CUDA), CUDA, quantized=quantized)
     base = replace(made, tokenizer=load_tokenizer(recipe))
     if recipe.embedding_on_host:
         keep_on_host(base.model)
-    said("scoring")
+    progress("scoring")
     recipe = recipe.model_copy(update={"train": {**recipe.train, **_QUIETLY}})
     trainer = make_trainer(recipe, base, rows)
     gc.collect()
@@ -196,7 +196,7 @@ def step_of(
     torch.cuda.reset_peak_memory_stats()
     trainer.prepare()
     scoring = card.peak
-    peak, counts, places = _last_step(trainer, card, said)
+    peak, counts, places = _last_step(trainer, card, progress)
     trained = _as_trained(trainer)
     plan = Plan(recipe, None if trainer.args.packing else trained, triton=card.triton)
     gpu = Gpu(card.name, card.memory, card.capability[0] >= 8)
@@ -207,13 +207,13 @@ def step_of(
 
 
 def _last_step(
-    trainer: PerCETrainer, card: Card, said: Callable[[str], None]
+    trainer: PerCETrainer, card: Card, progress: Callable[[str], None]
 ) -> tuple[int, Counter[str], Counter[str]]:
     """Trains; gives the peak, the counts and the places of the last batch with the optimizer's step behind it."""
     step, last = trainer.training_step, {}
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        said("a step of training")
+        progress("a step of training")
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         last["counts"], last["places"] = Counter(card.counts), Counter(card.places)
