@@ -41,22 +41,22 @@ def faults(
     lora: fields of peft.LoraConfig; what is absent is what a recipe starts from
     kind: transformers' model type of the base, where it is known; tied: whether its head is its embedding
     """
-    found = []
+    reasons = []
     if profile_pass == "frozen" and target not in ("peft", "gguf-lora"):
         why = "vLLM has no activated LoRA" if target == "vllm" else "merged weights are awake at every token"
-        found.append(f"it sleeps through the profile (profile_pass: frozen), and {why}")
+        reasons.append(f"it sleeps through the profile (profile_pass: frozen), and {why}")
     if target in ("gguf-lora", "gguf", "ollama") and kind is not None and kind not in GGUF_FAMILIES:
-        found.append(f"its base is a {kind}, and the converter knows {', '.join(GGUF_FAMILIES)}")
+        reasons.append(f"its base is a {kind}, and the converter knows {', '.join(GGUF_FAMILIES)}")
     if target == "gguf-lora":
-        found += _gguf_lora_faults(lora)
+        reasons += _gguf_lora_faults(lora)
     if target == "vllm":
-        found += _vllm_faults(lora)
+        reasons += _vllm_faults(lora)
     if target != "peft" and tied and (heads := vocabulary_modules(lora)):
-        found.append(
+        reasons.append(
             f"it has LoRA on {', '.join(heads)}, but this base has one matrix for its input and its head, which would "
             "be changed in both places"
         )
-    return found
+    return reasons
 
 
 def base_faults(target: str, config: Mapping[str, Any], loaded: str) -> list[str]:
@@ -64,64 +64,66 @@ def base_faults(target: str, config: Mapping[str, Any], loaded: str) -> list[str
 
     config: of the base's own files; loaded: the class that training loads it as
     """
-    found = []
+    reasons = []
     if target in ("merged", "gguf-lora", "gguf", "ollama") and config.get("quantization_config"):
-        found.append("the base's own files are quantised, so there are no original weights to merge into")
+        reasons.append("the base's own files are quantised, so there are no original weights to merge into")
     named = (config.get("architectures") or [loaded])[0]
     if target == "vllm" and named != loaded:
-        found.append(
+        reasons.append(
             f"vLLM builds the base as {named}, and training loads it as {loaded}, whose layers have other names: vLLM "
             "would not find them"
         )
-    return found
+    return reasons
 
 
 def _gguf_lora_faults(lora: Mapping[str, Any]) -> list[str]:
     """Why llama.cpp cannot take an adapter beside its base."""
-    found = []
+    reasons = []
     if lora.get("use_dora"):
-        found.append("it was trained with DoRA (use_dora), which llama.cpp does not know; --to merged or gguf takes it")
+        reasons.append(
+            "it was trained with DoRA (use_dora), which llama.cpp does not know; --to merged or gguf takes it"
+        )
     if lora.get("modules_to_save"):
         saved = ", ".join(lora["modules_to_save"])
-        found.append(f"it holds whole layers (modules_to_save: {saved}), and an adapter GGUF holds LoRA alone")
+        reasons.append(f"it holds whole layers (modules_to_save: {saved}), and an adapter GGUF holds LoRA alone")
     for name in ("bias", "lora_bias", "trainable_token_indices"):
         if lora.get(name, "none") not in ("none", None, False):
-            found.append(f"it was trained with {name}, which llama.cpp does not know")
+            reasons.append(f"it was trained with {name}, which llama.cpp does not know")
     if "embed_tokens" in vocabulary_modules(lora):
-        found.append("it has LoRA on embed_tokens, which is not converted")
-    return found
+        reasons.append("it has LoRA on embed_tokens, which is not converted")
+    return reasons
 
 
 def _vllm_faults(lora: Mapping[str, Any]) -> list[str]:
     """Why vLLM refuses an adapter, or would compute something else with it than training did."""
-    found = []
+    reasons = []
     if lora.get("use_dora"):
-        found.append("it is trained with DoRA (use_dora), which vLLM rejects")
+        reasons.append("it is trained with DoRA (use_dora), which vLLM rejects")
     if lora.get("modules_to_save"):
-        found.append(
+        reasons.append(
             f"it holds whole layers (modules_to_save: {', '.join(lora['modules_to_save'])}): vLLM rejects them"
         )
     if lora.get("bias", "none") != "none" or lora.get("lora_bias"):
-        found.append("it trains biases (bias, lora_bias), which vLLM rejects")
+        reasons.append("it trains biases (bias, lora_bias), which vLLM rejects")
     if lora.get("trainable_token_indices"):
-        found.append("it trains rows of the embedding (trainable_token_indices), which vLLM does not read")
+        reasons.append("it trains rows of the embedding (trainable_token_indices), which vLLM does not read")
     for name in ("rank_pattern", "alpha_pattern"):
         if lora.get(name):
-            found.append(f"its layers differ in scale ({name}), and vLLM gives all layers one")
+            reasons.append(f"its layers differ in scale ({name}), and vLLM gives all layers one")
     rank = lora.get("r", _LORA_R)
     if isinstance(rank, int) and max_rank(rank) is None:
-        found.append(f"its rank is {rank}, and vLLM takes {VLLM_RANKS[-1]} at the most")
+        reasons.append(f"its rank is {rank}, and vLLM takes {VLLM_RANKS[-1]} at the most")
     named = lora.get("target_modules")
     if isinstance(named, list | tuple | set) and (
-        other := sorted({_layer(one) for one in named} - {*_VLLM_MODULES, "lm_head"})
+        other := sorted({_layer(module) for module in named} - {*_VLLM_MODULES, "lm_head"})
     ):
-        found.append(f"it has LoRA on {', '.join(other)}; vLLM is known to take {', '.join(_VLLM_MODULES)}")
-    return found
+        reasons.append(f"it has LoRA on {', '.join(other)}; vLLM is known to take {', '.join(_VLLM_MODULES)}")
+    return reasons
 
 
 def max_rank(rank: int) -> int | None:
     """The smallest --max-lora-rank of vLLM that holds `rank`; None where there is none."""
-    return next((one for one in VLLM_RANKS if one >= rank), None)
+    return next((limit for limit in VLLM_RANKS if limit >= rank), None)
 
 
 def vocabulary_modules(lora: Mapping[str, Any]) -> list[str]:
@@ -172,10 +174,10 @@ def written_proof(folder: Path) -> dict[str, Any]:
     Raises:
         ExportError: there is none, or it is torn.
     """
-    found = read_json(folder / PROOF)
-    if not isinstance(found, dict):
+    proof = read_json(folder / PROOF)
+    if not isinstance(proof, dict):
         raise ExportError(
             f"{folder}: no export of PerCE Lite: it has no readable {PROOF}. Give a folder that `perce-lite export` "
             "named at its end."
         )
-    return found
+    return proof

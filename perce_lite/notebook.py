@@ -96,8 +96,8 @@ def serve(
         raise NotebookError("Give an adapter's folder, or fleet=FOLDER.")
     _serving.close()
     _free_gpu_memory()
-    one, many = (None if folder is None else Path(folder) for folder in (adapter, fleet))
-    server = _serving.enter_context(running(make_server(one, many, Settings(port=0, framed=True))))
+    adapter_folder, fleet_folder = (None if folder is None else Path(folder) for folder in (adapter, fleet))
+    server = _serving.enter_context(running(make_server(adapter_folder, fleet_folder, Settings(port=0, framed=True))))
     return IFrame(server.url, "100%", height)
 
 

@@ -269,8 +269,8 @@ class Recipe(Section):
 
     def fleet_fingerprint(self) -> str:
         """As `fingerprint`, without which users and rows there are; how many rows of a user at the most counts."""
-        every = self.data.model_copy(update={"users": None, "max_rows": None})
-        plain = self.model_copy(update={"data": every}).fingerprint()
+        data = self.data.model_copy(update={"users": None, "max_rows": None})
+        plain = self.model_copy(update={"data": data}).fingerprint()
         return plain if self.fleet.max_examples is None else f"{plain} {self.fleet.max_examples}"
 
     @property

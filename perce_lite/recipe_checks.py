@@ -109,12 +109,12 @@ def _core_faults(plain: dict[str, Any], lines: Lines) -> list[str]:
 def _column_faults(columns: dict[str, Any], lines: Lines) -> list[str]:
     """Columns of the file that are given two of our names: a record can tell only one of them."""
     ours_of: dict[str, list[str]] = {}
-    for ours, theirs in columns.items():
-        ours_of.setdefault(str(theirs), []).append(str(ours))
+    for ours, column in columns.items():
+        ours_of.setdefault(str(column), []).append(str(ours))
     return [
         f"{where(('data', 'columns', ours[-1]), lines)}data.columns: {' and '.join(ours)} are both taken from the "
-        f"column {theirs}; a column has one name, so leave all but one of them out"
-        for theirs, ours in ours_of.items()
+        f"column {column}; a column has one name, so leave all but one of them out"
+        for column, ours in ours_of.items()
         if len(ours) > 1
     ]
 

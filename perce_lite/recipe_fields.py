@@ -56,18 +56,18 @@ def generation_options() -> frozenset[str]:
     Raises:
         CompatibilityError: as `fields_of`.
     """
-    found = _class("transformers", "generation/configuration_utils.py", "GenerationConfig")
-    init = next(node for node in found.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    definition = _class("transformers", "generation/configuration_utils.py", "GenerationConfig")
+    init = next(node for node in definition.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
     assigned = [target for node in ast.walk(init) if isinstance(node, ast.Assign) for target in node.targets]
     names = {target.attr for target in assigned if isinstance(target, ast.Attribute)}
     return frozenset(name for name in names if not name.startswith("_"))
 
 
 def _class(package: str, file: str, name: str) -> ast.ClassDef:
-    found = [node for node in _parsed(package, file).body if isinstance(node, ast.ClassDef) and node.name == name]
-    if not found:
+    definitions = [node for node in _parsed(package, file).body if isinstance(node, ast.ClassDef) and node.name == name]
+    if not definitions:
         raise CompatibilityError(f"{package}/{file} has no class {name} any more; install the versions asked for.")
-    return found[0]
+    return definitions[0]
 
 
 def _parsed(package: str, file: str) -> ast.Module:

@@ -135,14 +135,14 @@ class Chat:
             RowRefusedError: the template refuses the messages or leaves out a turn.
         """
         mark = self._unused_marker("response", [*prompt, *completion], profile, where)
-        said = [message for message in completion if message["role"] == "assistant"]
-        plain = [not self._is_rich(message) for message in said]
+        replies = [message for message in completion if message["role"] == "assistant"]
+        plain = [not self._is_rich(message) for message in replies]
         messages = self._messages([*prompt, *_marked(completion, mark, plain)], profile, where)
         text = self.render(messages, where, options=options)
-        found = [text.count(f"{mark}{number}.") == 1 for number, is_plain in enumerate(plain) if is_plain]
-        if not all(found):
+        shown = [text.count(f"{mark}{number}.") == 1 for number, is_plain in enumerate(plain) if is_plain]
+        if not all(shown):
             raise RowRefusedError(
-                where, f"the chat template shows {sum(found)} of {len(found)} assistant turns, and {_KEEPS}"
+                where, f"the chat template shows {sum(shown)} of {len(shown)} assistant turns, and {_KEEPS}"
             )
         spans: list[tuple[int, int, bool]] = []
         first = len(messages) - len(completion)
@@ -162,15 +162,15 @@ class Chat:
             )
         contexts = [text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
         responses = [
-            text[start:end].replace(f"{mark}{number}.", content_of(said[number]).strip())
+            text[start:end].replace(f"{mark}{number}.", content_of(replies[number]).strip())
             for number, (start, end, _) in enumerate(spans)
         ]
         hidden = sum(
             thought not in response
-            for message, response in zip(said, responses, strict=True)
+            for message, response in zip(replies, responses, strict=True)
             for thought in self._thoughts_of(message)
         )
-        return Turns(contexts, responses, [ends for _, _, ends in spans], list(map(says_something, said)), hidden)
+        return Turns(contexts, responses, [ends for _, _, ends in spans], list(map(says_something, replies)), hidden)
 
     def _thoughts_of(self, message: Message) -> list[str]:
         """The thoughts of an assistant turn, less the white space around them."""
@@ -198,11 +198,11 @@ class Chat:
         """
         marked = [*messages[:place], {"role": "assistant", "content": mark}]
         try:
-            before, found, after = self.render([*marked, *messages[place + 1 :]], where, options=options).partition(
+            before, middle, after = self.render([*marked, *messages[place + 1 :]], where, options=options).partition(
                 mark
             )
         except RowRefusedError:  # a tool's answer without its call
-            before, found, after = *self.render(marked, where, options=options).partition(mark)[:2], None
+            before, middle, after = *self.render(marked, where, options=options).partition(mark)[:2], None
         behind = None
         if after is not None:
             ids = self.ids(after)
@@ -212,7 +212,7 @@ class Chat:
             until = self.render(messages[: place + 1], where, options=options)
             behind = text.removeprefix(until) if text.startswith(until) else None
         start = len(prompted) if text.startswith(prompted) else min(_common(prompted, before), _common(before, text))
-        if not found or behind is None or start > len(text) - len(behind):
+        if not middle or behind is None or start > len(text) - len(behind):
             raise RowRefusedError(
                 where, f"the chat template does not show a turn with tool calls or thoughts, and {_KEEPS}"
             )
@@ -375,7 +375,9 @@ class Chat:
             return self.safe(value)
         if isinstance(value, Mapping):
             pairs = [(self.safe(str(name)), self._safe_value(inner)) for name, inner in value.items()]
-            return {name: inner for (name, _), (inner, _) in pairs}, sum(one + two for (_, one), (_, two) in pairs)
+            return {name: inner for (name, _), (inner, _) in pairs}, sum(
+                in_name + in_value for (_, in_name), (_, in_value) in pairs
+            )
         if isinstance(value, list | tuple):
             inner_values = [self._safe_value(inner) for inner in value]
             return [inner for inner, _ in inner_values], sum(count for _, count in inner_values)
@@ -435,9 +437,9 @@ def _without_merges(text: str, prompted: str, start: int) -> int:
     return len(text[:start].rstrip()) if merges else start
 
 
-def _common(one: str, other: str) -> int:
+def _common(text: str, other: str) -> int:
     """Number of characters with which both texts begin."""
-    return sum(1 for _ in itertools.takewhile(lambda letters: letters[0] == letters[1], zip(one, other, strict=False)))
+    return sum(1 for _ in itertools.takewhile(lambda letters: letters[0] == letters[1], zip(text, other, strict=False)))
 
 
 def format_profile(profile: Profiled, template: Template) -> str:

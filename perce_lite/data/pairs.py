@@ -61,8 +61,8 @@ class Tokens:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Tokens):
             return NotImplemented
-        mine, theirs = (self._ids, self._labels), (other._ids, other._labels)
-        return mine == theirs and self.prefix_length == other.prefix_length
+        own_arrays, other_arrays = (self._ids, self._labels), (other._ids, other._labels)
+        return own_arrays == other_arrays and self.prefix_length == other.prefix_length
 
     def __repr__(self) -> str:
         return f"Tokens({self.ids}, {self.labels}, {self.prefix_length})"
@@ -337,8 +337,8 @@ class PairMaker(Chat):
         afters = [self.ids(text) for text in turns.contexts[1:]]
         # A control token after inner turns only opens the next turn; it ends none.
         ends_turns = not turns.ends[-1] or self.end_of_turn(afters[-1]) > 0
-        each = zip(ids_of_responses, afters, turns.ends, turns.scored, strict=True)
-        for response, after, ends_behind, scored in each:
+        by_turn = zip(ids_of_responses, afters, turns.ends, turns.scored, strict=True)
+        for response, after, ends_behind, scored in by_turn:
             end = after[: self.end_of_turn(after)] if ends_turns and ends_behind else []
             ids += response + after
             labels += response + end if scored else [IGNORED] * len(response + end)

@@ -297,14 +297,14 @@ def _of_documents(records: list[Record], recipe: Recipe, shape: str, users: Set[
         if (user := user_name(record[2].get("user"))) in users:
             documents[user].append(record)
     texts = {}
-    for user, theirs in documents.items():
-        theirs.sort(key=age(theirs))
+    for user, own_records in documents.items():
+        own_records.sort(key=age(own_records))
         texts[user] = UserTexts(
             None,
-            [item_of(record) for _, _, record in theirs],
-            [(record.get("query"), record.get("title")) for _, _, record in theirs],
-            [where in trained for where, _, _ in theirs],
-            [whole_of(record) for _, _, record in theirs],
+            [item_of(record) for _, _, record in own_records],
+            [(record.get("query"), record.get("title")) for _, _, record in own_records],
+            [where in trained for where, _, _ in own_records],
+            [whole_of(record) for _, _, record in own_records],
         )
     return texts
 
@@ -370,10 +370,10 @@ def _records(recipe: Recipe) -> Iterator[Record]:
             "The data are not known: a script or another trainer made this adapter, or it is an export, which does not "
             "say where they lie. Give --data FILE (in Python: data=...), or a profile instead of a user"
         )
-    path, renamed = recipe.data_path, {theirs: ours for ours, theirs in recipe.data.columns.items()}
+    path, renamed = recipe.data_path, {column: ours for ours, column in recipe.data.columns.items()}
     records = _from_hub(recipe) if path is None else _from_path(path)
     for where, split, record in _objects(records):
-        taken = {ours: record[theirs] for theirs, ours in renamed.items() if theirs in record}
+        taken = {ours: record[column] for column, ours in renamed.items() if column in record}
         kept = {name: value for name, value in record.items() if name not in renamed and name not in renamed.values()}
         yield where, split, {**kept, **taken}
 

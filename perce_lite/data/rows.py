@@ -391,10 +391,10 @@ def _conversation(record: Mapping[str, Any], where: str) -> tuple[tuple[Message,
 def _of_alpaca(record: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Prompt and completion of {instruction, input, output}, the input below the instruction."""
     response = next(record[name] for name in _ALPACA_RESPONSES if name in record)
-    said = [str(record[name]).strip() for name in ("instruction", *_ALPACA_INPUTS) if record.get(name)]
-    if not said:
+    texts = [str(record[name]).strip() for name in ("instruction", *_ALPACA_INPUTS) if record.get(name)]
+    if not texts:
         raise DataError(f"{where}: neither instruction nor input: nothing is said ahead of the response")
-    return {"prompt": "\n\n".join(said), "completion": response}
+    return {"prompt": "\n\n".join(texts), "completion": response}
 
 
 def _template_options(record: Mapping[str, Any], where: str) -> dict[str, Any]:

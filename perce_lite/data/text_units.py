@@ -16,8 +16,8 @@ def text_units(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[t
     units: list[tuple[int, int, str]] = []
     before = start = 0  # the unit before is decoded along: a tokenizer may strip the space that a text begins with
     for end in range(1, len(ids) + 1):
-        said, text = (tokenizer.decode(ids[before:to], clean_up_tokenization_spaces=False) for to in (start, end))
-        text = text[len(said) :]
+        prefix, text = (tokenizer.decode(ids[before:to], clean_up_tokenization_spaces=False) for to in (start, end))
+        text = text[len(prefix) :]
         torn = text.endswith("\ufffd") and end - start < 8
         if torn and end < len(ids) and ids[end] not in special:
             continue

@@ -296,7 +296,7 @@ def _disk(recipe: Recipe, parents: int, due: Mapping[str, int]) -> int:
     folder = recipe.output_dir.absolute()
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     kinds = [(count - users, size.whole), (users, size.of_a_user)] if size.core else [(count, size.whole)]
-    sizes = " and ".join(f"{many} adapters of {each / 2**20:.1f} MiB" for many, each in kinds if many)
+    sizes = " and ".join(f"{many} adapters of {bytes_each / 2**20:.1f} MiB" for many, bytes_each in kinds if many)
     say(
         f"{sizes}, with checkpoints in training: {need / 2**30:.2f} GiB of disk at the most, "
         f"{free / 2**30:.1f} GiB are free"

@@ -292,12 +292,12 @@ class Registry:
 
     def _select(self, clause: str, values: tuple[Any, ...] = ()) -> list[Adapter]:
         columns = list(Adapter.__dataclass_fields__)
-        place, found = columns.index("metrics"), []
+        place, adapters = columns.index("metrics"), []
         for row in self._db.execute(f"SELECT {', '.join(columns)} FROM adapters {clause}", values):
             fields = list(row)
             fields[place] = json.loads(fields[place])
-            found.append(Adapter(*fields))
-        return found
+            adapters.append(Adapter(*fields))
+        return adapters
 
 
 @contextmanager

@@ -126,10 +126,10 @@ class SlotTrainer:
         """Whether states are saved after this batch; `save_steps` below 1 is a share of a user's steps."""
         if self.args.save_strategy == "no":
             return False
-        every = self.args.save_steps
-        if every < 1:
-            every *= max((user.total for user in running), default=1)
-        return batch % max(1, int(every)) == 0
+        interval = self.args.save_steps
+        if interval < 1:
+            interval *= max((user.total for user in running), default=1)
+        return batch % max(1, int(interval)) == 0
 
     def _state(self, user: SlotUser) -> dict[str, Any]:
         gradients = self.model.gradients_of(user.slot) if user.figures else []

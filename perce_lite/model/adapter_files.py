@@ -87,8 +87,8 @@ def read_metadata(folder: Path, said: Said | None = None) -> dict[str, Any]:
             require_whole(nested)
             if not (said.model or metadata["recipe"]["model"]):
                 raise AdapterError(f"{folder}: its {METADATA} names no base: give --model FOLDER")
-            found = _with_base_found(metadata, nested)
-            return {**found, "recipe": _as_said(found["recipe"], said), "folder": str(nested)}
+            resolved = _with_base_found(metadata, nested)
+            return {**resolved, "recipe": _as_said(resolved["recipe"], said), "folder": str(nested)}
         if (nested / CONFIG).is_file() and not (nested / METADATA).exists():
             require_whole(nested)
             from perce_lite.model.foreign import foreign_metadata  # reads the base's configuration, so loads torch
@@ -152,11 +152,11 @@ def _with_base_found(metadata: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def require_profile_pass(folder: Path, recipe: Recipe) -> None:
     """Raises AdapterError if the adapter in `folder` was not trained with the `profile_pass` of `recipe`."""
-    theirs, ours = Recipe.model_validate(read_metadata(folder)["recipe"]).profile_pass, recipe.profile_pass
-    if theirs != ours:
+    trained, asked = Recipe.model_validate(read_metadata(folder)["recipe"]).profile_pass, recipe.profile_pass
+    if trained != asked:
         raise AdapterError(
-            f"{folder}: this adapter was trained with profile_pass: {theirs} and would be used with {ours}, which is "
-            f"not what it learned. Add --set train.profile_pass={theirs}."
+            f"{folder}: this adapter was trained with profile_pass: {trained} and would be used with {asked}, which is "
+            f"not what it learned. Add --set train.profile_pass={trained}."
         )
 
 

@@ -45,7 +45,7 @@ class Kept:
         prefix that the adapter sleeps through is there whole or not at all.
         """
         pairs = zip(self.ids, ids[:-1], strict=False)
-        shared = next((at for at, (one, other) in enumerate(pairs) if one != other), min(len(self.ids), len(ids) - 1))
+        shared = next((at for at, (old, new) in enumerate(pairs) if old != new), min(len(self.ids), len(ids) - 1))
         if use_adapter != self.use_adapter or not keeps_every_position(self.cache) or shared < max(1, prefix):
             return None
         self.cache.crop(shared - self.cache.get_seq_length())

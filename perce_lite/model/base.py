@@ -166,8 +166,8 @@ def text_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:
     for name in ("chat_template.json", "processor_config.json"):  # where only the processor has a chat template
         if tokenizer.chat_template is None:
             file = cached_file(source, name, _raise_exceptions_for_missing_entries=False, **options)
-            told = None if file is None else read_json(Path(file))
-            tokenizer.chat_template = told.get("chat_template") if isinstance(told, dict) else None
+            settings = None if file is None else read_json(Path(file))
+            tokenizer.chat_template = settings.get("chat_template") if isinstance(settings, dict) else None
     return tokenizer
 
 

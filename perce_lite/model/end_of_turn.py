@@ -26,8 +26,8 @@ def norm_share(weight: Tensor, token_id: int) -> float:
     """The norm of a row of `weight` (V, D) as a share of the median row's, of `_SAMPLE` rows at equal distances."""
     rows = weight.detach()
     norms: list[float] = []
-    for some in rows[:: math.ceil(len(rows) / _SAMPLE)].split(_AT_ONCE):
-        norms += torch.linalg.vector_norm(some.float(), dim=1).tolist()
+    for chunk in rows[:: math.ceil(len(rows) / _SAMPLE)].split(_AT_ONCE):
+        norms += torch.linalg.vector_norm(chunk.float(), dim=1).tolist()
     return float(torch.linalg.vector_norm(rows[token_id].float())) / max(statistics.median_low(norms), 1e-12)
 
 

@@ -225,15 +225,15 @@ def same_base(first: dict[str, Any], second: dict[str, Any]) -> bool:
         return False
     if not (has_layers(first) and has_layers(second)):
         return True
-    ours, theirs = first["layers"], second["layers"]
-    if len(ours) != len(theirs):
+    first_layers, second_layers = first["layers"], second["layers"]
+    if len(first_layers) != len(second_layers):
         return False
-    in_4_bit = [_FOUR_BIT in one["numbers"] for one in (first, second)]
+    in_4_bit = [_FOUR_BIT in base["numbers"] for base in (first, second)]
     if not any(in_4_bit):
-        return _near(ours, theirs, 1e-5 if first["numbers"] == second["numbers"] else 2**-8)
+        return _near(first_layers, second_layers, 1e-5 if first["numbers"] == second["numbers"] else 2**-8)
     if not all(in_4_bit):
-        return _near_by_norm(ours, theirs)
-    return _mostly_equal(ours, theirs, 1e-3 if first["numbers"] == second["numbers"] else 2**-6)
+        return _near_by_norm(first_layers, second_layers)
+    return _mostly_equal(first_layers, second_layers, 1e-3 if first["numbers"] == second["numbers"] else 2**-6)
 
 
 _LEAST_EQUAL = 0.95
@@ -248,20 +248,20 @@ def has_layers(sketched: dict[str, Any]) -> bool:
     return bool(sketched.get("layers"))
 
 
-def _near(ours: Sequence[float], theirs: Sequence[float], share: float) -> bool:
-    pairs = zip(ours, theirs, strict=True)
-    return all(math.isclose(one, other, rel_tol=share, abs_tol=1e-6) for one, other in pairs)
+def _near(first: Sequence[float], second: Sequence[float], share: float) -> bool:
+    pairs = zip(first, second, strict=True)
+    return all(math.isclose(value, other, rel_tol=share, abs_tol=1e-6) for value, other in pairs)
 
 
-def _mostly_equal(ours: Sequence[float], theirs: Sequence[float], share: float) -> bool:
+def _mostly_equal(first: Sequence[float], second: Sequence[float], share: float) -> bool:
     """Whether values of two bases in 4 bit may be of one: a few land on another level on another device or dtype."""
-    return bool(np.isclose(np.asarray(ours), np.asarray(theirs), rtol=share, atol=1e-6).mean() >= _LEAST_EQUAL)
+    return bool(np.isclose(np.asarray(first), np.asarray(second), rtol=share, atol=1e-6).mean() >= _LEAST_EQUAL)
 
 
-def _near_by_norm(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+def _near_by_norm(first: Sequence[float], second: Sequence[float]) -> bool:
     """Whether values in 4 bit and whole ones may be of one base."""
-    one, other = np.asarray(ours), np.asarray(theirs)
-    return bool(np.linalg.norm(one - other) <= _QUANTISED_AWAY * max(np.linalg.norm(one), np.linalg.norm(other)))
+    vector, other = np.asarray(first), np.asarray(second)
+    return bool(np.linalg.norm(vector - other) <= _QUANTISED_AWAY * max(np.linalg.norm(vector), np.linalg.norm(other)))
 
 
 # Files, each read once a process

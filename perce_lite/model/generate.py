@@ -235,7 +235,7 @@ class LoadedAdapter:
         """
         several = not isinstance(prompts, str | Mapping) and not _is_dialogue(prompts)
         asked: Sequence[Any] = prompts if several else [prompts]  # type: ignore[assignment]
-        questions = [question_of(one, f"prompt {number}", profile, user) for number, one in enumerate(asked, 1)]
+        questions = [question_of(prompt, f"prompt {number}", profile, user) for number, prompt in enumerate(asked, 1)]
         wanted = wanted_profiles(self.metadata, questions)
         options = sampling(temperature, top_p)
         answered = self.answers(questions, wanted, max_new_tokens, use_adapter, personal, seed, batch_size, **options)
@@ -264,8 +264,8 @@ class LoadedAdapter:
         for start in range(0, len(questions), batch_size):
             batch = questions[start : start + batch_size]
             fitting = [
-                (one.prompt, self.maker.fitting(one.prompt, profile))
-                for one, profile in zip(batch, wanted[start : start + batch_size], strict=True)
+                (question.prompt, self.maker.fitting(question.prompt, profile))
+                for question, profile in zip(batch, wanted[start : start + batch_size], strict=True)
             ]
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
                 torch.manual_seed(seed + start)
@@ -281,14 +281,14 @@ class LoadedAdapter:
                     **options,
                 )
             for question, (_, profile), [answer] in zip(batch, fitting, texts, strict=True):
-                said = {"profile": self.maker.profile_text(profile), "model": "adapter" if use_adapter else "base"}
+                details = {"profile": self.maker.profile_text(profile), "model": "adapter" if use_adapter else "base"}
                 named = {} if question.user is None else {"user": question.user}
-                yield {**question.record, **named, **said, "answer": answer}
+                yield {**question.record, **named, **details, "answer": answer}
 
 
 def _is_dialogue(prompts: Any) -> bool:
     """Whether `prompts` is one prompt in messages, not several prompts."""
-    return bool(prompts) and all(isinstance(one, Mapping) and "role" in one for one in prompts)
+    return bool(prompts) and all(isinstance(message, Mapping) and "role" in message for message in prompts)
 
 
 def sampling(temperature: float, top_p: float) -> dict[str, Any]:

@@ -78,12 +78,12 @@ def _hash(path: Path) -> str:
     kept = read_json(known)
     kept = kept if isinstance(kept, dict) else {}
     match kept.get(str(stamp.path)):
-        case [stamp.modified_ns, stamp.size, str(found)]:
-            return found
+        case [stamp.modified_ns, stamp.size, str(digest)]:
+            return digest
     with console.status(f"Reading {path.name} (once) ..."):
-        found = sha256(path)
-    write_json(known, {**kept, str(stamp.path): [stamp.modified_ns, stamp.size, found]})
-    return found
+        digest = sha256(path)
+    write_json(known, {**kept, str(stamp.path): [stamp.modified_ns, stamp.size, digest]})
+    return digest
 
 
 def _convert(path: Path, digest: str, folder: Path) -> None:

@@ -51,8 +51,8 @@ def question_of(asked: Asked, where: str, profile: Any = None, user: str | None 
         own_profile, own_user = profile, user
     if own_profile is not None and own_user is not None:
         raise DataError(f"{where}: has both a profile and a user; give one of them")
-    said = None if own_profile is None else profile_of(own_profile, where)
-    return Question(where, prompt, said, None if own_user is None else str(own_user), record)
+    texts = None if own_profile is None else profile_of(own_profile, where)
+    return Question(where, prompt, texts, None if own_user is None else str(own_user), record)
 
 
 def read_questions(
@@ -65,12 +65,12 @@ def read_questions(
     Raises:
         DataError: a line that is no object in JSONL, or no question; nothing in it. The line is named.
     """
-    said = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
-    if not said:
+    numbered_lines = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered_lines:
         raise DataError(f"{name}: there is no prompt in it; give one a line, or JSONL with a prompt in each line")
-    as_json = said[0][1].startswith("{")
+    as_json = numbered_lines[0][1].startswith("{")
     questions = []
-    for number, line in said:
+    for number, line in numbered_lines:
         where = f"{name}, line {number}"
         questions.append(question_of(_object(line, where) if as_json else line, where, profile, user))
     return questions

@@ -150,14 +150,14 @@ def _line(name: str, value: Any, comment: str = "", indent: str = "") -> str:
     return f"{plain:<{_COLUMN}}{'' if len(plain) < _COLUMN else '   '}# {comment}\n" if comment else f"{plain}\n"
 
 
-def _section(name: str, ours: Mapping[str, tuple[Any, str]], theirs: Mapping[str, Any]) -> str:
+def _section(name: str, ours: Mapping[str, tuple[Any, str]], script: Mapping[str, Any]) -> str:
     """A section: our fields with comments, the script's own in their place and behind them."""
     lines = [
-        _line(field, json.dumps(theirs[field]) if field in theirs else value, comment, "  ")
+        _line(field, json.dumps(script[field]) if field in script else value, comment, "  ")
         for field, (value, comment) in ours.items()
     ]
     lines += [
-        _line(field, json.dumps(value), "of the script", "  ") for field, value in theirs.items() if field not in ours
+        _line(field, json.dumps(value), "of the script", "  ") for field, value in script.items() if field not in ours
     ]
     return f"{name}:\n" + "".join(lines)
 

@@ -82,16 +82,16 @@ def gpu(given: str) -> Gpu:
         return GPUS[known[asked]]
     stated = re.fullmatch(r"(.*\S)[\s_-]+(\d+)\s*gi?b", given, re.IGNORECASE)
     if stated is not None and _plain(stated[1]) in known:
-        found = GPUS[known[_plain(stated[1])]]
-        if abs(found.bytes / GIB / float(stated[2]) - 1) < 0.1:
-            return found
+        card = GPUS[known[_plain(stated[1])]]
+        if abs(card.bytes / GIB / float(stated[2]) - 1) < 0.1:
+            return card
     if _TOO_OLD.fullmatch(asked):
         raise PlanError(
             f"--gpu {given}: CUDA 13, for which current torch is built, has no code for so old a GPU. With an older "
             "build of torch nothing of PerCE Lite was tried there; plan by its memory: --gpu 16GB"
         )
     near = difflib.get_close_matches(asked, known, n=3, cutoff=0.4)
-    mend = f"did you mean {' or '.join(known[one] for one in near)}?" if near else f"known: {', '.join(GPUS)}."
+    mend = f"did you mean {' or '.join(known[name] for name in near)}?" if near else f"known: {', '.join(GPUS)}."
     raise PlanError(f"--gpu {given}: no such GPU; {mend} Or give its memory: --gpu 8GB")
 
 

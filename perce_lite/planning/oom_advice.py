@@ -109,10 +109,10 @@ def _for_a_run(recipe: Recipe, checkpoint: Path | None) -> str:
     kept = f"No checkpoint had been written. {_scored(recipe)}"
     if checkpoint is not None:
         kept = f"What was trained up to {checkpoint} is kept. "
-    found = _planned(recipe)
-    if found is None:
+    planned = _planned(recipe)
+    if planned is None:
         return f"{kept}{_CLOSE}, or lower train.per_device_train_batch_size, train.max_length or lora.r."
-    plan, here = found
+    plan, here = planned
     target = _less(plan.training(plan.choice, here), here)
     change = plan.smallest_change(target)
     if change is None:
@@ -126,10 +126,10 @@ def _for_a_run(recipe: Recipe, checkpoint: Path | None) -> str:
 
 
 def _for_scoring(recipe: Recipe, own_folder: bool) -> str:
-    found = _planned(recipe)
-    if found is None:
+    planned = _planned(recipe)
+    if planned is None:
         return f"{_CLOSE}, or lower train.max_length."
-    plan, here = found
+    plan, here = planned
     target = _less(plan.scoring(plan.choice, here), here)
     change = plan.smallest_change(target, scoring=True)
     if change is None:
@@ -144,10 +144,10 @@ def _for_a_fleet(recipe: Recipe, users: int, rows: Sequence[Row], of_users: bool
         longest = longest_of(recipe, rows, training_config(recipe).max_length) if rows else None
     except (DataError, TemplateError, ModelError):
         longest = None
-    found = _planned(recipe, longest)
-    if found is None:
+    planned = _planned(recipe, longest)
+    if planned is None:
         return f"{_CLOSE}, or lower fleet.slots, train.per_device_train_batch_size or train.max_length."
-    plan, here = found
+    plan, here = planned
     target = _less(plan.training(replace(plan.choice, users=users), here), here)
     fewer = min(plan.most_users(plan.choice, target), users - 1)
     if fewer > 1:

@@ -99,26 +99,26 @@ def weights_of(config: PretrainedConfig, recipe: Recipe, itemsize: int) -> Weigh
     """
     model = on_meta(config)
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    linears = [one for one in model.modules() if isinstance(one, nn.Linear) and one is not head]
+    linears = [linear for linear in model.modules() if isinstance(linear, nn.Linear) and linear is not head]
     quantized = [linear.weight for linear in linears] if recipe.quantization == "nf4" else []
-    in_4_bit = {id(one) for one in quantized}
+    in_4_bit = {id(weight) for weight in quantized}
     kept = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in in_4_bit)
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     lora: LoraConfig = lora_config(recipe)
     wrapped = with_adapter(model, recipe)
     free = head.weight is not table.weight and model.get_input_embeddings() is table
-    cores = [next(iter(one.r.values())) ** 2 for one in wrapped.modules() if isinstance(one, LoraLayer)]
+    cores = [next(iter(layer.r.values())) ** 2 for layer in wrapped.modules() if isinstance(layer, LoraLayer)]
     adapters: list[dict[str, int]] = [{} for _ in range(config.get_text_config().num_hidden_layers)]
     for name, module in wrapped.named_modules():
         place = re.search(r"\blayers\.(\d+)\.(?:self_attn|mlp)\.(\w+)$", name)
         if place is not None and isinstance(module, LoraLayer) and "vision" not in name:
             adapters[int(place[1])][place[2]] = next(iter(module.r.values()))
     return Weights(
-        base=sum(nf4_bytes(one.numel()) for one in quantized),
+        base=sum(nf4_bytes(weight.numel()) for weight in quantized),
         unquantized=kept * itemsize + buffers,
-        trained=tuple(one.numel() for one in wrapped.parameters() if one.requires_grad),
+        trained=tuple(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad),
         adapters=tuple(adapters),
-        largest=max((one.numel() for one in quantized), default=0),
+        largest=max((weight.numel() for weight in quantized), default=0),
         table=table.weight.numel() * itemsize if free else 0,
         dropout=lora.lora_dropout > 0,
         cores=tuple(cores) if recipe.core_only else (),
@@ -146,10 +146,10 @@ def optimizer_bytes(trained: tuple[int, ...], optim: str) -> int:
     the GPU while there is room. What is no 8-bit AdamW is counted as AdamW in float32.
     """
     if optim in EIGHT_BIT:
-        small = [one for one in trained if one < 4096]
-        large = [one for one in trained if one >= 4096]
+        small = [size for size in trained if size < 4096]
+        large = [size for size in trained if size >= 4096]
         codes = 2 * 256 * FLOAT32 if large else 0
-        return 2 * (FLOAT32 * sum(small) + sum(one + FLOAT32 * math.ceil(one / 256) for one in large)) + codes
+        return 2 * (FLOAT32 * sum(small) + sum(size + FLOAT32 * math.ceil(size / 256) for size in large)) + codes
     steps = 0 if "bnb" in optim or "paged" in optim else FLOAT32 * len(trained)  # torch keeps the count in a tensor
     return 2 * FLOAT32 * sum(trained) + steps
 

@@ -116,7 +116,7 @@ class Plan:
         layer = memory.layer_at_work(self.shape, weights, step, choice.checkpointing)
         ahead = memory.gradients_ahead(weights, step, choice.accumulation)
         behind = 0 if ahead else memory.gradients_behind(self.shape, weights, step, goes)
-        found = {
+        sizes = {
             "base": weights.base,
             "unquantized": weights.unquantized - (weights.table if choice.embedding_on_host else 0),
             "adapter": memory.FLOAT32 * weights.elements(choice.users),
@@ -133,7 +133,7 @@ class Plan:
             "gradients_ahead": ahead,
             **self._scoring(choice, gpu),
         }
-        return {**found, **self._sum(found)}
+        return {**sizes, **self._sum(sizes)}
 
     def _sum(self, parts: dict[str, int]) -> dict[str, int]:
         """The peak of training or of the scoring before it, with what is lost and what CUDA takes."""
@@ -196,8 +196,8 @@ class Plan:
         """
         need = self.scoring if scoring else self.training
         in_training = () if scoring else (self._batches(), self._offloaded(), self._frozen_profile(), self._ranks())
-        every = (self._cheaper(scoring), *in_training)
-        kinds = [kind for kind in map(list, every) if kind]
+        groups = (self._cheaper(scoring), *in_training)
+        kinds = [kind for kind in map(list, groups) if kind]
         shorter: list[bool] = [False, True]
         ways = [
             (len(chosen) + cut, chosen, cut)
@@ -209,8 +209,8 @@ class Plan:
             for changes in itertools.product(*chosen) if count else ():
                 choice = self.choice
                 words: list[str] = []
-                for values, said in changes:
-                    choice, words = replace(choice, **values), [*words, *said]
+                for values, overrides in changes:
+                    choice, words = replace(choice, **values), [*words, *overrides]
                 if cut:
                     length = min(self.longest_row(choice, gpu, need), choice.length - 1) // 64 * 64
                     if length < 128:
@@ -249,9 +249,9 @@ class Plan:
         if self.choice.quantization != "nf4":
             todo.append(({"quantization": "nf4"}, ["quantization=nf4"]))
         for many in range(1, len(todo) + 1):
-            for some in itertools.combinations(todo, many):
-                values = {name: value for one, _ in some for name, value in one.items()}
-                yield values, [word for _, words in some for word in words]
+            for chosen in itertools.combinations(todo, many):
+                values = {name: value for fields, _ in chosen for name, value in fields.items()}
+                yield values, [word for _, words in chosen for word in words]
 
     def _batches(self) -> Iterator[tuple[dict[str, Any], list[str]]]:
         whole = self.choice.batch * self.choice.accumulation

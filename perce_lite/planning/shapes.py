@@ -151,6 +151,6 @@ def shape_of(config: PretrainedConfig) -> Shape:
         vocabulary=config.vocab_size,
         norms=4 if kind in _FOUR_NORMS else 2,
         head_norms=kind in _NORM_OF_QUERY_AND_KEY,
-        windows=tuple(window if one == "sliding_attention" else None for one in types),
+        windows=tuple(window if layer_type == "sliding_attention" else None for layer_type in types),
         eager=kind == "gemma2",
     )

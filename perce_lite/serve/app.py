@@ -136,10 +136,10 @@ async def _reply(service: Service, kind: type[Question], request: Request) -> Re
     question = _question(kind, await request.body())
     entry = await run_in_threadpool(service.entry, request, question.model)
     stop = Stop()
-    loop, said = asyncio.get_running_loop(), asyncio.Queue[Begun | str | None]()
+    loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Begun | str | None]()
 
     def emit(piece: Begun | str | None) -> None:
-        in_loop(loop, said.put_nowait, piece)
+        in_loop(loop, pieces.put_nowait, piece)
 
     def work() -> Answer:
         try:
@@ -154,13 +154,13 @@ async def _reply(service: Service, kind: type[Question], request: Request) -> Re
             running = await gone.unless(service.desk.start(work))
             timer = loop.call_later(service.answer_seconds, stop.ask)
             running.add_done_callback(lambda _: timer.cancel())
-            begun = await gone.unless(said.get())
+            begun = await gone.unless(pieces.get())
             if not question.stream or not isinstance(begun, Begun):  # without a beginning it has failed
                 return JSONResponse(form.whole(await gone.unless(_computed(running))))
         except _ClientGone:
             return Response(status_code=499)
         until_answered.pop_all()  # the stream leaves by itself
-    return EventStream(_events(form, question, begun, said, running), gone)
+    return EventStream(_events(form, question, begun, pieces, running), gone)
 
 
 def _question(kind: type[Question], body: bytes) -> Question:
@@ -169,8 +169,8 @@ def _question(kind: type[Question], body: bytes) -> Question:
         return kind.model_validate(parsed(body))
     except ValidationError as error:
         faults = [(".".join(map(str, fault["loc"])) or "body", fault["msg"]) for fault in error.errors()]
-        told = "; ".join(f"{where}: {what}" for where, what in faults[:8])
-        raise RequestError(400, "invalid_request", told, faults[0][0]) from error
+        message = "; ".join(f"{where}: {what}" for where, what in faults[:8])
+        raise RequestError(400, "invalid_request", message, faults[0][0]) from error
 
 
 async def _computed(running: "Awaitable[T]") -> T:
@@ -192,12 +192,12 @@ async def _events(
     form: Form,
     question: Question,
     begun: Begun,
-    said: "asyncio.Queue[Begun | str | None]",
+    pieces: "asyncio.Queue[Begun | str | None]",
     running: "asyncio.Future[Answer]",
 ) -> AsyncIterator[bytes]:
     """The server-sent events of an answer, from its second piece on as they come."""
     yield form.opening(begun)
-    while isinstance(piece := await said.get(), str):
+    while isinstance(piece := await pieces.get(), str):
         yield form.piece(piece)
     try:
         answer = await _computed(running)

@@ -40,23 +40,23 @@ def serve_bench(adapter: Path, repeats: int) -> dict[str, Any]:
     The ways take turns, so that a slower minute of the machine meets all of them. An answer ends where the adapter ends
     it, after `TOKENS` tokens at the most.
     """
-    told: dict[str, list[Times]] = {"generate": [], "served, in memory": [], "served, from disk": []}
+    times: dict[str, list[Times]] = {"generate": [], "served, in memory": [], "served, from disk": []}
     with running(make_server(adapter, None, Settings(port=0))) as server:
         answers = server.service.answers
         metadata = answers.directory.reference
         _served(server)  # what is made at first use is made
         for _ in range(repeats):
             answerer = answers.pool.take(metadata)
-            told["generate"].append(_generated(Answerer(answerer.opened)))
+            times["generate"].append(_generated(Answerer(answerer.opened)))
             answerer.forget()  # the last prompt, which is the same
-            told["served, in memory"].append(_served(server))
+            times["served, in memory"].append(_served(server))
             answers.pool.drop_all()
-            told["served, from disk"].append(_served(server))
+            times["served, from disk"].append(_served(server))
     return {
         "adapter": str(adapter),
         "threads": torch.get_num_threads(),
         "repeats": repeats,
-        "ways": {name: _summary(runs) for name, runs in told.items()},
+        "ways": {name: _summary(runs) for name, runs in times.items()},
     }
 
 

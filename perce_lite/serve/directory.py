@@ -110,8 +110,8 @@ class Fleet:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         with opened(folder) as registry:
-            found = (folder_in_service(registry, adapter) for adapter in registry.all())
-            first = next((folder for folder in found if folder is not None), None)
+            folders = (folder_in_service(registry, adapter) for adapter in registry.all())
+            first = next((folder for folder in folders if folder is not None), None)
         if first is None:
             raise ServeError(f"{folder}: no adapter of this fleet is in service. Run `perce-lite fleet` first.")
         self.reference = adapter_files.read_metadata(first)

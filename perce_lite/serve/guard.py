@@ -113,8 +113,8 @@ class Guard:
 async def _read(headers: Headers, receive: Receive) -> bytes:
     """The body; raises RequestError where it is larger than `MAX_BODY`, before more of it is read."""
     too_large = RequestError(413, "too_large", f"A request may have {MAX_BODY:,} bytes.")
-    said = headers.get("content-length", "0")
-    if said.isdigit() and int(said) > MAX_BODY:
+    length = headers.get("content-length", "0")
+    if length.isdigit() and int(length) > MAX_BODY:
         raise too_large
     body = bytearray()
     while True:

@@ -196,8 +196,8 @@ class Form:
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """An answer that is not streamed."""
-        said = {"message": {"role": "assistant", "content": answer.text}} if self.chat else {"text": answer.text}
-        choice = {**self._choice(said, answer.finish), **_lean(answer)}
+        content = {"message": {"role": "assistant", "content": answer.text}} if self.chat else {"text": answer.text}
+        choice = {**self._choice(content, answer.finish), **_lean(answer)}
         return {**self._head(), "choices": [choice], "usage": answer.usage(), "profile": answer.begun.profile}
 
     def opening(self, begun: Begun) -> bytes:
@@ -226,8 +226,8 @@ class Form:
             kind = "chat.completion.chunk" if chunk else "chat.completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def _choice(self, said: dict[str, Any], finish: str | None) -> dict[str, Any]:
-        return {"index": 0, **said, "logprobs": None, "finish_reason": finish}
+    def _choice(self, content: dict[str, Any], finish: str | None) -> dict[str, Any]:
+        return {"index": 0, **content, "logprobs": None, "finish_reason": finish}
 
 
 def _lean(answer: Answer) -> dict[str, Any]:

@@ -49,8 +49,8 @@ class BestStep:
     def of(cls, stopping: EarlyStopping, args: PerCEConfig, rows: int, total: int | None = None) -> "BestStep":
         """For a training over so many rows; total: its steps, None: those of `args`. `stopping` has a patience."""
         assert stopping.patience is not None
-        every = stopping.every or steps_of_an_epoch(args, rows)
-        return cls(stopping.patience, every, steps_of(args, rows) if total is None else total)
+        interval = stopping.every or steps_of_an_epoch(args, rows)
+        return cls(stopping.patience, interval, steps_of(args, rows) if total is None else total)
 
     def is_due(self, step: int) -> bool:
         """Whether validation rows are to be measured after `step`, and were not yet."""

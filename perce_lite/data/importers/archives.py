@@ -74,16 +74,16 @@ def files_of(path: Path) -> list[Found]:
     if not path.exists():
         raise DataError(f"{path}: there is no such file or folder")
     if path.is_dir():
-        found = _in_folder(path)
+        files = _in_folder(path)
     elif path.suffix.lower() == ".zip":  # other files are ZIPs inside too, .docx and the like
-        found = _in_zip(path)
+        files = _in_zip(path)
     else:
-        found = [Found(_shown(path.name), partial(_file, path))]
-    if not found:
+        files = [Found(_shown(path.name), partial(_file, path))]
+    if not files:
         raise DataError(f"{path}: there are no files in it")
-    if len(found) > MOST_FILES:
-        raise DataError(f"{path}: {len(found)} files; at most {MOST_FILES} are read. Name a folder in it.")
-    return sorted(found, key=lambda one: _natural(one.name))
+    if len(files) > MOST_FILES:
+        raise DataError(f"{path}: {len(files)} files; at most {MOST_FILES} are read. Name a folder in it.")
+    return sorted(files, key=lambda file: _natural(file.name))
 
 
 _UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -105,14 +105,14 @@ def _file(path: Path) -> IO[bytes]:
 
 
 def _in_folder(folder: Path) -> list[Found]:
-    found = []
+    files = []
     for root, folders, names in os.walk(folder, followlinks=False):  # a link may lead round in a circle
         for path in [Path(root) / name for name in (*folders, *names)]:
             left_out = _why_left_out(path)
             if left_out is not None or path.name in names:
-                found.append(Found(_shown(path.relative_to(folder).as_posix()), partial(_file, path), left_out))
+                files.append(Found(_shown(path.relative_to(folder).as_posix()), partial(_file, path), left_out))
         folders[:] = [name for name in folders if not name.startswith(".") or name == ".obsidian"]
-    return found
+    return files
 
 
 def _why_left_out(path: Path) -> str | None:

@@ -108,25 +108,25 @@ def chats_in(node: Any, source: str, depth: int = 0) -> Iterator[Chat]:
             yield chat
             return
     inner = node.values() if isinstance(node, Mapping) else node if isinstance(node, list) else ()
-    within = [chat for one in inner for chat in chats_in(one, source, depth + 1)]
+    within = [chat for child in inner for chat in chats_in(child, source, depth + 1)]
     single = _chat([node], source) if isinstance(node, Mapping) and not within else None
     yield from within if single is None else [single]
 
 
 def _chat(records: Sequence[Any], source: str) -> Chat | None:
     """The chat that a list of records is; None where they do not say who wrote what."""
-    found = [one for one in map(_unwrapped, records) if one is not None]
-    if not found or _are_titled(found):
+    unwrapped = [fields for fields in map(_unwrapped, records) if fields is not None]
+    if not unwrapped or _are_titled(unwrapped):
         return None
     kept, left_out = [], []
-    for record in found:
+    for record in unwrapped:
         message, reason = _read(record)
         if message is not None:
             kept.append(message)
         else:
             left_out.append(str(reason))
-    if all(one.date for one in kept):
-        kept.sort(key=lambda one: one.date or "")  # some exports have the newest first
+    if all(entry.date for entry in kept):
+        kept.sort(key=lambda entry: entry.date or "")  # some exports have the newest first
     return Chat(source, tuple(kept), tuple(left_out))
 
 
@@ -141,7 +141,7 @@ def _are_titled(records: Sequence[Mapping[str, Any]]) -> bool:
 def _branch(conversation: Mapping[str, Any]) -> Iterator[Any]:
     """ChatGPT's tree of messages: the branch that was left standing, from its root on."""
     tree = conversation["mapping"]
-    parents = [one.get("parent") for one in tree.values() if isinstance(one, Mapping)]
+    parents = [node.get("parent") for node in tree.values() if isinstance(node, Mapping)]
     leaf = conversation.get("current_node") or next((name for name in reversed(tree) if name not in parents), None)
     path: list[Any] = []
     while (
@@ -163,7 +163,7 @@ def _unwrapped(record: Any, depth: int = 0) -> dict[str, Any] | None:
         return None
     fields = {_plain(name): value for name, value in record.items()}
     fragments = fields.get("fragments")
-    if isinstance(fragments, list) and fragments and all(isinstance(one, Mapping) for one in fragments):  # DeepSeek
+    if isinstance(fragments, list) and fragments and all(isinstance(part, Mapping) for part in fragments):  # DeepSeek
         return {
             **fields,
             "role": "user" if fragments[0].get("type") == "REQUEST" else "assistant",
@@ -172,7 +172,7 @@ def _unwrapped(record: Any, depth: int = 0) -> dict[str, Any] | None:
     if _says(fields):
         return fields
     inner = (_unwrapped(fields.get(name), depth + 1) for name in _WRAPPERS)
-    return next((one for one in inner if one is not None), None)
+    return next((message for message in inner if message is not None), None)
 
 
 def _says(fields: Mapping[str, Any]) -> bool:
@@ -203,7 +203,7 @@ def _read(fields: Mapping[str, Any]) -> tuple[Message | None, str | None]:
     ):
         return None, SERVICE
     author = _author(fields)
-    text = next((found for name in _TEXTS if (found := flat(fields.get(name))).strip()), "")
+    text = next((body for name in _TEXTS if (body := flat(fields.get(name))).strip()), "")
     text = _slack(text) if re.fullmatch(r"[UWB][A-Z0-9]{2,}", str(fields.get("user"))) else text
     of_meta = "sendername" in fields and "timestampms" in fields
     if of_meta and " " in author and text.startswith(f"{author} "):
@@ -302,7 +302,7 @@ def flat(value: Any, depth: int = 0) -> str:
         fields = {_plain(name): inner for name, inner in value.items()}
         return next((text for name in _PIECES if (text := flat(fields.get(name), depth + 1))), "")
     if isinstance(value, list):
-        return "".join(flat(one, depth + 1) for one in value)
+        return "".join(flat(piece, depth + 1) for piece in value)
     return value if isinstance(value, str) else ""
 
 
@@ -316,7 +316,7 @@ _USED = {
 def slimmed(record: dict[str, Any]) -> dict[str, Any]:
     """A record of a large export less what is not read: of a tree its branch, of a message its fields."""
     if isinstance(record.get("mapping"), Mapping):
-        return {"messages": [one for one in _branch(record) if one is not None]}
+        return {"messages": [message for message in _branch(record) if message is not None]}
     fields = {_plain(name): value for name, value in record.items()}
     return {name: value for name, value in record.items() if _plain(name) in _USED} if _says(fields) else record
 
@@ -375,7 +375,7 @@ def people_in(value: Any) -> dict[str, tuple[str, ...]]:
     if (
         not isinstance(value, list)
         or not value
-        or any(not isinstance(one, Mapping) or "id" not in one for one in value)
+        or any(not isinstance(person, Mapping) or "id" not in person for person in value)
     ):
         return {}
     people = {}
@@ -401,6 +401,6 @@ def renamed(chats: Sequence[Chat], people: Mapping[str, tuple[str, ...]]) -> lis
     pattern = re.compile("@(" + "|".join(map(re.escape, sorted(people, key=len, reverse=True))) + r")\b")
 
     def named(message: Message) -> Message:
-        return replace(message, text=pattern.sub(lambda found: f"@{people[found[1]][0]}", message.text))
+        return replace(message, text=pattern.sub(lambda match: f"@{people[match[1]][0]}", message.text))
 
     return [replace(chat, messages=tuple(map(named, chat.messages))) for chat in chats]

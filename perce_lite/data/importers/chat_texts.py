@@ -128,14 +128,14 @@ def _stamp(line: str) -> _Stamp | None:
         at += 1
     bracket = line[at - 1 : at] if at else ""
     weekday = _WORD_AHEAD.match(line, at)
-    found = _DATE.match(line, at) or (_DATE.match(line, weekday.end()) if weekday else None)
-    date, fixed = _date(found) if found else (None, "")
-    if found and date is None and not fixed:
-        found = None
+    date_match = _DATE.match(line, at) or (_DATE.match(line, weekday.end()) if weekday else None)
+    date, fixed = _date(date_match) if date_match else (None, "")
+    if date_match and date is None and not fixed:
+        date_match = None
     time = None
-    if found:
-        between = _WEEKDAY_BEHIND.match(line, found.end())
-        places = [found.end(), *([between.end()] if between else [])]
+    if date_match:
+        between = _WEEKDAY_BEHIND.match(line, date_match.end())
+        places = [date_match.end(), *([between.end()] if between else [])]
         matches = [gap for place in places if (gap := _BETWEEN.match(line, place))]
         time = next((match for gap in matches if (match := _TIME.match(line, gap.end()))), None)
     else:
@@ -144,27 +144,27 @@ def _stamp(line: str) -> _Stamp | None:
         if time is None or (time["colon"] == "." and not time["after"]):
             return None
         gap = _BETWEEN.match(line, time.end())
-        found = _DATE.match(line, gap.end()) if gap else None
-        date, fixed = _date(found) if found else (None, "")
-    end = max(match.end() for match in (found, time) if match)
+        date_match = _DATE.match(line, gap.end()) if gap else None
+        date, fixed = _date(date_match) if date_match else (None, "")
+    end = max(match.end() for match in (date_match, time) if match)
     closing = {"[": "]", "(": ")", "*": "*"}.get(bracket)
     if closing and (rest := re.match(rf"[^\n{re.escape(closing)}]{{0,12}}{re.escape(closing)}", line[end:])):
         end += rest.end()
-    worded = weekday is not None and found is not None and found.start() == weekday.end()
+    worded = weekday is not None and date_match is not None and date_match.start() == weekday.end()
     return _Stamp(date, fixed, _clock(time) if time else None, end, worded)
 
 
-def _date(found: re.Match[str]) -> tuple[Date | None, str]:
+def _date(match: re.Match[str]) -> tuple[Date | None, str]:
     """The numbers of a date and, where it is known, their order."""
-    if found["a"]:
-        numbers = int(found["a"]), int(found["b"]), int(found["c"])
-        if sum(len(found[name]) > 2 for name in "ac") > 1 or len(found["a"]) == 3 or len(found["c"]) == 3:
+    if match["a"]:
+        numbers = int(match["a"]), int(match["b"]), int(match["c"])
+        if sum(len(match[name]) > 2 for name in "ac") > 1 or len(match["a"]) == 3 or len(match["c"]) == 3:
             return None, ""
-        return numbers, "ymd" if found["between"] in "年년" or len(found["a"]) == 4 else ""
+        return numbers, "ymd" if match["between"] in "年년" or len(match["a"]) == 4 else ""
     word, day, year = (
-        (found["month"], found["day"], found["year"])
-        if found["day"]
-        else (found["month2"], found["day2"], found["year2"])
+        (match["month"], match["day"], match["year"])
+        if match["day"]
+        else (match["month2"], match["day2"], match["year2"])
     )
     month = next((_MONTH_OF[word.lower()[:size]] for size in (4, 3) if word.lower()[:size] in _MONTH_OF), None)
     return ((int(year), month, int(day)), "ymd") if month else (None, "unknown month")
@@ -228,12 +228,12 @@ def _stamped(lines: Sequence[str], stamps: Sequence[_Stamp | None]) -> dict[int,
             starts[number] = _Start(clean_name(first["name"]), inner, first.end())
         elif stamp is not None and stamp.time is not None:
             rest = line[stamp.end :]
-            found = _ANGLED.match(rest) or _TABBED.match(rest) or _INLINE.match(rest)
-            name = _person(found["name"]) if found else ""
-            if found and name:
-                starts[number] = _Start(name, stamp, stamp.end + found.end())
-        elif (found := _ANGLED.match(line)) and not line.startswith((" ", "\t")):
-            starts[number] = _Start(_person(found["name"]), None, found.end())
+            speaker = _ANGLED.match(rest) or _TABBED.match(rest) or _INLINE.match(rest)
+            name = _person(speaker["name"]) if speaker else ""
+            if speaker and name:
+                starts[number] = _Start(name, stamp, stamp.end + speaker.end())
+        elif (speaker := _ANGLED.match(line)) and not line.startswith((" ", "\t")):
+            starts[number] = _Start(_person(speaker["name"]), None, speaker.end())
     return _of_one_form(starts)
 
 
@@ -263,8 +263,8 @@ def _headed(lines: Sequence[str], stamps: Sequence[_Stamp | None]) -> dict[int, 
                 and lines[number + 2].strip()
             ):
                 starts[number] = _Start(_person(below), stamp, None)
-        elif below and (found := _time_last(line)):
-            starts[number] = found
+        elif below and (start := _time_last(line)):
+            starts[number] = start
     return starts
 
 
@@ -290,11 +290,11 @@ def _spoken(lines: Sequence[str]) -> dict[int, _Start]:
     """Lines that begin with a name and a colon, or are a heading of a name, where two names or more recur."""
     full = sum(bool(line.strip()) and not _is_subtitle(lines, at) for at, line in enumerate(lines))
     for form, share in ((_SPEAKER, 0.5), (_HEADING, 0.0)):
-        found = {number: match for number, line in enumerate(lines) if (match := form.match(line))}
-        names = Counter(_person(match["name"]) for match in found.values() if _is_name(match["name"], words=3))
+        matches = {number: match for number, line in enumerate(lines) if (match := form.match(line))}
+        names = Counter(_person(match["name"]) for match in matches.values() if _is_name(match["name"], words=3))
         known = {name for name, count in names.items() if name.lower() in PEOPLE | ASSISTANTS}
         recurring = {name for name, count in names.items() if count > 1 and name} | (known if len(known) > 1 else set())
-        starts = {number: match for number, match in found.items() if _person(match["name"]) in recurring}
+        starts = {number: match for number, match in matches.items() if _person(match["name"]) in recurring}
         enough = len(starts) >= (4 if len(known) < 2 else 2) and len(starts) >= (share if len(known) < 2 else 0) * full
         if len(recurring) > 1 and enough and (form is _SPEAKER or len(known) > 1):
             of_form = form is _SPEAKER
@@ -401,10 +401,8 @@ def _tail(line: str, shown: int) -> str:
 def _is_day(line: str, stamp: _Stamp | None) -> bool:
     """Whether a line is a date alone, as programs put above the messages of a day."""
     bare = _without_rules(line)
-    found = _stamp(bare) if bare else None
-    return bool(
-        found and found.date and found.time is None and re.fullmatch(rf"{_WEEKDAY}{{0,2}}", bare[found.end :].strip())
-    )
+    day = _stamp(bare) if bare else None
+    return bool(day and day.date and day.time is None and re.fullmatch(rf"{_WEEKDAY}{{0,2}}", bare[day.end :].strip()))
 
 
 def _without_rules(line: str) -> str:

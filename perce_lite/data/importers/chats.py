@@ -73,14 +73,14 @@ def answers(
     Raises:
         DataError: nobody of that name, or several people and no name; says who is there.
     """
-    shown, mine = _people(chats, me, aliases or {})
+    shown, own_names = _people(chats, me, aliases or {})
     written = []
     for chat in chats:
-        if not any(_key(message.author) in mine for message in chat.messages):
+        if not any(_key(message.author) in own_names for message in chat.messages):
             notes.skip("a chat without a message of the person", chat.source)
         before: list[Message] = []
         for number, turn in enumerate(turns(with_answered(chat.messages)), 1):
-            if _key(turn.author) in mine:
+            if _key(turn.author) in own_names:
                 where = f"{chat.source}, turn {number}"
                 query = _said([turn.answered] if turn.answered is not None else before)
                 written.append(Writing(turn.text, where, query=query, date=turn.date, kind="message"))
@@ -123,7 +123,7 @@ def with_answered(messages: Sequence[Message]) -> list[Message]:
         others = [earlier for earlier in latest[message.replies_to or ""] if earlier.author != message.author]
         resolved.append(replace(message, answered=others[0] if others else None))
         for key in message.keys:
-            latest[key] = [message, *(one for one in latest[key] if one.author != message.author)][:2]
+            latest[key] = [message, *(earlier for earlier in latest[key] if earlier.author != message.author)][:2]
     return resolved
 
 

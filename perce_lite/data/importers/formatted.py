@@ -56,9 +56,9 @@ def from_docx(content: bytes, source: str, notes: Notes) -> Writing | None:
     paragraphs = [
         (str(paragraph.style.name) if paragraph.style else "", paragraph.text) for paragraph in document.paragraphs
     ]
-    said = [(style, text.strip()) for style, text in paragraphs if text.strip()]
-    title = said[0][1] if len(said) > 1 and re.match(r"Title|Heading 1", said[0][0]) else ""
-    body = [text for _, text in (said[1:] if title else said)]
+    styled_texts = [(style, text.strip()) for style, text in paragraphs if text.strip()]
+    title = styled_texts[0][1] if len(styled_texts) > 1 and re.match(r"Title|Heading 1", styled_texts[0][0]) else ""
+    body = [text for _, text in (styled_texts[1:] if title else styled_texts)]
     return Writing(tidy("\n\n".join(body)), source, tidy(title), date=date_of(created))
 
 
@@ -77,7 +77,7 @@ def from_html(page: str, source: str, notes: Notes) -> Writing | None:
     except (LxmlError, ValueError) as error:  # nothing in it, or nested too deeply
         notes.skip("HTML that cannot be read", f"{source} ({error})"[:200])
         return None
-    found = tree.xpath("//meta[@property='article:published_time' or @name='date']/@content | //time/@datetime")
+    dates = tree.xpath("//meta[@property='article:published_time' or @name='date']/@content | //time/@datetime")
     titles = [heading.text_content() for heading in [*tree.iter("h1"), *tree.iter("title")]]
     article = next(iter([*tree.iter("article"), *tree.iter("main"), *tree.iter("body")]), tree)
     for _ in article.iter("blockquote"):
@@ -87,7 +87,7 @@ def from_html(page: str, source: str, notes: Notes) -> Writing | None:
             element.drop_tree()
     text = inscriptis.get_text(html.tostring(article, encoding="unicode"))
     body = tidy(re.sub(r"(?m)^[ \t]+(?=\S)", "", text))
-    date = next(filter(None, map(date_of, found)), None)
+    date = next(filter(None, map(date_of, dates)), None)
     return Writing(body, source, tidy(" ".join(titles[0].split())) if titles else "", date=date)
 
 

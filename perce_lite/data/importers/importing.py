@@ -95,8 +95,8 @@ class Imported:
     @property
     def texts(self) -> int:
         """Whole texts of the user; parts of one count as one."""
-        mine = [record for record in self.records if record["user"] == self.user]
-        return len({record.get("part_of") or f"row {number}" for number, record in enumerate(mine)})
+        own_records = [record for record in self.records if record["user"] == self.user]
+        return len({record.get("part_of") or f"row {number}" for number, record in enumerate(own_records)})
 
     def commands(self) -> list[str]:
         """The commands that lead to a chat: look at `out`, train on it, talk to the adapter."""
@@ -122,10 +122,10 @@ class Imported:
         """What `--json` holds, less whether it was written."""
         skipped = {reason: {"count": len(where), "such_as": where[0]} for reason, where in self.notes.skipped.items()}
         users = Counter(str(record.get("user")) for record in self.records)
-        told: dict[str, Any] = {"read": dict(self.notes.read), "skipped": skipped, "commands": self.commands()}
+        report: dict[str, Any] = {"read": dict(self.notes.read), "skipped": skipped, "commands": self.commands()}
         if self.mask is not None:
-            told["masked"] = self.masked()
-        return {"out": str(self.out), "user": self.user, "new": len(self.new), "users": dict(users), **told}
+            report["masked"] = self.masked()
+        return {"out": str(self.out), "user": self.user, "new": len(self.new), "users": dict(users), **report}
 
 
 def _recipe() -> str:
@@ -160,11 +160,11 @@ def look(path: Path, wanted: Wanted, out: Path, append: bool = False, force: boo
     texts = list(_prepared(reader.of(wanted.senders, wanted.me), wanted, notes))
     if not texts:
         raise DataError(_nothing(path, notes))
-    said = {record["text"] for record in before if record.get("user") == wanted.user}
-    for one in texts:
-        if one.text in said:
-            notes.skip(f"in {out.name} already", one.source)
-    new = _in_order([_record(wanted, text) for text in texts if text.text not in said])
+    kept_texts = {record["text"] for record in before if record.get("user") == wanted.user}
+    for writing in texts:
+        if writing.text in kept_texts:
+            notes.skip(f"in {out.name} already", writing.source)
+    new = _in_order([_record(wanted, text) for text in texts if text.text not in kept_texts])
     records = _merged(before, new, wanted.user)
     return Imported(out, wanted.user, new, records, notes, wanted.mask, as_it_was)
 
@@ -270,8 +270,8 @@ def _in_order(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _merged(before: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]], user: str) -> list[dict[str, Any]]:
     """All records, the user's in order of time and numbered anew: an older text may have come later."""
-    theirs = _in_order([*(record for record in before if record["user"] == user), *new])
-    numbered = [{**record, "idx": number} for number, record in enumerate(theirs)]
+    user_records = _in_order([*(record for record in before if record["user"] == user), *new])
+    numbered = [{**record, "idx": number} for number, record in enumerate(user_records)]
     return [*(record for record in before if record["user"] != user), *numbered]
 
 

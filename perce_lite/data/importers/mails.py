@@ -128,8 +128,8 @@ def written_by(mails: Sequence[Mail], addresses: Sequence[str], notes: Notes) ->
     for mail in mails:
         if mail.address not in wanted:
             notes.skip("a mail from somebody else", mail.writing.source)
-    mine = [mail for mail in mails if mail.address in wanted]
-    return [replace(mail.writing, query=_answered(mail, by_id, wanted)) for mail in mine]
+    wanted_mails = [mail for mail in mails if mail.address in wanted]
+    return [replace(mail.writing, query=_answered(mail, by_id, wanted)) for mail in wanted_mails]
 
 
 def _answered(mail: Mail, by_id: Mapping[str, Mail], wanted: Set[str]) -> str:
@@ -168,8 +168,8 @@ def _shown(part: Message) -> Iterator[Message]:
         return
     if part.is_multipart():
         inside: Any = part.get_payload()
-        for one in inside:
-            yield from _shown(one)
+        for subpart in inside:
+            yield from _shown(subpart)
     elif part.get_content_type() in ("text/plain", "text/html"):
         yield part
 

@@ -55,14 +55,14 @@ class Mask:
         longest_first = sorted(map(re.escape, names), key=len, reverse=True)
         self._names = re.compile(rf"(?<!\w)(?:{'|'.join(longest_first)})(?!\w)", re.I) if names else None
         self._finders: dict[str, Callable[[str], Iterable[_Span]]] = {
-            "secret": lambda text: (found.span() for found in ANY_SECRET.finditer(text)),
-            "link": lambda text: (found.span() for found in _LINK.finditer(text)),
-            "mail": lambda text: (found.span() for found in _MAIL.finditer(text)),
+            "secret": lambda text: (match.span() for match in ANY_SECRET.finditer(text)),
+            "link": lambda text: (match.span() for match in _LINK.finditer(text)),
+            "mail": lambda text: (match.span() for match in _MAIL.finditer(text)),
             "iban": _ibans,
             "card": _cards,
             "phone": self._phones,
             "street number": _street_numbers,
-            "name": lambda text: (found.span() for found in self._names.finditer(text)) if self._names else (),
+            "name": lambda text: (match.span() for match in self._names.finditer(text)) if self._names else (),
         }
 
     def __call__(self, text: str) -> str:
@@ -81,7 +81,7 @@ class Mask:
             return []
         from phonenumbers import PhoneNumberMatcher
 
-        spans = [(one.start, one.end) for region in self._regions for one in PhoneNumberMatcher(text, region)]
+        spans = [(phone.start, phone.end) for region in self._regions for phone in PhoneNumberMatcher(text, region)]
         return list(_apart(spans))
 
 
@@ -133,21 +133,21 @@ def _ibans(text: str) -> Iterator[_Span]:
     """IBANs with a right checksum; a capital word behind one is not taken for a part of it."""
     from stdnum import iban
 
-    for found in _IBAN.finditer(text):
-        ends = [end for end in range(found.end(), found.start() + 14, -1) if text[end - 1].isalnum()]
-        end = next((end for end in ends if iban.is_valid(text[found.start() : end])), None)
+    for match in _IBAN.finditer(text):
+        ends = [end for end in range(match.end(), match.start() + 14, -1) if text[end - 1].isalnum()]
+        end = next((end for end in ends if iban.is_valid(text[match.start() : end])), None)
         if end is not None:
-            yield found.start(), end
+            yield match.start(), end
 
 
 def _cards(text: str) -> Iterator[_Span]:
     from stdnum import luhn
 
-    return (found.span() for found in _CARD.finditer(text) if luhn.is_valid(re.sub(r"[ -]", "", found[0])))
+    return (match.span() for match in _CARD.finditer(text) if luhn.is_valid(re.sub(r"[ -]", "", match[0])))
 
 
 def _street_numbers(text: str) -> Iterator[_Span]:
-    return (found.span(found.lastgroup or 0) for found in _STREET_NUMBER.finditer(text))
+    return (match.span(match.lastgroup or 0) for match in _STREET_NUMBER.finditer(text))
 
 
 def _apart(spans: Iterable[_Span]) -> Iterator[_Span]:

@@ -59,12 +59,12 @@ def _post(record: Any, source: str) -> Iterator[Writing]:
         return
     data, media = record.get("data"), record.get("media")
     posts = (
-        [one["post"] for one in data if isinstance(one, Mapping) and isinstance(one.get("post"), str)]
+        [entry["post"] for entry in data if isinstance(entry, Mapping) and isinstance(entry.get("post"), str)]
         if isinstance(data, list)
         else []
     )
-    if isinstance(media, list) and all(isinstance(one, Mapping) and "creation_timestamp" in one for one in media):
-        posts += [text for one in (record, *media) if isinstance(text := one.get("title"), str)][:1]
+    if isinstance(media, list) and all(isinstance(item, Mapping) and "creation_timestamp" in item for item in media):
+        posts += [text for item in (record, *media) if isinstance(text := item.get("title"), str)][:1]
         record = {**media[0], **record} if media else record
     date = date_of(record.get("timestamp") or record.get("creation_timestamp"))
     yield from (Writing(tidy(text), source, date=date, kind="post") for text in posts if text.strip())

@@ -101,7 +101,7 @@ class Reader:
             return replace(writing, text=mask(writing.text), title=mask(writing.title), query=mask(writing.query))
 
         def masked_chat(chat: Chat) -> Chat:
-            return replace(chat, messages=tuple(replace(one, text=mask(one.text)) for one in chat.messages))
+            return replace(chat, messages=tuple(replace(message, text=mask(message.text)) for message in chat.messages))
 
         self.texts = list(map(masked, self.texts))
         self.mails = [mail._replace(writing=masked(mail.writing), quoted=mask(mail.quoted)) for mail in self.mails]
@@ -110,14 +110,14 @@ class Reader:
     def _dialogues_of(self, me: Sequence[str]) -> list[Chat]:
         """The dialogues in which the person speaks; whose words the others are is not known."""
         wanted = {name.strip().casefold() for name in me}
-        mine = []
+        own_dialogues = []
         for chat in self.dialogues:
             if any(message.author.casefold() in wanted for message in chat.messages):
                 self.notes.read["chats"] += 1
-                mine.append(chat)
+                own_dialogues.append(chat)
             else:
                 self.notes.skip("a dialogue; say who is to be learned in it with --me NAME", chat.source)
-        return mine
+        return own_dialogues
 
     def _read(self, file: Found) -> None:
         if file.left_out is not None:
@@ -206,13 +206,13 @@ class Reader:
         if is_mail(text):
             self._saved_mail(text, source)
             return
-        found = chat_of_text(text, source)
-        if found.unclear:
+        dialogue = chat_of_text(text, source)
+        if dialogue.unclear:
             self.notes.skip(_UNCLEAR, source)
-        elif found.chat is not None and found.sure:
-            self._chats([found.chat])
-        elif found.chat is not None:
-            self.dialogues.append(found.chat)
+        elif dialogue.chat is not None and dialogue.sure:
+            self._chats([dialogue.chat])
+        elif dialogue.chat is not None:
+            self.dialogues.append(dialogue.chat)
         else:
             self.notes.read["texts"] += 1
             self._pending.append(read(text, source))
@@ -321,5 +321,5 @@ def _whole_or_lines(text: str, source: str, notes: Notes) -> Any:
 def _records_in(value: Any) -> list[Mapping[str, Any]]:
     """The records of a JSON value: those of a list, or of the first list in an object that has any."""
     if isinstance(value, Mapping):
-        return next((found for found in map(_records_in, value.values()) if found), [])
-    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
+        return next((records for records in map(_records_in, value.values()) if records), [])
+    return [record for record in value if isinstance(record, Mapping)] if isinstance(value, list) else []

@@ -59,18 +59,18 @@ def _front_matter(text: str) -> tuple[str, dict[str, Any], bool]:
         return text[unended.end() :], dict(_FIELD.findall(unended[2])), False
     try:
         # base: every value as it is written, dates too
-        said = YAML(typ="base", pure=True).load(front[2]) if front[1] == "---" else tomllib.loads(front[2])
+        head = YAML(typ="base", pure=True).load(front[2]) if front[1] == "---" else tomllib.loads(front[2])
     except (YAMLError, tomllib.TOMLDecodeError):
-        said = None
-    if isinstance(said, dict):
-        return text[front.end() :], said, True
+        head = None
+    if isinstance(head, dict):
+        return text[front.end() :], head, True
     return text[front.end() :], dict(_FIELD.findall(front[2])), False
 
 
 def _date_in(source: str) -> str | None:
     """2024-05-31 of "posts/2024-05-31-rain.md". A file's time of change is no date: a copy has a new one."""
-    found = re.search(r"(?<!\d)\d{4}-\d{2}-\d{2}(?!\d)", PurePosixPath(source).name)
-    return date_of(found[0]) if found else None
+    match = re.search(r"(?<!\d)\d{4}-\d{2}-\d{2}(?!\d)", PurePosixPath(source).name)
+    return date_of(match[0]) if match else None
 
 
 def table(text: str, source: str) -> list[dict[str, Any]]:
@@ -80,7 +80,7 @@ def table(text: str, source: str) -> list[dict[str, Any]]:
         DataError: a first line that names no columns.
     """
     first = text.lstrip("\n").partition("\n")[0]
-    between = max(",;\t|", key=lambda one: first.count(one))
+    between = max(",;\t|", key=lambda separator: first.count(separator))
     csv.field_size_limit(2**26)
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline=""), delimiter=between, restkey=""))
@@ -136,10 +136,10 @@ def _called(names: Sequence[str], known: Sequence[str]) -> str | None:
 def _text_column(
     records: Sequence[Mapping[str, Any]], names: Sequence[str], source: str, given: str | None, guess: bool
 ) -> str:
-    told = f"{source}: its columns are {', '.join(names[:20]) or 'none'}"
+    message = f"{source}: its columns are {', '.join(names[:20]) or 'none'}"
     if given is not None:
         if given not in names:
-            raise DataError(f"{told}; --text-column {given} is none of them")
+            raise DataError(f"{message}; --text-column {given} is none of them")
         return given
     named = _called(names, _TABLE_TEXTS)
     words = {name: sum(count_words(flat(record.get(name))) for record in records) / len(records) for name in names}
@@ -148,5 +148,5 @@ def _text_column(
     if named is not None and words[named] >= _PROSE:
         return named
     if longest is None or words[longest] < _PROSE:
-        raise DataError(f"{told}; none of them looks like texts. Say which it is with --text-column NAME")
+        raise DataError(f"{message}; none of them looks like texts. Say which it is with --text-column NAME")
     return longest

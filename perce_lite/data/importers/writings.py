@@ -77,7 +77,7 @@ def pieces(text: str, limit: int, least: int = 1) -> list[str]:
     """
     spans = [(0, len(text))]
     for cut in (r"\n\s*\n", r"\n", r"(?<=[.!?…])\s+", r"(?<=[。！？])", r"\s+"):
-        spans = [one for span in spans for one in _packed(text, span, re.compile(cut), limit)]
+        spans = [part for span in spans for part in _packed(text, span, re.compile(cut), limit)]
     joined: list[tuple[int, int]] = []
     for begin, end in spans:
         if joined and min(count_words(text[slice(*joined[-1])]), count_words(text[begin:end])) < least:
@@ -128,14 +128,14 @@ def _from_number(seconds: float) -> datetime:
 
 def _from_text(text: str) -> str | None:
     text = text.strip()
-    found, german = _DAY.match(text), _DAY_FIRST.match(text)
-    if found is None and german is None:
+    iso, german = _DAY.match(text), _DAY_FIRST.match(text)
+    if iso is None and german is None:
         try:
             return _iso(parsedate_to_datetime(text))
         except (ValueError, TypeError, IndexError, OverflowError):
             return None
-    groups = [int(group) for group in (found or german).groups() if group]  # type: ignore[union-attr]
-    if found is None:
+    groups = [int(group) for group in (iso or german).groups() if group]  # type: ignore[union-attr]
+    if iso is None:
         groups[:3] = reversed(groups[:3])
     return numbers_to_date(groups)
 

@@ -176,11 +176,11 @@ class RayEngine:
             raise DeviceError("device: cuda, but the Ray cluster has no GPU. Nothing was trained; take device: auto.")
         self._cores = self._options.cores or _cores(nodes, self._options.workers)
         room = sum(int(node.get("GPU", 0)) if self._gpu else int(node.get("CPU", 0) // self._cores) for node in nodes)
-        each = "1 GPU" if self._gpu else f"{self._cores} cores"
+        share = "1 GPU" if self._gpu else f"{self._cores} cores"
         wanted = self._options.workers or max(1, room)
         if wanted > room:
             raise FleetError(
-                f"--engine ray: {wanted} workers with {each} each do not fit the cluster, which has room for {room}. "
+                f"--engine ray: {wanted} workers with {share} each do not fit the cluster, which has room for {room}. "
                 "Nothing was trained; give --workers or --cores."
             )
         count = wanted if self._adapters is None else max(1, min(wanted, self._adapters))
