@@ -7,13 +7,14 @@ import pytest
 from fleet_fixtures import TEXT, Clock
 
 from perce_lite.data import retrieval
+from perce_lite.data.documents import deciding, from_documents
 from perce_lite.data.readers import RowsByUser, read_rows
 from perce_lite.data.rows import Row
 from perce_lite.files import digest
 from perce_lite.fleet import fleet as fleets
 from perce_lite.fleet.fleet import fleet
 from perce_lite.fleet.registry import opened
-from perce_lite.recipe import load_recipe
+from perce_lite.recipe import Profile, load_recipe
 
 pytest_plugins = ["cli_fixtures"]
 
@@ -113,6 +114,33 @@ def test_one_new_text_makes_one_user_due(recipe):
     assert fleet(load_recipe(recipe([*texts, more], TEXT)), Clock(), dry_run=True).due == {
         "user": 1, "cohort": 0, "all": 0,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("earlier_by", ["document", "month"])
+def test_rows_are_made_of_nothing_that_does_not_decide(earlier_by):
+    """A field that `from_documents` reads and `deciding` does not would change rows, and nobody would be due."""
+    read = set()
+
+    class Noted(dict):
+        def get(self, key, default=None):
+            read.add(key)
+            return super().get(key, default)
+
+        def __getitem__(self, key):
+            read.add(key)
+            return super().__getitem__(key)
+
+    texts = [{"user": "ann", "query": "q", "text": f"text {day}", "date": f"2024-0{day}-01"} for day in (1, 2, 3)]
+    for idx in ({}, {"idx": 1}):
+        records = [("a file", None, Noted({**text, **idx})) for text in texts]
+        from_documents(records, Profile(earlier_by=earlier_by))
+    known = set()
+    for field in read:
+        changed = [("a file", None, {**text, field: "changed"}) for text in texts]
+        if deciding(changed) != deciding([("a file", None, text) for text in texts]):
+            known.add(field)
+    assert read - known == {"user"}, "whose documents they are"
+    assert {"text", "query", "title", "date", "idx", "split", "part_of"} <= read
 
 
 def test_a_registry_of_before_stays_up_to_date(recipe):
