@@ -378,7 +378,7 @@ def _chat(
                 False,
                 number + 1 if start.text is None and shown[number + 1].strip() == start.name else -1,
             )
-        elif _is_day(shown[number], stamp):
+        elif _is_day(shown[number]):
             day, service = _stamp(_without_rules(shown[number])), True
         elif stamp is not None and stamp.time and shown[number][stamp.end :].strip() and (stamp.date or not dated):
             service = True
@@ -398,7 +398,7 @@ def _tail(line: str, shown: int) -> str:
     return line[at:]
 
 
-def _is_day(line: str, stamp: _Stamp | None) -> bool:
+def _is_day(line: str) -> bool:
     """Whether a line is a date alone, as programs put above the messages of a day."""
     bare = _without_rules(line)
     day = _stamp(bare) if bare else None
