@@ -7,7 +7,7 @@ import pytest
 from fleet_fixtures import TEXT, Clock
 
 from perce_lite.data import retrieval
-from perce_lite.data.documents import deciding, from_documents
+from perce_lite.data.documents import CHOICE, deciding, from_documents
 from perce_lite.data.readers import RowsByUser, read_rows
 from perce_lite.data.rows import Row
 from perce_lite.files import digest
@@ -94,7 +94,7 @@ def test_what_is_due_is_found_without_rows(recipe, monkeypatch, users):
 
 @pytest.mark.parametrize(
     "change",
-    [{"text": "another text"}, {"query": "say otherwise"}, {"title": "a title"}, {"idx": 2.5}],
+    [{"text": "another text"}, {"query": "say otherwise"}, {"title": "a title"}, {"idx": 7.5}],
 )
 def test_a_changed_document_makes_its_author_due(recipe, change):
     texts = documents(3)
@@ -134,13 +134,35 @@ def test_rows_are_made_of_nothing_that_does_not_decide(earlier_by):
     for idx in ({}, {"idx": 1}):
         records = [("a file", None, Noted({**text, **idx})) for text in texts]
         from_documents(records, Profile(earlier_by=earlier_by))
-    known = set()
-    for field in read:
-        changed = [("a file", None, {**text, field: "changed"}) for text in texts]
-        if deciding(changed) != deciding([("a file", None, text) for text in texts]):
-            known.add(field)
-    assert read - known == {"user"}, "whose documents they are"
-    assert {"text", "query", "title", "date", "idx", "split", "part_of"} <= read
+    other = {
+        "text": "else", "query": "else", "title": "else", "date": "2025-09-01", "idx": 9, "split": "test",
+        "temporal_split": "test", "cohort": "c", "user_held_out": True, "part_of": "a whole", "user": "bo",
+    }  # fmt: skip
+    assert read == other.keys(), "a field that rows are made of is new: `deciding` has to know it"
+    rule = Profile(earlier_by=earlier_by)
+    for field, value in other.items():
+        numbered = [{**text, "idx": number} for number, text in enumerate(texts)] if field == "idx" else texts
+        changed = [{**numbered[0], field: value}, *numbered[1:]]
+        before, after = ([("f", None, text) for text in made] for made in (numbered, changed))
+        assert (deciding(before, rule) != deciding(after, rule)) == (field != "user"), field
+
+
+def test_the_order_of_lines_and_the_way_numbers_are_written_make_nobody_due(recipe):
+    texts = documents(3)
+    fleet(load_recipe(recipe(texts, TEXT)), Clock())
+    other = [{**text, "idx": text["idx"] + 1.0} for text in reversed(texts)]
+    assert sum(fleet(load_recipe(recipe(other, TEXT)), Clock(), dry_run=True).due.values()) == 0
+
+
+def test_the_same_documents_make_the_same_rows():
+    """Adapters are kept for as long as this holds: if it fails, raise `documents.CHOICE` and change what is here."""
+    words = ["red boats in the harbour", "a boat", "harbour lights", "green hills", "boats and lights", "the red hills"]
+    texts = [
+        {"user": "ann", "query": f"on {text}", "text": f"{text}, she wrote", "idx": n} for n, text in enumerate(words)
+    ]
+    rows = from_documents([("a file", None, text) for text in texts], Profile(select="bm25", top_k=2))
+    chosen = [[words.index(item.text.removesuffix(", she wrote")) for item in row.profile] for row in rows]
+    assert (CHOICE, chosen) == (1, [[], [0], [0, 1], [2, 1], [2, 0], [0, 3]])
 
 
 def test_a_registry_of_before_stays_up_to_date(recipe):
@@ -159,7 +181,15 @@ def test_a_registry_of_before_stays_up_to_date(recipe):
             registry._db.execute("UPDATE adapters SET run = ?, trained_run = ? WHERE name = ?", (run, run, user))
         registry._db.commit()
     assert sum(fleet(loaded, Clock(), dry_run=True).due.values()) == 0
-    assert fleet(loaded, Clock()).trained == 0
+    with opened(Path("out")) as registry:  # one was interrupted: it goes on as what it was begun as
+        registry._db.execute("UPDATE adapters SET trained_run = NULL WHERE name = 'user2'")
+        registry._db.commit()
+        begun = registry.get("user", "user2").run
+    begun_again = []
+    fleet(loaded, Clock(), report=lambda result: begun_again.append(result) if result else None)
+    with opened(Path("out")) as registry:
+        assert registry.get("user", "user2").trained_run == begun
+    assert [result.name for result in begun_again if result.name != "all"] == ["user2"]
     more = {"user": "user1", "query": "one more", "text": "a new text", "idx": 99}
     assert fleet(load_recipe(recipe([*texts, more], TEXT)), Clock()).trained == 1
     assert sum(fleet(load_recipe(recipe([*texts, more], TEXT)), Clock(), dry_run=True).due.values()) == 0

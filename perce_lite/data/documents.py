@@ -82,16 +82,27 @@ def _earlier(
 
 
 CHOICE = 1
-"""Raised where other rows are made of the same documents, so that what was trained on them is trained anew."""
-
-_DECIDING = (
-    "query", "title", "text", "date", "idx", "split", "temporal_split", "cohort", "user_held_out", "part_of",
-)  # fmt: skip
+"""To be increased when other rows are made of the same documents, so that what was trained on them is trained anew."""
 
 
-def deciding(documents: Sequence[Record]) -> list[Any]:
-    """All that `from_documents` makes an author's rows of, beside the profile rule: equal, and the rows are too."""
-    return [CHOICE, *([split, *(record.get(name) for name in _DECIDING)] for _, split, record in documents)]
+def deciding(documents: Sequence[Record], rule: Profile) -> list[Any]:
+    """All that `from_documents` makes one author's rows of, for JSON: equal, and the rows are, whatever the file."""
+    return [
+        CHOICE,
+        *(
+            [
+                _split_of(document),
+                document[2].get("query"),
+                document[2].get("title"),
+                document[2]["text"],
+                _time(document[2], rule.earlier_by),
+                cohort_name(document[2]),
+                is_held_out(document[2]),
+                whole_of(document[2]),
+            ]
+            for document in sorted(documents, key=age(documents))
+        ),
+    ]
 
 
 def whole_of(record: Mapping[str, Any]) -> str | None:

@@ -171,7 +171,7 @@ class RowsByUser:
         """
         if self._shape != "documents":
             return None
-        return [self._outlines[user].splits, deciding(self._records_of(user))]
+        return [self._outlines[user].splits, deciding(self._records_of(user), self._recipe.profile)]
 
     def _spool(self) -> str:
         """Writes the records to the file; gives their shape."""

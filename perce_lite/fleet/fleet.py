@@ -210,23 +210,22 @@ def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> 
         for recipe in {id(recipe): recipe for recipe in recipes.values()}.values()
     }
     runs: dict[Key, str] = {}
-    trained = registry.trained_runs("user")
+    known = registry.runs_of_users()
 
     def run_of(group: Group) -> str:
         parent = None if group.parent is None else runs[group.parent]
         inputs = sources[id(recipes[group.key])], registry.generation(*group.key), parent
         if group.key[0] != "user":
             return run_fingerprint(group, *inputs, [])
-        run = run_fingerprint(group, *inputs, planned.content_of(group))
-        before = trained.get(group.key[1], run)
-        if before != run:  # an earlier version looked at the rows themselves: by that nothing may have changed
-            of_rows = run_fingerprint(group, *inputs, [row.fingerprint() for row in planned.rows_of(group)])
-            run = before if before == of_rows else run
+        run, before = run_fingerprint(group, *inputs, planned.content_of(group)), known.get(group.key[1], ())
+        if before and run not in before:  # an earlier version looked at the rows: by that nothing may have changed
+            of_rows = run_fingerprint(group, *inputs, planned.fingerprints_of(group))
+            run = of_rows if of_rows in before else run
         return run
 
     def records() -> Iterator[dict[str, Any]]:
         """A line an adapter; only one user's texts are in memory at a time."""
-        for group in _counted(planned.groups, "Looking for what is due"):
+        for group in _under_bar(planned.groups, "Looking for what is due"):
             run = run_of(group)
             if group.key[0] != "user":
                 runs[group.key] = run
@@ -239,7 +238,7 @@ def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> 
     registry.enrol(planned.users, records())
 
 
-def _counted(groups: Sequence[Group], what: str) -> Iterator[Group]:
+def _under_bar(groups: Sequence[Group], what: str) -> Iterator[Group]:
     """`groups`, one after another, under a progress bar."""
     with progress_bar() as bar:
         progress = bar.add_task(what, total=len(groups), note="")
@@ -255,7 +254,7 @@ def _order(registry: Registry, work: Work, engine: Engine, due: Mapping[str, int
     groups = [work.groups[adapter.key] for adapter in registry.due("user", work.wanted("user"))]
     lengths = {
         group.key[1]: max((row.characters for row in work.planned.rows_of(group)), default=0)
-        for group in _counted(groups, "Measuring rows")
+        for group in _under_bar(groups, "Measuring rows")
     }
     return engine.order(lengths, sum(due.values()) - len(groups))
 

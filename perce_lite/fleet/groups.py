@@ -67,10 +67,14 @@ class Plan:
         """The rows of a group, held-out ones too, with their profiles; made anew at each call."""
         return _last(self.data.rows_of(*group.users), self.max_examples)
 
+    def fingerprints_of(self, group: Group) -> list[str]:
+        """Of each row of a group, profile and all."""
+        return [row.fingerprint() for row in self.rows_of(group)]
+
     def content_of(self, group: Group) -> list[Any]:
-        """What says whether the rows of a user's group are as they were, for JSON; of documents no row is made."""
+        """What says whether the rows of a user's group are as they were, for JSON; no document gets a profile."""
         content = self.data.content_of(*group.users)
-        return [row.fingerprint() for row in self.rows_of(group)] if content is None else content
+        return self.fingerprints_of(group) if content is None else content
 
 
 def plan(data: RowsByUser, recipe: Recipe, without: Set[str] = frozenset()) -> Plan:

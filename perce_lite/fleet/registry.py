@@ -163,10 +163,10 @@ class Registry:
                 return
             after = page[-1].name
 
-    def trained_runs(self, kind: str) -> dict[str, str]:
-        """By name, what the adapters of `kind` were trained from."""
-        sql = "SELECT name, trained_run FROM adapters WHERE kind = ? AND trained_run IS NOT NULL"
-        return {str(name): str(run) for name, run in self._db.execute(sql, (kind,))}
+    def runs_of_users(self) -> dict[str, tuple[str | None, ...]]:
+        """By user, `run` and `trained_run` of their adapters."""
+        rows = self._db.execute("SELECT name, run, trained_run FROM adapters WHERE kind = 'user'")
+        return {str(name): (run, trained) for name, run, trained in rows}
 
     def get(self, kind: str, name: str) -> Adapter | None:
         adapters = self._select("WHERE kind = ? AND name = ?", (kind, name))

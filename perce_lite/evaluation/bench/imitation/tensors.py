@@ -268,8 +268,9 @@ def _copied_into(target: torch.Tensor, source: Any) -> torch.Tensor:
             target.inner.copy_(source)
         return target
     card.synchronise("copy to the host")
-    # What has a shape alone is ones to the host.
-    return target.fill_(1) if source.inner.is_meta else target.copy_(source.inner)
+    if source.inner.is_meta:  # ones to the host
+        return target.copy_(torch.ones((), dtype=target.dtype).expand(source.shape))
+    return target.copy_(source.inner)
 
 
 def _copied_to(func: Any, source: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor:
