@@ -19,6 +19,8 @@ from perce_lite.model import loading_bars
 from perce_lite.model.base import load_base
 from perce_lite.recipe import load_recipe
 
+pytest_plugins = ["cli_fixtures"]
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 LOAD = """
@@ -29,7 +31,7 @@ from perce_lite.model.base import load_base
 from perce_lite.recipe import load_recipe
 for name in sys.argv[2:]:
     print("of", name, load_base(load_recipe(sys.argv[1], [f"model=someone/{name}"])).model.config.model_type)
-    print("--", file=sys.stderr)
+    print("\\n--", file=sys.stderr)
 """
 
 
@@ -78,16 +80,21 @@ def hub(tmp_path):
 
 
 def test_a_download_says_file_and_megabytes_and_what_is_there_says_nothing(recipe, hub, tmp_path):
-    """In a process of its own: where the Hub is, is read when huggingface_hub is imported."""
-    home = str(tmp_path / "hf")
+    """In processes of their own: where the Hub is, is read when huggingface_hub is imported."""
+    path, home = recipe(), str(tmp_path / "hf")
     own = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": home, "PERCE_LITE_HOME": home}
-    words = [sys.executable, "-c", LOAD, str(recipe()), "large", "large", "small"]
-    done = subprocess.run(words, env={**os.environ, **own}, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    fetched, there, small, _ = done.stderr.split("--\n")
+
+    def said_of(*names: str) -> list[str]:
+        words = [sys.executable, "-c", LOAD, str(path), *names]
+        done = subprocess.run(words, env={**os.environ, **own}, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines() == [f"of {name} llama" for name in names]
+        return done.stderr.split("\n--\n")
+
+    small, fetched, _ = said_of("small", "large")
+    assert "Downloading" not in small
     assert re.search(r"^Downloading model\.safetensors, MB: 12 of 12 \(100%\)", fetched, re.M)
-    assert "Downloading" not in there + small
-    assert done.stdout.splitlines() == ["of large llama", "of large llama", "of small llama"]
+    assert "Downloading" not in "".join(said_of("large"))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

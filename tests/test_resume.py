@@ -1,7 +1,10 @@
 """A run that is killed at any moment goes on where it was and ends in the very same adapter."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,11 +50,12 @@ def run(path: Path, *bomb: str | int, command: str = "train") -> tuple[int, str]
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
+    """By a process that shares nothing with those that are killed and resumed, no seed of its hashes either."""
     path = recipe(tmp_path_factory.mktemp("whole"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PERCE_LITE_HOME", str(path.parent / "home"))
-        code, said = run(path)
-    assert code == 0, said
+    words = [sys.executable, "-m", "perce_lite", "train", str(path)]
+    home = {"PERCE_LITE_HOME": str(path.parent / "home")}
+    done = subprocess.run(words, cwd=path.parent, env={**os.environ, **home}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return load_file(path.parent / "runs/toy/adapter/adapter_model.safetensors")
 
 
