@@ -4,7 +4,7 @@ import gc
 from pathlib import Path
 
 import pytest
-from fleet_fixtures import TEXT, Clock
+from fleet_fixtures import TEXT, Clock, rows_of
 
 from perce_lite.data import retrieval
 from perce_lite.data.documents import CHOICE, deciding, from_documents
@@ -13,7 +13,7 @@ from perce_lite.data.rows import Row
 from perce_lite.files import digest
 from perce_lite.fleet import fleet as fleets
 from perce_lite.fleet.fleet import fleet
-from perce_lite.fleet.registry import opened
+from perce_lite.fleet.registry import BY_CONTENT, opened
 from perce_lite.recipe import Profile, load_recipe
 
 pytest_plugins = ["cli_fixtures"]
@@ -85,11 +85,12 @@ def test_what_is_due_is_found_without_rows(recipe, monkeypatch, users):
     assert result.due == {"user": users, "cohort": 0, "all": 1}
     assert len(indices) == 1
     assert len(hashed) <= 2, "whatever the number of users"
-    assert max(alive) - before <= 3 * 8, "not the rows of all users"
+    assert max(alive) == before, "no row is alive"
     fleet(load_recipe(path), Clock())
-    indices.clear()
-    assert fleet(load_recipe(path), Clock()).trained == 0
-    assert len(indices) == 1
+    for changes, due in ([], 0), (["lora.r=4"], users):
+        indices.clear()
+        assert fleet(load_recipe(path, changes), Clock(), dry_run=True).due["user"] == due
+        assert len(indices) == 1
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,22 @@ def test_a_changed_document_makes_its_author_due(recipe, change):
     assert sum(fleet(load_recipe(recipe(beside, TEXT)), Clock(), dry_run=True).due.values()) == 0
     texts[place] = {**texts[place], **change}
     assert fleet(load_recipe(recipe(texts, TEXT)), Clock(), dry_run=True).due == {"user": 1, "cohort": 0, "all": 0}
+
+
+@pytest.mark.parametrize("users", [20, 80])
+def test_of_data_in_rows_one_users_are_alive_at_once(recipe, monkeypatch, users):
+    alive, enrol_one = [], fleets.run_fingerprint
+
+    def watched(group, *more):
+        alive.append(sum(isinstance(entry, Row) for entry in gc.get_objects()))
+        return enrol_one(group, *more)
+
+    path = recipe(rows_of(users, per_user=8), TEXT)
+    gc.collect()
+    before = sum(isinstance(entry, Row) for entry in gc.get_objects())
+    monkeypatch.setattr(fleets, "run_fingerprint", watched)
+    assert fleet(load_recipe(path), Clock(), dry_run=True).due["user"] == users
+    assert max(alive) - before <= 3 * 8
 
 
 def test_one_new_text_makes_one_user_due(recipe):
@@ -179,6 +196,7 @@ def test_a_registry_of_before_stays_up_to_date(recipe):
             run = digest([source, ("user", user), "0", shared.run, own])
             assert run != registry.get("user", user).run
             registry._db.execute("UPDATE adapters SET run = ?, trained_run = ? WHERE name = ?", (run, run, user))
+        registry._db.execute("DELETE FROM meta WHERE key = ?", (BY_CONTENT,))
         registry._db.commit()
     assert sum(fleet(loaded, Clock(), dry_run=True).due.values()) == 0
     with opened(Path("out")) as registry:  # one was interrupted: it goes on as what it was begun as

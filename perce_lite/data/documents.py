@@ -87,22 +87,13 @@ CHOICE = 1
 
 def deciding(documents: Sequence[Record], rule: Profile) -> list[Any]:
     """All that `from_documents` makes one author's rows of, for JSON: equal, and the rows are, whatever the file."""
-    return [
-        CHOICE,
-        *(
-            [
-                _split_of(document),
-                document[2].get("query"),
-                document[2].get("title"),
-                document[2]["text"],
-                _time(document[2], rule.earlier_by),
-                cohort_name(document[2]),
-                is_held_out(document[2]),
-                whole_of(document[2]),
-            ]
-            for document in sorted(documents, key=age(documents))
-        ),
-    ]
+    content: list[Any] = [CHOICE]
+    for document in sorted(documents, key=age(documents)):
+        _, _, record = document
+        asked = record.get("query"), record.get("title"), record["text"]
+        chosen_by = _split_of(document), _time(record, rule.earlier_by), whole_of(record)
+        content.append([asked, chosen_by, cohort_name(record), is_held_out(record)])
+    return content
 
 
 def whole_of(record: Mapping[str, Any]) -> str | None:

@@ -15,7 +15,7 @@ from perce_lite.fleet.disk import DiskSize
 from perce_lite.fleet.engines.protocol import Engine, OrderingEngine, Outcome, Task
 from perce_lite.fleet.groups import PARENTS, Group, Key, Plan, key_of, plan, run_fingerprint
 from perce_lite.fleet.queries import refuse_deleted
-from perce_lite.fleet.registry import KEPT, KINDS, PACKS, Adapter, Registry, held, imagined
+from perce_lite.fleet.registry import BY_CONTENT, KEPT, KINDS, PACKS, Adapter, Registry, held, imagined
 from perce_lite.fleet.result import AdapterResult, FleetResult, gains
 from perce_lite.memory import modules_frozen
 from perce_lite.model.adapter_weights import drop_unused_parents
@@ -210,17 +210,20 @@ def _enrol(registry: Registry, planned: Plan, recipes: Mapping[Key, Recipe]) -> 
         for recipe in {id(recipe): recipe for recipe in recipes.values()}.values()
     }
     runs: dict[Key, str] = {}
-    known = registry.runs_of_users()
+    # An earlier version looked at the rows themselves: what it trained is as it was where those are.
+    older = {} if registry.meta(BY_CONTENT) else registry.runs_of_users()
+    if not older:
+        registry.set_meta(BY_CONTENT, "yes")
 
     def run_of(group: Group) -> str:
         parent = None if group.parent is None else runs[group.parent]
         inputs = sources[id(recipes[group.key])], registry.generation(*group.key), parent
         if group.key[0] != "user":
-            return run_fingerprint(group, *inputs, [])
-        run, before = run_fingerprint(group, *inputs, planned.content_of(group)), known.get(group.key[1], ())
-        if before and run not in before:  # an earlier version looked at the rows: by that nothing may have changed
+            return run_fingerprint(group, *inputs, None)
+        run, before = run_fingerprint(group, *inputs, planned.content_of(group)), older.get(group.key[1], ())
+        if before and run not in before:
             of_rows = run_fingerprint(group, *inputs, planned.fingerprints_of(group))
-            run = of_rows if of_rows in before else run
+            return of_rows if of_rows in before else run
         return run
 
     def records() -> Iterator[dict[str, Any]]:

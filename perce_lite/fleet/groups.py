@@ -146,16 +146,18 @@ def key_of(name: str) -> Key:
     return ("cohort", rest) if colon and kind == "cohort" else ("user", name)
 
 
-def run_fingerprint(group: Group, source: str, generation: str, parent: str | None, content: Sequence[Any]) -> str:
+def run_fingerprint(
+    group: Group, source: str, generation: str, parent: str | None, content: Sequence[Any] | None
+) -> str:
     """Equal as long as a group's adapter need not be trained again.
 
     source: fingerprint of recipe and base; generation: changes where training is asked for, or a user was deleted
-    parent: fingerprint of the parent's run; content: of a user's rows, see `Plan.content_of`; empty for other groups
+    parent: fingerprint of the parent's run; content: of a user's rows, see `Plan.content_of`; None for other groups
 
     A user's adapter depends on the user's rows, the recipe and its parent. A cohort's does not depend on the rows: new
     texts of one user retrain that one user.
     """
-    return digest([source, group.key, generation, parent, *([content] if group.key[0] == "user" else [])])
+    return digest([source, group.key, generation, parent, *([] if content is None else [content])])
 
 
 def _last(rows: Sequence[Row], count: int | None) -> list[Row]:

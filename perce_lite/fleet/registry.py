@@ -28,6 +28,9 @@ PACKS = "packs"
 SERVED = "vllm"
 """Folder beside the registry with the adapters as `perce-lite export --all --to vllm` lays them out, by user."""
 
+BY_CONTENT = "by content"
+"""Key of `Registry.meta`: no adapter of this fleet was trained by a version that fingerprinted rows with profiles."""
+
 STATES = ("due", "in service", "held back", "failed")
 """due: to be trained; held back: trained, but worse than what it would replace; failed: training raised an error."""
 

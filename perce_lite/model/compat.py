@@ -57,7 +57,7 @@ __all__ = ["TOKEN_CHUNK_SIZE", "Bnb4BitHfQuantizer", "FusedCausalLMOutput", "Lor
 
 @functools.cache
 def version_of(package: str) -> str:
-    """An installed package's version; reading it takes 6 ms, and an adapter's metadata name six packages."""
+    """An installed package's version, read once a process: it stands in a file of the package's metadata."""
     return importlib.metadata.version(package)
 
 

@@ -18,7 +18,7 @@ _FLOATS_BY_DEFAULT = {"aten::empty", "aten::zeros", "aten::ones", "aten::randn",
 _TRUE = {"aten::isfinite", "aten::eq", "aten::ne", "aten::ge", "aten::le"}
 """Comparisons of floats without values that are taken to be true; all others are false."""
 
-_INDEXING = {"aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_"}
+INDEXING = {"aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_"}
 
 
 def values(tensor: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ def compute(func: Any, args: Sequence[Any], kwargs: dict[str, Any], on_host: boo
         return torch.empty_like(args[0], dtype=torch.float32) if kwargs.get("out") is None else kwargs["out"]
     if on_host:
         return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-    if name in _INDEXING:
+    if name in INDEXING:
         args = (args[0], _places(args[1]), *args[2:])
     if kwargs.get("device") is not None:
         kwargs["device"] = "meta"

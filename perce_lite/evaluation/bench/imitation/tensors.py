@@ -151,8 +151,6 @@ _READ_BY_HOST = {"aten::nonzero", "aten::_local_scalar_dense", "aten::masked_sel
 _NOT_INITIALISED = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided"}
 """Operations whose result holds whatever lay there before: here NaN, so that a read ahead of a write shows."""
 
-INDEXING = {"aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_"}
-
 _NO_KERNEL = {
     "view", "_unsafe_view", "t", "transpose", "expand", "slice", "select", "unsqueeze", "squeeze", "permute", "chunk",
     "as_strided", "detach", "alias", "split", "split_with_sizes", "unbind", "empty", "empty_like", "new_empty",
@@ -204,7 +202,8 @@ def _count(name: str, args: tuple[Any, ...]) -> None:
         card.counts["launches"] += 1
     if name in _READ_BY_HOST:
         card.synchronise(short)
-    if name in INDEXING and any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]):
+    masks = (torch.bool, torch.uint8)
+    if name in shapes.INDEXING and any(index is not None and index.dtype in masks for index in args[1]):
         card.synchronise(f"{short} by a boolean mask")
 
 
