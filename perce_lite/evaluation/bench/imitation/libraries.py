@@ -132,6 +132,7 @@ def _of_cuda(card: Card) -> Iterator[Patch]:
         "get_device_properties": lambda device=None: properties,
         "get_device_name": lambda device=None: card.name,
         "is_bf16_supported": lambda *args, **kwargs: major >= 8,
+        "is_current_stream_capturing": lambda: False,
         "synchronize": lambda device=None: card.synchronise("torch.cuda.synchronize"),
         "empty_cache": lambda: card.counts.update(["empty_cache"]),
         "ipc_collect": lambda: None,
